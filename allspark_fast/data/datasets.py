@@ -1,0 +1,187 @@
+"""Data sets as lists of files: official split files, a folder of one's own, and the images behind them."""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from PIL import Image
+from torch.utils.data import Dataset
+
+from allspark_fast.data.errors import DataError
+from allspark_fast.data.images import IMAGE_SUFFIXES, read_image, read_label, resolve_path
+from allspark_fast.data.info import IGNORE_INDEX
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of a split file.
+
+    Attributes:
+        image: Path of the image, relative to the data root.
+        label: Path of the label, or None where there is none.
+    """
+
+    image: str
+    label: str | None
+
+
+def _is_image_path(text: str) -> bool:
+    return text.lower().endswith(IMAGE_SUFFIXES)
+
+
+def _cuts(line: str) -> Iterator[Entry]:
+    """Every way to read a line as two image paths."""
+    for blank in re.finditer(r"\s+", line):
+        image, label = line[: blank.start()], line[blank.end() :]
+        if _is_image_path(image) and _is_image_path(label):
+            yield Entry(image, label)
+
+
+def _parse_line(line: str) -> Entry:
+    if not _is_image_path(line):
+        raise ValueError(f"expected `image_path label_path` or `image_path`, found {line!r}")
+    pairs = list(_cuts(line))
+    if len(pairs) > 1:
+        raise ValueError(f"more than two image paths in {line!r}")
+    return pairs[0] if pairs else Entry(line, None)
+
+
+def read_split(path: str | Path) -> list[Entry]:
+    """Reads a split file as the public code of AllSpark, UniMatch and their like writes them.
+
+    One `image_path label_path` per line; a lone image path is an unlabeled image. Blank lines, blanks around
+    a line, tabs, CRLF and a byte order mark are tolerated. Paths may hold blanks: a line is cut where both
+    sides end in the suffix of an image (.jpg, .png, ...); without such a place the whole line is one path.
+
+    Args:
+        path: Split file, UTF-8.
+
+    Returns:
+        The entries in the order of the lines, repeated lines included.
+
+    Raises:
+        DataError: No such file, or a line that holds no image path or more than two; names file and line.
+    """
+    path = Path(path)
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read as a split file ({error})") from error
+    entries = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            entries.append(_parse_line(line.strip()))
+        except ValueError as error:
+            raise DataError(f"{path}, line {number}: {error}") from error
+    return entries
+
+
+def _files_by_stem(folder: Path) -> dict[str, Path]:
+    """Image files below a folder, keyed by their path without suffix; hidden files are left out."""
+    files: dict[str, Path] = {}
+    for file in sorted(folder.rglob("*")):
+        if file.name.startswith(".") or not _is_image_path(file.name):
+            continue
+        key = file.relative_to(folder).with_suffix("").as_posix()
+        if key in files:
+            raise DataError(f"{file}: has the same stem as {files[key].name}; keep one (labels go by stem)")
+        files[key] = file
+    return files
+
+
+def scan_folder(root: str | Path) -> list[Entry]:
+    """Lists a folder of one's own: `images/` and `labels/`, nested alike on both sides.
+
+    An image `images/a/b.jpg` has the label `labels/a/b.png` (any suffix); an image without one is unlabeled.
+
+    Args:
+        root: Folder holding `images/`, and `labels/` if there are any.
+
+    Returns:
+        Entries in alphabetical order.
+
+    Raises:
+        DataError: No `images/` folder, or two files with the same stem.
+    """
+    root = Path(root)
+    if not (root / "images").is_dir():
+        raise DataError(f"{root}: expected a folder with images/ (and labels/), found no {root / 'images'}")
+    labels = _files_by_stem(root / "labels")
+    return [
+        Entry(
+            file.relative_to(root).as_posix(),
+            labels[key].relative_to(root).as_posix() if key in labels else None,
+        )
+        for key, file in _files_by_stem(root / "images").items()
+    ]
+
+
+class ImageSource(Protocol):
+    """What the loaders need of a data set: the name of every sample, its image, its image with the label."""
+
+    entries: Sequence[Entry]
+
+    def image(self, index: int) -> Image.Image:
+        """Returns the RGB image alone."""
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, Image.Image | None]:
+        """Returns the RGB image and its label (mode L, 255 ignored), None where the entry has none."""
+
+
+class SegmentationDataset(Dataset[tuple[Image.Image, Image.Image | None]]):
+    """Images and labels of a list of entries, as PIL images; transforms belong to the loader.
+
+    Args:
+        root: Folder that the paths of the entries are relative to.
+        entries: What to read, in order.
+        ignore_index: Value of the label files that no class owns; it becomes 255.
+        allow_outside: Accept paths that leave `root`.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        entries: Sequence[Entry],
+        *,
+        ignore_index: int = IGNORE_INDEX,
+        allow_outside: bool = False,
+    ):
+        self.root = Path(root)
+        self.entries = list(entries)
+        self.allow_outside = allow_outside
+        self._remap = [IGNORE_INDEX if value == ignore_index else value for value in range(256)]
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def image(self, index: int) -> Image.Image:
+        """Reads the image alone: a PIL image of mode RGB.
+
+        Raises:
+            DataError: The file is missing, unreadable or outside the root.
+        """
+        return read_image(self._path(self.entries[index].image))
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, Image.Image | None]:
+        """Reads one sample: an RGB image and its label (mode L, 255 ignored), None where the entry has none.
+
+        Raises:
+            DataError: A file is missing, unreadable or outside the root, or the two sizes differ.
+        """
+        entry, image = self.entries[index], self.image(index)
+        if entry.label is None:
+            return image, None
+        label = read_label(self._path(entry.label)).point(self._remap)
+        if label.size != image.size:
+            raise DataError(
+                f"{entry.image} is {image.width}x{image.height} pixels (EXIF orientation applied) but its"
+                f" label {entry.label} is {label.width}x{label.height}; they must be equal"
+            )
+        return image, label
+
+    def _path(self, relative: str) -> Path:
+        return resolve_path(self.root, relative, allow_outside=self.allow_outside)

@@ -1,0 +1,128 @@
+"""Reading images and labels from disk, whatever mode they were saved in."""
+
+import posixpath
+from pathlib import Path
+
+import numpy as np
+from PIL import ExifTags, Image
+
+from allspark_fast.data.errors import DataError
+
+IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def resolve_path(root: str | Path, relative: str, *, allow_outside: bool = False) -> Path:
+    """Returns the path of a file of a data set, the only place where a listed path becomes a real one.
+
+    Args:
+        root: Folder of the data set.
+        relative: Path as written in a split file, relative to `root`, with forward slashes.
+        allow_outside: Accept absolute paths and paths that climb out of `root` with `..`.
+
+    Raises:
+        DataError: The path leaves `root` and `allow_outside` is false. Symbolic links inside `root` may point
+            anywhere: whoever owns the folder made them.
+    """
+    leaves = posixpath.isabs(relative) or Path(relative).is_absolute()
+    leaves = leaves or posixpath.normpath(relative).split("/")[0] == ".."
+    if leaves and not allow_outside:
+        raise DataError(
+            f"{relative}: this path leaves the data root {root}; write it relative to the root, without a"
+            f" leading slash and without '..', or allow paths outside the root"
+        )
+    return Path(root) / relative
+
+
+def _open(path: Path) -> Image.Image:
+    """Opens and decodes an image, so that a damaged file fails here and by name."""
+    if not path.is_file():
+        raise DataError(f"{path}: no such file; check the data root and the split file that lists it")
+    if path.stat().st_size == 0:
+        raise DataError(f"{path}: the file is empty (0 bytes); fetch it again")
+    try:
+        image = Image.open(path)
+        image.load()
+    # Decoders raise OSError, SyntaxError, ValueError, EOFError, struct.error and more on damaged files.
+    except Exception as error:
+        raise DataError(f"{path}: cannot be read as an image ({error}); fetch or convert it again") from error
+    return image
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Applies the EXIF orientation. ImageOps.exif_transpose also rewrites the EXIF block, which can fail."""
+    turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    return image if turn is None else image.transpose(turn)
+
+
+def _wide_to_grey(image: Image.Image, path: Path) -> Image.Image:
+    """Brings 16-bit grey (`I;16*`, or `I` from older files) to 8 bits: full scale 65535 becomes 255."""
+    values = np.asarray(image).astype(np.int64)
+    if values.min() < 0 or values.max() > 65535:
+        raise DataError(f"{path}: grey values outside 0..65535; convert the image to 8 bits per channel")
+    return Image.fromarray(((values + 128) // 257).astype(np.uint8))
+
+
+def read_image(path: str | Path) -> Image.Image:
+    """Reads an image as 8-bit RGB, upright.
+
+    The EXIF orientation is applied. Grey, palette and CMYK images are converted, alpha is dropped, 16-bit
+    grey is scaled from 0..65535 to 0..255.
+
+    Args:
+        path: Image file.
+
+    Returns:
+        PIL image of mode RGB.
+
+    Raises:
+        DataError: No such file, not an image, truncated, or floating point.
+    """
+    path = Path(path)
+    image = _open(path)
+    image = _upright(image)
+    if image.mode == "F":
+        raise DataError(f"{path}: floating point pixels have no fixed range; convert the image to 8 bits")
+    if image.mode.startswith("I"):
+        image = _wide_to_grey(image, path)
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")  # Pillow warns on the direct way
+    return image.convert("RGB")
+
+
+def read_label(path: str | Path) -> Image.Image:
+    """Reads a label as class indices, pixel for pixel as stored (no EXIF rotation).
+
+    Palette images give their indices; grey, 1-bit and 16-bit grey images their values.
+
+    Args:
+        path: Label file of a lossless format.
+
+    Returns:
+        PIL image of mode L holding class indices.
+
+    Raises:
+        DataError: No such file, not an image, truncated, JPEG, a colour image, or values outside 0..255.
+    """
+    path = Path(path)
+    image = _open(path)
+    if image.format == "JPEG":
+        raise DataError(f"{path}: JPEG changes class indices; save labels as PNG")
+    if image.mode not in ("1", "L", "P", "I") and not image.mode.startswith("I;16"):
+        raise DataError(
+            f"{path}: labels must hold one class index per pixel (grey or palette image), this one has mode"
+            f" {image.mode}; convert its colours to class indices"
+        )
+    values = np.asarray(image)
+    if values.min() < 0 or values.max() > 255:
+        raise DataError(f"{path}: class indices must lie in 0..255, found {values.min()}..{values.max()}")
+    return Image.fromarray(values.astype(np.uint8))
