@@ -1,0 +1,274 @@
+"""Batches of labeled and unlabeled crops whose position is one counter, and whole images for evaluation."""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from allspark_fast.data.datasets import Entry, ImageSource
+from allspark_fast.data.errors import DataError
+from allspark_fast.data.seeding import make_generator
+from allspark_fast.data.transforms import CropTransform, Sample, label_tensor, normalize_image
+
+# Parts of seeds: recorded runs depend on these numbers.
+_LABELED, _UNLABELED = 0, 1
+_ORDER, _AUGMENT = 0, 1
+
+
+class SemiBatch(NamedTuple):
+    """One rank's part of a training step.
+
+    Attributes:
+        image: (B, 3, H, W) float32, labeled crops.
+        label: (B, H, W) int64, 255 ignored.
+        unlabeled_image: (B, 3, H, W) float32.
+        unlabeled_valid: (B, H, W) bool, False where the crop added padding.
+        unlabeled_label: (B, H, W) int64, labels that training must not see, 255 where there are none; None
+            unless asked for.
+    """
+
+    image: Tensor
+    label: Tensor
+    unlabeled_image: Tensor
+    unlabeled_valid: Tensor
+    unlabeled_label: Tensor | None
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "SemiBatch":
+        """Returns the batch on another device."""
+        return SemiBatch(
+            *(part if part is None else part.to(device, non_blocking=non_blocking) for part in self)
+        )
+
+    def pin_memory(self) -> "SemiBatch":
+        """Returns the batch in page-locked memory."""
+        return SemiBatch(*(part if part is None else part.pin_memory() for part in self))
+
+
+class _Key(NamedTuple):
+    """Names one crop of the whole training: `index` is a position in the list that an epoch shuffles."""
+
+    stream: int
+    epoch: int
+    index: int
+
+
+class _Crops(Dataset[Sample]):
+    """Reads and transforms the crops that keys name; this is what workers run."""
+
+    def __init__(
+        self,
+        sources: Sequence[ImageSource],
+        transforms: Sequence[CropTransform],
+        seed: int,
+        hidden_labels: bool,
+    ):
+        self.sources = sources
+        self.transforms = transforms
+        self.seed = seed
+        self.hidden_labels = hidden_labels
+
+    def __getitem__(self, key: _Key) -> Sample:
+        source = self.sources[key.stream]
+        # Labeled images come round several times in an epoch, so key.index may exceed their number.
+        position = key.index % len(source.entries)
+        # An unread label file need not exist.
+        with_label = key.stream == _LABELED or self.hidden_labels
+        image, label = source[position] if with_label else (source.image(position), None)
+        generator = make_generator(self.seed, _AUGMENT, key.stream, key.epoch, key.index)
+        return self.transforms[key.stream](image, label, generator)
+
+    def collate(self, samples: list[Sample]) -> SemiBatch:
+        """Stacks the labeled crops (first half) and the unlabeled ones (second half)."""
+        half = len(samples) // 2
+        image, label, _ = (torch.stack(part) for part in zip(*samples[:half], strict=True))
+        unlabeled = [torch.stack(part) for part in zip(*samples[half:], strict=True)]
+        hidden = unlabeled[1] if self.hidden_labels else None
+        return SemiBatch(image, label, unlabeled[0], unlabeled[2], hidden)
+
+
+class SemiLoader:
+    """Pairs of labeled and unlabeled batches, in an order that is a function of the seed and the step alone.
+
+    An epoch passes once over the unlabeled images and drops what does not fill a batch. The labeled images
+    are repeated, and cut to the number of unlabeled ones, as in the official code; where there are more
+    labeled than unlabeled images, every epoch cuts another part. Both lists are shuffled for every epoch,
+    independently.
+
+    The position is the number of the step, counted over epochs: `iterate(k, n)` yields exactly what
+    `iterate(0, n)` yields from its k-th batch on, bit for bit, for any number of workers. The ranks of a step
+    share its global batch, which is the same set of crops for any `world_size`. The global random state is
+    never touched.
+
+    Args:
+        labeled: Images that all have a label.
+        unlabeled: Images whose labels are not read unless `hidden_labels`.
+        labeled_transform: Transform of the former.
+        unlabeled_transform: Transform of the latter.
+        batch_size: Number of labeled, and of unlabeled, images per step over all ranks.
+        seed: Seed of order and augmentation.
+        num_workers: Worker processes; they live as long as one call of `iterate`, across epochs.
+        pin_memory: Deliver batches in page-locked memory, for copies to a GPU that overlap with work.
+        hidden_labels: Also deliver the labels of unlabeled images, to measure pseudo labels with.
+        rank: Index of this process.
+        world_size: Number of processes.
+
+    Raises:
+        DataError: A labeled entry has no label, there are no labeled images, or too few unlabeled ones.
+        ValueError: `batch_size` cannot be divided by `world_size`.
+    """
+
+    def __init__(
+        self,
+        labeled: ImageSource,
+        unlabeled: ImageSource,
+        labeled_transform: CropTransform,
+        unlabeled_transform: CropTransform,
+        *,
+        batch_size: int,
+        seed: int,
+        num_workers: int = 0,
+        pin_memory: bool = False,
+        hidden_labels: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+    ):
+        _require_labels(labeled.entries)
+        if len(unlabeled.entries) < batch_size:
+            raise DataError(
+                f"{len(unlabeled.entries)} unlabeled images do not fill a batch of {batch_size}; add images or lower"
+                f" the batch size"
+            )
+        if batch_size % world_size:
+            raise ValueError(f"batch_size {batch_size} cannot be shared equally by {world_size} processes")
+        self._crops = _Crops(
+            (labeled, unlabeled), (labeled_transform, unlabeled_transform), seed, hidden_labels
+        )
+        # Of the labeled list an epoch uses as many positions as there are unlabeled images.
+        self._lengths = max(len(labeled.entries), len(unlabeled.entries)), len(unlabeled.entries)
+        self._batch_size = batch_size
+        self._seed = seed
+        self._num_workers = num_workers
+        self._pin_memory = pin_memory
+        self._rank = rank
+        self._world_size = world_size
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Number of steps in one pass over the unlabeled images."""
+        return self._lengths[_UNLABELED] // self._batch_size
+
+    def iterate(self, start_step: int, stop_step: int) -> Iterator[SemiBatch]:
+        """Yields the batches of steps start_step, ..., stop_step - 1, counted from 0 over all epochs.
+
+        Raises:
+            DataError: While iterating, where a file cannot be read; the message names it. From a worker it
+                comes with the worker's traceback.
+        """
+        return iter(
+            DataLoader(
+                self._crops,
+                batch_sampler=self._steps(start_step, stop_step),
+                collate_fn=self._crops.collate,
+                num_workers=self._num_workers,
+                pin_memory=self._pin_memory,
+                # Without a generator of its own every iterator draws from the global one.
+                generator=torch.Generator(),
+            )
+        )
+
+    def _steps(self, start_step: int, stop_step: int) -> Iterator[list[_Key]]:
+        """Keys of this rank's part of every step: labeled ones, then unlabeled ones."""
+        share = self._batch_size // self._world_size
+        shuffled_epoch = -1
+        for step in range(start_step, stop_step):
+            epoch, position = divmod(step, self.steps_per_epoch)
+            if epoch != shuffled_epoch:
+                orders, shuffled_epoch = self._orders(epoch), epoch
+            first = position * self._batch_size + self._rank * share
+            yield [
+                _Key(stream, epoch, index)
+                for stream, order in enumerate(orders)
+                for index in order[first : first + share]
+            ]
+
+    def _orders(self, epoch: int) -> tuple[list[int], list[int]]:
+        """Permutations of the labeled and the unlabeled list for one epoch."""
+        labeled, unlabeled = (
+            torch.randperm(length, generator=make_generator(self._seed, _ORDER, stream, epoch)).tolist()
+            for stream, length in enumerate(self._lengths)
+        )
+        return labeled, unlabeled
+
+
+def _require_labels(entries: Sequence[Entry]) -> None:
+    if not entries:
+        raise DataError("the labeled list is empty; it needs at least one image with a label")
+    missing = [entry.image for entry in entries if entry.label is None]
+    if missing:
+        raise DataError(
+            f"{missing[0]}: has no label but stands in a list that needs them, as do {len(missing) - 1} others"
+        )
+
+
+class EvalSample(NamedTuple):
+    """One whole image.
+
+    Attributes:
+        image: (1, 3, H, W) float32, normalised.
+        label: (1, H, W) int64, 255 ignored.
+        entry: Where it came from.
+    """
+
+    image: Tensor
+    label: Tensor
+    entry: Entry
+
+
+class _WholeImages(Dataset[EvalSample]):
+    def __init__(self, source: ImageSource, mean: Sequence[float], std: Sequence[float]):
+        self.source = source
+        self.mean = mean
+        self.std = std
+
+    def __getitem__(self, index: int) -> EvalSample:
+        image, label = self.source[index]
+        assert label is not None
+        tensor = normalize_image(image, self.mean, self.std)
+        return EvalSample(tensor[None], label_tensor(label)[None], self.source.entries[index])
+
+
+def evaluation_loader(
+    source: ImageSource,
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+    num_workers: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+) -> "DataLoader[EvalSample]":
+    """Returns a loader of whole labeled images in order, one at a time.
+
+    Rank r of w gets the images r, r + w, ...: each image goes to one rank, none is repeated to fill up, so
+    ranks may get unequal numbers.
+
+    Args:
+        source: Images that all have a label.
+        mean: Mean per channel that is subtracted, for images in 0..1.
+        std: Standard deviation per channel that is divided by.
+        num_workers: Worker processes.
+        rank: Index of this process.
+        world_size: Number of processes.
+
+    Raises:
+        DataError: An entry has no label, or there is none at all.
+    """
+    _require_labels(source.entries)
+    return DataLoader(
+        _WholeImages(source, mean, std),
+        batch_size=None,
+        sampler=range(rank, len(source.entries), world_size),
+        num_workers=num_workers,
+        generator=torch.Generator(),
+    )

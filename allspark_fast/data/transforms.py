@@ -1,0 +1,206 @@
+"""Joint transforms of image and label with the distributions of the official code, every draw from one generator.
+
+Sources: the public code of AllSpark (`dataset/semi.py`) and of UniMatch, from which it takes its transforms.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageFilter
+from torch import Generator, Tensor
+from torchvision.transforms.v2 import functional as tvf
+
+from allspark_fast.data.info import IGNORE_INDEX
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class Sample(NamedTuple):
+    """One transformed crop.
+
+    Attributes:
+        image: (3, H, W) float32, normalised.
+        label: (H, W) int64, 255 ignored; all 255 where there is no label.
+        valid: (H, W) bool, False where the crop added padding.
+    """
+
+    image: Tensor
+    label: Tensor
+    valid: Tensor
+
+
+class Geometry(NamedTuple):
+    """A resize, a crop and a flip.
+
+    Attributes:
+        scaled: (width, height) in pixels that the image is resized to.
+        offset: (x, y) of the crop's upper left corner in the resized image.
+        flip: Whether the crop is mirrored, its padding included.
+    """
+
+    scaled: tuple[int, int]
+    offset: tuple[int, int]
+    flip: bool
+
+
+def _uniform(generator: Generator, low: float, high: float) -> float:
+    return low + (high - low) * torch.rand((), generator=generator, dtype=torch.float64).item()
+
+
+def _integer(generator: Generator, low: int, high: int) -> int:
+    """Uniform over low..high, both included."""
+    return int(torch.randint(low, high + 1, (), generator=generator))
+
+
+def _chance(generator: Generator, probability: float) -> bool:
+    return _uniform(generator, 0.0, 1.0) < probability
+
+
+def draw_geometry(
+    size: tuple[int, int], crop_size: tuple[int, int], scale_range: tuple[float, float], generator: Generator
+) -> Geometry:
+    """Draws resize, crop and flip.
+
+    The long side is an integer, uniform over int(scale_range * long side), both ends included; the short side
+    follows, rounded half up. The crop is uniform over all places inside the resized image, which is padded on
+    the right and at the bottom where it is smaller than the crop. The flip has probability 0.5.
+
+    Args:
+        size: (width, height) of the image.
+        crop_size: (height, width) of the crop.
+        scale_range: Least and greatest scale.
+        generator: Source of randomness.
+    """
+    long_side, short_side = max(size), min(size)
+    long_scaled = _integer(generator, int(long_side * scale_range[0]), int(long_side * scale_range[1]))
+    short_scaled = int(short_side * long_scaled / long_side + 0.5)
+    width, height = (short_scaled, long_scaled) if size[1] > size[0] else (long_scaled, short_scaled)
+    # An image a few pixels wide can scale to nothing.
+    scaled = max(width, 1), max(height, 1)
+    x = _integer(generator, 0, max(scaled[0] - crop_size[1], 0))
+    y = _integer(generator, 0, max(scaled[1] - crop_size[0], 0))
+    return Geometry(scaled, (x, y), _chance(generator, 0.5))
+
+
+def apply_geometry(
+    image: Image.Image,
+    geometry: Geometry,
+    crop_size: tuple[int, int],
+    resample: Image.Resampling,
+    fill: int,
+) -> Image.Image:
+    """Resizes, crops, pads and flips in one go: only the part that the crop keeps is ever resized.
+
+    Against resizing the whole image first this saves a factor scale^2 * area / crop area; the results agree
+    up to rounding (two grey levels; for labels the choice between two equally near pixels).
+
+    Args:
+        image: Image or label.
+        geometry: What to do, drawn for the size of `image`.
+        crop_size: (height, width) of the result.
+        resample: Filter of the resize.
+        fill: Value of the padding, in every channel.
+    """
+    (scaled_width, scaled_height), (x, y), flip = geometry
+    width, height = min(crop_size[1], scaled_width), min(crop_size[0], scaled_height)
+    step_x, step_y = image.width / scaled_width, image.height / scaled_height
+    right, bottom = min((x + width) * step_x, image.width), min((y + height) * step_y, image.height)
+    part = image.resize((width, height), resample, box=(x * step_x, y * step_y, right, bottom))
+    crop = Image.new(image.mode, (crop_size[1], crop_size[0]), (fill,) * len(image.getbands()))
+    crop.paste(part)
+    return crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else crop
+
+
+def _valid_mask(geometry: Geometry, crop_size: tuple[int, int]) -> Tensor:
+    valid = torch.zeros(crop_size, dtype=torch.bool)
+    valid[: geometry.scaled[1], : geometry.scaled[0]] = True
+    return valid.flip(1) if geometry.flip else valid
+
+
+def _color_jitter(image: Image.Image, generator: Generator) -> Image.Image:
+    """ColorJitter(0.5, 0.5, 0.5, 0.25): the four changes in random order."""
+    steps = (
+        (tvf.adjust_brightness, _uniform(generator, 0.5, 1.5)),
+        (tvf.adjust_contrast, _uniform(generator, 0.5, 1.5)),
+        (tvf.adjust_saturation, _uniform(generator, 0.5, 1.5)),
+        (tvf.adjust_hue, _uniform(generator, -0.25, 0.25)),
+    )
+    for position in torch.randperm(len(steps), generator=generator).tolist():
+        adjust, amount = steps[position]
+        image = adjust(image, amount)
+    return image
+
+
+def jitter_colors(image: Image.Image, generator: Generator) -> Image.Image:
+    """Colour jitter (p 0.8), grey (p 0.2) and Gaussian blur (p 0.5, radius 0.1 to 2 pixels), in this order."""
+    if _chance(generator, 0.8):
+        image = _color_jitter(image, generator)
+    if _chance(generator, 0.2):
+        image = tvf.rgb_to_grayscale(image, num_output_channels=3)
+    if _chance(generator, 0.5):
+        image = image.filter(ImageFilter.GaussianBlur(_uniform(generator, 0.1, 2.0)))
+    return image
+
+
+def normalize_image(image: Image.Image, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Turns an RGB image into a (3, H, W) float32 tensor: scaled to 0..1, minus `mean`, divided by `std`."""
+    tensor = tvf.to_dtype(tvf.pil_to_tensor(image), torch.float32, scale=True)
+    return tvf.normalize(tensor, list(mean), list(std), inplace=True)
+
+
+def label_tensor(label: Image.Image) -> Tensor:
+    """Turns a label of mode L into an (H, W) int64 tensor."""
+    return torch.from_numpy(np.array(label, dtype=np.int64))
+
+
+class CropTransform:
+    """Random resize, crop and flip of image and label; for labeled images also changes of colour.
+
+    Args:
+        crop_size: Side of the square crop, or (height, width), in pixels.
+        photometric: Jitter colours, as the official code does for labeled images only.
+        mean: Mean per channel that is subtracted, for images in 0..1.
+        std: Standard deviation per channel that is divided by.
+        scale_range: Least and greatest scale of the resize.
+    """
+
+    def __init__(
+        self,
+        crop_size: int | tuple[int, int],
+        *,
+        photometric: bool,
+        mean: Sequence[float] = IMAGENET_MEAN,
+        std: Sequence[float] = IMAGENET_STD,
+        scale_range: tuple[float, float] = (0.5, 2.0),
+    ):
+        self.crop_size = (crop_size, crop_size) if isinstance(crop_size, int) else crop_size
+        self.photometric = photometric
+        self.mean, self.std = tuple(mean), tuple(std)
+        self.scale_range = scale_range
+
+    def __call__(self, image: Image.Image, label: Image.Image | None, generator: Generator) -> Sample:
+        """Transforms one image.
+
+        Args:
+            image: RGB image.
+            label: Class indices (mode L) of the size of `image`, or None.
+            generator: Source of all randomness.
+        """
+        geometry = draw_geometry(image.size, self.crop_size, self.scale_range, generator)
+        crop = apply_geometry(image, geometry, self.crop_size, Image.Resampling.BILINEAR, 0)
+        if self.photometric:
+            crop = jitter_colors(crop, generator)
+        return Sample(
+            normalize_image(crop, self.mean, self.std),
+            self._label(label, geometry),
+            _valid_mask(geometry, self.crop_size),
+        )
+
+    def _label(self, label: Image.Image | None, geometry: Geometry) -> Tensor:
+        if label is None:
+            return torch.full(self.crop_size, IGNORE_INDEX)
+        crop = apply_geometry(label, geometry, self.crop_size, Image.Resampling.NEAREST, IGNORE_INDEX)
+        return label_tensor(crop)
