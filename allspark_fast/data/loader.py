@@ -37,21 +37,19 @@ class SemiBatch(NamedTuple):
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "SemiBatch":
         """Returns the batch on another device."""
-        return SemiBatch(
-            *(part if part is None else part.to(device, non_blocking=non_blocking) for part in self)
-        )
+        return SemiBatch._make(x if x is None else x.to(device, non_blocking=non_blocking) for x in self)
 
     def pin_memory(self) -> "SemiBatch":
         """Returns the batch in page-locked memory."""
-        return SemiBatch(*(part if part is None else part.pin_memory() for part in self))
+        return SemiBatch._make(x if x is None else x.pin_memory() for x in self)
 
 
 class _Key(NamedTuple):
-    """Names one crop of the whole training: `index` is a position in the list that an epoch shuffles."""
+    """Names one crop of the whole training: `place` is a position in the list that an epoch shuffles."""
 
     stream: int
     epoch: int
-    index: int
+    place: int
 
 
 class _Crops(Dataset[Sample]):
@@ -71,12 +69,12 @@ class _Crops(Dataset[Sample]):
 
     def __getitem__(self, key: _Key) -> Sample:
         source = self.sources[key.stream]
-        # Labeled images come round several times in an epoch, so key.index may exceed their number.
-        position = key.index % len(source.entries)
+        # Labeled images come round several times in an epoch, so places may exceed their number.
+        index = key.place % len(source.entries)
         # An unread label file need not exist.
         with_label = key.stream == _LABELED or self.hidden_labels
-        image, label = source[position] if with_label else (source.image(position), None)
-        generator = make_generator(self.seed, _AUGMENT, key.stream, key.epoch, key.index)
+        image, label = source[index] if with_label else (source.image(index), None)
+        generator = make_generator(self.seed, _AUGMENT, key.stream, key.epoch, key.place)
         return self.transforms[key.stream](image, label, generator)
 
     def collate(self, samples: list[Sample]) -> SemiBatch:
@@ -137,8 +135,8 @@ class SemiLoader:
         _require_labels(labeled.entries)
         if len(unlabeled.entries) < batch_size:
             raise DataError(
-                f"{len(unlabeled.entries)} unlabeled images do not fill a batch of {batch_size}; add images or lower"
-                f" the batch size"
+                f"{len(unlabeled.entries)} unlabeled images do not fill a batch of {batch_size}; add images"
+                f" or lower the batch size"
             )
         if batch_size % world_size:
             raise ValueError(f"batch_size {batch_size} cannot be shared equally by {world_size} processes")
@@ -188,9 +186,9 @@ class SemiLoader:
                 orders, shuffled_epoch = self._orders(epoch), epoch
             first = position * self._batch_size + self._rank * share
             yield [
-                _Key(stream, epoch, index)
+                _Key(stream, epoch, place)
                 for stream, order in enumerate(orders)
-                for index in order[first : first + share]
+                for place in order[first : first + share]
             ]
 
     def _orders(self, epoch: int) -> tuple[list[int], list[int]]:
@@ -208,7 +206,7 @@ def _require_labels(entries: Sequence[Entry]) -> None:
     missing = [entry.image for entry in entries if entry.label is None]
     if missing:
         raise DataError(
-            f"{missing[0]}: has no label but stands in a list that needs them, as do {len(missing) - 1} others"
+            f"{missing[0]}: has no label but is in a list that needs them, as are {len(missing) - 1} others"
         )
 
 

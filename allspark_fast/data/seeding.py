@@ -1,4 +1,4 @@
-"""Random streams that are functions of what they are for, so that any sample can be drawn again on its own."""
+"""Random streams that are functions of what they are for: any sample can be drawn again on its own."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""Joint transforms of image and label with the distributions of the official code, every draw from one generator.
+"""Joint transforms of image and label with the official distributions, every draw from one generator.
 
 Sources: the public code of AllSpark (`dataset/semi.py`) and of UniMatch, from which it takes its transforms.
 """
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageFilter
 from torch import Generator, Tensor
-from torchvision.transforms.v2 import functional as tvf
+from torchvision.transforms.v2 import functional as tvf  # type: ignore[import-untyped]
 
 from allspark_fast.data.info import IGNORE_INDEX
 
@@ -135,7 +135,7 @@ def _color_jitter(image: Image.Image, generator: Generator) -> Image.Image:
 
 
 def jitter_colors(image: Image.Image, generator: Generator) -> Image.Image:
-    """Colour jitter (p 0.8), grey (p 0.2) and Gaussian blur (p 0.5, radius 0.1 to 2 pixels), in this order."""
+    """Colour jitter (p 0.8), grey (p 0.2), then Gaussian blur (p 0.5, radius 0.1 to 2 pixels)."""
     if _chance(generator, 0.8):
         image = _color_jitter(image, generator)
     if _chance(generator, 0.2):
