@@ -166,17 +166,23 @@ class SegmentationDataset(Dataset[tuple[Image.Image, Image.Image | None]]):
         """
         return read_image(self._path(self.entries[index].image))
 
+    def label(self, index: int) -> Image.Image | None:
+        """Reads the label alone (mode L, 255 ignored), None where the entry has none.
+
+        Raises:
+            DataError: The file is missing, unreadable or outside the root.
+        """
+        path = self.entries[index].label
+        return None if path is None else read_label(self._path(path)).point(self._remap)
+
     def __getitem__(self, index: int) -> tuple[Image.Image, Image.Image | None]:
         """Reads one sample: an RGB image and its label (mode L, 255 ignored), None where the entry has none.
 
         Raises:
             DataError: A file is missing, unreadable or outside the root, or the two sizes differ.
         """
-        entry, image = self.entries[index], self.image(index)
-        if entry.label is None:
-            return image, None
-        label = read_label(self._path(entry.label)).point(self._remap)
-        if label.size != image.size:
+        entry, image, label = self.entries[index], self.image(index), self.label(index)
+        if label is not None and label.size != image.size:
             raise DataError(
                 f"{entry.image} is {image.width}x{image.height} pixels (EXIF orientation applied) but its"
                 f" label {entry.label} is {label.width}x{label.height}; they must be equal"

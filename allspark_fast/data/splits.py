@@ -1,0 +1,122 @@
+"""Splitting a list of entries into a labeled and an unlabeled part."""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from allspark_fast.data.datasets import Entry, SegmentationDataset
+from allspark_fast.data.errors import DataError
+from allspark_fast.data.info import IGNORE_INDEX
+from allspark_fast.data.seeding import mix_seed
+
+
+class Split(NamedTuple):
+    """A labeled and an unlabeled part.
+
+    Attributes:
+        labeled: Entries to train on with their labels, in the order of the list that was split.
+        unlabeled: All others, in the same order; they keep their label paths for measurements.
+        uncovered: Classes that occur in the list but in no labeled entry.
+    """
+
+    labeled: list[Entry]
+    unlabeled: list[Entry]
+    uncovered: list[int]
+
+
+def parse_amount(text: str, total: int) -> int:
+    """Reads how much to label: a fraction like `1/16`, a share like `0.125`, or a count like `100`.
+
+    Args:
+        text: What the user wrote.
+        total: Number of entries that could be labeled.
+
+    Returns:
+        A count in 1..total, fractions rounded to the nearest, at least 1.
+
+    Raises:
+        ValueError: `text` is none of the three, or asks for nothing or for more than there is.
+    """
+    try:
+        numerator, _, denominator = text.partition("/")
+        amount = float(numerator) / float(denominator or 1)
+    except (ValueError, ZeroDivisionError):
+        amount = 0.0
+    is_count = text.strip().isdecimal()
+    count = int(amount) if is_count else max(round(amount * total), 1)
+    if not 0 < amount <= (total if is_count else 1):
+        raise ValueError(
+            f"{text!r}: expected a fraction such as 1/16, a share such as 0.125 or a count up to {total}"
+        )
+    return count
+
+
+def classes_of(dataset: SegmentationDataset) -> Callable[[Entry], frozenset[int]]:
+    """Returns a function that reads the classes present in the label of an entry of `dataset`."""
+    index = {entry: position for position, entry in enumerate(dataset.entries)}
+
+    def present(entry: Entry) -> frozenset[int]:
+        label = dataset.label(index[entry])
+        counts = np.bincount(np.asarray(label).ravel(), minlength=256)[:IGNORE_INDEX]
+        return frozenset(np.flatnonzero(counts).tolist())
+
+    return present
+
+
+def _cover_first(classes: Mapping[int, Collection[int]], order: Sequence[int]) -> list[int]:
+    """Moves a greedy cover to the front of `order`: each time the first entry that adds the most classes."""
+    rest, cover = list(order), []
+    missing = set().union(*classes.values())
+    while missing:
+        best = max(rest, key=lambda position: len(missing.intersection(classes[position])))
+        rest.remove(best)
+        cover.append(best)
+        missing.difference_update(classes[best])
+    return cover + rest
+
+
+def make_split(
+    entries: Sequence[Entry], count: int, seed: int, labels_of: Callable[[Entry], Collection[int]]
+) -> Split:
+    """Chooses the labeled part: seeded, nested, with every class where `count` allows.
+
+    One order of the list is drawn from the seed, with a greedy cover of all classes in front; the labeled
+    part is its beginning. So with one seed a smaller labeled part is contained in a larger one.
+
+    Args:
+        entries: The list to split; entries without a label can only go to the unlabeled part.
+        count: Number of labeled entries.
+        seed: Seed of the choice.
+        labels_of: Gives the classes present in an entry's label; called for all, from several threads.
+
+    Raises:
+        DataError: Fewer than `count` entries have a label.
+        ValueError: `count` is not positive.
+    """
+    if count < 1:
+        raise ValueError(f"count must be at least 1, found {count}")
+    candidates = [position for position, entry in enumerate(entries) if entry.label is not None]
+    if len(candidates) < count:
+        raise DataError(f"{count} labeled entries were asked for, but only {len(candidates)} have a label")
+    with ThreadPoolExecutor() as pool:
+        classes = dict(zip(candidates, pool.map(lambda i: labels_of(entries[i]), candidates), strict=True))
+    shuffled = np.random.default_rng(mix_seed(seed)).permutation(candidates).tolist()
+    chosen = set(_cover_first(classes, shuffled)[:count])
+    covered = set().union(*(classes[position] for position in chosen))
+    return Split(
+        [entry for position, entry in enumerate(entries) if position in chosen],
+        [entry for position, entry in enumerate(entries) if position not in chosen],
+        sorted(set().union(*classes.values()) - covered),
+    )
+
+
+def write_split(folder: str | Path, split: Split) -> None:
+    """Writes `labeled.txt` and `unlabeled.txt` in the official format into a folder, made if need be."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, entries in (("labeled", split.labeled), ("unlabeled", split.unlabeled)):
+        lines = [entry.image if entry.label is None else f"{entry.image} {entry.label}" for entry in entries]
+        (folder / f"{name}.txt").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
