@@ -1,0 +1,69 @@
+"""Segmentation metrics from one confusion matrix, kept on the device."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Scores:
+    """IoU of a set of images.
+
+    Attributes:
+        iou: (K,) float64, in [0, 1]; 0 for a class that occurs neither in a label nor in a prediction.
+        present: (K,) bool, whether a class occurs in a label.
+        mean_iou: mean over all K classes, the official protocol's figure.
+        mean_iou_present: mean over the classes that occur in a label.
+    """
+
+    iou: Tensor
+    present: Tensor
+    mean_iou: float
+    mean_iou_present: float
+
+
+class ConfusionMatrix:
+    """Counts pixels by true and predicted class, without waiting for the device.
+
+    Args:
+        num_classes: number of classes K.
+        ignore_index: true class of pixels that do not count.
+        device: where predictions are.
+    """
+
+    def __init__(
+        self, num_classes: int, *, ignore_index: int = 255, device: torch.device | str = "cpu"
+    ) -> None:
+        self.num_classes = num_classes
+        self.ignore_index = ignore_index
+        # One bin more takes the ignored pixels.
+        self._counts = torch.zeros(num_classes**2 + 1, dtype=torch.int64, device=device)
+
+    def update(self, prediction: Tensor, target: Tensor) -> None:
+        """Count the pixels of integer ``prediction`` and ``target``, of equal shape, classes in [0, K)."""
+        bins = target.long() * self.num_classes + prediction.long()
+        bins = bins.where(target != self.ignore_index, self.num_classes**2).flatten()
+        self._counts.scatter_add_(0, bins, torch.ones_like(bins))
+
+    @property
+    def matrix(self) -> Tensor:
+        """(K, K) int64 pixels; rows are true classes, columns predicted ones."""
+        return self._counts[:-1].view(self.num_classes, self.num_classes)
+
+    @property
+    def intersection(self) -> Tensor:
+        """(K,) int64 pixels."""
+        return self.matrix.diagonal()
+
+    @property
+    def union(self) -> Tensor:
+        """(K,) int64 pixels."""
+        return self.matrix.sum(0) + self.matrix.sum(1) - self.intersection
+
+    def compute(self) -> Scores:
+        """Scores of all that was counted."""
+        iou = self.intersection / self.union.clamp(min=1).double()
+        present = self.matrix.sum(1) > 0
+        mean_present = iou[present].mean().item() if present.any() else 0.0
+        return Scores(iou, present, iou.mean().item(), mean_present)

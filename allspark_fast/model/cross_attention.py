@@ -1,0 +1,119 @@
+"""Channel-wise attention between labeled features, unlabeled features and the Semantic Memory."""
+
+from typing import Literal
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from allspark_fast.kernels.channel_attention import channel_attention
+
+from .semantic_memory import MemoryInit, SemanticMemory
+
+Attend = Literal["batch", "image"]
+
+
+class CrossAttention(SemanticMemory):
+    """Rebuilds labeled features from unlabeled channels (AllSpark, "Channel-wise Cross-attention").
+
+    It inherits from the memory, rather than holding one, so that the buffers keep the public code's names
+    ``attn.kv_queue`` and ``attn.queue_ptr``. None of the eight projections has a bias.
+
+    Args:
+        channels: channels C of the features, and slots of each class in the memory.
+        num_heads: heads H; D = H · C.
+        num_classes: number of classes K.
+        tokens: spatial tokens N of the training crops' deepest map.
+        dropout: of the attention maps and of the output projections, in training.
+        memory_init: see SemanticMemory.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        num_heads: int,
+        num_classes: int,
+        tokens: int,
+        *,
+        dropout: float = 0.1,
+        memory_init: MemoryInit = "randn",
+    ) -> None:
+        super().__init__(num_classes, channels, tokens, memory_init=memory_init)
+        self.num_heads = num_heads
+        self.dropout = dropout
+        hidden = num_heads * channels
+        self.q_u, self.k_u, self.v_u = (_linear(channels, hidden) for _ in range(3))
+        self.q_l2u, self.k_l2u, self.v_l2u = (_linear(channels, hidden) for _ in range(3))
+        self.out_u, self.out_l2u = (_linear(hidden, channels) for _ in range(2))
+
+    def forward(
+        self, labeled: Tensor, unlabeled: Tensor, class_map: Tensor | None = None, *, use_memory: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Rebuild labeled features and refine unlabeled ones.
+
+        Args:
+            labeled: (B, N, C).
+            unlabeled: (B, N, C).
+            class_map: (B, K, N), the classes' scores on the unlabeled images; with it, their channels enter the
+                memory first, in warm-up too.
+            use_memory: whether labeled features are rebuilt from the memory, or (in warm-up) from the unlabeled
+                features of this batch.
+
+        Returns:
+            labeled and unlabeled features, (B, N, C) each.
+        """
+        if class_map is not None:
+            self.enqueue(unlabeled, class_map)
+        if use_memory:
+            # (N, K, S): rows of the memory as stored.
+            source, group_mask = self.kv_queue.permute(2, 0, 1)[None].to(unlabeled.dtype), self.queue_filled
+        else:
+            source, group_mask = unlabeled.transpose(0, 1)[None], None
+        return self._cross_attention(labeled, source, group_mask), self._self_attention(unlabeled)
+
+    def infer(self, features: Tensor, *, attend: Attend) -> Tensor:
+        """Rebuild features from their own channels, as labeled features at test time.
+
+        Args:
+            features: (B, N, C), any N.
+            attend: ``batch`` uses the channels of all images of the batch (the public code: a prediction then depends
+                on its batch mates), ``image`` those of the same image.
+
+        Returns:
+            (B, N, C).
+        """
+        source = features.transpose(0, 1)[None] if attend == "batch" else features[:, :, None]
+        return self._cross_attention(features, source, None)
+
+    def _cross_attention(self, labeled: Tensor, source: Tensor, group_mask: Tensor | None) -> Tensor:
+        """Labeled branch: one map of D query channels and groups · D key channels, without heads.
+
+        Args:
+            labeled: (B, N, C).
+            source: (B or 1, N, groups, C), where keys and values are projected from.
+            group_mask: bool (groups,) or None.
+        """
+        query = self.q_l2u(labeled)[:, None]
+        key = self.k_l2u(source).flatten(2)[:, None]
+        value = self.v_l2u(source).flatten(2)[:, None]
+        rebuilt = channel_attention(query, key, value, group_mask=group_mask, dropout_p=self._dropout_p)
+        return F.dropout(self.out_l2u(rebuilt[:, 0]), self._dropout_p)
+
+    def _self_attention(self, unlabeled: Tensor) -> Tensor:
+        """Unlabeled branch: one map of C x C channels for each head and image."""
+        query, key, value = (
+            projection(unlabeled).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+            for projection in (self.q_u, self.k_u, self.v_u)
+        )
+        attended = channel_attention(query, key, value, dropout_p=self._dropout_p)
+        # The public code interleaves the heads here, (C, H), unlike in the labeled branch.
+        return F.dropout(self.out_u(attended.permute(0, 2, 3, 1).flatten(2)), self._dropout_p)
+
+    @property
+    def _dropout_p(self) -> float:
+        return self.dropout if self.training else 0.0
+
+
+def _linear(in_features: int, out_features: int) -> nn.Linear:
+    linear = nn.Linear(in_features, out_features, bias=False)
+    nn.init.xavier_uniform_(linear.weight)
+    return linear

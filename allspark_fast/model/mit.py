@@ -1,0 +1,222 @@
+"""Mix Transformer encoders MiT-B0 to B5 (SegFormer, Xie et al. 2021, sec. 3.1), tokens channels-last throughout."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .tokens import to_map, to_tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class MiTConfig:
+    """Sizes of the four stages of a Mix Transformer.
+
+    Attributes:
+        embed_dims: channels of each stage.
+        depths: blocks of each stage.
+        num_heads: attention heads of each stage.
+        sr_ratios: spatial reduction of keys and values in each stage.
+        mlp_ratio: hidden channels of the Mix-FFN over those of the stage.
+        drop_path: stochastic depth of the last block; it grows linearly from 0.
+    """
+
+    embed_dims: tuple[int, int, int, int] = (64, 128, 320, 512)
+    depths: tuple[int, int, int, int]
+    num_heads: tuple[int, int, int, int] = (1, 2, 5, 8)
+    sr_ratios: tuple[int, int, int, int] = (8, 4, 2, 1)
+    mlp_ratio: int = 4
+    drop_path: float = 0.1
+
+
+MIT_CONFIGS = {
+    "mit_b0": MiTConfig(embed_dims=(32, 64, 160, 256), depths=(2, 2, 2, 2)),
+    "mit_b1": MiTConfig(depths=(2, 2, 2, 2)),
+    "mit_b2": MiTConfig(depths=(3, 4, 6, 3)),
+    "mit_b3": MiTConfig(depths=(3, 4, 18, 3)),
+    "mit_b4": MiTConfig(depths=(3, 8, 27, 3)),
+    "mit_b5": MiTConfig(depths=(3, 6, 40, 3)),
+}
+
+
+class MixTransformer(nn.Module):
+    """A hierarchical transformer encoder with overlapping patches; state_dict names of the public code.
+
+    Args:
+        config: sizes of the stages.
+    """
+
+    def __init__(self, config: MiTConfig) -> None:
+        super().__init__()
+        self.channels = config.embed_dims
+        drop_path = torch.linspace(0, config.drop_path, sum(config.depths)).tolist()
+        in_channels = 3
+        for stage, (channels, depth) in enumerate(zip(config.embed_dims, config.depths, strict=True)):
+            patch, stride = (7, 4) if stage == 0 else (3, 2)
+            rates = [drop_path.pop(0) for _ in range(depth)]
+            heads, sr_ratio = config.num_heads[stage], config.sr_ratios[stage]
+            blocks = [Block(channels, heads, sr_ratio, config.mlp_ratio, rate) for rate in rates]
+            # Flat names instead of a list of stages: they are those of the released weights.
+            setattr(self, f"patch_embed{stage + 1}", OverlapPatchEmbed(in_channels, channels, patch, stride))
+            setattr(self, f"block{stage + 1}", nn.ModuleList(blocks))
+            setattr(self, f"norm{stage + 1}", nn.LayerNorm(channels, eps=1e-6))
+            in_channels = channels
+        self.apply(_init_weights)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Encode images.
+
+        Args:
+            images: (B, 3, H, W), any size of at least 1 pixel.
+
+        Returns:
+            four maps (B, channels[i], ⌈H / s⌉, ⌈W / s⌉) for the strides s = 4, 8, 16, 32, channels-last in memory.
+        """
+        features, feature_map = [], images
+        for stage in range(1, 5):
+            tokens, size = getattr(self, f"patch_embed{stage}")(feature_map)
+            for block in getattr(self, f"block{stage}"):
+                tokens = block(tokens, size)
+            feature_map = to_map(getattr(self, f"norm{stage}")(tokens), size)
+            features.append(feature_map)
+        return features
+
+    def deepest_size(self, image_size: Sequence[int]) -> tuple[int, int]:
+        """(h, w) of the deepest map for images of ``image_size`` = (H, W) pixels."""
+        return math.ceil(image_size[0] / 32), math.ceil(image_size[1] / 32)
+
+
+class OverlapPatchEmbed(nn.Module):
+    """A strided convolution with overlapping windows, then LayerNorm.
+
+    Args:
+        in_channels: channels of the input map.
+        channels: channels of the tokens.
+        patch: side of the window, in pixels of the input map.
+        stride: its step.
+    """
+
+    def __init__(self, in_channels: int, channels: int, patch: int, stride: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(in_channels, channels, patch, stride, padding=patch // 2)
+        self.norm = nn.LayerNorm(channels, eps=1e-5)
+
+    def forward(self, feature_map: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """(B, in_channels, H, W) -> tokens (B, h·w, channels) and (h, w)."""
+        feature_map = self.proj(feature_map)
+        return self.norm(to_tokens(feature_map)), (feature_map.shape[2], feature_map.shape[3])
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block: efficient self-attention, then Mix-FFN, both with stochastic depth.
+
+    Args:
+        channels: channels C of the tokens.
+        num_heads: attention heads.
+        sr_ratio: spatial reduction of keys and values.
+        mlp_ratio: hidden channels of the Mix-FFN over C.
+        drop_path: probability that a sample skips a branch.
+    """
+
+    def __init__(
+        self, channels: int, num_heads: int, sr_ratio: int, mlp_ratio: int, drop_path: float
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(channels, eps=1e-6)
+        self.attn = EfficientSelfAttention(channels, num_heads, sr_ratio)
+        self.drop_path = drop_path
+        self.norm2 = nn.LayerNorm(channels, eps=1e-6)
+        self.mlp = MixFFN(channels, mlp_ratio * channels)
+
+    def forward(self, tokens: Tensor, size: tuple[int, int]) -> Tensor:
+        """(B, h·w, C) and (h, w) -> (B, h·w, C)."""
+        tokens = tokens + self._drop_path(self.attn(self.norm1(tokens), size))
+        return tokens + self._drop_path(self.mlp(self.norm2(tokens), size))
+
+    def _drop_path(self, branch: Tensor) -> Tensor:
+        if not self.training or self.drop_path == 0:
+            return branch
+        keep = 1 - self.drop_path
+        return branch * branch.new_empty(branch.shape[0], 1, 1).bernoulli_(keep).div_(keep)
+
+
+class EfficientSelfAttention(nn.Module):
+    """Self-attention whose keys and values come from a spatially reduced map (SegFormer eq. 2).
+
+    Args:
+        channels: channels C of the tokens.
+        num_heads: attention heads.
+        sr_ratio: side of the windows that become one key; 1 for none.
+    """
+
+    def __init__(self, channels: int, num_heads: int, sr_ratio: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.sr_ratio = sr_ratio
+        self.q = nn.Linear(channels, channels)
+        self.kv = nn.Linear(channels, 2 * channels)
+        self.proj = nn.Linear(channels, channels)
+        if sr_ratio > 1:
+            self.sr = nn.Conv2d(channels, channels, sr_ratio, sr_ratio)
+            self.norm = nn.LayerNorm(channels, eps=1e-5)
+
+    def forward(self, tokens: Tensor, size: tuple[int, int]) -> Tensor:
+        """(B, h·w, C) and (h, w) -> (B, h·w, C)."""
+        query = self.q(tokens).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+        if self.sr_ratio > 1:
+            reduced = self.norm(to_tokens(self.sr(to_map(tokens, size))))
+        else:
+            reduced = tokens
+        key, value = self.kv(reduced).unflatten(2, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        attended = F.scaled_dot_product_attention(query, key, value)
+        return self.proj(attended.transpose(1, 2).flatten(2))
+
+
+class MixFFN(nn.Module):
+    """A feed-forward layer with a depthwise 3x3 convolution, which also tells position (SegFormer eq. 3).
+
+    Args:
+        channels: channels C of the tokens.
+        hidden: hidden channels.
+    """
+
+    def __init__(self, channels: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(channels, hidden)
+        self.dwconv = DepthwiseConv(hidden)
+        self.fc2 = nn.Linear(hidden, channels)
+
+    def forward(self, tokens: Tensor, size: tuple[int, int]) -> Tensor:
+        """(B, h·w, C) and (h, w) -> (B, h·w, C)."""
+        return self.fc2(F.gelu(self.dwconv(self.fc1(tokens), size)))
+
+
+class DepthwiseConv(nn.Module):
+    """A depthwise 3x3 convolution of tokens.
+
+    Args:
+        channels: channels C of the tokens.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.dwconv = nn.Conv2d(channels, channels, 3, padding=1, groups=channels)
+
+    def forward(self, tokens: Tensor, size: tuple[int, int]) -> Tensor:
+        """(B, h·w, C) and (h, w) -> (B, h·w, C)."""
+        return to_tokens(self.dwconv(to_map(tokens, size)))
+
+
+def _init_weights(module: nn.Module) -> None:
+    """Initialise as the public code does: truncated normal for linears, He (fan-out) for convolutions."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.Conv2d):
+        fan_out = math.prod(module.kernel_size) * module.out_channels // module.groups
+        nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

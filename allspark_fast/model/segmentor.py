@@ -1,0 +1,128 @@
+"""The whole model: encoder, AllSpark bottleneck, SegFormer head."""
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from .allspark import AllSpark
+from .cross_attention import Attend
+from .mit import MIT_CONFIGS, MixTransformer
+from .segformer_head import SegFormerHead
+from .semantic_memory import ClassMap, MemoryInit
+
+
+class Decoder(nn.Module):
+    """The bottleneck on the deepest map, then the head; names of the public code's decoder.
+
+    Args:
+        head: turns four maps into logits.
+        allspark: the bottleneck, or None for the plain SegFormer of the baselines.
+    """
+
+    def __init__(self, head: SegFormerHead, allspark: AllSpark | None = None) -> None:
+        super().__init__()
+        self.allspark = allspark
+        self.decoder = head
+
+    def forward(
+        self,
+        features: Sequence[Tensor],
+        class_logits: Tensor | None = None,
+        *,
+        crop_size: tuple[int, int] | None = None,
+        use_memory: bool = False,
+        attend: Attend = "image",
+    ) -> Tensor:
+        """Four maps, finest first, to logits (B, K, h, w) at the resolution of the finest; arguments as AllSpark's."""
+        *finer, deepest = features
+        if self.allspark is not None:
+            deepest = self.allspark(
+                deepest, class_logits, crop_size=crop_size, use_memory=use_memory, attend=attend
+            )
+        return self.decoder([*finer, deepest])
+
+
+class Segmentor(nn.Module):
+    """An encoder and a decoder.
+
+    Args:
+        backbone: maps images (B, 3, H, W) to four feature maps, finest first.
+        decoder: maps those to logits.
+    """
+
+    def __init__(self, backbone: nn.Module, decoder: Decoder) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.decoder = decoder
+
+    def forward(
+        self,
+        images: Tensor,
+        class_logits: Tensor | None = None,
+        *,
+        use_memory: bool = False,
+        attend: Attend = "image",
+    ) -> Tensor:
+        """Segment images.
+
+        The logits stay at the resolution of the finest map: ``upsample_cross_entropy`` and ``upsample_argmax`` take
+        them to the size of the image.
+
+        Args:
+            images: (B, 3, H, W); in training with AllSpark (2B, 3, H, W), labeled images first.
+            class_logits: (B, K, h', w'), training with AllSpark only: what this model, in eval mode and without
+                gradient, returned for the unlabeled images.
+            use_memory: training with AllSpark only: whether warm-up is over.
+            attend: eval mode with AllSpark only; see CrossAttention.infer.
+
+        Returns:
+            logits (B or 2B, K, ⌈H / 4⌉, ⌈W / 4⌉) for a MiT encoder.
+        """
+        crop_size = (images.shape[2], images.shape[3])
+        return self.decoder(
+            self.backbone(images), class_logits, crop_size=crop_size, use_memory=use_memory, attend=attend
+        )
+
+
+def build_segmentor(
+    backbone: str,
+    num_classes: int,
+    crop_size: tuple[int, int],
+    *,
+    allspark: bool = True,
+    embedding_dim: int = 768,
+    num_heads: int = 2,
+    memory_init: MemoryInit = "randn",
+    class_map: ClassMap = "logits",
+) -> Segmentor:
+    """Build a model for training, with random weights.
+
+    Args:
+        backbone: ``mit_b0`` to ``mit_b5``.
+        num_classes: number of classes K.
+        crop_size: (H, W) of the training crops in pixels, which decides the size of the memory.
+        allspark: whether to build the bottleneck; without it this is SegFormer.
+        embedding_dim: channels of the head.
+        num_heads: heads of the bottleneck.
+        memory_init: see SemanticMemory.
+        class_map: see token_class_map.
+
+    Raises:
+        ValueError: the backbone is unknown.
+    """
+    if backbone not in MIT_CONFIGS:
+        raise ValueError(f"backbone must be one of {', '.join(MIT_CONFIGS)}, got {backbone!r}")
+    encoder = MixTransformer(MIT_CONFIGS[backbone])
+    height, width = encoder.deepest_size(crop_size)
+    bottleneck = None
+    if allspark:
+        bottleneck = AllSpark(
+            encoder.channels[-1],
+            num_classes,
+            height * width,
+            num_heads=num_heads,
+            memory_init=memory_init,
+            class_map=class_map,
+        )
+    head = SegFormerHead(encoder.channels, num_classes, embedding_dim)
+    return Segmentor(encoder, Decoder(head, bottleneck))

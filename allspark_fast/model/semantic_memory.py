@@ -1,0 +1,116 @@
+"""The Semantic Memory: class-wise ring buffers of unlabeled channels, and the class maps that sort channels into them."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from allspark_fast.kernels.semantic_memory import channel_semantic_grouping, semantic_memory_enqueue
+
+MemoryInit = Literal["randn", "empty"]
+ClassMap = Literal["logits", "softmax"]
+
+
+class SemanticMemory(nn.Module):
+    """Ring buffers of unlabeled channels, one for each class (AllSpark, "Semantic Memory").
+
+    Buffers, with the names of the public code:
+        kv_queue: (K, S, N) float32, the channels; stored as [N, K, S], so that projecting it gives keys without a copy.
+        queue_ptr: (K,) int64, the slot that each class writes next.
+        queue_filled: (K,) bool, whether a class ever received a channel; only with ``memory_init="empty"``.
+
+    Args:
+        num_classes: number of classes K.
+        slots: channels kept for each class, S.
+        tokens: spatial tokens N of a channel.
+        memory_init: ``randn`` fills the memory with noise, which is attended until overwritten (the public code);
+            ``empty`` starts at zero and leaves classes without a channel out of attention.
+    """
+
+    kv_queue: Tensor
+    queue_ptr: Tensor
+    queue_filled: Tensor | None
+
+    def __init__(
+        self, num_classes: int, slots: int, tokens: int, *, memory_init: MemoryInit = "randn"
+    ) -> None:
+        super().__init__()
+        if memory_init not in ("randn", "empty"):
+            raise ValueError(f"memory_init must be randn or empty, got {memory_init!r}")
+        noise = torch.randn if memory_init == "randn" else torch.zeros
+        self.register_buffer("queue_ptr", torch.zeros(num_classes, dtype=torch.int64))
+        self.register_buffer("kv_queue", noise(tokens, num_classes, slots).permute(1, 2, 0))
+        filled = torch.zeros(num_classes, dtype=torch.bool) if memory_init == "empty" else None
+        self.register_buffer("queue_filled", filled)
+        self.register_load_state_dict_pre_hook(_assume_filled)
+
+    @torch.no_grad()
+    def enqueue(self, features: Tensor, class_map: Tensor) -> None:
+        """Sort the channels of unlabeled features into classes and put them into the ring buffers.
+
+        Args:
+            features: (B, N, C).
+            class_map: (B, K, N), scores of the classes at the same tokens.
+
+        Raises:
+            ValueError: N is not the memory's, or K not its number of classes.
+        """
+        classes, _, tokens = self.kv_queue.shape
+        if features.shape[1] != tokens:
+            raise ValueError(
+                f"the Semantic Memory holds channels of {tokens} tokens, but the features have {features.shape[1]}: "
+                "train with the crop size that the model was built for"
+            )
+        if class_map.shape[1] != classes:
+            raise ValueError(f"class_map has {class_map.shape[1]} classes, the Semantic Memory {classes}")
+        channel_class = channel_semantic_grouping(features, class_map)
+        semantic_memory_enqueue(self.kv_queue, self.queue_ptr, features, channel_class)
+        if self.queue_filled is not None:
+            present = channel_class.flatten()[:, None] == torch.arange(classes, device=channel_class.device)
+            self.queue_filled |= present.any(0)
+
+
+def _assume_filled(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: object) -> None:
+    """Checkpoints of the public code do not say which classes are filled: take all."""
+    if module.queue_filled is not None and f"{prefix}kv_queue" in state_dict:
+        filled = torch.ones(len(state_dict[f"{prefix}kv_queue"]), dtype=torch.bool)
+        state_dict.setdefault(f"{prefix}queue_filled", filled)
+
+
+def token_class_map(
+    logits: Tensor,
+    size: tuple[int, int],
+    *,
+    crop_size: tuple[int, int] | None = None,
+    kind: ClassMap = "logits",
+) -> Tensor:
+    """Scores of the classes at the tokens of the deepest map, from the logits of the pseudo-label pass.
+
+    The public code resizes logits to the crop and then to the tokens, both bilinearly with align_corners=False. Each
+    resize is a matrix on each axis, so the logits meet only the product of the two.
+
+    Args:
+        logits: (B, K, h', w') at any resolution.
+        size: (h, w) of the deepest map.
+        crop_size: (H, W) of the crop, passed through on the way; None to resize directly.
+        kind: ``logits`` as in the public code, or ``softmax`` over K, taken after the resize.
+
+    Returns:
+        (B, K, h·w) in at least float32, without gradient.
+    """
+    crop_height, crop_width = crop_size or size
+    with torch.autocast(logits.device.type, enabled=False):
+        logits = logits.detach().to(torch.promote_types(logits.dtype, torch.float32))
+        rows = _resize_matrix(logits, logits.shape[2], crop_height, size[0])
+        columns = _resize_matrix(logits, logits.shape[3], crop_width, size[1])
+        scores = (rows @ logits @ columns.mT).flatten(2)
+        return scores.softmax(1) if kind == "softmax" else scores
+
+
+def _resize_matrix(like: Tensor, source: int, via: int, target: int) -> Tensor:
+    """The matrix (target, source) of two linear resizes of one axis, source -> via -> target."""
+    basis = torch.eye(source, dtype=like.dtype, device=like.device)[None]
+    for length in (via, target):
+        basis = F.interpolate(basis, length, mode="linear", align_corners=False)
+    return basis[0].mT

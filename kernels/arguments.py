@@ -1,0 +1,67 @@
+"""Checks of operator arguments: every message names the argument, what came and what was expected."""
+
+from collections.abc import Collection
+
+import torch
+from torch import Tensor
+
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_tensor(
+    name: str, value: object, layout: str, dtypes: Collection[torch.dtype], like: Tensor | None = None
+) -> None:
+    """Check that ``value`` is a tensor of the given layout and dtype.
+
+    Args:
+        name: the argument's name, for the message.
+        value: what the caller passed.
+        layout: the expected axes, such as ``"(B, N, C)"``; their number is checked.
+        dtypes: the dtypes accepted.
+        like: a tensor whose device ``value`` must share.
+
+    Raises:
+        TypeError: ``value`` is no tensor or has another dtype.
+        ValueError: the number of axes or the device is wrong.
+    """
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor of shape {layout}, got {type(value).__name__}")
+    if value.dtype not in dtypes:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise TypeError(f"{name} must have dtype {names}, got {str(value.dtype).removeprefix('torch.')}")
+    axes = 0 if layout == "()" else layout.count(",") + (not layout.endswith(",)"))
+    if value.ndim != axes:
+        raise ValueError(f"{name} must have shape {layout}, got {tuple(value.shape)}")
+    if like is not None and value.device != like.device:
+        raise ValueError(f"{name} is on {value.device}, expected {like.device} like the other arguments")
+
+
+def check_shape(name: str, value: Tensor, layout: str, expected: tuple[int, ...]) -> None:
+    """Check the sizes of ``value``.
+
+    Raises:
+        ValueError: the sizes differ; the message gives ``layout`` with the expected numbers.
+    """
+    if tuple(value.shape) != expected:
+        raise ValueError(f"{name} must have shape {layout} = {expected}, got {tuple(value.shape)}")
+
+
+def check_not_empty(name: str, value: Tensor, axes: dict[str, int]) -> None:
+    """Check that the named axes of ``value`` hold at least one element.
+
+    Raises:
+        ValueError: one of them is empty.
+    """
+    for axis, dim in axes.items():
+        if value.shape[dim] == 0:
+            raise ValueError(f"{name} has {axis} = 0 in shape {tuple(value.shape)}, expected at least 1")
+
+
+def check_choice(name: str, value: object, choices: Collection[str]) -> None:
+    """Check that ``value`` is one of ``choices``.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")

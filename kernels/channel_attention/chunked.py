@@ -1,0 +1,186 @@
+"""Softmax attention in chunks of key channels, in plain torch: no (Cq, L) map exists, forward or backward.
+
+This is the CPU path and the fallback on any device. It runs at the rate of its matrix products: two in forward,
+five in backward, where the chunk of the map is computed again (FlashAttention-2, Dao 2023, alg. 1 and 2).
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from .dropout import hash_keys, keep_mask
+from .similarity_norm import accumulation_dtype
+
+# At 2048 query rows (a training step on Pascal) one float32 chunk of the map is 8 MB: with wider chunks the passes over
+# it leave the last-level cache, with narrower ones rescaling the output costs more than it saves.
+CHUNK = 1024
+
+
+def _rows_first(x: Tensor, shared_key: bool) -> Tensor:
+    """(B, H, N, Cq) -> (maps, rows, N); samples that share a key are rows of one map: its keys are read once."""
+    batch, heads, tokens, channels = x.shape
+    if shared_key:
+        return x.permute(1, 0, 3, 2).reshape(heads, batch * channels, tokens)
+    return x.permute(0, 1, 3, 2).reshape(batch * heads, channels, tokens)
+
+
+def _channels_last(x: Tensor, query_shape: torch.Size, shared_key: bool) -> Tensor:
+    """(maps, rows, N or 1) -> (B, H, N or 1, Cq), the inverse of _rows_first."""
+    batch, heads, _, channels = query_shape
+    if shared_key:
+        return x.view(heads, batch, channels, x.shape[-1]).permute(1, 0, 3, 2).contiguous()
+    return x.view(batch, heads, channels, x.shape[-1]).permute(0, 1, 3, 2).contiguous()
+
+
+class _Chunks:
+    """The chunks of key and value, and what the columns of each bring to softmax and dropout."""
+
+    def __init__(
+        self,
+        key: Tensor,
+        value: Tensor,
+        query_shape: torch.Size,
+        column_mask: Tensor | None,
+        dropout_p: float,
+        seed: Tensor | None,
+    ) -> None:
+        batch, heads, _, channels = query_shape
+        columns = key.shape[-1]
+        self.key = key.flatten(0, 1)
+        self.value = value.flatten(0, 1)
+        self.dtype = accumulation_dtype(key.dtype)
+        self.column_mask = column_mask
+        self.dropout_p = dropout_p
+        if dropout_p > 0:
+            assert seed is not None
+            row_key, self.column_key = hash_keys(seed, batch, heads, channels, columns)
+            self.row_key = _rows_first(row_key[:, :, None], key.shape[0] == 1)[..., 0]
+
+    def __iter__(self) -> Iterator[slice]:
+        columns = self.key.shape[-1]
+        return (slice(start, min(start + CHUNK, columns)) for start in range(0, columns, CHUNK))
+
+    def keys(self, chunk: slice) -> Tensor:
+        return self.key[..., chunk].to(self.dtype)
+
+    def values(self, chunk: slice) -> Tensor:
+        return self.value[..., chunk].to(self.dtype)
+
+    def logits(self, rows: Tensor, chunk: slice) -> Tensor:
+        """rows (maps, rows, N) times the chunk's keys, masked columns at -inf."""
+        logits = rows @ self.keys(chunk)
+        if self.column_mask is not None:
+            logits.masked_fill_(~self.column_mask[chunk], -torch.inf)
+        return logits
+
+    def dropout(self, chunk: slice) -> Tensor | None:
+        """The mask (maps, rows, chunk), or None without dropout."""
+        if self.dropout_p == 0:
+            return None
+        return keep_mask(self.row_key, self.column_key[chunk], self.dropout_p)
+
+
+def forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    column_mask: Tensor | None,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """softmax(queryᵀ key) valueᵀ by an online softmax over chunks.
+
+    Args:
+        query: (B, H, N, Cq).
+        key: (B or 1, H, N, L).
+        value: (B or 1, H, N, L).
+        column_mask: bool (L,) or None.
+        dropout_p: dropout of the attention map.
+        seed: int64 (), needed if ``dropout_p`` > 0.
+
+    Returns:
+        the output (B, H, N, Cq) in the query's dtype, and the log-sum-exp of every row, (B, H, 1, Cq) in the
+        accumulation dtype. Rows whose columns are all masked give zeros and -inf.
+    """
+    shared_key = key.shape[0] == 1
+    chunks = _Chunks(key, value, query.shape, column_mask, dropout_p, seed)
+    rows = _rows_first(query, shared_key).to(chunks.dtype)
+    output = torch.zeros_like(rows)
+    total = rows.new_zeros((*rows.shape[:2], 1))
+    # Finite, so that rows with no column yet (all masked) give exp(-inf - max) = 0 rather than NaN.
+    maximum = torch.full_like(total, torch.finfo(chunks.dtype).min)
+    for chunk in chunks:
+        probability = chunks.logits(rows, chunk)
+        new_maximum = torch.maximum(maximum, probability.amax(-1, keepdim=True))
+        rescale = torch.exp(maximum - new_maximum)
+        probability.sub_(new_maximum).exp_()
+        total = total * rescale + probability.sum(-1, keepdim=True)
+        keep = chunks.dropout(chunk)
+        if keep is not None:
+            probability *= keep
+        output = torch.baddbmm(output.mul_(rescale), probability, chunks.values(chunk).mT)
+        maximum = new_maximum
+    lse = maximum + total.log()
+    output /= (total * (1 - dropout_p)).masked_fill_(total == 0, 1)
+    return (
+        _channels_last(output.to(query.dtype), query.shape, shared_key),
+        _channels_last(lse, query.shape, shared_key),
+    )
+
+
+def backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    lse: Tensor,
+    column_mask: Tensor | None,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of ``forward`` with respect to query, key and value.
+
+    Args:
+        grad: gradient of the output, (B, H, N, Cq).
+        query: as in ``forward``.
+        key: as in ``forward``.
+        value: as in ``forward``.
+        output: what ``forward`` returned.
+        lse: what ``forward`` returned.
+        column_mask: as in ``forward``.
+        dropout_p: as in ``forward``.
+        seed: as in ``forward``.
+
+    Returns:
+        gradients in the shapes and dtypes of query, key and value.
+    """
+    shared_key = key.shape[0] == 1
+    chunks = _Chunks(key, value, query.shape, column_mask, dropout_p, seed)
+    rows = _rows_first(query, shared_key).to(chunks.dtype)
+    grad_output = _rows_first(grad, shared_key).to(chunks.dtype)
+    # Row sums of P * dP, with or without dropout (FlashAttention-2, sec. 3.1).
+    delta = (grad_output * _rows_first(output, shared_key)).sum(-1, keepdim=True)
+    grad_output = grad_output / (1 - dropout_p)
+    row_lse = _rows_first(lse, shared_key)
+    row_lse = row_lse.masked_fill(row_lse.isneginf(), 0)
+    grad_query = torch.zeros_like(rows)
+    grad_key, grad_value = torch.empty_like(chunks.key), torch.empty_like(chunks.value)
+    for chunk in chunks:
+        probability = chunks.logits(rows, chunk).sub_(row_lse).exp_()
+        grad_probability = grad_output @ chunks.values(chunk)
+        keep = chunks.dropout(chunk)
+        if keep is None:
+            grad_value[..., chunk] = grad_output.mT @ probability
+        else:
+            grad_probability *= keep
+            grad_value[..., chunk] = grad_output.mT @ (probability * keep)
+        grad_logits = grad_probability.sub_(delta).mul_(probability)
+        grad_key[..., chunk] = rows.mT @ grad_logits
+        grad_query.baddbmm_(grad_logits, chunks.keys(chunk).mT)
+    return (
+        _channels_last(grad_query.to(query.dtype), query.shape, shared_key),
+        grad_key.view(key.shape),
+        grad_value.view(value.shape),
+    )

@@ -1,0 +1,70 @@
+"""The dropout mask of attention: a hash of position, so that no mask is ever stored.
+
+An entry (row, column) of the map of sample b and head h is kept or dropped by the finaliser *lowbias32* (C. Wellons,
+"Prospecting for Hash Functions", 2018) of ``row_key ^ column_key``; the keys are hashes of the seed with (b, h, row)
+and with the column. Forward and backward, on any backend and in any tiling, so see the same mask.
+"""
+
+import torch
+from torch import Tensor
+
+_MULTIPLIER_1 = 0x7FEB352D
+_MULTIPLIER_2 = 0x846CA68B
+_UINT32 = 0xFFFFFFFF
+
+
+def _lowbias32(x: Tensor) -> Tensor:
+    """lowbias32 of unsigned 32-bit numbers held in int64."""
+    x = ((x ^ (x >> 16)) * _MULTIPLIER_1) & _UINT32
+    x = ((x ^ (x >> 15)) * _MULTIPLIER_2) & _UINT32
+    return x ^ (x >> 16)
+
+
+def _as_int32(x: Tensor) -> Tensor:
+    return torch.where(x > 0x7FFFFFFF, x - (1 << 32), x).to(torch.int32)
+
+
+def _signed(x: int) -> int:
+    return x - (1 << 32) if x > 0x7FFFFFFF else x
+
+
+def hash_keys(seed: Tensor, batch: int, heads: int, rows: int, columns: int) -> tuple[Tensor, Tensor]:
+    """Keys of the rows and columns of every similarity map.
+
+    Args:
+        seed: int64 tensor of shape ().
+        batch: number of samples B.
+        heads: number of heads H.
+        rows: query channels of one map.
+        columns: key channels L.
+
+    Returns:
+        row keys (B, H, rows) and column keys (columns,), int32.
+    """
+    stream = _lowbias32((seed & _UINT32) ^ _lowbias32((seed >> 32) & _UINT32))
+    row = torch.arange(batch * heads * rows, device=seed.device)
+    column = torch.arange(columns, device=seed.device)
+    row_key = _lowbias32(stream ^ _lowbias32(row))
+    column_key = _lowbias32(_lowbias32(stream) ^ _lowbias32(column))
+    return _as_int32(row_key).view(batch, heads, rows), _as_int32(column_key)
+
+
+def keep_mask(row_key: Tensor, column_key: Tensor, dropout_p: float) -> Tensor:
+    """Which entries survive dropout.
+
+    Args:
+        row_key: int32 (..., rows).
+        column_key: int32 (columns,).
+        dropout_p: probability of dropping an entry, in [0, 1).
+
+    Returns:
+        bool (..., rows, columns), True where the entry is kept.
+    """
+    # int32 has no logical shift: the mask clears the sign bits that the arithmetic one brings in. The finaliser's
+    # last xor-shift is left out, as it leaves the high bits alone and those alone decide the comparison.
+    x = row_key[..., None] ^ column_key
+    x ^= (x >> 16) & 0xFFFF
+    x *= _MULTIPLIER_1
+    x ^= (x >> 15) & 0x1FFFF
+    x *= _signed(_MULTIPLIER_2)
+    return x >= round(dropout_p * 2**32) - 2**31

@@ -1,0 +1,208 @@
+"""Public function, registration and dispatch of channel attention."""
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import pad, scaled_dot_product_attention
+
+from ..arguments import FLOATING, check_choice, check_not_empty, check_shape, check_tensor
+from . import chunked, reference
+from .similarity_norm import accumulation_dtype, similarity_rstd
+
+Backend = Literal["auto", "chunked", "reference", "sdpa", "xformers"]
+_BACKENDS = ("auto", "chunked", "reference", "sdpa", "xformers")
+_LIBRARY_BACKENDS = ("sdpa", "xformers")
+# Their kernels read 16 bytes at a time: head dims must be multiples of 8 half-precision numbers.
+_LIBRARY_ALIGNMENT = 8
+# Added to masked logits; a float16 can hold it, and exp(-30000) is 0 beside any instance-normalised logit.
+_MASKED_LOGIT = -30000.0
+
+
+def channel_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    group_mask: Tensor | None = None,
+    eps: float = 1e-5,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Channel-wise attention with an instance-normalised similarity map: softmax(InstanceNorm(queryᵀ key)) valueᵀ.
+
+    Every channel is a token of the attention and every spatial token one of its features (channel-wise
+    cross-attention, UCTransNet; cf. XCiT's cross-covariance attention; AllSpark,
+    "Channel-wise Cross-attention"). Each map (b, h) is
+    normalised as a whole, without affine parameters or 1/sqrt(d). Only ``reference`` forms the map.
+
+    Args:
+        query: (B, H, N, Cq), tokens first. float16, bfloat16, float32 or float64, any strides.
+        key: (B or 1, H, N, L); batch size 1 is shared by all samples. Dtype of ``query``.
+        value: the shape and dtype of ``key``.
+        group_mask: bool (G,) on the query's device; L = G · Ck, group-major. Groups that are False leave the softmax
+            and the norm's statistics; if all are, the output is zero.
+        eps: added to the variance of the map.
+        dropout_p: probability of dropping an entry of the attention map, in [0, 1).
+        seed: int64 tensor of shape () on the query's device, from which the dropout mask is hashed, equal for all
+            backends; None draws one from torch's generator there.
+        backend: ``chunked`` (plain torch in chunks of L, bounded memory), ``reference`` (plain torch, materialised),
+            ``sdpa`` or ``xformers`` (their memory-efficient kernels, without dropout), or ``auto``: ``chunked``.
+
+    Returns:
+        (B, H, N, Cq) in the query's dtype, accumulated in float32 (float64 for float64). Inputs that are not finite
+        give results that are not finite.
+
+    Raises:
+        TypeError: an argument is no tensor, or its dtype is wrong.
+        ValueError: a shape, device, ``dropout_p`` or ``backend`` is wrong, or the backend cannot do what is asked.
+    """
+    _check_arguments(query, key, value, group_mask, dropout_p, seed, backend)
+    if dropout_p > 0 and seed is None:
+        seed = torch.randint(2**63 - 1, (), dtype=torch.int64, device=query.device)
+    column_mask = None if group_mask is None else _expand_groups(group_mask, key.shape[-1])
+    with torch.autocast(query.device.type, enabled=False):
+        if backend == "reference":
+            return reference.channel_attention(query, key, value, column_mask, eps, dropout_p, seed)
+        rstd, key = similarity_rstd(query, key, column_mask, eps)
+        query = (query * rstd).to(query.dtype)
+        if backend in _LIBRARY_BACKENDS:
+            return _library_attention(query, key, value, column_mask, backend)
+        return _softmax_attention(query, key, value, column_mask, dropout_p, seed)[0]
+
+
+def _expand_groups(group_mask: Tensor, columns: int) -> Tensor:
+    return group_mask[:, None].expand(-1, columns // group_mask.shape[0]).reshape(columns)
+
+
+@torch.library.custom_op("allspark_fast::softmax_attention", mutates_args=())
+def _softmax_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    column_mask: Tensor | None,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """softmax(queryᵀ key) valueᵀ and the log-sum-exp of its rows (B, H, 1, Cq); the norm is in the query."""
+    return chunked.forward(query, key, value, column_mask, dropout_p, seed)
+
+
+@_softmax_attention.register_fake
+def _(query, key, value, column_mask, dropout_p, seed):  # type: ignore[no-untyped-def]
+    batch, heads, _, channels = query.shape
+    lse = query.new_empty((batch, heads, 1, channels), dtype=accumulation_dtype(query.dtype))
+    return query.new_empty(query.shape), lse
+
+
+@torch.library.custom_op("allspark_fast::softmax_attention_backward", mutates_args=())
+def _softmax_attention_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    lse: Tensor,
+    column_mask: Tensor | None,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    with torch.autocast(query.device.type, enabled=False):
+        return chunked.backward(grad, query, key, value, output, lse, column_mask, dropout_p, seed)
+
+
+@_softmax_attention_backward.register_fake
+def _(grad, query, key, value, output, lse, column_mask, dropout_p, seed):  # type: ignore[no-untyped-def]
+    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+
+
+def _save_for_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    query, key, value, column_mask, dropout_p, seed = inputs
+    ctx.save_for_backward(query, key, value, *output, column_mask, seed)
+    ctx.dropout_p = dropout_p
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx, grad: Tensor, _):  # type: ignore[no-untyped-def]
+    query, key, value, output, lse, column_mask, seed = ctx.saved_tensors
+    grads = _softmax_attention_backward(
+        grad, query, key, value, output, lse, column_mask, ctx.dropout_p, seed
+    )
+    return *grads, None, None, None
+
+
+_softmax_attention.register_autograd(_backward, setup_context=_save_for_backward)
+
+
+def _library_attention(
+    query: Tensor, key: Tensor, value: Tensor, column_mask: Tensor | None, backend: str
+) -> Tensor:
+    """Softmax attention by somebody else's kernel, which sees channels as sequence and tokens as head dim."""
+    batch, heads, tokens, _ = query.shape
+    if column_mask is not None:
+        # One more feature adds -30000 to the logits of masked columns, where a bias would be a (Cq, L) map.
+        bias = torch.where(column_mask, 0.0, _MASKED_LOGIT).to(key.dtype)
+        query = torch.cat([query, torch.ones_like(query[:, :, :1])], 2)
+        key = torch.cat([key, bias.expand(*key.shape[:2], 1, -1)], 2)
+        value = value.masked_fill(~column_mask, 0)
+    padded = math.ceil(query.shape[2] / _LIBRARY_ALIGNMENT) * _LIBRARY_ALIGNMENT
+    sequences = [pad(x.mT, (0, padded - x.shape[2])) for x in (query, key, value)]
+    sequences = [x.expand(batch, -1, -1, -1) for x in sequences]
+    attend = _sdpa if backend == "sdpa" else _xformers
+    output = attend(*sequences)[..., :tokens].mT
+    return output if column_mask is None else output * column_mask.any()
+
+
+def _sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    kernel = SDPBackend.EFFICIENT_ATTENTION if query.is_cuda else SDPBackend.FLASH_ATTENTION
+    with sdpa_kernel(kernel):
+        return scaled_dot_product_attention(query, key, value, scale=1.0)
+
+
+def _xformers(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    from xformers.ops import memory_efficient_attention  # noqa: PLC0415 an optional package
+
+    # xformers puts the sequence before the heads.
+    output = memory_efficient_attention(*(x.transpose(1, 2) for x in (query, key, value)), scale=1.0)
+    return output.transpose(1, 2)
+
+
+def _check_arguments(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    group_mask: Tensor | None,
+    dropout_p: float,
+    seed: Tensor | None,
+    backend: str,
+) -> None:
+    check_tensor("query", query, "(B, H, N, Cq)", FLOATING)
+    check_not_empty("query", query, {"H": 1, "N": 2, "Cq": 3})
+    batch, heads, tokens, _ = query.shape
+    check_tensor("key", key, "(B or 1, H, N, L)", (query.dtype,), like=query)
+    key_batch = key.shape[0] if key.shape[0] in (batch, 1) else batch
+    check_shape("key", key, "(B or 1, H, N, L)", (key_batch, heads, tokens, key.shape[-1]))
+    check_not_empty("key", key, {"L": 3})
+    check_tensor("value", value, "(B or 1, H, N, L)", (query.dtype,), like=query)
+    check_shape("value", value, "the shape of key", tuple(key.shape))
+    if group_mask is not None:
+        check_tensor("group_mask", group_mask, "(G,)", (torch.bool,), like=query)
+        groups = group_mask.shape[0]
+        if groups == 0 or key.shape[-1] % groups:
+            raise ValueError(
+                f"group_mask has {groups} groups, which do not divide the key's L = {key.shape[-1]}"
+            )
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
+    if seed is not None:
+        check_tensor("seed", seed, "()", (torch.int64,), like=query)
+    check_choice("backend", backend, _BACKENDS)
+    if backend in _LIBRARY_BACKENDS and dropout_p > 0:
+        raise ValueError(
+            f"backend {backend!r} cannot apply the hashed dropout mask: dropout_p must be 0, got {dropout_p}"
+        )
+    if backend == "xformers" and not query.is_cuda:
+        raise ValueError(f"backend 'xformers' has CUDA kernels only, query is on {query.device}")

@@ -1,0 +1,5 @@
+"""The Semantic Memory: channel semantic grouping and the class-wise ring buffers."""
+
+from .op import channel_semantic_grouping, semantic_memory_enqueue
+
+__all__ = ["channel_semantic_grouping", "semantic_memory_enqueue"]

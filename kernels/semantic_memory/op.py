@@ -1,0 +1,85 @@
+"""Public functions and registration of channel semantic grouping and the memory's enqueue."""
+
+import torch
+from torch import Tensor
+
+from ..arguments import FLOATING, check_not_empty, check_shape, check_tensor
+from . import vectorized
+
+
+def channel_semantic_grouping(features: Tensor, class_map: Tensor) -> Tensor:
+    """Assign every channel to the class whose map it resembles most: Channel Semantic Grouping (AllSpark, "Channel Semantic Grouping").
+
+    Args:
+        features: (B, N, C), any float dtype and strides.
+        class_map: (B, K, N), logits or probabilities of the classes at the same N tokens, any float dtype.
+
+    Returns:
+        (B, C) int64 classes in [0, K): argmax of the cosine similarity over tokens, computed in float32. All channels
+        of an image with a number that is not finite get -1, which the enqueue skips. No gradient flows.
+
+    Raises:
+        TypeError: an argument is no tensor or no float tensor.
+        ValueError: shapes do not fit, or the devices differ.
+    """
+    check_tensor("features", features, "(B, N, C)", FLOATING)
+    batch, tokens, _ = features.shape
+    check_tensor("class_map", class_map, "(B, K, N)", FLOATING, like=features)
+    check_shape("class_map", class_map, "(B, K, N)", (batch, class_map.shape[1], tokens))
+    check_not_empty("class_map", class_map, {"K": 1, "N": 2})
+    return _channel_semantic_grouping(features.detach(), class_map.detach())
+
+
+def semantic_memory_enqueue(
+    queue: Tensor, queue_ptr: Tensor, features: Tensor, channel_class: Tensor
+) -> None:
+    """Put every channel into the ring buffer of its class, in place (AllSpark, "Semantic Memory").
+
+    The result is that of a loop over images, then channels: a class that receives more than S channels keeps the last
+    S. It is deterministic, and nothing waits for the device.
+
+    Args:
+        queue: (K, S, N) ring buffers, any float dtype and strides; features are cast to its dtype.
+        queue_ptr: (K,) int64, the slot that each class writes next, in [0, S).
+        features: (B, N, C), any float dtype and strides.
+        channel_class: (B, C) int64; channels with a class outside [0, K) are skipped.
+
+    Raises:
+        TypeError: an argument is no tensor or has another dtype.
+        ValueError: shapes do not fit, or the devices differ.
+    """
+    check_tensor("queue", queue, "(K, S, N)", FLOATING)
+    check_not_empty("queue", queue, {"K": 0, "S": 1, "N": 2})
+    classes, _, tokens = queue.shape
+    check_tensor("queue_ptr", queue_ptr, "(K,)", (torch.int64,), like=queue)
+    check_shape("queue_ptr", queue_ptr, "(K,)", (classes,))
+    check_tensor("features", features, "(B, N, C)", FLOATING, like=queue)
+    batch, _, channels = features.shape
+    check_shape("features", features, "(B, N, C)", (batch, tokens, channels))
+    check_tensor("channel_class", channel_class, "(B, C)", (torch.int64,), like=queue)
+    check_shape("channel_class", channel_class, "(B, C)", (batch, channels))
+    if channel_class.numel():
+        _semantic_memory_enqueue(queue, queue_ptr, features.detach(), channel_class)
+
+
+@torch.library.custom_op("allspark_fast::channel_semantic_grouping", mutates_args=())
+def _channel_semantic_grouping(features: Tensor, class_map: Tensor) -> Tensor:
+    with torch.autocast(features.device.type, enabled=False):
+        return vectorized.channel_semantic_grouping(features, class_map)
+
+
+@_channel_semantic_grouping.register_fake
+def _(features, class_map):  # type: ignore[no-untyped-def]
+    return features.new_empty((features.shape[0], features.shape[2]), dtype=torch.int64)
+
+
+@torch.library.custom_op("allspark_fast::semantic_memory_enqueue", mutates_args=("queue", "queue_ptr"))
+def _semantic_memory_enqueue(
+    queue: Tensor, queue_ptr: Tensor, features: Tensor, channel_class: Tensor
+) -> None:
+    vectorized.semantic_memory_enqueue(queue, queue_ptr, features, channel_class)
+
+
+@_semantic_memory_enqueue.register_fake
+def _(queue, queue_ptr, features, channel_class):  # type: ignore[no-untyped-def]
+    return None

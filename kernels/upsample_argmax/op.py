@@ -1,0 +1,43 @@
+"""Public function and registration of upsampling + argmax."""
+
+import torch
+from torch import Tensor
+
+from ..arguments import FLOATING, check_not_empty, check_tensor
+from . import reference
+
+
+def upsample_argmax(logits: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Hard labels of logits that are first upsampled bilinearly (align_corners=False).
+
+    Args:
+        logits: (B, K, h, w), any float dtype; half precision is computed in float32.
+        size: (H, W) of the labels, in pixels.
+
+    Returns:
+        labels (B, H, W) int64, the first maximum over K, and confidence (B, H, W), the softmax probability of the
+        label; float32 (float64 for float64 logits). No gradient flows. Pixels with a NaN have the first NaN's class
+        and a NaN confidence.
+
+    Raises:
+        TypeError: ``logits`` is no float tensor, or ``size`` no pair of integers.
+        ValueError: a shape or size is wrong.
+    """
+    check_tensor("logits", logits, "(B, K, h, w)", FLOATING)
+    check_not_empty("logits", logits, {"K": 1, "h": 2, "w": 3})
+    if len(size) != 2 or min(size) < 1:
+        raise ValueError(f"size must be (H, W) of at least 1 pixel each, got {size}")
+    return _upsample_argmax(logits.detach(), list(size))
+
+
+@torch.library.custom_op("allspark_fast::upsample_argmax", mutates_args=())
+def _upsample_argmax(logits: Tensor, size: list[int]) -> tuple[Tensor, Tensor]:
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    return reference.upsample_argmax(logits, (size[0], size[1]))
+
+
+@_upsample_argmax.register_fake
+def _(logits, size):  # type: ignore[no-untyped-def]
+    shape = (logits.shape[0], *size)
+    confidence = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    return logits.new_empty(shape, dtype=torch.int64), logits.new_empty(shape, dtype=confidence)

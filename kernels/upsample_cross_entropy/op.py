@@ -1,0 +1,131 @@
+"""Public function and registration of upsampling + cross-entropy, and online hard example mining on top of it."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..arguments import FLOATING, check_choice, check_not_empty, check_shape, check_tensor
+from . import reference
+
+Reduction = Literal["mean", "sum", "none"]
+_REDUCTIONS = ("mean", "sum", "none")
+
+
+def upsample_cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    ignore_index: int = 255,
+    reduction: Reduction = "mean",
+    ohem_threshold: float | None = None,
+    ohem_min_kept: int = 0,
+) -> Tensor:
+    """Cross-entropy of logits that are first upsampled bilinearly (align_corners=False) to the target's size.
+
+    With ``ohem_threshold``, hard examples are mined by the rule of the public code's OHEM loss: of all valid pixels,
+    only those whose target probability is at most the threshold count, and at least the ``ohem_min_kept`` hardest; if
+    fewer pixels than that are valid, or ``ohem_min_kept`` is 0, all count.
+
+    Args:
+        logits: (B, K, h, w), any float dtype; half precision is computed in float32.
+        target: (B, H, W) int64, classes in [0, K) or ``ignore_index``.
+        ignore_index: pixels of this target do not count.
+        reduction: ``mean`` over the pixels that count, ``sum``, or ``none``.
+        ohem_threshold: probability in [0, 1], or None for no mining.
+        ohem_min_kept: number of pixels, at least 0.
+
+    Returns:
+        the loss, of shape (), or (B, H, W) for ``none`` with 0 at pixels that do not count; float32 (float64 for
+        float64 logits). If no pixel counts, ``mean`` is 0 with zero gradients. Logits that are not finite give a loss
+        that is not finite.
+
+    Raises:
+        TypeError: an argument is no tensor or has another dtype.
+        ValueError: a shape, device, option or, on the CPU, a target is wrong. On a GPU a wrong target stops the
+            process by a device assertion, since looking at it would wait for the device.
+    """
+    _check_arguments(logits, target, reduction, ohem_threshold, ohem_min_kept)
+    loss = _upsample_cross_entropy(logits, target, ignore_index)
+    counts = target != ignore_index
+    if ohem_threshold is not None:
+        counts = _hard_examples(loss.detach(), counts, ohem_threshold, ohem_min_kept)
+        loss = loss.where(counts, 0)
+    if reduction == "none":
+        return loss
+    return loss.sum() if reduction == "sum" else loss.sum() / counts.sum().clamp(min=1)
+
+
+def _hard_examples(loss: Tensor, valid: Tensor, threshold: float, min_kept: int) -> Tensor:
+    """Mask of the valid pixels that count; a pixel's target probability is exp(-loss)."""
+    if min_kept == 0 or loss.numel() == 0:
+        return valid
+    probability = torch.exp(-loss).masked_fill(~valid, 1)
+    kth_smallest = probability.flatten().kthvalue(min(min_kept, probability.numel())).values
+    mined = valid & (probability <= kth_smallest.clamp(min=threshold))
+    return mined | (valid & (valid.sum() < min_kept))
+
+
+def _check_arguments(
+    logits: Tensor, target: Tensor, reduction: str, ohem_threshold: float | None, ohem_min_kept: int
+) -> None:
+    check_tensor("logits", logits, "(B, K, h, w)", FLOATING)
+    check_not_empty("logits", logits, {"K": 1, "h": 2, "w": 3})
+    check_tensor("target", target, "(B, H, W)", (torch.int64,), like=logits)
+    check_shape("target", target, "(B, H, W)", (logits.shape[0], *target.shape[1:]))
+    check_not_empty("target", target, {"H": 1, "W": 2})
+    check_choice("reduction", reduction, _REDUCTIONS)
+    if ohem_threshold is not None and not 0 <= ohem_threshold <= 1:
+        raise ValueError(f"ohem_threshold must be a probability in [0, 1] or None, got {ohem_threshold}")
+    if ohem_min_kept < 0:
+        raise ValueError(f"ohem_min_kept must be at least 0, got {ohem_min_kept}")
+
+
+def _check_classes(target: Tensor, classes: int, ignore_index: int) -> None:
+    wrong = target[((target < 0) | (target >= classes)) & (target != ignore_index)]
+    if wrong.numel():
+        raise ValueError(
+            f"target holds class {wrong[0].item()}, expected [0, {classes}) or ignore_index = {ignore_index}"
+        )
+
+
+@torch.library.custom_op("allspark_fast::upsample_cross_entropy", mutates_args=())
+def _upsample_cross_entropy(logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
+    if target.device.type == "cpu":
+        _check_classes(target, logits.shape[1], ignore_index)
+    return reference.forward(_as_computed(logits), target, ignore_index)
+
+
+@_upsample_cross_entropy.register_fake
+def _(logits, target, ignore_index):  # type: ignore[no-untyped-def]
+    return _as_computed(logits).new_empty(target.shape)
+
+
+@torch.library.custom_op("allspark_fast::upsample_cross_entropy_backward", mutates_args=())
+def _upsample_cross_entropy_backward(
+    grad: Tensor, logits: Tensor, target: Tensor, ignore_index: int
+) -> Tensor:
+    grad = reference.backward(grad, _as_computed(logits), target, ignore_index)
+    return grad.to(logits.dtype).contiguous()
+
+
+@_upsample_cross_entropy_backward.register_fake
+def _(grad, logits, target, ignore_index):  # type: ignore[no-untyped-def]
+    return logits.new_empty(logits.shape)
+
+
+def _as_computed(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def _save_for_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    logits, target, ctx.ignore_index = inputs
+    ctx.save_for_backward(logits, target)
+
+
+def _backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
+    logits, target = ctx.saved_tensors
+    return _upsample_cross_entropy_backward(grad, logits, target, ctx.ignore_index), None, None
+
+
+_upsample_cross_entropy.register_autograd(_backward, setup_context=_save_for_backward)
