@@ -140,9 +140,7 @@ class SemiLoader:
             )
         if batch_size % world_size:
             raise ValueError(f"batch_size {batch_size} cannot be shared equally by {world_size} processes")
-        self._crops = _Crops(
-            (labeled, unlabeled), (labeled_transform, unlabeled_transform), seed, hidden_labels
-        )
+        self._crops = _Crops((labeled, unlabeled), (labeled_transform, unlabeled_transform), seed, hidden_labels)
         # Of the labeled list an epoch uses as many positions as there are unlabeled images.
         self._lengths = max(len(labeled.entries), len(unlabeled.entries)), len(unlabeled.entries)
         self._batch_size = batch_size

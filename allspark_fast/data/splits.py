@@ -48,9 +48,7 @@ def parse_amount(text: str, total: int) -> int:
     is_count = text.strip().isdecimal()
     count = int(amount) if is_count else max(round(amount * total), 1)
     if not 0 < amount <= (total if is_count else 1):
-        raise ValueError(
-            f"{text!r}: expected a fraction such as 1/16, a share such as 0.125 or a count up to {total}"
-        )
+        raise ValueError(f"{text!r}: expected a fraction such as 1/16, a share such as 0.125 or a count up to {total}")
     return count
 
 
@@ -78,9 +76,7 @@ def _cover_first(classes: Mapping[int, Collection[int]], order: Sequence[int]) -
     return cover + rest
 
 
-def make_split(
-    entries: Sequence[Entry], count: int, seed: int, labels_of: Callable[[Entry], Collection[int]]
-) -> Split:
+def make_split(entries: Sequence[Entry], count: int, seed: int, labels_of: Callable[[Entry], Collection[int]]) -> Split:
     """Chooses the labeled part: seeded, nested, with every class where `count` allows.
 
     One order of the list is drawn from the seed, with a greedy cover of all classes in front; the labeled
