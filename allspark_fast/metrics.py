@@ -32,9 +32,7 @@ class ConfusionMatrix:
         device: where predictions are.
     """
 
-    def __init__(
-        self, num_classes: int, *, ignore_index: int = 255, device: torch.device | str = "cpu"
-    ) -> None:
+    def __init__(self, num_classes: int, *, ignore_index: int = 255, device: torch.device | str = "cpu") -> None:
         self.num_classes = num_classes
         self.ignore_index = ignore_index
         # One bin more takes the ignored pixels.

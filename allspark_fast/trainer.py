@@ -69,7 +69,7 @@ def train_step(
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
     class_logits = _pseudo_pass(model, batch.unlabeled_image, attend)
-    pseudo_label, _ = upsample_argmax(class_logits, tuple(batch.unlabeled_image.shape[2:]))
+    pseudo_label, _ = upsample_argmax(class_logits, (batch.unlabeled_image.shape[2], batch.unlabeled_image.shape[3]))
     if ignore_padding:
         pseudo_label = pseudo_label.where(batch.unlabeled_valid, ignore_index)
     model.train()

@@ -84,9 +84,7 @@ def assert_parity(name: str, compute: Callable[[Golden], Results], prefixes: Ite
         scale = expected.abs().max().clamp(min=1e-30).item()
         noise = (value.double() - doubles[key].double()).abs().max().item() / scale
         error = (value.double() - expected.double()).abs().max().item() / scale
-        assert error <= max(1e-5, 10 * noise, 10 * golden.noise(key)), (
-            f"{key}: {error:.1e}, noise {noise:.1e}"
-        )
+        assert error <= max(1e-5, 10 * noise, 10 * golden.noise(key)), f"{key}: {error:.1e}, noise {noise:.1e}"
 
 
 def golden_files(prefix: str) -> pytest.MarkDecorator:
@@ -192,18 +190,14 @@ def build_model(meta: dict) -> Segmentor:
     config = {name: tuple(sizes) for name, sizes in meta["cfg"].items()}
     encoder = MixTransformer(MiTConfig(**config, drop_path=0.0))
     height, width = encoder.deepest_size((meta["crop"], meta["crop"]))
-    bottleneck = AllSpark(
-        encoder.channels[-1], meta["K"], height * width, num_heads=meta["heads"], dropout=0.0
-    )
+    bottleneck = AllSpark(encoder.channels[-1], meta["K"], height * width, num_heads=meta["heads"], dropout=0.0)
     head = SegFormerHead(encoder.channels, meta["K"], meta["embedding_dim"], dropout=0.0)
     return Segmentor(encoder, Decoder(head, bottleneck))
 
 
 @golden_files("c_")
 def test_model(name: str) -> None:
-    assert_parity(
-        name, model_results, ["g/", "feat", "eval_rect_out", "eval_b1", "logits_u_eval", "train_out"]
-    )
+    assert_parity(name, model_results, ["g/", "feat", "eval_rect_out", "eval_b1", "logits_u_eval", "train_out"])
 
 
 def model_results(golden: Golden) -> Results:
@@ -306,9 +300,7 @@ def loss_results(golden: Golden) -> Results:
         min_kept, threshold = golden[f"{case}/cfg"].tolist()
         logits = golden[f"{case}/pred"].requires_grad_()
         target = golden[f"{case}/y"].long()
-        loss = upsample_cross_entropy(
-            logits, target, ohem_threshold=round(threshold, 6), ohem_min_kept=int(min_kept)
-        )
+        loss = upsample_cross_entropy(logits, target, ohem_threshold=round(threshold, 6), ohem_min_kept=int(min_kept))
         loss.backward()
         results |= {f"{case}/loss": loss.detach()[None], f"{case}/grad": logits.grad}
     assert results

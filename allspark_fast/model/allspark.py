@@ -46,9 +46,7 @@ class AllSpark(nn.Module):
         # The 1x1 convolutions are kept as such for their names and shapes in the state_dict.
         self.map_in = nn.Sequential(nn.Conv2d(channels, channels, 1), nn.GELU())
         self.attn_norm = nn.LayerNorm(channels, eps=1e-6)
-        self.attn = CrossAttention(
-            channels, num_heads, num_classes, tokens, dropout=dropout, memory_init=memory_init
-        )
+        self.attn = CrossAttention(channels, num_heads, num_classes, tokens, dropout=dropout, memory_init=memory_init)
         self.encoder_norm = nn.LayerNorm(channels, eps=1e-6)
         self.map_out = nn.Sequential(nn.Conv2d(channels, channels, 1), nn.GELU())
 
@@ -94,14 +92,10 @@ class AllSpark(nn.Module):
     def _check_batch(self, feature_map: Tensor, class_logits: Tensor | None) -> None:
         if not self.training:
             if class_logits is not None:
-                raise ValueError(
-                    "class_logits are for training: call train() first, or leave them out in eval mode"
-                )
+                raise ValueError("class_logits are for training: call train() first, or leave them out in eval mode")
             return
         if class_logits is None:
-            raise ValueError(
-                "training needs class_logits, the logits of the pseudo-label pass; or call eval() first"
-            )
+            raise ValueError("training needs class_logits, the logits of the pseudo-label pass; or call eval() first")
         if feature_map.shape[0] != 2 * class_logits.shape[0]:
             raise ValueError(
                 f"feature_map holds {feature_map.shape[0]} images, expected 2B = {2 * class_logits.shape[0]}: as many "

@@ -121,9 +121,7 @@ class Block(nn.Module):
         drop_path: probability that a sample skips a branch.
     """
 
-    def __init__(
-        self, channels: int, num_heads: int, sr_ratio: int, mlp_ratio: int, drop_path: float
-    ) -> None:
+    def __init__(self, channels: int, num_heads: int, sr_ratio: int, mlp_ratio: int, drop_path: float) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(channels, eps=1e-6)
         self.attn = EfficientSelfAttention(channels, num_heads, sr_ratio)
@@ -166,10 +164,7 @@ class EfficientSelfAttention(nn.Module):
     def forward(self, tokens: Tensor, size: tuple[int, int]) -> Tensor:
         """(B, h·w, C) and (h, w) -> (B, h·w, C)."""
         query = self.q(tokens).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
-        if self.sr_ratio > 1:
-            reduced = self.norm(to_tokens(self.sr(to_map(tokens, size))))
-        else:
-            reduced = tokens
+        reduced = self.norm(to_tokens(self.sr(to_map(tokens, size)))) if self.sr_ratio > 1 else tokens
         key, value = self.kv(reduced).unflatten(2, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         attended = F.scaled_dot_product_attention(query, key, value)
         return self.proj(attended.transpose(1, 2).flatten(2))

@@ -88,16 +88,18 @@ class _Fuse(nn.Module):
 
 
 class FiniteBatchNorm2d(nn.BatchNorm2d):
-    """BatchNorm whose running statistics skip a batch that is not finite, so that one bad image spoils one step only."""
+    """BatchNorm whose running statistics skip batches that are not finite: one bad image spoils one step only."""
 
     def forward(self, feature_map: Tensor) -> Tensor:
         """(B, C, h, w) -> (B, C, h, w)."""
         if not self.training:
             return super().forward(feature_map)
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.num_batches_tracked is not None
+        assert self.momentum is not None
         mean, var = self.running_mean.clone(), self.running_var.clone()
-        feature_map = F.batch_norm(
-            feature_map, mean, var, self.weight, self.bias, True, self.momentum, self.eps
-        )
+        feature_map = F.batch_norm(feature_map, mean, var, self.weight, self.bias, True, self.momentum, self.eps)
         self.running_mean.copy_(mean.where(mean.isfinite(), self.running_mean))
         self.running_var.copy_(var.where(var.isfinite(), self.running_var))
         self.num_batches_tracked += 1

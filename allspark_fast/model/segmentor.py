@@ -36,9 +36,7 @@ class Decoder(nn.Module):
         """Four maps, finest first, to logits (B, K, h, w) at the resolution of the finest; arguments as AllSpark's."""
         *finer, deepest = features
         if self.allspark is not None:
-            deepest = self.allspark(
-                deepest, class_logits, crop_size=crop_size, use_memory=use_memory, attend=attend
-            )
+            deepest = self.allspark(deepest, class_logits, crop_size=crop_size, use_memory=use_memory, attend=attend)
         return self.decoder([*finer, deepest])
 
 

@@ -1,4 +1,4 @@
-"""The Semantic Memory: class-wise ring buffers of unlabeled channels, and the class maps that sort channels into them."""
+"""The Semantic Memory: class-wise ring buffers of unlabeled channels, and the class maps that sort channels."""
 
 from typing import Literal
 
@@ -32,9 +32,7 @@ class SemanticMemory(nn.Module):
     queue_ptr: Tensor
     queue_filled: Tensor | None
 
-    def __init__(
-        self, num_classes: int, slots: int, tokens: int, *, memory_init: MemoryInit = "randn"
-    ) -> None:
+    def __init__(self, num_classes: int, slots: int, tokens: int, *, memory_init: MemoryInit = "randn") -> None:
         super().__init__()
         if memory_init not in ("randn", "empty"):
             raise ValueError(f"memory_init must be randn or empty, got {memory_init!r}")

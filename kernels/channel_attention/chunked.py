@@ -9,8 +9,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .dropout import hash_keys, keep_mask
-from .similarity_norm import accumulation_dtype
+from allspark_fast.kernels.channel_attention.dropout import hash_keys, keep_mask
+from allspark_fast.kernels.channel_attention.similarity_norm import accumulation_dtype
 
 # At 2048 query rows (a training step on Pascal) one float32 chunk of the map is 8 MB: with wider chunks the passes over
 # it leave the last-level cache, with narrower ones rescaling the output costs more than it saves.
@@ -68,7 +68,7 @@ class _Chunks:
         return self.value[..., chunk].to(self.dtype)
 
     def logits(self, rows: Tensor, chunk: slice) -> Tensor:
-        """rows (maps, rows, N) times the chunk's keys, masked columns at -inf."""
+        """Products (maps, rows, chunk) of rows (maps, rows, N) and the chunk's keys, masked columns at -inf."""
         logits = rows @ self.keys(chunk)
         if self.column_mask is not None:
             logits.masked_fill_(~self.column_mask[chunk], -torch.inf)

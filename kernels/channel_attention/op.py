@@ -1,16 +1,16 @@
 """Public function, registration and dispatch of channel attention."""
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from ..arguments import FLOATING, check_choice, check_not_empty, check_shape, check_tensor
-from . import chunked, reference
-from .similarity_norm import accumulation_dtype, similarity_rstd
+from allspark_fast.kernels.arguments import FLOATING, check_choice, check_not_empty, check_shape, check_tensor
+from allspark_fast.kernels.channel_attention import chunked, reference
+from allspark_fast.kernels.channel_attention.similarity_norm import accumulation_dtype, similarity_rstd
 
 Backend = Literal["auto", "chunked", "reference", "sdpa", "xformers"]
 _BACKENDS = ("auto", "chunked", "reference", "sdpa", "xformers")
@@ -92,9 +92,8 @@ def _softmax_attention(
 
 
 @_softmax_attention.register_fake
-def _(query, key, value, column_mask, dropout_p, seed):  # type: ignore[no-untyped-def]
-    batch, heads, _, channels = query.shape
-    lse = query.new_empty((batch, heads, 1, channels), dtype=accumulation_dtype(query.dtype))
+def _(query: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    lse = query.new_empty((*query.shape[:2], 1, query.shape[3]), dtype=accumulation_dtype(query.dtype))
     return query.new_empty(query.shape), lse
 
 
@@ -115,33 +114,29 @@ def _softmax_attention_backward(
 
 
 @_softmax_attention_backward.register_fake
-def _(grad, query, key, value, output, lse, column_mask, dropout_p, seed):  # type: ignore[no-untyped-def]
+def _(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
     return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
 
 
-def _save_for_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     query, key, value, column_mask, dropout_p, seed = inputs
     ctx.save_for_backward(query, key, value, *output, column_mask, seed)
     ctx.dropout_p = dropout_p
     ctx.mark_non_differentiable(output[1])
 
 
-def _backward(ctx, grad: Tensor, _):  # type: ignore[no-untyped-def]
+def _backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
     query, key, value, output, lse, column_mask, seed = ctx.saved_tensors
-    grads = _softmax_attention_backward(
-        grad, query, key, value, output, lse, column_mask, ctx.dropout_p, seed
-    )
+    grads = _softmax_attention_backward(grad, query, key, value, output, lse, column_mask, ctx.dropout_p, seed)
     return *grads, None, None, None
 
 
 _softmax_attention.register_autograd(_backward, setup_context=_save_for_backward)
 
 
-def _library_attention(
-    query: Tensor, key: Tensor, value: Tensor, column_mask: Tensor | None, backend: str
-) -> Tensor:
+def _library_attention(query: Tensor, key: Tensor, value: Tensor, column_mask: Tensor | None, backend: str) -> Tensor:
     """Softmax attention by somebody else's kernel, which sees channels as sequence and tokens as head dim."""
-    batch, heads, tokens, _ = query.shape
+    batch, _, tokens, _ = query.shape
     if column_mask is not None:
         # One more feature adds -30000 to the logits of masked columns, where a bias would be a (Cq, L) map.
         bias = torch.where(column_mask, 0.0, _MASKED_LOGIT).to(key.dtype)
@@ -192,9 +187,7 @@ def _check_arguments(
         check_tensor("group_mask", group_mask, "(G,)", (torch.bool,), like=query)
         groups = group_mask.shape[0]
         if groups == 0 or key.shape[-1] % groups:
-            raise ValueError(
-                f"group_mask has {groups} groups, which do not divide the key's L = {key.shape[-1]}"
-            )
+            raise ValueError(f"group_mask has {groups} groups, which do not divide the key's L = {key.shape[-1]}")
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
     if seed is not None:

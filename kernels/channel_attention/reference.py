@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .dropout import hash_keys, keep_mask
+from allspark_fast.kernels.channel_attention.dropout import hash_keys, keep_mask
 
 
 def _instance_norm(similarity: Tensor, mask: Tensor, eps: float) -> Tensor:

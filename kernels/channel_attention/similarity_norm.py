@@ -9,6 +9,8 @@ Cq = E[(q - q̄)(q - q̄)ᵀ], Ck = E[(k - k̄)(k - k̄)ᵀ] its variance is
 which costs O(N² (D + L)) instead of the O(N D L) and the D x L map of the definition.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -34,11 +36,11 @@ def _(x: Tensor) -> Tensor:
     return x.new_empty((*x.shape[:-1], x.shape[-2]), dtype=accumulation_dtype(x.dtype))
 
 
-def _save_input(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+def _save_input(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _gram_backward(ctx, grad: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+def _gram_backward(ctx: Any, grad: Tensor) -> Tensor:
     (x,) = ctx.saved_tensors
     return (grad + grad.mT).to(x.dtype) @ x
 

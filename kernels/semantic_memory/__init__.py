@@ -1,5 +1,5 @@
 """The Semantic Memory: channel semantic grouping and the class-wise ring buffers."""
 
-from .op import channel_semantic_grouping, semantic_memory_enqueue
+from allspark_fast.kernels.semantic_memory.op import channel_semantic_grouping, semantic_memory_enqueue
 
 __all__ = ["channel_semantic_grouping", "semantic_memory_enqueue"]

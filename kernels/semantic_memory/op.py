@@ -3,12 +3,12 @@
 import torch
 from torch import Tensor
 
-from ..arguments import FLOATING, check_not_empty, check_shape, check_tensor
-from . import vectorized
+from allspark_fast.kernels.arguments import FLOATING, check_not_empty, check_shape, check_tensor
+from allspark_fast.kernels.semantic_memory import vectorized
 
 
 def channel_semantic_grouping(features: Tensor, class_map: Tensor) -> Tensor:
-    """Assign every channel to the class whose map it resembles most: Channel Semantic Grouping (AllSpark, "Channel Semantic Grouping").
+    """Assign every channel to the class whose map it resembles most (AllSpark, "Channel Semantic Grouping").
 
     Args:
         features: (B, N, C), any float dtype and strides.
@@ -30,9 +30,7 @@ def channel_semantic_grouping(features: Tensor, class_map: Tensor) -> Tensor:
     return _channel_semantic_grouping(features.detach(), class_map.detach())
 
 
-def semantic_memory_enqueue(
-    queue: Tensor, queue_ptr: Tensor, features: Tensor, channel_class: Tensor
-) -> None:
+def semantic_memory_enqueue(queue: Tensor, queue_ptr: Tensor, features: Tensor, channel_class: Tensor) -> None:
     """Put every channel into the ring buffer of its class, in place (AllSpark, "Semantic Memory").
 
     The result is that of a loop over images, then channels: a class that receives more than S channels keeps the last
@@ -69,17 +67,15 @@ def _channel_semantic_grouping(features: Tensor, class_map: Tensor) -> Tensor:
 
 
 @_channel_semantic_grouping.register_fake
-def _(features, class_map):  # type: ignore[no-untyped-def]
+def _(features: Tensor, class_map: Tensor) -> Tensor:
     return features.new_empty((features.shape[0], features.shape[2]), dtype=torch.int64)
 
 
 @torch.library.custom_op("allspark_fast::semantic_memory_enqueue", mutates_args=("queue", "queue_ptr"))
-def _semantic_memory_enqueue(
-    queue: Tensor, queue_ptr: Tensor, features: Tensor, channel_class: Tensor
-) -> None:
+def _semantic_memory_enqueue(queue: Tensor, queue_ptr: Tensor, features: Tensor, channel_class: Tensor) -> None:
     vectorized.semantic_memory_enqueue(queue, queue_ptr, features, channel_class)
 
 
 @_semantic_memory_enqueue.register_fake
-def _(queue, queue_ptr, features, channel_class):  # type: ignore[no-untyped-def]
+def _(queue: Tensor, queue_ptr: Tensor, features: Tensor, channel_class: Tensor) -> None:
     return None

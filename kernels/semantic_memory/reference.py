@@ -23,9 +23,7 @@ def channel_semantic_grouping(features: Tensor, class_map: Tensor) -> Tensor:
     return torch.stack(classes)
 
 
-def semantic_memory_enqueue(
-    queue: Tensor, queue_ptr: Tensor, features: Tensor, channel_class: Tensor
-) -> None:
+def semantic_memory_enqueue(queue: Tensor, queue_ptr: Tensor, features: Tensor, channel_class: Tensor) -> None:
     """Write every channel into the ring buffer of its class, in order of images, then channels.
 
     Args:

@@ -12,9 +12,7 @@ def channel_semantic_grouping(features: Tensor, class_map: Tensor) -> Tensor:
     return similarity.argmax(1).masked_fill_(~finite[:, None], -1)
 
 
-def semantic_memory_enqueue(
-    queue: Tensor, queue_ptr: Tensor, features: Tensor, channel_class: Tensor
-) -> None:
+def semantic_memory_enqueue(queue: Tensor, queue_ptr: Tensor, features: Tensor, channel_class: Tensor) -> None:
     """As in ``reference``, as one gather: every slot looks up the last channel that falls into it, if any."""
     classes, slots, tokens = queue.shape
     assigned = channel_class.reshape(-1)

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from ..arguments import FLOATING, check_not_empty, check_tensor
-from . import reference
+from allspark_fast.kernels.arguments import FLOATING, check_not_empty, check_tensor
+from allspark_fast.kernels.upsample_argmax import reference
 
 
 def upsample_argmax(logits: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
@@ -37,7 +37,7 @@ def _upsample_argmax(logits: Tensor, size: list[int]) -> tuple[Tensor, Tensor]:
 
 
 @_upsample_argmax.register_fake
-def _(logits, size):  # type: ignore[no-untyped-def]
+def _(logits: Tensor, size: list[int]) -> tuple[Tensor, Tensor]:
     shape = (logits.shape[0], *size)
     confidence = torch.float64 if logits.dtype == torch.float64 else torch.float32
     return logits.new_empty(shape, dtype=torch.int64), logits.new_empty(shape, dtype=confidence)

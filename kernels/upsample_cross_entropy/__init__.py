@@ -1,5 +1,5 @@
 """Bilinear upsampling and cross-entropy as one operator."""
 
-from .op import upsample_cross_entropy
+from allspark_fast.kernels.upsample_cross_entropy.op import upsample_cross_entropy
 
 __all__ = ["upsample_cross_entropy"]

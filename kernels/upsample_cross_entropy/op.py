@@ -1,12 +1,12 @@
 """Public function and registration of upsampling + cross-entropy, and online hard example mining on top of it."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from ..arguments import FLOATING, check_choice, check_not_empty, check_shape, check_tensor
-from . import reference
+from allspark_fast.kernels.arguments import FLOATING, check_choice, check_not_empty, check_shape, check_tensor
+from allspark_fast.kernels.upsample_cross_entropy import reference
 
 Reduction = Literal["mean", "sum", "none"]
 _REDUCTIONS = ("mean", "sum", "none")
@@ -97,20 +97,18 @@ def _upsample_cross_entropy(logits: Tensor, target: Tensor, ignore_index: int) -
 
 
 @_upsample_cross_entropy.register_fake
-def _(logits, target, ignore_index):  # type: ignore[no-untyped-def]
+def _(logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
     return _as_computed(logits).new_empty(target.shape)
 
 
 @torch.library.custom_op("allspark_fast::upsample_cross_entropy_backward", mutates_args=())
-def _upsample_cross_entropy_backward(
-    grad: Tensor, logits: Tensor, target: Tensor, ignore_index: int
-) -> Tensor:
+def _upsample_cross_entropy_backward(grad: Tensor, logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
     grad = reference.backward(grad, _as_computed(logits), target, ignore_index)
     return grad.to(logits.dtype).contiguous()
 
 
 @_upsample_cross_entropy_backward.register_fake
-def _(grad, logits, target, ignore_index):  # type: ignore[no-untyped-def]
+def _(grad: Tensor, logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
     return logits.new_empty(logits.shape)
 
 
@@ -118,12 +116,12 @@ def _as_computed(logits: Tensor) -> Tensor:
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
-def _save_for_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     logits, target, ctx.ignore_index = inputs
     ctx.save_for_backward(logits, target)
 
 
-def _backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
     logits, target = ctx.saved_tensors
     return _upsample_cross_entropy_backward(grad, logits, target, ctx.ignore_index), None, None
 

@@ -1,0 +1,202 @@
+"""Weights in and out: checkpoints of the public code, ``mit_b*.pth``, Hugging Face SegFormer encoders, safetensors.
+
+Nothing here runs code from a file: ``.pth`` files are read with ``weights_only=True``.
+"""
+
+import pickle
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from allspark_fast.model import Segmentor
+
+# What depends on the classes and on the crop, and may be reset when those change.
+_RESETTABLE = {
+    "classifier": "decoder.decoder.linear_pred.",
+    "Semantic Memory": "decoder.allspark.attn.queue_",
+    "Semantic Memory's channels": "decoder.allspark.attn.kv_queue",
+    "AllSpark bottleneck": "decoder.allspark.",
+}
+# The public code stores its best mIoU as a numpy scalar, which weights_only refuses unless told that it is harmless.
+_NUMPY_SCALAR = [np.float64(0).__reduce__()[0], np.dtype, np.dtypes.Float64DType]
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What loading did beside the obvious.
+
+    Attributes:
+        dropped: names in the file that were not loaded.
+        fresh: names in the model that kept their values.
+    """
+
+    dropped: tuple[str, ...]
+    fresh: tuple[str, ...]
+
+
+def load_weights(model: Segmentor, path: str | Path, *, reset: bool = False) -> LoadReport:
+    """Load a file of weights into a model.
+
+    A file that holds only an encoder (``mit_b*.pth``, Hugging Face SegFormer) leaves the decoder as it is.
+
+    Args:
+        model: changed in place, only after every check.
+        path: ``.safetensors``, or anything that ``torch.save`` wrote: a state_dict, or a checkpoint of the public code.
+        reset: go on where classifier, memory or bottleneck do not fit, and leave them as they are in the model.
+
+    Returns:
+        what was dropped and what stayed fresh.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged, holds something else, or does not fit the model.
+    """
+    state = read_state_dict(path)
+    own = model.state_dict()
+    encoder_only = not any(name.startswith("decoder.") for name in state)
+    fitting = {name: x for name, x in state.items() if name in own and own[name].shape == x.shape}
+    if "decoder.allspark.attn.kv_queue" not in fitting:
+        # Pointers mean nothing without the channels they point into.
+        fitting = {name: x for name, x in fitting.items() if not name.startswith("decoder.allspark.attn.queue_")}
+    dropped = tuple(name for name in state if name not in fitting)
+    fresh = tuple(name for name in own if name not in fitting and not name.endswith("queue_filled"))
+    if encoder_only:
+        fresh_in_encoder = [name for name in fresh if name.startswith("backbone.")]
+        _refuse(path, fresh_in_encoder, state, own)
+    else:
+        _refuse(path, [name for name in {*dropped, *fresh} if not _resettable([name])], state, own)
+        if (dropped or fresh) and not reset:
+            what = ", ".join(_resettable([*dropped, *fresh]))
+            raise ValueError(
+                f"{path}: {what} do not fit the model ({_describe(dropped or fresh, state, own)}). "
+                "Pass reset=True (--reset) to start them afresh and load the rest"
+            )
+    model.load_state_dict(fitting, strict=False)
+    return LoadReport(dropped, fresh)
+
+
+def save_weights(model: Segmentor, path: str | Path) -> None:
+    """Write a model's weights and buffers.
+
+    Args:
+        model: what to save.
+        path: ``.safetensors``, or ``.pth`` for a checkpoint in the layout of the public code, which it loads.
+
+    Raises:
+        ValueError: the suffix is another.
+    """
+    path = Path(path)
+    state = {name: x.detach().cpu().contiguous() for name, x in model.state_dict().items()}
+    if path.suffix == ".safetensors":
+        save_file(state, path)
+    elif path.suffix == ".pth":
+        torch.save({"model": {f"module.{name}": x for name, x in state.items()}}, path)
+    else:
+        raise ValueError(f"{path}: weights are saved as .safetensors or .pth, got {path.suffix or 'no suffix'}")
+
+
+def read_state_dict(path: str | Path) -> dict[str, Tensor]:
+    """Read a file of weights under this project's names, without running code from it.
+
+    Args:
+        path: see load_weights.
+
+    Returns:
+        tensors by name on the CPU.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged or holds something else than weights.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file of weights")
+    try:
+        content = load_file(path) if path.suffix == ".safetensors" else _load_pickle(path)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(
+            f"{path}: no readable file of weights: it is damaged or holds more than weights ({reason})"
+        ) from error
+    for key in ("model", "state_dict"):
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+    if not isinstance(content, Mapping) or not content or not all(isinstance(x, Tensor) for x in content.values()):
+        raise ValueError(f"{path}: expected a state_dict or a checkpoint that holds one under 'model' or 'state_dict'")
+    state = {name.removeprefix("module."): x for name, x in content.items()}
+    if any("encoder.patch_embeddings." in name for name in state):
+        state = _from_hugging_face(state)
+    if "patch_embed1.proj.weight" in state:
+        state = {f"backbone.{name}": x for name, x in state.items()}
+    return state
+
+
+def _load_pickle(path: Path) -> Any:
+    with torch.serialization.safe_globals(_NUMPY_SCALAR):
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _resettable(names: Iterable[str]) -> list[str]:
+    """The resettable parts that the names belong to."""
+    parts = (next((part for part, prefix in _RESETTABLE.items() if name.startswith(prefix)), "") for name in names)
+    return [part for part in dict.fromkeys(parts) if part]
+
+
+def _refuse(path: str | Path, names: list[str], state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+    if names:
+        raise ValueError(f"{path}: these weights are of another model: {_describe(sorted(names), state, own)}")
+
+
+def _describe(names: Iterable[str], state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
+    """The first few names, each with its shapes in the file and in the model."""
+    names = list(names)
+
+    def shape(tensors: Mapping[str, Tensor], name: str) -> str:
+        return str(tuple(tensors[name].shape)) if name in tensors else "absent"
+
+    lines = [f"{name} is {shape(state, name)} in the file, {shape(own, name)} in the model" for name in names[:3]]
+    return "; ".join(lines) + (f"; and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+_HUGGING_FACE_NAMES = (
+    (r"^(?:.*\.)?encoder\.patch_embeddings\.(\d)\.proj\.", r"patch_embed{0}.proj."),
+    (r"^(?:.*\.)?encoder\.patch_embeddings\.(\d)\.layer_norm\.", r"patch_embed{0}.norm."),
+    (r"^(?:.*\.)?encoder\.block\.(\d)\.(\d+)\.layer_norm_([12])\.", r"block{0}.\2.norm\3."),
+    (r"^(?:.*\.)?encoder\.block\.(\d)\.(\d+)\.attention\.self\.query\.", r"block{0}.\2.attn.q."),
+    (r"^(?:.*\.)?encoder\.block\.(\d)\.(\d+)\.attention\.self\.(key|value)\.", r"block{0}.\2.attn.\3."),
+    (r"^(?:.*\.)?encoder\.block\.(\d)\.(\d+)\.attention\.self\.sr\.", r"block{0}.\2.attn.sr."),
+    (r"^(?:.*\.)?encoder\.block\.(\d)\.(\d+)\.attention\.self\.layer_norm\.", r"block{0}.\2.attn.norm."),
+    (r"^(?:.*\.)?encoder\.block\.(\d)\.(\d+)\.attention\.output\.dense\.", r"block{0}.\2.attn.proj."),
+    (r"^(?:.*\.)?encoder\.block\.(\d)\.(\d+)\.mlp\.dense([12])\.", r"block{0}.\2.mlp.fc\3."),
+    (r"^(?:.*\.)?encoder\.block\.(\d)\.(\d+)\.mlp\.dwconv\.", r"block{0}.\2.mlp.dwconv."),
+    (r"^(?:.*\.)?encoder\.layer_norm\.(\d)\.", r"norm{0}."),
+)
+
+
+def _from_hugging_face(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename the encoder of Hugging Face's SegFormer; its keys and values are two layers where ours are one.
+
+    Its decoder keeps its names, which no model here has.
+    """
+    renamed = {_rename(name): x for name, x in state.items()}
+    for name in [name for name in renamed if ".attn.key." in name]:
+        value = renamed.pop(name.replace(".key.", ".value."))
+        renamed[name.replace(".key.", ".kv.")] = torch.cat([renamed.pop(name), value])
+    return renamed
+
+
+def _rename(name: str) -> str:
+    for pattern, replacement in _HUGGING_FACE_NAMES:
+        if match := re.match(pattern, name):
+            # They count stages from 0, the public code from 1.
+            target = match.expand(replacement.replace("{0}", str(int(match[1]) + 1)))
+            return f"backbone.{target}{name[match.end() :]}"
+    return name
