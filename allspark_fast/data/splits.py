@@ -46,10 +46,9 @@ def parse_amount(text: str, total: int) -> int:
     except (ValueError, ZeroDivisionError):
         amount = 0.0
     is_count = text.strip().isdecimal()
-    count = int(amount) if is_count else max(round(amount * total), 1)
     if not 0 < amount <= (total if is_count else 1):
         raise ValueError(f"{text!r}: expected a fraction such as 1/16, a share such as 0.125 or a count up to {total}")
-    return count
+    return int(amount) if is_count else max(round(amount * total), 1)
 
 
 def classes_of(dataset: SegmentationDataset) -> Callable[[Entry], frozenset[int]]:

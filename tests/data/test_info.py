@@ -1,0 +1,82 @@
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from allspark_fast.data.errors import DataError
+from allspark_fast.data.info import DATASETS, VOC_PALETTE, read_info
+
+
+def test_class_counts():
+    counts = {name: len(info.classes) for name, info in DATASETS.items()}
+    assert counts == {"pascal": 21, "cityscapes": 19, "coco": 81, "camvid": 11}
+    for name, info in DATASETS.items():
+        assert info.name == name
+        assert len(set(info.classes)) == len(info.classes)
+        assert len(set(info.palette[: len(info.classes)])) == len(info.classes)
+        assert len(info.palette) == 256
+
+
+def test_voc_palette():
+    # Colours of the VOC development kit: background, aeroplane, person, tvmonitor, void.
+    expected = {0: (0, 0, 0), 1: (128, 0, 0), 15: (192, 128, 128), 20: (0, 64, 128), 255: (224, 224, 192)}
+    assert {index: VOC_PALETTE[index] for index in expected} == expected
+
+
+def test_cityscapes_palette_ends():
+    info = DATASETS["cityscapes"]
+    assert info.palette[info.classes.index("road")] == (128, 64, 128)
+    assert info.palette[info.classes.index("bicycle")] == (119, 11, 32)
+
+
+@pytest.mark.parametrize("palette", [[[1, 2, 3], [4, 5, 6]], [1, 2, 3, 4, 5, 6]])
+def test_meta_file(tmp_path, palette):
+    meta = {"classes": ["sea", "land"], "ignore_index": 0, "palette": palette}
+    (tmp_path / "meta.json").write_text(json.dumps(meta))
+    info = read_info(tmp_path)
+    assert (info.name, info.classes, info.ignore_index) == (tmp_path.name, ("sea", "land"), 0)
+    assert info.palette[:3] == ((1, 2, 3), (4, 5, 6), (0, 0, 0))
+
+
+def test_meta_file_with_classes_alone(tmp_path):
+    (tmp_path / "meta.json").write_text('{"classes": ["sea", "land"]}')
+    info = read_info(tmp_path)
+    assert (info.ignore_index, info.palette) == (255, VOC_PALETTE)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "Expecting property name"),
+        ("[]", "expected an object"),
+        ("{}", "'classes' must be a list of names"),
+        ('{"classes": []}', "'classes' must be a list of names"),
+        ('{"classes": [1]}', "'classes' must be a list of names"),
+        ('{"classes": ["a"], "palete": []}', "unknown keys \\['palete'\\]"),
+        ('{"classes": ["a"], "ignore_index": 256}', "integer in 0..255, found 256"),
+        ('{"classes": ["a"], "palette": [[1, 2]]}', "three integers"),
+        ('{"classes": ["a"], "palette": [[1, 2, 300]]}', "three integers"),
+        ('{"classes": ["a", "b"], "palette": [[1, 2, 3]]}', "each of 2 classes, found 1"),
+    ],
+)
+def test_faulty_meta_file_is_named(tmp_path, text, message):
+    (tmp_path / "meta.json").write_text(text)
+    with pytest.raises(DataError, match=rf"meta\.json: .*{message}"):
+        read_info(tmp_path)
+
+
+def test_classes_are_counted_without_a_meta_file(tmp_path):
+    (tmp_path / "labels" / "deep").mkdir(parents=True)
+    Image.fromarray(np.array([[0, 255]], np.uint8)).save(tmp_path / "labels" / "a.png")
+    Image.fromarray(np.array([[4, 255]], np.uint8)).save(tmp_path / "labels" / "deep" / "b.png")
+    assert read_info(tmp_path).classes == ("class 0", "class 1", "class 2", "class 3", "class 4")
+
+
+def test_nothing_to_count(tmp_path):
+    with pytest.raises(DataError, match=r"no class in labels/ and no meta\.json"):
+        read_info(tmp_path)
+
+
+def test_camvid_names_itself(camvid):
+    assert read_info(camvid) == DATASETS["camvid"]

@@ -1,0 +1,33 @@
+import itertools
+
+import torch
+
+from allspark_fast.data.seeding import make_generator, mix_seed
+
+
+def test_one_part_is_splitmix64():
+    # First outputs of SplitMix64 seeded with 0 and 1, as published with the algorithm.
+    assert mix_seed(0) == 0xE220A8397B1DCDAF
+    assert mix_seed(1) == 0x910A2DEC89025CC1
+
+
+def test_order_and_number_of_parts_matter():
+    keys = [key for length in (1, 2, 3, 4) for key in itertools.product(range(5), repeat=length)]
+    assert len({mix_seed(*key) for key in keys}) == len(keys)
+
+
+def test_low_bits_of_neighbours_differ_in_half_their_places():
+    # Generators use the low 32 bits.
+    flips = [bin((mix_seed(0, i) ^ mix_seed(0, i + 1)) & 0xFFFFFFFF).count("1") for i in range(500)]
+    assert 15 < sum(flips) / len(flips) < 17
+
+
+def test_negative_and_huge_parts_are_accepted():
+    assert 0 <= mix_seed(-1) < 2**64
+    assert mix_seed(2**70 + 3) == mix_seed(3)
+
+
+def test_generator_repeats():
+    first, second = (torch.rand(4, generator=make_generator(3, 1, 4)) for _ in range(2))
+    assert torch.equal(first, second)
+    assert not torch.equal(first, torch.rand(4, generator=make_generator(3, 1, 5)))

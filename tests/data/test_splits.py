@@ -1,0 +1,102 @@
+import itertools
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from allspark_fast.data.datasets import Entry, SegmentationDataset, read_split
+from allspark_fast.data.errors import DataError
+from allspark_fast.data.splits import classes_of, make_split, parse_amount, write_split
+
+ENTRIES = [Entry(f"{index}.jpg", f"{index}.png") for index in range(40)]
+# Class 0 is everywhere, class 1 in every second entry, classes 2 to 5 in one entry each.
+CLASSES = {
+    entry: {0, index % 2, *({2 + index // 10} if index % 10 == 3 else ())} for index, entry in enumerate(ENTRIES)
+}
+
+
+def split(count, seed=0, entries=ENTRIES):
+    return make_split(entries, count, seed, CLASSES.__getitem__)
+
+
+@pytest.mark.parametrize(
+    ("text", "count"), [("1/16", 6), ("1/8", 12), ("0.5", 50), ("7", 7), ("100", 100), ("1/1", 100), ("1/999", 1)]
+)
+def test_amounts(text, count):
+    assert parse_amount(text, 100) == count
+
+
+@pytest.mark.parametrize("text", ["", "0", "101", "-3", "1/0", "3/2", "half", "1.5", "0.0", "1/-4", "nan", "inf"])
+def test_faulty_amounts(text):
+    with pytest.raises(ValueError, match="expected a fraction such as 1/16"):
+        parse_amount(text, 100)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_parts_are_a_partition_in_order_that_covers_all_classes(seed):
+    part = split(6, seed)
+    assert len(part.labeled) == 6
+    assert sorted(part.labeled + part.unlabeled, key=ENTRIES.index) == ENTRIES
+    assert part.labeled == sorted(part.labeled, key=ENTRIES.index)
+    assert set().union(*(CLASSES[entry] for entry in part.labeled)) == set(range(6))
+    assert part.uncovered == []
+
+
+def test_parts_are_nested_and_seeded():
+    parts = [set(split(count, seed=2).labeled) for count in (1, 3, 6, 10, 40)]
+    assert all(small < large for small, large in itertools.pairwise(parts))
+    assert split(10, seed=2) == split(10, seed=2)
+    assert len({tuple(split(10, seed=seed).labeled) for seed in range(8)}) > 1
+
+
+def test_beyond_the_cover_the_choice_is_uniform():
+    chosen = np.zeros(len(ENTRIES))
+    for seed in range(200):
+        chosen[[ENTRIES.index(entry) for entry in split(14, seed).labeled]] += 1
+    rest = np.array([index for index in range(40) if index % 10 != 3])
+    expected = 200 * 10 / 36
+    assert np.abs(chosen[rest] - expected).max() < 5 * expected**0.5
+
+
+def test_classes_that_do_not_fit_are_named():
+    part = split(2)
+    found = set().union(*(CLASSES[entry] for entry in part.labeled))
+    assert len(part.uncovered) == 2
+    assert part.uncovered == sorted(set(range(6)) - found)
+
+
+def test_entries_without_a_label_stay_unlabeled():
+    entries = [Entry("x.jpg", None), *ENTRIES[:5]]
+    part = split(5, entries=entries)
+    assert part.unlabeled == [entries[0]]
+    with pytest.raises(DataError, match="6 labeled entries were asked for, but only 5 have a label"):
+        split(6, entries=entries)
+    with pytest.raises(ValueError, match="at least 1"):
+        split(0)
+
+
+def test_repeated_lines_count_one_by_one():
+    part = split(3, entries=ENTRIES[:2] * 4)
+    assert (len(part.labeled), len(part.unlabeled)) == (3, 5)
+
+
+def test_written_splits_are_read_back(tmp_path):
+    part = split(8, entries=[*ENTRIES, Entry("my images/x y.jpg", None)])
+    write_split(tmp_path / "1_5" / "seed0", part)
+    assert read_split(tmp_path / "1_5" / "seed0" / "labeled.txt") == part.labeled
+    assert read_split(tmp_path / "1_5" / "seed0" / "unlabeled.txt") == part.unlabeled
+
+
+def test_classes_are_read_from_labels(tmp_path):
+    Image.fromarray(np.array([[1, 4], [255, 4]], np.uint8)).save(tmp_path / "a.png")
+    entry = Entry("a.jpg", "a.png")
+    assert classes_of(SegmentationDataset(tmp_path, [entry]))(entry) == {1, 4}
+    assert classes_of(SegmentationDataset(tmp_path, [entry], ignore_index=4))(entry) == {1}
+
+
+def test_camvid_split_covers_all_classes(camvid):
+    train = read_split(camvid / "splits" / "train.txt")[::4]
+    dataset = SegmentationDataset(camvid, train)
+    part = make_split(train, 11, 0, classes_of(dataset))
+    assert part.uncovered == []
+    assert len(part.labeled) == 11
