@@ -26,7 +26,7 @@ _RESETTABLE = {
     "AllSpark bottleneck": "decoder.allspark.",
 }
 # The public code stores its best mIoU as a numpy scalar, which weights_only refuses unless told that it is harmless.
-_NUMPY_SCALAR = [np.float64(0).__reduce__()[0], np.dtype, np.dtypes.Float64DType]
+_NUMPY_SCALAR: list[Any] = [np.float64(0).__reduce__()[0], np.dtype, np.dtypes.Float64DType]
 
 
 @dataclass(frozen=True)

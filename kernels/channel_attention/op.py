@@ -144,7 +144,7 @@ def _library_attention(query: Tensor, key: Tensor, value: Tensor, column_mask: T
         key = torch.cat([key, bias.expand(*key.shape[:2], 1, -1)], 2)
         value = value.masked_fill(~column_mask, 0)
     padded = math.ceil(query.shape[2] / _LIBRARY_ALIGNMENT) * _LIBRARY_ALIGNMENT
-    sequences = [pad(x.mT, (0, padded - x.shape[2])) for x in (query, key, value)]
+    sequences = [pad(x.mT, (0, padded - x.shape[2])).contiguous() for x in (query, key, value)]
     sequences = [x.expand(batch, -1, -1, -1) for x in sequences]
     attend = _sdpa if backend == "sdpa" else _xformers
     output = attend(*sequences)[..., :tokens].mT

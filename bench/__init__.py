@@ -1,0 +1,1 @@
+"""Benchmarks of the operators and of the training step against straightforward implementations."""

@@ -1,0 +1,84 @@
+"""Upsampling + argmax against torch's two functions."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.library import opcheck
+from torch.nn.functional import interpolate
+
+from allspark_fast.kernels.upsample_argmax import upsample_argmax
+from tests.kernels.forbid_sync import forbid_sync
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    batch=st.integers(0, 3),
+    classes=st.integers(1, 6),
+    small=st.tuples(st.integers(1, 6), st.integers(1, 6)),
+    size=st.tuples(st.integers(1, 19), st.integers(1, 19)),
+)
+def test_any_size(batch: int, classes: int, small: tuple[int, int], size: tuple[int, int]) -> None:
+    logits = torch.randn(batch, classes, *small)
+    labels, confidence = upsample_argmax(logits, size)
+    if batch == 0:
+        assert labels.shape == confidence.shape == (0, *size)
+        return
+    probability = interpolate(logits, size, mode="bilinear", align_corners=False).softmax(1)
+    torch.testing.assert_close(confidence, probability.max(1).values)
+    torch.testing.assert_close(probability.gather(1, labels[:, None])[:, 0], confidence)
+
+
+def test_the_first_maximum_wins() -> None:
+    labels, confidence = upsample_argmax(torch.zeros(1, 4, 2, 2), (3, 3))
+    assert (labels == 0).all()
+    torch.testing.assert_close(confidence, torch.full((1, 3, 3), 0.25))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_dtypes(dtype: torch.dtype) -> None:
+    logits = torch.randn(2, 5, 4, 6).to(dtype)
+    labels, confidence = upsample_argmax(logits, (13, 17))
+    computed = logits if dtype == torch.float64 else logits.float()
+    expected = upsample_argmax(computed, (13, 17))
+    assert torch.equal(labels, expected[0])
+    assert confidence.dtype == computed.dtype
+    assert torch.equal(confidence, expected[1])
+
+
+def test_nan_shows_in_the_confidence() -> None:
+    logits = torch.randn(1, 3, 2, 2)
+    logits[0, 1, 0, 0] = math.nan
+    labels, confidence = upsample_argmax(logits, (2, 2))
+    assert labels[0, 0, 0] == 1
+    assert confidence[0, 0, 0].isnan()
+    assert confidence[0, 1, 1].isfinite()
+
+
+def test_opcheck_compile_and_no_sync() -> None:
+    logits = torch.randn(2, 5, 4, 6, requires_grad=True)
+    opcheck(torch.ops.allspark_fast.upsample_argmax.default, (logits.detach(), [13, 17]))
+    compiled = torch.compile(upsample_argmax, fullgraph=True, backend="aot_eager")
+    for actual, expected in zip(compiled(logits, (13, 17)), upsample_argmax(logits, (13, 17)), strict=True):
+        assert torch.equal(actual, expected)
+        assert not actual.requires_grad
+    with forbid_sync():
+        upsample_argmax(logits, (13, 17))
+
+
+BAD = {
+    "logits dtype": (torch.zeros(2, 3, 4, 5).int(), (7, 9), TypeError, "logits must have dtype"),
+    "logits axes": (torch.zeros(3, 4, 5), (7, 9), ValueError, r"logits must have shape \(B, K, h, w\)"),
+    "no classes": (torch.zeros(2, 0, 4, 5), (7, 9), ValueError, "logits has K = 0"),
+    "size of three": (torch.zeros(2, 3, 4, 5), (7, 9, 1), ValueError, r"size must be \(H, W\)"),
+    "empty size": (torch.zeros(2, 3, 4, 5), (0, 9), ValueError, "at least 1 pixel"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_arguments_are_named(case: str) -> None:
+    logits, size, error, message = BAD[case]
+    with pytest.raises(error, match=message):
+        upsample_argmax(logits, size)
