@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from .cross_attention import Attend, CrossAttention
-from .semantic_memory import ClassMap, MemoryInit, token_class_map
+from .semantic_memory import ClassMap, MemoryInit, MemorySync, token_class_map
 from .tokens import pointwise, to_map, to_tokens
 
 
@@ -25,6 +25,7 @@ class AllSpark(nn.Module):
         num_heads: attention heads H.
         dropout: of attention maps and projections.
         memory_init: see SemanticMemory.
+        memory_sync: see SemanticMemory.
         class_map: see token_class_map.
     """
 
@@ -37,6 +38,7 @@ class AllSpark(nn.Module):
         num_heads: int = 2,
         dropout: float = 0.1,
         memory_init: MemoryInit = "randn",
+        memory_sync: MemorySync = "rank0",
         class_map: ClassMap = "logits",
     ) -> None:
         super().__init__()
@@ -46,7 +48,15 @@ class AllSpark(nn.Module):
         # The 1x1 convolutions are kept as such for their names and shapes in the state_dict.
         self.map_in = nn.Sequential(nn.Conv2d(channels, channels, 1), nn.GELU())
         self.attn_norm = nn.LayerNorm(channels, eps=1e-6)
-        self.attn = CrossAttention(channels, num_heads, num_classes, tokens, dropout=dropout, memory_init=memory_init)
+        self.attn = CrossAttention(
+            channels,
+            num_heads,
+            num_classes,
+            tokens,
+            dropout=dropout,
+            memory_init=memory_init,
+            memory_sync=memory_sync,
+        )
         self.encoder_norm = nn.LayerNorm(channels, eps=1e-6)
         self.map_out = nn.Sequential(nn.Conv2d(channels, channels, 1), nn.GELU())
 

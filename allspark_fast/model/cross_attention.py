@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from allspark_fast.kernels.channel_attention import channel_attention
 
-from .semantic_memory import MemoryInit, SemanticMemory
+from .semantic_memory import MemoryInit, MemorySync, SemanticMemory
 
 Attend = Literal["batch", "image"]
 
@@ -25,6 +25,7 @@ class CrossAttention(SemanticMemory):
         tokens: spatial tokens N of the training crops' deepest map.
         dropout: of the attention maps and of the output projections, in training.
         memory_init: see SemanticMemory.
+        memory_sync: see SemanticMemory.
     """
 
     def __init__(
@@ -36,8 +37,9 @@ class CrossAttention(SemanticMemory):
         *,
         dropout: float = 0.1,
         memory_init: MemoryInit = "randn",
+        memory_sync: MemorySync = "rank0",
     ) -> None:
-        super().__init__(num_classes, channels, tokens, memory_init=memory_init)
+        super().__init__(num_classes, channels, tokens, memory_init=memory_init, memory_sync=memory_sync)
         self.num_heads = num_heads
         self.dropout = dropout
         hidden = num_heads * channels
@@ -64,11 +66,12 @@ class CrossAttention(SemanticMemory):
         if class_map is not None:
             self.enqueue(unlabeled, class_map)
         if use_memory:
-            # (N, K, S): rows of the memory as stored.
-            source, group_mask = self.kv_queue.permute(2, 0, 1)[None].to(unlabeled.dtype), self.queue_filled
+            memory = self.stored_channels()[None].to(unlabeled.dtype)
+            rebuilt = self._cross_attention(labeled, memory, self.queue_filled)
+            self.expect_no_enqueue_before_backward(rebuilt)
         else:
-            source, group_mask = unlabeled.transpose(0, 1)[None], None
-        return self._cross_attention(labeled, source, group_mask), self._self_attention(unlabeled)
+            rebuilt = self._cross_attention(labeled, unlabeled.transpose(0, 1)[None], None)
+        return rebuilt, self._self_attention(unlabeled)
 
     def infer(self, features: Tensor, *, attend: Attend) -> Tensor:
         """Rebuild features from their own channels, as labeled features at test time.

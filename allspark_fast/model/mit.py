@@ -3,8 +3,8 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -32,6 +32,7 @@ class MiTConfig:
     drop_path: float = 0.1
 
 
+STRIDES = (4, 8, 16, 32)
 MIT_CONFIGS = {
     "mit_b0": MiTConfig(embed_dims=(32, 64, 160, 256), depths=(2, 2, 2, 2)),
     "mit_b1": MiTConfig(depths=(2, 2, 2, 2)),
@@ -52,11 +53,14 @@ class MixTransformer(nn.Module):
     def __init__(self, config: MiTConfig) -> None:
         super().__init__()
         self.channels = config.embed_dims
-        drop_path = torch.linspace(0, config.drop_path, sum(config.depths)).tolist()
+        # The spatial reduction of each stage, at strides 4, 8, 16 and 32, needs at least one whole window.
+        self.min_size = max((ratio - 1) * stride + 1 for ratio, stride in zip(config.sr_ratios, STRIDES, strict=True))
+        last_block = max(sum(config.depths) - 1, 1)
+        drop_path = iter(config.drop_path * block / last_block for block in range(sum(config.depths)))
         in_channels = 3
         for stage, (channels, depth) in enumerate(zip(config.embed_dims, config.depths, strict=True)):
             patch, stride = (7, 4) if stage == 0 else (3, 2)
-            rates = [drop_path.pop(0) for _ in range(depth)]
+            rates = list(islice(drop_path, depth))
             heads, sr_ratio = config.num_heads[stage], config.sr_ratios[stage]
             blocks = [Block(channels, heads, sr_ratio, config.mlp_ratio, rate) for rate in rates]
             # Flat names instead of a list of stages: they are those of the released weights.
@@ -70,11 +74,18 @@ class MixTransformer(nn.Module):
         """Encode images.
 
         Args:
-            images: (B, 3, H, W), any size of at least 1 pixel.
+            images: (B, 3, H, W) of at least ``min_size`` pixels a side, 29 for MiT-B0 to B5.
 
         Returns:
             four maps (B, channels[i], ⌈H / s⌉, ⌈W / s⌉) for the strides s = 4, 8, 16, 32, channels-last in memory.
+
+        Raises:
+            ValueError: the images are too small.
         """
+        if min(images.shape[2:]) < self.min_size:
+            raise ValueError(
+                f"images are {images.shape[2]} x {images.shape[3]} pixels, expected at least {self.min_size} a side"
+            )
         features, feature_map = [], images
         for stage in range(1, 5):
             tokens, size = getattr(self, f"patch_embed{stage}")(feature_map)
@@ -86,7 +97,7 @@ class MixTransformer(nn.Module):
 
     def deepest_size(self, image_size: Sequence[int]) -> tuple[int, int]:
         """(h, w) of the deepest map for images of ``image_size`` = (H, W) pixels."""
-        return math.ceil(image_size[0] / 32), math.ceil(image_size[1] / 32)
+        return math.ceil(image_size[0] / STRIDES[-1]), math.ceil(image_size[1] / STRIDES[-1])
 
 
 class OverlapPatchEmbed(nn.Module):

@@ -8,7 +8,7 @@ from .allspark import AllSpark
 from .cross_attention import Attend
 from .mit import MIT_CONFIGS, MixTransformer
 from .segformer_head import SegFormerHead
-from .semantic_memory import ClassMap, MemoryInit
+from .semantic_memory import ClassMap, MemoryInit, MemorySync
 
 
 class Decoder(nn.Module):
@@ -91,6 +91,7 @@ def build_segmentor(
     embedding_dim: int = 768,
     num_heads: int = 2,
     memory_init: MemoryInit = "randn",
+    memory_sync: MemorySync = "rank0",
     class_map: ClassMap = "logits",
 ) -> Segmentor:
     """Build a model for training, with random weights.
@@ -103,6 +104,7 @@ def build_segmentor(
         embedding_dim: channels of the head.
         num_heads: heads of the bottleneck.
         memory_init: see SemanticMemory.
+        memory_sync: see SemanticMemory.
         class_map: see token_class_map.
 
     Raises:
@@ -120,6 +122,7 @@ def build_segmentor(
             height * width,
             num_heads=num_heads,
             memory_init=memory_init,
+            memory_sync=memory_sync,
             class_map=class_map,
         )
     head = SegFormerHead(encoder.channels, num_classes, embedding_dim)

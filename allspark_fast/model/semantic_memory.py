@@ -6,9 +6,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from allspark_fast.distributed import broadcast_from_rank0, gather_batch
 from allspark_fast.kernels.semantic_memory import channel_semantic_grouping, semantic_memory_enqueue
 
 MemoryInit = Literal["randn", "empty"]
+MemorySync = Literal["rank0", "all"]
 ClassMap = Literal["logits", "softmax"]
 
 
@@ -26,16 +28,30 @@ class SemanticMemory(nn.Module):
         tokens: spatial tokens N of a channel.
         memory_init: ``randn`` fills the memory with noise, which is attended until overwritten (the public code);
             ``empty`` starts at zero and leaves classes without a channel out of attention.
+        memory_sync: with several processes, ``rank0`` starts each step from rank 0's memory, into which every rank
+            enqueues its own channels (the public code: what other ranks enqueue is lost after the step); ``all``
+            enqueues the channels of every rank, in order of ranks, so that the memory is the same everywhere.
     """
 
     kv_queue: Tensor
     queue_ptr: Tensor
     queue_filled: Tensor | None
 
-    def __init__(self, num_classes: int, slots: int, tokens: int, *, memory_init: MemoryInit = "randn") -> None:
+    def __init__(
+        self,
+        num_classes: int,
+        slots: int,
+        tokens: int,
+        *,
+        memory_init: MemoryInit = "randn",
+        memory_sync: MemorySync = "rank0",
+    ) -> None:
         super().__init__()
         if memory_init not in ("randn", "empty"):
             raise ValueError(f"memory_init must be randn or empty, got {memory_init!r}")
+        if memory_sync not in ("rank0", "all"):
+            raise ValueError(f"memory_sync must be rank0 or all, got {memory_sync!r}")
+        self.memory_sync = memory_sync
         noise = torch.randn if memory_init == "randn" else torch.zeros
         self.register_buffer("queue_ptr", torch.zeros(num_classes, dtype=torch.int64))
         self.register_buffer("kv_queue", noise(tokens, num_classes, slots).permute(1, 2, 0))
@@ -63,10 +79,38 @@ class SemanticMemory(nn.Module):
         if class_map.shape[1] != classes:
             raise ValueError(f"class_map has {class_map.shape[1]} classes, the Semantic Memory {classes}")
         channel_class = channel_semantic_grouping(features, class_map)
+        if self.memory_sync == "all":
+            features, channel_class = gather_batch(features), gather_batch(channel_class)
+        else:
+            self._take_rank0()
         semantic_memory_enqueue(self.kv_queue, self.queue_ptr, features, channel_class)
         if self.queue_filled is not None:
             present = channel_class.flatten()[:, None] == torch.arange(classes, device=channel_class.device)
             self.queue_filled |= present.any(0)
+
+    def stored_channels(self) -> Tensor:
+        """The memory as it is stored, (N, K, S): a linear layer makes keys (N, K, D) of it without a copy."""
+        return self.kv_queue.permute(2, 0, 1)
+
+    def expect_no_enqueue_before_backward(self, output: Tensor) -> None:
+        """Make backward through ``output`` a clear error if the memory has changed since: its values are gone then."""
+        version = self.kv_queue._version
+
+        def check(_: Tensor) -> None:
+            if self.kv_queue._version != version:
+                raise RuntimeError(
+                    "the Semantic Memory has changed since this forward pass, so its backward would be wrong: call "
+                    "backward before the next forward pass in training mode"
+                )
+
+        if output.requires_grad and not torch.compiler.is_compiling():
+            output.register_hook(check)
+
+    def _take_rank0(self) -> None:
+        broadcast_from_rank0(self.stored_channels())
+        broadcast_from_rank0(self.queue_ptr)
+        if self.queue_filled is not None:
+            broadcast_from_rank0(self.queue_filled)
 
 
 def _assume_filled(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: object) -> None:

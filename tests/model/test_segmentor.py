@@ -1,0 +1,178 @@
+"""The whole model: encoder and head against plain forms, sizes, precision, compilation."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from allspark_fast.model import MIT_CONFIGS, MixTransformer, SegFormerHead, build_segmentor
+from allspark_fast.model.segformer_head import FiniteBatchNorm2d
+from tests.kernels.forbid_sync import forbid_sync
+
+
+def features(channels: tuple[int, ...] = (4, 6, 8, 10)) -> list[Tensor]:
+    sizes = [(12, 18), (6, 9), (3, 5), (2, 3)]
+    return [torch.randn(2, c, *size) for c, size in zip(channels, sizes, strict=True)]
+
+
+class TestHead:
+    """The multiplied-out head is the official one."""
+
+    def uncollapsed(self, head: SegFormerHead, maps: list[Tensor]) -> Tensor:
+        layers = (head.linear_c1, head.linear_c2, head.linear_c3, head.linear_c4)
+        projected = []
+        for layer, x in zip(layers, maps, strict=True):
+            x = layer.proj(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+            projected.append(F.interpolate(x, maps[0].shape[2:], mode="bilinear", align_corners=False))
+        fused = head.linear_fuse.conv(torch.cat(projected[::-1], 1))
+        return head.linear_pred(head.dropout(F.relu(head.linear_fuse.bn(fused))))
+
+    @pytest.mark.parametrize("train", [True, False])
+    def test_equals_the_uncollapsed_head(self, train: bool) -> None:
+        head = SegFormerHead((4, 6, 8, 10), 5, 16, dropout=0.0).double().train(train)
+        maps = [x.double().requires_grad_() for x in features()]
+        results = []
+        for forward in (head, lambda x: self.uncollapsed(head, x)):
+            output = forward(maps)
+            leaves = [*maps, *head.parameters()]
+            grads = torch.autograd.grad(output.square().sum(), leaves)
+            results.append((output, *grads))
+        for actual, expected in zip(*results, strict=True):
+            torch.testing.assert_close(actual, expected)
+
+    def test_autocast_stays_close_to_float32(self) -> None:
+        head = SegFormerHead((4, 6, 8, 10), 5, 64).eval()
+        maps = features()
+        expected = head(maps)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            actual = head(maps)
+        assert (actual - expected).abs().max() < 0.03 * expected.abs().max()
+
+
+class TestFiniteBatchNorm:
+    """Running statistics survive a bad batch."""
+
+    def test_is_batch_norm(self) -> None:
+        ours, theirs = FiniteBatchNorm2d(3), torch.nn.BatchNorm2d(3)
+        for _ in range(3):
+            x = torch.randn(4, 3, 5, 5)
+            torch.testing.assert_close(ours(x), theirs(x))
+        for name, statistic in theirs.state_dict().items():
+            torch.testing.assert_close(ours.state_dict()[name], statistic)
+        torch.testing.assert_close(ours.eval()(x), theirs.eval()(x))
+
+    @pytest.mark.parametrize("bad", [math.nan, math.inf])
+    def test_skips_what_is_not_finite(self, bad: float) -> None:
+        norm = FiniteBatchNorm2d(3)
+        norm(torch.randn(4, 3, 5, 5))
+        before = {name: x.clone() for name, x in norm.state_dict().items()}
+        x = torch.randn(4, 3, 5, 5)
+        x[1, 1, 2, 2] = bad
+        norm(x)
+        for name in ("running_mean", "running_var"):
+            after = norm.state_dict()[name]
+            assert after[1] == before[name][1]
+            assert (after[[0, 2]] != before[name][[0, 2]]).all()
+
+
+class TestEncoder:
+    """Mix Transformers."""
+
+    def test_too_small_images_are_named(self) -> None:
+        with pytest.raises(ValueError, match="images are 28 x 64 pixels, expected at least 29"):
+            MixTransformer(MIT_CONFIGS["mit_b0"])(torch.randn(1, 3, 28, 64))
+
+    # Parameters of the released encoders without classification head, in millions (SegFormer, table 6).
+    @pytest.mark.parametrize(
+        ("name", "millions"),
+        [("mit_b0", 3.3), ("mit_b1", 13.2), ("mit_b2", 24.2), ("mit_b3", 44.1), ("mit_b4", 60.8), ("mit_b5", 81.4)],
+    )
+    def test_parameter_counts(self, name: str, millions: float) -> None:
+        with torch.device("meta"):
+            encoder = MixTransformer(MIT_CONFIGS[name])
+        assert sum(p.numel() for p in encoder.parameters()) / 1e6 == pytest.approx(millions, abs=0.06)
+
+    @pytest.mark.parametrize("size", [(65, 65), (64, 96), (33, 130), (29, 257)])
+    def test_sizes(self, size: tuple[int, int]) -> None:
+        encoder = MixTransformer(MIT_CONFIGS["mit_b0"]).eval()
+        with torch.no_grad():
+            maps = encoder(torch.randn(1, 3, *size))
+        expected = [tuple(math.ceil(side / stride) for side in size) for stride in (4, 8, 16, 32)]
+        assert [tuple(x.shape[2:]) for x in maps] == expected
+        assert encoder.deepest_size(size) == expected[-1]
+
+    @pytest.mark.parametrize(("crop", "side"), [(513, 17), (801, 26)])
+    def test_official_crops_give_the_official_memory(self, crop: int, side: int) -> None:
+        with torch.device("meta"):
+            model = build_segmentor("mit_b0", 21, (crop, crop))
+        assert model.decoder.allspark.attn.kv_queue.shape == (21, 256, side * side)
+
+    def test_drop_path_grows_and_keeps_the_mean(self) -> None:
+        encoder = MixTransformer(MIT_CONFIGS["mit_b0"])
+        rates = [block.drop_path for stage in range(1, 5) for block in getattr(encoder, f"block{stage}")]
+        torch.testing.assert_close(torch.tensor(rates), torch.linspace(0, 0.1, 8))
+        block = encoder.block4[1].train()
+        branch = block._drop_path(torch.ones(20000, 1, 1))
+        assert branch.unique().tolist() == pytest.approx([0.0, 1 / 0.9])
+        assert branch.mean().item() == pytest.approx(1, abs=0.02)
+
+
+def training_step(model: torch.nn.Module, crop: tuple[int, int]) -> Tensor:
+    unlabeled = torch.randn(2, 3, *crop)
+    with torch.no_grad():
+        class_logits = model.eval()(unlabeled, attend="batch")
+    return model.train()(torch.cat([torch.randn(2, 3, *crop), unlabeled]), class_logits, use_memory=True)
+
+
+def test_rectangular_crops_train() -> None:
+    model = build_segmentor("mit_b0", 3, (64, 97), embedding_dim=16)
+    logits = training_step(model, (64, 97))
+    assert logits.shape == (4, 3, 16, 25)
+    logits.sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_without_allspark_it_is_segformer() -> None:
+    model = build_segmentor("mit_b0", 3, (64, 64), allspark=False, embedding_dim=16)
+    assert not any("allspark" in name for name in model.state_dict())
+    assert model.train()(torch.randn(2, 3, 64, 64)).shape == (2, 3, 16, 16)
+
+
+def test_bfloat16_autocast_trains_and_keeps_the_memory_in_float32() -> None:
+    model = build_segmentor("mit_b0", 3, (64, 64), embedding_dim=16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = training_step(model, (64, 64))
+    logits.float().square().mean().backward()
+    assert model.decoder.allspark.attn.kv_queue.dtype == torch.float32
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_no_host_sync_in_forward_and_backward() -> None:
+    model = build_segmentor("mit_b0", 3, (64, 64), embedding_dim=16)
+    with forbid_sync():
+        training_step(model, (64, 64)).sum().backward()
+
+
+def test_forward_compiles_as_one_graph() -> None:
+    model = build_segmentor("mit_b0", 3, (64, 64), embedding_dim=16)
+    for module in model.modules():  # random choices are drawn in another order when compiled
+        for name in ("dropout", "drop_path"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+    model.decoder.decoder.dropout.p = 0.0
+    images, class_logits = torch.randn(4, 3, 64, 64), torch.randn(2, 3, 16, 16)
+    start = {name: x.clone() for name, x in model.state_dict().items()}
+    expected = model(images, class_logits, use_memory=True)
+    after = {name: x.clone() for name, x in model.state_dict().items()}
+    model.load_state_dict(start)
+    actual = torch.compile(model, fullgraph=True, backend="aot_eager")(images, class_logits, use_memory=True)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+    for name, x in model.state_dict().items():
+        torch.testing.assert_close(x, after[name], msg=name)
+
+
+def test_unknown_backbone() -> None:
+    with pytest.raises(ValueError, match="mit_b0, .*mit_b5, got 'resnet50'"):
+        build_segmentor("resnet50", 3, (64, 64))
