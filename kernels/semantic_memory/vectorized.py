@@ -13,7 +13,7 @@ def channel_semantic_grouping(features: Tensor, class_map: Tensor) -> Tensor:
 
 
 def semantic_memory_enqueue(queue: Tensor, queue_ptr: Tensor, features: Tensor, channel_class: Tensor) -> None:
-    """As in ``reference``, as one gather: every slot looks up the last channel that falls into it, if any."""
+    """As in ``reference``, as one scatter in which every slot is written at most once."""
     classes, slots, tokens = queue.shape
     assigned = channel_class.reshape(-1)
     members = assigned[:, None] == torch.arange(classes, device=queue.device)
@@ -23,13 +23,13 @@ def semantic_memory_enqueue(queue: Tensor, queue_ptr: Tensor, features: Tensor, 
     cls = assigned.where(known, 0)
     rank = members.cumsum(0).gather(1, cls[:, None])[:, 0] - 1
     kept = known & (rank >= arrivals[cls] - slots)
-    slot = cls * slots + (queue_ptr[cls] + rank) % slots
-    # Channels that are not kept all write to one slot more, which is cut off again.
-    source = torch.full((classes * slots + 1,), -1, device=queue.device)
-    source.scatter_(0, slot.where(kept, classes * slots), torch.arange(assigned.numel(), device=queue.device))
-    source = source[:-1].view(classes, slots)
+    slot = (queue_ptr[cls] + rank) % slots
 
-    channels = features.permute(1, 0, 2).reshape(tokens, -1)
-    arrived = channels[:, source.clamp(min=0)].permute(1, 2, 0).to(queue.dtype)
-    queue.copy_(torch.where(source[..., None] >= 0, arrived, queue))
+    stored = queue.permute(2, 0, 1)
+    channels = features.permute(1, 0, 2).reshape(tokens, -1).to(queue.dtype)
+    # The shapes may not depend on how many channels are kept, so the others write to slot 0 of class 0, all of them
+    # what it holds in the end.
+    first = kept & (cls == 0) & (slot == 0)
+    first_channel = channels[:, first.int().argmax()].where(first.any(), stored[:, 0, 0])
+    stored[:, cls.where(kept, 0), slot.where(kept, 0)] = channels.where(kept, first_channel[:, None])
     queue_ptr.copy_((queue_ptr + arrivals) % slots)

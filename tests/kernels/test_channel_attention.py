@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 from allspark_fast.kernels.channel_attention import channel_attention
 from allspark_fast.kernels.channel_attention.dropout import hash_keys, keep_mask
+from bench.harness import saved_bytes
 from bench.naive import naive_channel_attention
-from tests.kernels.saved_bytes import saved_bytes
 
 SEED = torch.tensor(0x1234_5678_9ABC_DEF0)
 

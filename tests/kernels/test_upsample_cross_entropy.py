@@ -11,8 +11,8 @@ from torch.library import opcheck
 from torch.nn.functional import cross_entropy, interpolate
 
 from allspark_fast.kernels.upsample_cross_entropy import upsample_cross_entropy
+from bench.harness import saved_bytes
 from tests.kernels.forbid_sync import forbid_sync
-from tests.kernels.saved_bytes import saved_bytes
 
 
 def example(

@@ -24,8 +24,8 @@ class TestHead:
         layers = (head.linear_c1, head.linear_c2, head.linear_c3, head.linear_c4)
         projected = []
         for layer, x in zip(layers, maps, strict=True):
-            x = layer.proj(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-            projected.append(F.interpolate(x, maps[0].shape[2:], mode="bilinear", align_corners=False))
+            low = layer.proj(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+            projected.append(F.interpolate(low, maps[0].shape[2:], mode="bilinear", align_corners=False))
         fused = head.linear_fuse.conv(torch.cat(projected[::-1], 1))
         return head.linear_pred(head.dropout(F.relu(head.linear_fuse.bn(fused))))
 
@@ -174,5 +174,5 @@ def test_forward_compiles_as_one_graph() -> None:
 
 
 def test_unknown_backbone() -> None:
-    with pytest.raises(ValueError, match="mit_b0, .*mit_b5, got 'resnet50'"):
+    with pytest.raises(ValueError, match=r"mit_b0, .*mit_b5, got 'resnet50'"):
         build_segmentor("resnet50", 3, (64, 64))

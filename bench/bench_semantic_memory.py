@@ -1,0 +1,43 @@
+"""Grouping and enqueue of a batch of unlabeled channels."""
+
+import torch
+from torch import Tensor
+
+from allspark_fast.kernels.semantic_memory import channel_semantic_grouping, semantic_memory_enqueue
+from bench.bench_channel_attention import SIZES
+from bench.harness import Case
+from bench.naive import naive_enqueue, naive_grouping
+
+
+def cases(size: str) -> list[Case]:
+    """Grouping, and enqueue into the memory."""
+    batch, tokens, channels, _, classes = SIZES[size]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    features = torch.randn(batch, tokens, channels, device=device)
+    class_map = torch.randn(batch, classes, tokens, device=device)
+    channel_class = channel_semantic_grouping(features, class_map)
+    stored = torch.zeros(tokens, classes, channels, device=device)
+    pointer = torch.zeros(classes, dtype=torch.int64, device=device)
+
+    def naive() -> Tensor:
+        queue = stored.permute(1, 2, 0).contiguous()
+        naive_enqueue(queue, pointer.clone(), features, channel_class)
+        return queue
+
+    def ours() -> Tensor:
+        queue = stored.clone().permute(1, 2, 0)
+        semantic_memory_enqueue(queue, pointer.clone(), features, channel_class)
+        return queue
+
+    name = f"{size}: B={batch} N={tokens} C={channels} K={classes}"
+    return [
+        Case(
+            op="channel_semantic_grouping",
+            size=name,
+            variants={
+                "naive": lambda: naive_grouping(features, class_map).float(),
+                "ours": lambda: channel_semantic_grouping(features, class_map).float(),
+            },
+        ),
+        Case(op="semantic_memory_enqueue", size=name, variants={"naive": naive, "ours": ours}),
+    ]
