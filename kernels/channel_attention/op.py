@@ -1,6 +1,7 @@
 """Public function, registration and dispatch of channel attention."""
 
 import math
+from types import ModuleType
 from typing import Any, Literal
 
 import torch
@@ -11,9 +12,10 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 from allspark_fast.kernels.arguments import FLOATING, check_choice, check_not_empty, check_shape, check_tensor
 from allspark_fast.kernels.channel_attention import chunked, reference
 from allspark_fast.kernels.channel_attention.similarity_norm import accumulation_dtype, similarity_rstd
+from allspark_fast.kernels.triton_support import check_triton_runs, prefers_triton
 
-Backend = Literal["auto", "chunked", "reference", "sdpa", "xformers"]
-_BACKENDS = ("auto", "chunked", "reference", "sdpa", "xformers")
+Backend = Literal["auto", "triton", "chunked", "reference", "sdpa", "xformers"]
+_BACKENDS = ("auto", "triton", "chunked", "reference", "sdpa", "xformers")
 _LIBRARY_BACKENDS = ("sdpa", "xformers")
 # Their kernels read 16 bytes at a time: head dims must be multiples of 8 half-precision numbers.
 _LIBRARY_ALIGNMENT = 8
@@ -49,8 +51,9 @@ def channel_attention(
         dropout_p: probability of dropping an entry of the attention map, in [0, 1).
         seed: int64 tensor of shape () on the query's device, from which the dropout mask is hashed, equal for all
             backends; None draws one from torch's generator there.
-        backend: ``chunked`` (plain torch in chunks of L, bounded memory), ``reference`` (plain torch, materialised),
-            ``sdpa`` or ``xformers`` (their memory-efficient kernels, without dropout), or ``auto``: ``chunked``.
+        backend: ``triton`` (kernels, bounded memory), ``chunked`` (plain torch in chunks of L, bounded memory),
+            ``reference`` (plain torch, materialised), ``sdpa`` or ``xformers`` (their memory-efficient kernels, without
+            dropout), or ``auto``: ``triton`` on CUDA from sm_80 in half and single precision, else ``chunked``.
 
     Returns:
         (B, H, N, Cq) in the query's dtype, accumulated in float32 (float64 for float64). Inputs that are not finite
@@ -71,11 +74,20 @@ def channel_attention(
         query = (query * rstd).to(query.dtype)
         if backend in _LIBRARY_BACKENDS:
             return _library_attention(query, key, value, column_mask, backend)
-        return _softmax_attention(query, key, value, column_mask, dropout_p, seed)[0]
+        return _softmax_attention(query, key, value, column_mask, dropout_p, seed, backend)[0]
 
 
 def _expand_groups(group_mask: Tensor, columns: int) -> Tensor:
     return group_mask[:, None].expand(-1, columns // group_mask.shape[0]).reshape(columns)
+
+
+def _implementation(query: Tensor, backend: str) -> ModuleType:
+    """The module whose ``forward`` and ``backward`` run, decided inside the operators: tracing needs no device."""
+    if backend == "triton" or (backend == "auto" and prefers_triton(query)):
+        from allspark_fast.kernels.channel_attention import kernel  # noqa: PLC0415 triton is optional
+
+        return kernel
+    return chunked
 
 
 @torch.library.custom_op("allspark_fast::softmax_attention", mutates_args=())
@@ -86,9 +98,10 @@ def _softmax_attention(
     column_mask: Tensor | None,
     dropout_p: float,
     seed: Tensor | None,
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """softmax(queryᵀ key) valueᵀ and the log-sum-exp of its rows (B, H, 1, Cq); the norm is in the query."""
-    return chunked.forward(query, key, value, column_mask, dropout_p, seed)
+    return _implementation(query, backend).forward(query, key, value, column_mask, dropout_p, seed)
 
 
 @_softmax_attention.register_fake
@@ -108,9 +121,11 @@ def _softmax_attention_backward(
     column_mask: Tensor | None,
     dropout_p: float,
     seed: Tensor | None,
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
     with torch.autocast(query.device.type, enabled=False):
-        return chunked.backward(grad, query, key, value, output, lse, column_mask, dropout_p, seed)
+        implementation = _implementation(query, backend)
+        return implementation.backward(grad, query, key, value, output, lse, column_mask, dropout_p, seed)
 
 
 @_softmax_attention_backward.register_fake
@@ -119,16 +134,15 @@ def _(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: object) -> tu
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query, key, value, column_mask, dropout_p, seed = inputs
+    query, key, value, column_mask, ctx.dropout_p, seed, ctx.backend = inputs
     ctx.save_for_backward(query, key, value, *output, column_mask, seed)
-    ctx.dropout_p = dropout_p
     ctx.mark_non_differentiable(output[1])
 
 
 def _backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
-    query, key, value, output, lse, column_mask, seed = ctx.saved_tensors
-    grads = _softmax_attention_backward(grad, query, key, value, output, lse, column_mask, ctx.dropout_p, seed)
-    return *grads, None, None, None
+    *saved, seed = ctx.saved_tensors
+    grads = _softmax_attention_backward(grad, *saved, ctx.dropout_p, seed, ctx.backend)
+    return *grads, None, None, None, None
 
 
 _softmax_attention.register_autograd(_backward, setup_context=_save_for_backward)
@@ -197,5 +211,7 @@ def _check_arguments(
         raise ValueError(
             f"backend {backend!r} cannot apply the hashed dropout mask: dropout_p must be 0, got {dropout_p}"
         )
+    if backend == "triton":
+        check_triton_runs("query", query)
     if backend == "xformers" and not query.is_cuda:
         raise ValueError(f"backend 'xformers' has CUDA kernels only, query is on {query.device}")

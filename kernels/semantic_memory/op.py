@@ -1,10 +1,13 @@
 """Public functions and registration of channel semantic grouping and the memory's enqueue."""
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
 from allspark_fast.kernels.arguments import FLOATING, check_not_empty, check_shape, check_tensor
 from allspark_fast.kernels.semantic_memory import vectorized
+from allspark_fast.kernels.triton_support import prefers_triton
 
 
 def channel_semantic_grouping(features: Tensor, class_map: Tensor) -> Tensor:
@@ -60,10 +63,19 @@ def semantic_memory_enqueue(queue: Tensor, queue_ptr: Tensor, features: Tensor, 
         _semantic_memory_enqueue(queue, queue_ptr, features.detach(), channel_class)
 
 
+def _implementation(*tensors: Tensor) -> ModuleType:
+    """The module that runs, decided inside the operators: tracing needs no device."""
+    if all(prefers_triton(x) for x in tensors):
+        from allspark_fast.kernels.semantic_memory import kernel  # noqa: PLC0415 triton is optional
+
+        return kernel
+    return vectorized
+
+
 @torch.library.custom_op("allspark_fast::channel_semantic_grouping", mutates_args=())
 def _channel_semantic_grouping(features: Tensor, class_map: Tensor) -> Tensor:
     with torch.autocast(features.device.type, enabled=False):
-        return vectorized.channel_semantic_grouping(features, class_map)
+        return _implementation(features, class_map).channel_semantic_grouping(features, class_map)
 
 
 @_channel_semantic_grouping.register_fake
@@ -73,7 +85,7 @@ def _(features: Tensor, class_map: Tensor) -> Tensor:
 
 @torch.library.custom_op("allspark_fast::semantic_memory_enqueue", mutates_args=("queue", "queue_ptr"))
 def _semantic_memory_enqueue(queue: Tensor, queue_ptr: Tensor, features: Tensor, channel_class: Tensor) -> None:
-    vectorized.semantic_memory_enqueue(queue, queue_ptr, features, channel_class)
+    _implementation(queue, features).semantic_memory_enqueue(queue, queue_ptr, features, channel_class)
 
 
 @_semantic_memory_enqueue.register_fake

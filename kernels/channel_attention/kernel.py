@@ -1,0 +1,405 @@
+"""Softmax attention in Triton, for any N: a split softmax over chunks of key channels.
+
+The head dim of this attention is the number of tokens N, 289 to 1369: too wide for the registers of a one-pass kernel.
+So the map is made in chunks of columns that stay in the L2 cache, by plain matrix products with an epilogue:
+
+    forward, for each chunk     _probability_kernel   P = exp(qᵀk - row maximum of the tile), and each tile's row sums
+                                _merge_kernel         merges softmax(chunk) vᵀ into the output and lse so far
+    backward, for each chunk    _gradient_kernel      P and dS of the chunk, from the lse; then library products:
+                                                      dV = dO P, dK = Q dS, dQ += K dSᵀ
+
+Rows are query channels, columns are key channels, a map is one (sample, head); samples that share their keys are rows
+of one map. All operands are (maps, N, channels) with channels contiguous, as a linear layer leaves them: an odd N is
+then the slow axis and costs no alignment. docs/kernels.md has the derivation and counts FLOPs and bytes.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from allspark_fast.kernels.channel_attention.configs import select_tiles
+
+# A chunk has as many columns as fit into this many bytes, within the two limits. At most 4096 rows of half precision
+# then fill 16 MiB, and the two chunks of backward stay in the L2 cache of an A100 (40 MB).
+WORKSPACE_BYTES = 16 * 2**20
+MIN_COLUMNS = 1024
+MAX_COLUMNS = 4096
+
+_LOG2E = tl.constexpr(1.4426950408889634)
+_LN2 = 0.6931471805599453
+# They vary from launch to launch and would each compile anew; a chunk's start is always a multiple of 16, and has to be
+# known as one for vector loads.
+_UNSPECIALIZED = ["tiles", "threshold", "keep_scale"]
+
+
+@triton.jit
+def _pointers(x, i_map, N, C, o_n, o_c):
+    """Pointers to tokens o_n of channels o_c in one map of x (maps, N, C), in the shape that o_n and o_c span.
+
+    A tile is addressed in the shape in which it enters a product: transposed after its load, it would pass through
+    registers on its way to shared memory on sm_80.
+    """
+    return x + (i_map * N + o_n) * C + o_c  # int64, as i_map is
+
+
+@triton.jit
+def _unmasked_columns(column_mask, o_l, L):
+    m_l = o_l < L
+    if column_mask is not None:
+        m_l &= tl.load(column_mask + o_l, mask=m_l, other=0) != 0
+    return m_l  # [BL]
+
+
+@triton.jit
+def _lowbias32(x):
+    x = (x ^ (x >> 16)) * 0x7FEB352D
+    x = (x ^ (x >> 15)) * 0x846CA68B
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def _keep_mask(seed, i_map, o_r, o_l, C, threshold):
+    """The entries that dropout.keep_mask keeps; a map's row is channel o_r % C of its sample o_r // C."""
+    b_seed = tl.load(seed)
+    stream = _lowbias32(b_seed.to(tl.uint32) ^ _lowbias32((b_seed >> 32).to(tl.uint32)))
+    row = (i_map + (o_r // C) * tl.num_programs(2)) * C + o_r % C
+    row_key = _lowbias32(stream ^ _lowbias32(row.to(tl.uint32)))
+    column_key = _lowbias32(_lowbias32(stream) ^ _lowbias32(o_l.to(tl.uint32)))
+    x = row_key[:, None] ^ column_key[None, :]
+    x = (x ^ (x >> 16)) * 0x7FEB352D
+    x = (x ^ (x >> 15)) * 0x846CA68B
+    return x.to(tl.int32, bitcast=True) >= threshold  # [BR, BL]
+
+
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
+def _probability_kernel(
+    query,  # (maps, N, R)
+    key,  # (maps, N, L)
+    column_mask,  # (L,) or None
+    seed,  # () or None: no dropout
+    probability,  # (maps, R, W), of the columns from start
+    tile_maximum,  # (maps, tiles, R), in units of log2
+    tile_sum,  # (maps, tiles, R), before dropout
+    N,
+    C,
+    R,
+    L,
+    W,
+    start,
+    threshold,
+    BLOCK_R: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    i_r, i_l, i_map = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    o_n = tl.arange(0, BLOCK_N)
+    o_r = i_r * BLOCK_R + tl.arange(0, BLOCK_R)
+    o_w = i_l * BLOCK_L + tl.arange(0, BLOCK_L)
+    o_l = start + o_w
+    m_r, m_l = o_r < R, o_l < L
+
+    p_query = _pointers(query, i_map, N, R, o_n[None, :], o_r[:, None])
+    p_key = _pointers(key, i_map, N, L, o_n[:, None], o_l[None, :])
+    b_logits = tl.zeros([BLOCK_R, BLOCK_L], tl.float32)
+    for n in range(0, N, BLOCK_N):
+        m_n = n + o_n < N
+        b_query = tl.load(p_query, mask=m_r[:, None] & m_n[None, :], other=0.0)  # [BR, BN]
+        b_key = tl.load(p_key, mask=m_n[:, None] & m_l[None, :], other=0.0)  # [BN, BL]
+        b_logits = tl.dot(b_query, b_key, b_logits, input_precision="ieee")
+        p_query += BLOCK_N * R
+        p_key += BLOCK_N * L
+
+    b_logits = tl.where(_unmasked_columns(column_mask, o_l, L)[None, :], b_logits * _LOG2E, float("-inf"))
+    b_maximum = tl.max(b_logits, 1)  # [BR]
+    # A row without a column would give exp2(-inf + inf).
+    b_probability = tl.exp2(b_logits - tl.where(b_maximum == float("-inf"), 0.0, b_maximum)[:, None])
+    o_statistic = (i_map * tl.num_programs(1) + i_l) * R + o_r
+    tl.store(tile_maximum + o_statistic, b_maximum, mask=m_r)
+    tl.store(tile_sum + o_statistic, tl.sum(b_probability, 1), mask=m_r)
+    if seed is not None:
+        b_probability = tl.where(_keep_mask(seed, i_map, o_r, o_l, C, threshold), b_probability, 0.0)
+    p_probability = probability + (i_map * R + o_r[:, None]) * W + o_w[None, :]
+    tl.store(p_probability, b_probability.to(probability.dtype.element_ty), mask=m_r[:, None])
+
+
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
+def _merge_kernel(
+    probability,  # (maps, R, W)
+    tile_maximum,  # (maps, tiles, R)
+    tile_sum,  # (maps, tiles, R)
+    value,  # (maps, N, L)
+    output,  # (maps, N, R) float32: of the chunks before, and with this one
+    lse_before,  # (maps, R), in units of log2
+    lse_after,  # (maps, R)
+    N,
+    R,
+    L,
+    W,
+    start,
+    tiles,
+    keep_scale,
+    MAX_TILES: tl.constexpr,
+    TILE_L: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    i_n, i_r, i_map = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    o_r = i_r * BLOCK_R + tl.arange(0, BLOCK_R)
+    o_w = tl.arange(0, BLOCK_L)
+    o_t = tl.arange(0, MAX_TILES)
+    m_n, m_r = o_n < N, o_r < R
+
+    # Softmax over the chunks before, known by their lse, and the tiles of this one.
+    o_statistic = (i_map * tiles + o_t[:, None]) * R + o_r[None, :]
+    m_statistic = (o_t < tiles)[:, None] & m_r[None, :]
+    b_tile_maximum = tl.load(tile_maximum + o_statistic, mask=m_statistic, other=float("-inf"))  # [MAX_TILES, BR]
+    b_tile_sum = tl.load(tile_sum + o_statistic, mask=m_statistic, other=0.0)
+    b_before = tl.load(lse_before + i_map * R + o_r, mask=m_r, other=float("-inf"))
+    b_maximum = tl.maximum(b_before, tl.max(b_tile_maximum, 0))  # [BR]
+    b_maximum = tl.where(b_maximum == float("-inf"), 0.0, b_maximum)
+    b_rescale = tl.exp2(b_before - b_maximum)
+    b_total = b_rescale + tl.sum(b_tile_sum * tl.exp2(b_tile_maximum - b_maximum[None, :]), 0)
+
+    p_probability = probability + (i_map * R + o_r[:, None]) * W + o_w[None, :]
+    p_value = _pointers(value, i_map, N, L, o_n[None, :], (start + o_w)[:, None])
+    p_tile_maximum = tile_maximum + i_map * tiles * R + o_r
+    b_output = tl.zeros([BLOCK_R, BLOCK_N], tl.float32)
+    for w in range(0, tiles * TILE_L, BLOCK_L):
+        b_probability = tl.load(p_probability, mask=m_r[:, None], other=0.0)  # [BR, BL]
+        b_value = tl.load(p_value, mask=(start + w + o_w < L)[:, None] & m_n[None, :], other=0.0)  # [BL, BN]
+        b_relative = tl.load(p_tile_maximum + (w // TILE_L) * R, mask=m_r, other=float("-inf")) - b_maximum
+        b_probability = b_probability * tl.exp2(b_relative)[:, None]
+        b_output = tl.dot(b_probability.to(b_value.dtype), b_value, b_output, input_precision="ieee")
+        p_probability += BLOCK_L
+        p_value += BLOCK_L
+
+    b_divisor = tl.where(b_total == 0.0, 1.0, b_total)
+    p_output = _pointers(output, i_map, N, R, o_n[None, :], o_r[:, None])  # [BR, BN]
+    m_output = m_n[None, :] & m_r[:, None]
+    b_output_before = tl.load(p_output, mask=m_output, other=0.0)
+    b_output = (b_output * keep_scale + b_output_before * b_rescale[:, None]) / b_divisor[:, None]
+    tl.store(p_output, b_output, mask=m_output)
+    b_lse = tl.where(b_total == 0.0, float("-inf"), b_maximum + tl.log2(b_divisor))
+    tl.store(lse_after + i_map * R + o_r, b_lse, mask=m_r & (i_n == 0))
+
+
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
+def _gradient_kernel(
+    query,  # (maps, N, R)
+    key,  # (maps, N, L)
+    value,  # (maps, N, L)
+    grad_output,  # (maps, N, R)
+    lse,  # (maps, R)
+    delta,  # (maps, R): row sums of P dP
+    column_mask,  # (L,) or None
+    seed,  # () or None: no dropout
+    probability,  # (maps, R, W), of the columns from start, after dropout
+    grad_logits,  # (maps, R, W)
+    N,
+    C,
+    R,
+    L,
+    W,
+    start,
+    threshold,
+    keep_scale,
+    BLOCK_R: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    i_r, i_l, i_map = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    o_n = tl.arange(0, BLOCK_N)
+    o_r = i_r * BLOCK_R + tl.arange(0, BLOCK_R)
+    o_w = i_l * BLOCK_L + tl.arange(0, BLOCK_L)
+    o_l = start + o_w
+    m_r, m_l = o_r < R, o_l < L
+
+    p_query = _pointers(query, i_map, N, R, o_n[None, :], o_r[:, None])
+    p_key = _pointers(key, i_map, N, L, o_n[:, None], o_l[None, :])
+    p_grad_output = _pointers(grad_output, i_map, N, R, o_n[None, :], o_r[:, None])
+    p_value = _pointers(value, i_map, N, L, o_n[:, None], o_l[None, :])
+    b_logits = tl.zeros([BLOCK_R, BLOCK_L], tl.float32)
+    b_grad = tl.zeros([BLOCK_R, BLOCK_L], tl.float32)
+    for n in range(0, N, BLOCK_N):
+        m_n = n + o_n < N
+        b_query = tl.load(p_query, mask=m_r[:, None] & m_n[None, :], other=0.0)  # [BR, BN]
+        b_key = tl.load(p_key, mask=m_n[:, None] & m_l[None, :], other=0.0)  # [BN, BL]
+        b_grad_output = tl.load(p_grad_output, mask=m_r[:, None] & m_n[None, :], other=0.0)
+        b_value = tl.load(p_value, mask=m_n[:, None] & m_l[None, :], other=0.0)
+        b_logits = tl.dot(b_query, b_key, b_logits, input_precision="ieee")
+        b_grad = tl.dot(b_grad_output, b_value, b_grad, input_precision="ieee")
+        p_query += BLOCK_N * R
+        p_key += BLOCK_N * L
+        p_grad_output += BLOCK_N * R
+        p_value += BLOCK_N * L
+
+    b_lse = tl.load(lse + i_map * R + o_r, mask=m_r, other=0.0)
+    b_delta = tl.load(delta + i_map * R + o_r, mask=m_r, other=0.0)
+    # Masked columns, and so every column of a row whose lse is -inf, have P = 0.
+    m_logits = _unmasked_columns(column_mask, o_l, L)[None, :]
+    b_probability = tl.where(m_logits, tl.exp2((b_logits - b_lse[:, None]) * _LOG2E), 0.0)
+    b_dropout = keep_scale
+    if seed is not None:
+        b_dropout = tl.where(_keep_mask(seed, i_map, o_r, o_l, C, threshold), keep_scale, 0.0)
+    b_grad_logits = b_probability * (b_grad * b_dropout - b_delta[:, None])
+    o_workspace = (i_map * R + o_r[:, None]) * W + o_w[None, :]
+    tl.store(probability + o_workspace, (b_probability * b_dropout).to(probability.dtype.element_ty), mask=m_r[:, None])
+    tl.store(grad_logits + o_workspace, b_grad_logits.to(grad_logits.dtype.element_ty), mask=m_r[:, None])
+
+
+class _Maps:
+    """The maps of one call: their operands as (maps, N, channels), and how they are cut into chunks of columns."""
+
+    def __init__(self, query: Tensor, key: Tensor, value: Tensor, dropout_p: float, seed: Tensor | None) -> None:
+        self.shape = query.shape
+        self.shared_key = key.shape[0] == 1
+        self.query = self.pack(query)
+        self.key, self.value = (x.flatten(0, 1).contiguous() for x in (key, value))
+        self.seed = seed if dropout_p > 0 else None
+        self.threshold = round(dropout_p * 2**32) - 2**31
+        self.keep_scale = 1 / (1 - dropout_p)
+        self.tiles = select_tiles(query.device, query.dtype)
+
+    def pack(self, x: Tensor) -> Tensor:
+        """(B, H, N, C) -> (maps, N, rows): samples that share their keys are rows of one map."""
+        if self.shared_key:
+            x = x.permute(1, 2, 0, 3).flatten(2)[None]
+        return x.flatten(0, 1).contiguous()
+
+    def unpack(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """(maps, N or 1, rows) -> (B, H, N or 1, C), contiguous."""
+        batch, heads, _, channels = self.shape
+        if self.shared_key:
+            x = x.view(heads, -1, batch, channels).permute(2, 0, 1, 3)
+        else:
+            x = x.view(batch, heads, -1, channels)
+        return torch.empty(x.shape, dtype=dtype, device=x.device).copy_(x)
+
+    def workspaces(self, count: int, tile_columns: int) -> Tensor:
+        """Room for ``count`` matrices over one chunk of columns, (count, maps, rows, W)."""
+        maps, _, rows = self.query.shape
+        fitting = WORKSPACE_BYTES // (maps * rows * self.query.element_size())
+        columns = min(max(fitting, MIN_COLUMNS), MAX_COLUMNS)
+        tiles = min(columns // tile_columns, triton.cdiv(self.key.shape[2], tile_columns))
+        return self.query.new_empty((count, maps, rows, tiles * tile_columns))
+
+    def chunks(self, width: int) -> Iterator[slice]:
+        columns = self.key.shape[2]
+        return (slice(start, min(start + width, columns)) for start in range(0, columns, width))
+
+
+def forward(
+    query: Tensor, key: Tensor, value: Tensor, column_mask: Tensor | None, dropout_p: float, seed: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """As ``chunked.forward``, for float16, bfloat16 and float32."""
+    if query.numel() == 0:
+        return torch.empty_like(query), query.new_empty((*query.shape[:2], 1, query.shape[3]), dtype=torch.float32)
+    maps = _Maps(query, key, value, dropout_p, seed)
+    count, tokens, rows = maps.query.shape
+    tile, merge_tile = maps.tiles.probability, maps.tiles.merge(tokens)
+    (probability,) = maps.workspaces(1, tile.columns)
+    width = probability.shape[-1]
+    output = torch.zeros_like(maps.query, dtype=torch.float32)
+    tile_maximum, tile_sum = output.new_empty((2, count, width // tile.columns, rows))
+    lse = output.new_full((count, rows), -torch.inf)
+    for chunk in maps.chunks(width):
+        tiles = triton.cdiv(chunk.stop - chunk.start, tile.columns)
+        _probability_kernel[triton.cdiv(rows, tile.rows), tiles, count](
+            maps.query,
+            maps.key,
+            column_mask,
+            maps.seed,
+            probability,
+            tile_maximum,
+            tile_sum,
+            tokens,
+            query.shape[3],
+            rows,
+            key.shape[3],
+            width,
+            chunk.start,
+            maps.threshold,
+            **tile.options(),
+        )
+        lse_before, lse = lse, torch.empty_like(lse)
+        _merge_kernel[triton.cdiv(tokens, merge_tile.tokens), triton.cdiv(rows, merge_tile.rows), count](
+            probability,
+            tile_maximum,
+            tile_sum,
+            maps.value,
+            output,
+            lse_before,
+            lse,
+            tokens,
+            rows,
+            key.shape[3],
+            width,
+            chunk.start,
+            tiles,
+            maps.keep_scale,
+            MAX_TILES=MAX_COLUMNS // tile.columns,
+            TILE_L=tile.columns,
+            **merge_tile.options(),
+        )
+    return maps.unpack(output, query.dtype), maps.unpack(lse[:, None] * _LN2, torch.float32)
+
+
+def backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    lse: Tensor,
+    column_mask: Tensor | None,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As ``chunked.backward``, for float16, bfloat16 and float32."""
+    if query.numel() == 0:
+        return torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
+    maps = _Maps(query, key, value, dropout_p, seed)
+    tile = maps.tiles.gradient
+    count, tokens, rows = maps.query.shape
+    probability, grad_logits = maps.workspaces(2, tile.columns)
+    width = probability.shape[-1]
+    grad_output = maps.pack(grad)
+    # Row sums of P dP, with or without dropout (FlashAttention-2, sec. 3.1).
+    delta = maps.pack((grad.float() * output).sum(2, keepdim=True))
+    row_lse = maps.pack(lse)
+    grad_query = torch.zeros_like(maps.query, dtype=torch.float32)
+    grad_key, grad_value = torch.empty_like(maps.key), torch.empty_like(maps.value)
+    for chunk in maps.chunks(width):
+        columns = chunk.stop - chunk.start
+        _gradient_kernel[triton.cdiv(rows, tile.rows), triton.cdiv(columns, tile.columns), count](
+            maps.query,
+            maps.key,
+            maps.value,
+            grad_output,
+            row_lse,
+            delta,
+            column_mask,
+            maps.seed,
+            probability,
+            grad_logits,
+            tokens,
+            query.shape[3],
+            rows,
+            key.shape[3],
+            width,
+            chunk.start,
+            maps.threshold,
+            maps.keep_scale,
+            **tile.options(),
+        )
+        chunk_grad_logits = grad_logits[..., :columns]
+        torch.bmm(grad_output, probability[..., :columns], out=grad_value[..., chunk])
+        torch.bmm(maps.query, chunk_grad_logits, out=grad_key[..., chunk])
+        # The product rounds to the input's dtype, the sum over chunks does not.
+        grad_query += torch.bmm(maps.key[..., chunk], chunk_grad_logits.mT)
+    return maps.unpack(grad_query, query.dtype), grad_key.view(key.shape), grad_value.view(value.shape)

@@ -1,0 +1,180 @@
+"""Channel semantic grouping and the memory's enqueue in Triton.
+
+Grouping is a product of class maps and features with an argmax in the epilogue. The enqueue is two launches, so that
+nothing depends on the order in which programs run:
+
+    _route_kernel   one program for each class: which channel falls into which of its slots, and the new pointer
+    _write_kernel   one program for each tile of slots and tokens: fetches those channels
+
+Slots are the fast axis of both the memory as stored, [N, K, S], and of a tile, so whole rows of slots are written.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_GROUPING_CHANNELS = 32
+_GROUPING_TOKENS = 32
+_ROUTE_CHANNELS = 1024
+_WRITE_TOKENS = 16
+_WRITE_SLOTS = 64
+
+
+@triton.jit
+def _grouping_kernel(
+    features,  # (B, N, C)
+    class_map,  # (B, K, N)
+    channel_class,  # (B, C) int64
+    finite,  # (B, tiles) bool: whether all that a program read is finite
+    N,
+    C,
+    K,
+    stride_features_b,
+    stride_features_n,
+    stride_features_c,
+    stride_map_b,
+    stride_map_k,
+    stride_map_n,
+    BLOCK_K: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    i_c, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    o_k = tl.arange(0, BLOCK_K)
+    o_c = i_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    m_k, m_c = o_k < K, o_c < C
+    p_map = class_map + i_b * stride_map_b + o_k[:, None].to(tl.int64) * stride_map_k
+    p_features = features + i_b * stride_features_b + o_c[None, :].to(tl.int64) * stride_features_c
+    b_similarity = tl.zeros([BLOCK_K, BLOCK_C], tl.float32)
+    b_norm = tl.zeros([BLOCK_K], tl.float32)  # squared
+    b_finite = tl.full([BLOCK_C], 1, tl.int32)
+    for n in range(0, N, BLOCK_N):
+        o_n = (n + tl.arange(0, BLOCK_N)).to(tl.int64)
+        m_n = o_n < N
+        b_map = tl.load(p_map + o_n[None, :] * stride_map_n, mask=m_k[:, None] & m_n[None, :], other=0.0)
+        b_map = b_map.to(tl.float32)  # [BK, BN]
+        b_features = tl.load(p_features + o_n[:, None] * stride_features_n, mask=m_n[:, None] & m_c[None, :], other=0.0)
+        b_features = b_features.to(tl.float32)  # [BN, BC]
+        b_similarity = tl.dot(b_map, b_features, b_similarity, input_precision="ieee")
+        b_norm += tl.sum(b_map * b_map, 1)
+        # x - x is 0 for finite x and NaN otherwise.
+        b_finite &= tl.min((b_features - b_features == 0.0).to(tl.int32), 0)
+        b_finite &= tl.min(tl.min((b_map - b_map == 0.0).to(tl.int32), 1), 0)
+    # A channel's own norm cannot change its argmax; 1e-12 is the eps of torch.nn.functional.normalize.
+    b_similarity = b_similarity / tl.maximum(tl.sqrt(b_norm), 1e-12)[:, None]
+    b_similarity = tl.where(m_k[:, None], b_similarity, float("-inf"))
+    tl.store(channel_class + i_b * C + o_c, tl.argmax(b_similarity, 0).to(tl.int64), mask=m_c)
+    tl.store(finite + i_b * tl.num_programs(0) + i_c, tl.min(b_finite, 0) != 0)
+
+
+@triton.jit
+def _route_kernel(
+    channel_class,  # (E,), channels of all images in order
+    queue_ptr,  # (K,) int64
+    source,  # (K, S) int32, filled with -1: the channel that falls into a slot
+    E,
+    S,
+    stride_ptr,
+    BLOCK_E: tl.constexpr,
+):
+    i_k = tl.program_id(0)
+    arrivals = 0
+    for e in range(0, E, BLOCK_E):
+        o_e = e + tl.arange(0, BLOCK_E)
+        arrivals += tl.sum((tl.load(channel_class + o_e, mask=o_e < E, other=-1) == i_k).to(tl.int32), 0)
+    first = tl.load(queue_ptr + i_k * stride_ptr)
+    rank_before = 0
+    for e in range(0, E, BLOCK_E):
+        o_e = e + tl.arange(0, BLOCK_E)
+        m_member = tl.load(channel_class + o_e, mask=o_e < E, other=-1) == i_k
+        b_rank = rank_before + tl.cumsum(m_member.to(tl.int32), 0) - 1
+        # Of more than S arrivals the last S stay, so no slot is written twice.
+        m_kept = m_member & (b_rank >= arrivals - S)
+        tl.store(source + i_k.to(tl.int64) * S + (first + b_rank) % S, o_e, mask=m_kept)
+        rank_before += tl.sum(m_member.to(tl.int32), 0)
+    tl.store(queue_ptr + i_k * stride_ptr, (first + arrivals) % S)
+
+
+@triton.jit
+def _write_kernel(
+    features,  # (B, N, C)
+    source,  # (K, S) int32
+    queue,  # (K, S, N)
+    N,
+    C,
+    S,
+    stride_features_b,
+    stride_features_n,
+    stride_features_c,
+    stride_queue_k,
+    stride_queue_s,
+    stride_queue_n,
+    BLOCK_N: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    i_s, i_n, i_k = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    o_s = i_s * BLOCK_S + tl.arange(0, BLOCK_S)
+    o_n = (i_n * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)[:, None]
+    b_source = tl.load(source + i_k * S + o_s, mask=o_s < S, other=-1).to(tl.int64)
+    m_write = (o_n < N) & (b_source >= 0)[None, :]  # [BN, BS]
+    o_features = (b_source // C) * stride_features_b + (b_source % C) * stride_features_c
+    b_channel = tl.load(features + o_n * stride_features_n + o_features[None, :], mask=m_write, other=0.0)
+    p_queue = queue + i_k * stride_queue_k + o_s[None, :].to(tl.int64) * stride_queue_s + o_n * stride_queue_n
+    tl.store(p_queue, b_channel.to(tl.float32).to(queue.dtype.element_ty), mask=m_write)
+
+
+def channel_semantic_grouping(features: Tensor, class_map: Tensor) -> Tensor:
+    """As in ``reference``, for float16, bfloat16 and float32."""
+    batch, tokens, channels = features.shape
+    classes = class_map.shape[1]
+    tiles = triton.cdiv(channels, _GROUPING_CHANNELS)
+    channel_class = torch.empty((batch, channels), dtype=torch.int64, device=features.device)
+    if channel_class.numel() == 0:
+        return channel_class
+    finite = torch.empty((batch, tiles), dtype=torch.bool, device=features.device)
+    _grouping_kernel[tiles, batch](
+        features,
+        class_map,
+        channel_class,
+        finite,
+        tokens,
+        channels,
+        classes,
+        *features.stride(),
+        *class_map.stride(),
+        BLOCK_K=max(16, triton.next_power_of_2(classes)),
+        BLOCK_C=_GROUPING_CHANNELS,
+        BLOCK_N=_GROUPING_TOKENS,
+    )
+    return channel_class.masked_fill_(~finite.all(1, keepdim=True), -1)
+
+
+def semantic_memory_enqueue(queue: Tensor, queue_ptr: Tensor, features: Tensor, channel_class: Tensor) -> None:
+    """As in ``reference``, for float16, bfloat16 and float32."""
+    classes, slots, tokens = queue.shape
+    channels = features.shape[2]
+    if features.numel() == 0 or classes == 0:
+        return
+    source = torch.full((classes, slots), -1, dtype=torch.int32, device=queue.device)
+    _route_kernel[(classes,)](
+        channel_class.contiguous(),
+        queue_ptr,
+        source,
+        channel_class.numel(),
+        slots,
+        queue_ptr.stride(0),
+        BLOCK_E=_ROUTE_CHANNELS,
+    )
+    _write_kernel[triton.cdiv(slots, _WRITE_SLOTS), triton.cdiv(tokens, _WRITE_TOKENS), classes](
+        features,
+        source,
+        queue,
+        tokens,
+        channels,
+        slots,
+        *features.stride(),
+        *queue.stride(),
+        BLOCK_N=_WRITE_TOKENS,
+        BLOCK_S=_WRITE_SLOTS,
+    )
