@@ -44,6 +44,12 @@ def test_16_bit_grey_keeps_its_relative_brightness(tmp_path):
     np.testing.assert_array_equal(np.asarray(read_image(tmp_path / "a.png"))[..., 1], GRADIENT)
 
 
+def test_16_bit_grey_is_rounded_to_the_nearest_level(tmp_path):
+    wide = np.array([[0, 128, 129, 32767, 65406, 65407, 65535]], np.uint16)
+    pixels = np.asarray(read_image(save(tmp_path / "a.png", wide)))[0, :, 0]
+    np.testing.assert_array_equal(pixels, [0, 0, 1, 127, 254, 255, 255])
+
+
 def test_cmyk_is_converted(tmp_path):
     red = np.tile(np.array([250, 10, 10], np.uint8), (16, 16, 1))
     image = read_image(save(tmp_path / "a.jpg", red, "CMYK", quality=95))

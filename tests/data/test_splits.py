@@ -20,7 +20,8 @@ def split(count, seed=0, entries=ENTRIES):
 
 
 @pytest.mark.parametrize(
-    ("text", "count"), [("1/16", 6), ("1/8", 12), ("0.5", 50), ("7", 7), ("100", 100), ("1/1", 100), ("1/999", 1)]
+    ("text", "count"),
+    [("1/16", 6), ("1/15", 7), ("1/8", 12), ("0.5", 50), ("7", 7), ("100", 100), ("1/1", 100), ("1/999", 1)],
 )
 def test_amounts(text, count):
     assert parse_amount(text, 100) == count

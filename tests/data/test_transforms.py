@@ -5,7 +5,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageFilter
+from torchvision.transforms.v2 import functional as tvf
 
 from allspark_fast.data.transforms import (
     IMAGENET_MEAN,
@@ -161,12 +162,60 @@ def test_half_are_blurred():
     assert 0.5 * 0.85 - 5 * (0.25 / count) ** 0.5 < blurred / count < 0.5 + 5 * (0.25 / count) ** 0.5
 
 
+def test_blur_radius(monkeypatch):
+    radii = []
+    gaussian_blur = ImageFilter.GaussianBlur
+    monkeypatch.setattr(ImageFilter, "GaussianBlur", lambda radius: (radii.append(radius), gaussian_blur(radius))[1])
+    source = generator()
+    for _ in range(1500):
+        jitter_colors(flat(1, 2, 3), source)
+    assert 0.1 <= min(radii) < 0.12
+    assert 1.98 < max(radii) <= 2.0
+    assert abs(np.mean(radii) - 1.05) < 0.1
+
+
+def test_colours_change_in_every_order(monkeypatch):
+    calls = []
+    for name in ("brightness", "contrast", "saturation", "hue"):
+        monkeypatch.setattr(tvf, f"adjust_{name}", lambda image, amount, name=name: (calls.append(name), image)[1])
+    source = generator()
+    for _ in range(600):
+        jitter_colors(flat(1, 2, 3), source)
+    assert len({tuple(calls[first : first + 4]) for first in range(0, len(calls), 4)}) == 24
+
+
 def test_brightness_range():
     source = generator()
     # On an even grey, contrast, saturation and hue do nothing.
     levels = [jitter_colors(flat(100, 100, 100), source).getpixel((0, 0))[0] for _ in range(1500)]
     assert 50 <= min(levels) < 54
     assert 146 < max(levels) <= 150
+
+
+def test_contrast_range():
+    # Two greys, so far apart that blur does not reach the corners: the mean shows the brightness.
+    image = Image.new("RGB", (32, 2), (108,) * 3)
+    image.paste((148,) * 3, (16, 0, 32, 2))
+    source = generator()
+    factors = []
+    for _ in range(1500):
+        result = jitter_colors(image, source)
+        low, high = result.getpixel((0, 0))[0], result.getpixel((31, 0))[0]
+        factors.append((high - low) / (high + low) * 256 / 40)
+    assert 0.42 < min(factors) < 0.54
+    assert 1.46 < max(factors) < 1.58  # rounding to 8 bits adds to it
+
+
+def test_saturation_range():
+    # On a single colour, contrast works like saturation: both move it away from grey by 0.5 to 1.5.
+    source = generator()
+    factors = []
+    for _ in range(2000):
+        color = jitter_colors(flat(130, 110, 110), source).getpixel((0, 0))
+        factors.append((max(color) - min(color)) / (max(color) + min(color)) * 12)
+    factors = [factor for factor in factors if factor > 0]
+    assert 0.15 < min(factors) < 0.4
+    assert 1.85 < max(factors) < 2.6
 
 
 def test_hue_range():
