@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from allspark_fast.config import TrainConfig
 from allspark_fast.data.loader import SemiBatch
 from allspark_fast.kernels.semantic_memory import channel_semantic_grouping
 from allspark_fast.kernels.upsample_argmax import upsample_argmax
@@ -234,17 +235,12 @@ def test_trajectory(name: str) -> None:
     meta = golden.meta
     model = build_model(meta)
     golden.load(model, "w0/")
-    optimizer = build_optimizer(
-        model,
-        lr=meta["lr"],
-        lr_multi=meta["lr_multi"],
-        momentum=meta["momentum"],
-        weight_decay=meta["weight_decay"],
-    )
+    config = TrainConfig(lr=meta["lr"], lr_multi=meta["lr_multi"], weight_decay=meta["weight_decay"], attend="batch")
+    optimizer = build_optimizer(model, config)
     for step, (x, y, u) in enumerate(zip(golden["x"], golden["y"], golden["u"], strict=True)):
         batch = SemiBatch(x, y.long(), u, torch.ones_like(y, dtype=torch.bool), None)
         lr = poly_lr(step, meta["total_iters"], meta["lr"], power=meta["poly"])
-        losses = train_step(model, optimizer, batch, lr=lr, use_memory=step > 0, attend="batch")
+        losses = train_step(model, optimizer, batch, config, lr=lr, use_memory=step > 0)
         expected = golden["losses"][step]
         torch.testing.assert_close(torch.stack(losses), expected, rtol=1e-5, atol=0)
         assert torch.equal(model.decoder.allspark.attn.queue_ptr, golden[f"step{step}/ptr"])

@@ -123,7 +123,9 @@ def scan_folder(root: str | Path) -> list[Entry]:
 class ImageSource(Protocol):
     """What the loaders need of a data set: the name of every sample, its image, its image with the label."""
 
-    entries: Sequence[Entry]
+    @property
+    def entries(self) -> Sequence[Entry]:
+        """Names of the samples."""
 
     def image(self, index: int) -> Image.Image:
         """Returns the RGB image alone."""

@@ -34,6 +34,8 @@ class MiTConfig:
 
 STRIDES = (4, 8, 16, 32)
 MIT_CONFIGS = {
+    # Ours, for tests and the embedded data: half of B0 in every width, one block a stage.
+    "mit_tiny": MiTConfig(embed_dims=(16, 32, 80, 128), depths=(1, 1, 1, 1)),
     "mit_b0": MiTConfig(embed_dims=(32, 64, 160, 256), depths=(2, 2, 2, 2)),
     "mit_b1": MiTConfig(depths=(2, 2, 2, 2)),
     "mit_b2": MiTConfig(depths=(3, 4, 6, 3)),

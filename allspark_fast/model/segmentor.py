@@ -97,7 +97,7 @@ def build_segmentor(
     """Build a model for training, with random weights.
 
     Args:
-        backbone: ``mit_b0`` to ``mit_b5``.
+        backbone: ``mit_tiny``, or ``mit_b0`` to ``mit_b5``.
         num_classes: number of classes K.
         crop_size: (H, W) of the training crops in pixels, which decides the size of the memory.
         allspark: whether to build the bottleneck; without it this is SegFormer.

@@ -1,0 +1,114 @@
+"""Opens what a configuration names: classes, and the labeled, unlabeled and validation images."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from allspark_fast.config import DataConfig
+from allspark_fast.data.check import Problem, check_dataset
+from allspark_fast.data.datasets import Entry, ImageSource, SegmentationDataset, read_split, scan_folder
+from allspark_fast.data.errors import DataError
+from allspark_fast.data.info import DATASETS, DatasetInfo, read_info
+from allspark_fast.data.scenes import SCENES, ScenesDataset
+
+# Scenes are rendered larger than the crop, as photographs are.
+_SCENE_SCALE = 1.25
+_SCENE_SEED = 0
+_FIRST_VAL_SCENE = 1_000_000
+
+
+@dataclass(frozen=True)
+class Sources:
+    """An opened data set.
+
+    Attributes:
+        info: classes and colours.
+        labeled: training images with labels.
+        unlabeled: training images whose labels are not used.
+        val: validation images with labels.
+    """
+
+    info: DatasetInfo
+    labeled: ImageSource
+    unlabeled: ImageSource
+    val: ImageSource
+
+
+def open_sources(config: DataConfig) -> Sources:
+    """Open the data set of a configuration.
+
+    Raises:
+        DataError: a folder or file is missing or malformed; the message names it.
+    """
+    if config.dataset == "scenes":
+        return _open_scenes(config)
+    root, info, splits = _locate(config)
+    datasets = {
+        name: SegmentationDataset(root, entries, ignore_index=info.ignore_index) for name, entries in splits.items()
+    }
+    return Sources(info, datasets["labeled"], datasets["unlabeled"], datasets["val"])
+
+
+def check_sources(config: DataConfig, *, sample: int | None = None) -> list[Problem]:
+    """Problems of the files that a configuration names; reads ``sample`` entries of each list, or all."""
+    if config.dataset == "scenes":
+        return []
+    root, info, splits = _locate(config)
+    return check_dataset(root, info, splits, config.crop, sample=sample)
+
+
+def _open_scenes(config: DataConfig) -> Sources:
+    labeled, unlabeled, val = config.scenes
+    size = round(_SCENE_SCALE * config.crop)
+
+    def scenes(start: int, count: int) -> ScenesDataset:
+        return ScenesDataset(range(start, start + count), size, _SCENE_SEED)
+
+    return Sources(SCENES, scenes(0, labeled), scenes(labeled, unlabeled), scenes(_FIRST_VAL_SCENE, val))
+
+
+def _locate(config: DataConfig) -> tuple[Path, DatasetInfo, Mapping[str, list[Entry]]]:
+    root = _root(config)
+    info = DATASETS[config.dataset] if config.dataset in DATASETS else read_info(root)
+    files = {"labeled": config.labeled, "unlabeled": config.unlabeled, "val": config.val}
+    splits = {name: _read(root, file) for name, file in files.items() if file is not None}
+    if config.dataset == "folder":
+        splits = _complete(root, splits)
+    missing = [name for name in files if name not in splits]
+    if missing:
+        raise DataError(
+            f"data.{missing[0]} is not set: give a split file, one `image label` per line"
+            " (`python -m allspark_fast splits` writes labeled.txt and unlabeled.txt)"
+        )
+    return root, info, splits
+
+
+def _root(config: DataConfig) -> Path:
+    if config.root is not None:
+        root = config.root
+    elif "ALLSPARK_DATA_DIR" in os.environ:
+        folder = Path(os.environ["ALLSPARK_DATA_DIR"])
+        root = folder / config.dataset if (folder / config.dataset).is_dir() else folder
+    else:
+        raise DataError(f"data.root is not set: give the folder of {config.dataset}, or set $ALLSPARK_DATA_DIR")
+    if not root.is_dir():
+        raise DataError(f"data.root: there is no folder {root}")
+    return root
+
+
+def _read(root: Path, file: Path) -> list[Entry]:
+    candidates = [root / file, file]
+    for candidate in candidates:
+        if candidate.is_file():
+            return read_split(candidate)
+    raise DataError(f"split file {file}: not found below {root} nor here; check data.root and the split's name")
+
+
+def _complete(root: Path, splits: Mapping[str, list[Entry]]) -> dict[str, list[Entry]]:
+    """Lists of a folder that were not given: what has a label is labeled, what has none unlabeled."""
+    taken = {entry.image for entries in splits.values() for entry in entries}
+    rest = [entry for entry in scan_folder(root) if entry.image not in taken]
+    labeled = [entry for entry in rest if entry.label is not None]
+    unlabeled = [entry for entry in rest if entry.label is None]
+    return {"labeled": labeled, "unlabeled": unlabeled, **splits}
