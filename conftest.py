@@ -1,1 +1,11 @@
-"""Puts the repository root on the import path, so that tests run without an installation and can import bench."""
+"""Puts the repository root on the import path, so that tests run without an installation and can import bench.
+
+Where there is no GPU, Triton kernels run in its interpreter; the variable counts only before triton is imported.
+"""
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")

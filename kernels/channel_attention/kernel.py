@@ -255,11 +255,20 @@ def _gradient_kernel(
 class _Maps:
     """The maps of one call: their operands as (maps, N, channels), and how they are cut into chunks of columns."""
 
-    def __init__(self, query: Tensor, key: Tensor, value: Tensor, dropout_p: float, seed: Tensor | None) -> None:
+    def __init__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        column_mask: Tensor | None,
+        dropout_p: float,
+        seed: Tensor | None,
+    ) -> None:
         self.shape = query.shape
         self.shared_key = key.shape[0] == 1
         self.query = self.pack(query)
         self.key, self.value = (x.flatten(0, 1).contiguous() for x in (key, value))
+        self.column_mask = None if column_mask is None else column_mask.contiguous()
         self.seed = seed if dropout_p > 0 else None
         self.threshold = round(dropout_p * 2**32) - 2**31
         self.keep_scale = 1 / (1 - dropout_p)
@@ -299,7 +308,7 @@ def forward(
     """As ``chunked.forward``, for float16, bfloat16 and float32."""
     if query.numel() == 0:
         return torch.empty_like(query), query.new_empty((*query.shape[:2], 1, query.shape[3]), dtype=torch.float32)
-    maps = _Maps(query, key, value, dropout_p, seed)
+    maps = _Maps(query, key, value, column_mask, dropout_p, seed)
     count, tokens, rows = maps.query.shape
     tile, merge_tile = maps.tiles.probability, maps.tiles.merge(tokens)
     (probability,) = maps.workspaces(1, tile.columns)
@@ -312,7 +321,7 @@ def forward(
         _probability_kernel[triton.cdiv(rows, tile.rows), tiles, count](
             maps.query,
             maps.key,
-            column_mask,
+            maps.column_mask,
             maps.seed,
             probability,
             tile_maximum,
@@ -363,7 +372,7 @@ def backward(
     """As ``chunked.backward``, for float16, bfloat16 and float32."""
     if query.numel() == 0:
         return torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
-    maps = _Maps(query, key, value, dropout_p, seed)
+    maps = _Maps(query, key, value, column_mask, dropout_p, seed)
     tile = maps.tiles.gradient
     count, tokens, rows = maps.query.shape
     probability, grad_logits = maps.workspaces(2, tile.columns)
@@ -383,7 +392,7 @@ def backward(
             grad_output,
             row_lse,
             delta,
-            column_mask,
+            maps.column_mask,
             maps.seed,
             probability,
             grad_logits,

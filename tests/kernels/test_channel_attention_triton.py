@@ -1,0 +1,321 @@
+"""The Triton kernels of channel attention, interpreted: parity with the float64 reference, memory, registration."""
+
+from collections.abc import Iterator
+from unittest.mock import patch
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.library import opcheck
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from allspark_fast.kernels.channel_attention import channel_attention, chunked
+from allspark_fast.kernels.channel_attention import op as attention_op
+from allspark_fast.kernels.semantic_memory import op as memory_op
+from tests import test_golden
+from tests.kernels.test_channel_attention import SEED, assert_equal_to_reference, inputs, output_and_grads
+from tests.kernels.triton_checks import checked_memory, exact_bfloat16, uninitialized_memory_is_nan
+
+from allspark_fast.kernels.channel_attention import kernel  # isort: skip  (skipped above where triton is missing)
+
+# The operator's own rounding of the query times rstd and of the centered key is inside the error of bfloat16, for every
+# backend alike; TestParity.test_kernels_alone leaves it out.
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 1e-2}
+GROUP_MASK = torch.tensor([True, False, True])
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # how numpy announces a NaN
+
+
+@pytest.fixture(autouse=True)
+def strict_interpreter() -> Iterator[None]:
+    with exact_bfloat16(), uninitialized_memory_is_nan():
+        yield
+
+
+@pytest.fixture
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks of 128 columns, so that small inputs need several."""
+    monkeypatch.setattr(kernel, "WORKSPACE_BYTES", 0)
+    monkeypatch.setattr(kernel, "MIN_COLUMNS", 128)
+
+
+def assert_parity(tensors: list[Tensor], **options: object) -> None:
+    assert_equal_to_reference(tensors, TOLERANCE[tensors[0].dtype], backend="triton", seed=SEED, **options)
+
+
+class TestParity:
+    """Output and gradients against the materialised reference in float64."""
+
+    @pytest.mark.parametrize("dropout_p", [0.0, 0.2])
+    @pytest.mark.parametrize("tokens", [1, 9, 25, 81, 289])
+    @pytest.mark.parametrize("dtype", TOLERANCE)
+    def test_tokens(self, tokens: int, dtype: torch.dtype, dropout_p: float) -> None:
+        tensors = inputs(2, 1, tokens, 17, 57, dtype=dtype)
+        assert_parity(tensors, group_mask=GROUP_MASK, dropout_p=dropout_p)
+
+    @pytest.mark.parametrize("tokens", [27, 325])
+    @pytest.mark.parametrize("dtype", TOLERANCE)
+    def test_odd_sizes_that_stand_for_cityscapes_and_vit(self, tokens: int, dtype: torch.dtype) -> None:
+        """Tokens modulo the tiles as of 676 and 1369, both sides of the limit where the merge kernel's tile changes."""
+        assert_parity(inputs(1, 1, tokens, 33, 70, dtype=dtype), dropout_p=0.1)
+
+    @pytest.mark.usefixtures("small_chunks")
+    @pytest.mark.parametrize("shared", [True, False])
+    @pytest.mark.parametrize("dropout_p", [0.0, 0.2])
+    @pytest.mark.parametrize("dtype", TOLERANCE)
+    def test_several_chunks_and_a_ragged_last_one(self, dtype: torch.dtype, dropout_p: float, shared: bool) -> None:
+        tensors = inputs(3, 2, 19, 43, 300, shared=shared, dtype=dtype)
+        assert_parity(tensors, group_mask=GROUP_MASK, dropout_p=dropout_p)
+
+    @pytest.mark.usefixtures("small_chunks")
+    @pytest.mark.parametrize("dropout_p", [0.0, 0.2])
+    @pytest.mark.parametrize("dtype", TOLERANCE)
+    def test_kernels_alone(self, dtype: torch.dtype, dropout_p: float) -> None:
+        """The registered operator, without the norm, against the chunked form in float64 on the same inputs."""
+        query, key, value = (x.detach() for x in inputs(2, 2, 37, 21, 300, dtype=dtype))
+        query, grad = query / 4, torch.randn_like(query)
+        mask = torch.arange(300) % 7 > 0
+        options = (mask, dropout_p, SEED)
+        output, lse = kernel.forward(query, key, value, *options)
+        grads = kernel.backward(grad, query, key, value, output, lse, *options)
+        doubles = [x.double() for x in (query, key, value)]
+        expected, expected_lse = chunked.forward(*doubles, *options)
+        expected_grads = chunked.backward(grad.double(), *doubles, expected, expected_lse, *options)
+        tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+        for x, target in zip((output, *grads), (expected, *expected_grads), strict=True):
+            assert (x - target).abs().max() <= tolerance * target.abs().max()
+        torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-6, atol=1e-6)
+
+    @pytest.mark.usefixtures("small_chunks")
+    @pytest.mark.parametrize("masked", ["first", "last"])
+    def test_whole_chunks_are_masked(self, masked: str) -> None:
+        mask = torch.tensor([masked == "last", masked == "first"])
+        assert_parity(inputs(2, 1, 9, 5, 512, dtype=torch.float32), group_mask=mask)
+
+    @settings(max_examples=20, deadline=None)
+    @given(
+        batch=st.integers(1, 3),
+        heads=st.integers(1, 2),
+        tokens=st.integers(1, 40),
+        channels=st.integers(1, 40),
+        groups=st.integers(1, 4),
+        group=st.integers(1, 30),
+        shared=st.booleans(),
+        dropout_p=st.sampled_from([0.0, 0.3]),
+        masked=st.integers(0, 15),
+    )
+    def test_any_shape(
+        self,
+        batch: int,
+        heads: int,
+        tokens: int,
+        channels: int,
+        groups: int,
+        group: int,
+        shared: bool,
+        dropout_p: float,
+        masked: int,
+    ) -> None:
+        tensors = inputs(batch, heads, tokens, channels, groups * group, shared=shared, dtype=torch.float32)
+        mask = torch.tensor([masked >> i & 1 == 0 for i in range(groups)])
+        # Gradients of maps of a few numbers are small differences.
+        assert_equal_to_reference(tensors, 1e-4, backend="triton", seed=SEED, group_mask=mask, dropout_p=dropout_p)
+
+    @pytest.mark.parametrize("strides", ["tokens last", "padded", "heads inside"])
+    def test_strides(self, strides: str) -> None:
+        query, key, value = (x.detach() for x in inputs(2, 3, 9, 5, 7, shared=False, dtype=torch.float32))
+        layout = {
+            "tokens last": lambda x: x.mT.contiguous().mT,
+            "padded": lambda x: torch.nn.functional.pad(x, (1, 2))[..., 1:-2],
+            "heads inside": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+        }[strides]
+        assert_parity([layout(x).requires_grad_() for x in (query, key, value)])
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("tokens", [676, 1369])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_full_size(self, tokens: int, dtype: torch.dtype) -> None:
+        assert_parity(inputs(1, 1, tokens, 512, 3 * 512, dtype=dtype), group_mask=GROUP_MASK, dropout_p=0.1)
+
+
+class TestEdges:
+    """Inputs at the edge of what is sensible."""
+
+    @pytest.mark.parametrize("shared", [True, False])
+    def test_empty_batch(self, shared: bool) -> None:
+        tensors = inputs(0, 2, 9, 5, 7, shared=shared, dtype=torch.float32)
+        for result, x in zip(output_and_grads(tensors, backend="triton"), [tensors[0], *tensors], strict=True):
+            assert torch.equal(result, torch.zeros_like(x))
+
+    @pytest.mark.usefixtures("small_chunks")
+    @pytest.mark.parametrize("dtype", TOLERANCE)
+    def test_all_groups_masked_gives_zeros_and_zero_gradients(self, dtype: torch.dtype) -> None:
+        tensors = inputs(2, 1, 7, 5, 300, dtype=dtype)
+        for x in output_and_grads(tensors, group_mask=torch.zeros(3, dtype=torch.bool), backend="triton"):
+            assert torch.equal(x, torch.zeros_like(x))
+
+    @pytest.mark.parametrize("mean", [10.0, 100.0])
+    def test_large_means(self, mean: float) -> None:
+        """The mean is a shift that the norm takes out: the error is that of the inputs, relative to their spread."""
+        tensors = inputs(2, 1, 25, 17, 57, dtype=torch.float32, mean=mean)
+        assert_equal_to_reference(tensors, 1e-5 * mean, backend="triton")
+
+    def test_constant_inputs_attend_evenly(self) -> None:
+        query, key = torch.full((1, 1, 9, 5), 2.0), torch.full((1, 1, 9, 7), 3.0)
+        value = torch.randn(1, 1, 9, 7)
+        output = channel_attention(query, key, value, backend="triton")
+        torch.testing.assert_close(output, value.mean(-1, keepdim=True).expand(-1, -1, -1, 5))
+
+    def test_huge_outlier(self) -> None:
+        query, key, value = (x.detach() for x in inputs(2, 1, 25, 17, 57, dtype=torch.float32))
+        key[0, 0, 3, 11] = 1e4
+        assert_parity([x.requires_grad_() for x in (query, key, value)])
+
+    @pytest.mark.parametrize("which", [0, 1, 2])
+    def test_non_finite_inputs_show(self, which: int) -> None:
+        tensors = [x.detach() for x in inputs(1, 1, 9, 5, 7, dtype=torch.float32)]
+        tensors[which][0, 0, 0, 0] = torch.inf
+        assert not channel_attention(*tensors, backend="triton").isfinite().all()
+
+
+class TestDropoutMask:
+    """The hash in registers against the one in torch."""
+
+    @pytest.mark.usefixtures("small_chunks")
+    @pytest.mark.parametrize(("dropout_p", "shared"), [(1e-9, True), (0.1, True), (0.1, False), (0.999, True)])
+    def test_mask_is_that_of_the_other_backends(self, dropout_p: float, shared: bool) -> None:
+        """With even weights and one-hot values the output is the mask itself, in forward and in backward."""
+        columns = 150
+        query, key = torch.zeros(2, 2, columns, 5), torch.zeros(1 if shared else 2, 2, columns, columns)
+        value = torch.eye(columns).expand_as(key).contiguous().requires_grad_()
+        masks = []
+        for backend in ("triton", "chunked", "reference"):
+            output = channel_attention(query, key, value, dropout_p=dropout_p, seed=SEED, backend=backend)
+            (grad,) = torch.autograd.grad(output, value, torch.ones_like(output))
+            masks.append((output > 0, grad.round(decimals=4)))
+        for mask, grad in masks[1:]:
+            assert torch.equal(mask, masks[0][0])
+            assert torch.allclose(grad, masks[0][1], rtol=1e-4)
+
+    def test_seeds_of_64_bits(self) -> None:
+        query, key, value = (x.detach() for x in inputs(1, 1, 9, 5, 64, dtype=torch.float32))
+        for seed in (0, 1, -1, 2**63 - 1, -(2**63), 1 << 32):
+            options = {"dropout_p": 0.5, "seed": torch.tensor(seed)}
+            expected = channel_attention(query, key, value, backend="chunked", **options)
+            torch.testing.assert_close(channel_attention(query, key, value, backend="triton", **options), expected)
+
+
+class TestMemory:
+    """What the kernels touch, and what they need."""
+
+    @pytest.mark.usefixtures("small_chunks")
+    @pytest.mark.parametrize("shared", [True, False])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_bounds_and_races(self, dtype: torch.dtype, shared: bool) -> None:
+        tensors = inputs(2, 1, 67, 71, 201, shared=shared, dtype=dtype)
+        with checked_memory():
+            output_and_grads(tensors, group_mask=GROUP_MASK, dropout_p=0.1, seed=SEED, backend="triton")
+
+    @pytest.mark.parametrize(("batch", "tokens"), [(1, 289), (4, 289), (16, 289), (2, 676), (4, 1369)])
+    def test_workspace_is_bounded(self, batch: int, tokens: int) -> None:
+        """Forward keeps one chunk, backward two, of 16 MiB or 1024 columns; all else is of the inputs' size."""
+        rows, columns = batch * 1024, 21 * 1024
+        workspace = 2 * max(16 * 2**20, 1024 * rows * 2)
+        memory, query_float32 = columns * tokens * 2, rows * tokens * 4
+        sizes = _Allocations()
+        no_kernels = dict.fromkeys(["_probability_kernel", "_merge_kernel", "_gradient_kernel"], _NoKernel())
+        with FakeTensorMode(), patch.multiple(kernel, **no_kernels):
+            query = torch.empty(batch, 1, tokens, 1024, dtype=torch.bfloat16)
+            key = torch.empty(1, 1, tokens, columns, dtype=torch.bfloat16)
+            with sizes:
+                output, lse = kernel.forward(query, key, key, None, 0.0, None)
+                kernel.backward(output, query, key, key, output, lse, None, 0.0, None)
+        assert max(sizes.bytes) <= max(workspace, memory, query_float32)
+
+
+class _NoKernel:
+    def __getitem__(self, grid: tuple[int, ...]) -> object:
+        return lambda *args, **kwargs: None
+
+
+class _Allocations(TorchDispatchMode):
+    """Bytes of every new tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes: list[int] = []
+
+    def __torch_dispatch__(self, func: object, types: object, args: tuple = (), kwargs: dict | None = None) -> object:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and not func.is_view:
+            self.bytes.append(result.nbytes)
+        return result
+
+
+class TestRegistration:
+    """One op for every backend: fake tensors, compile, opcheck, dispatch."""
+
+    @pytest.mark.parametrize("backend", ["auto", "triton"])
+    def test_traces_for_cuda_without_a_gpu(self, backend: str) -> None:
+        with FakeTensorMode():
+            query = torch.empty(2, 1, 9, 5, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+            key = torch.empty(1, 1, 9, 12, dtype=torch.bfloat16, device="cuda")
+            mask, seed = torch.ones(12, dtype=torch.bool, device="cuda"), torch.zeros((), dtype=int, device="cuda")
+            output = channel_attention(query, key, key, group_mask=mask, dropout_p=0.1, backend=backend)
+            # Autograd's engine asks for the device, so backward is traced as the operator that it calls.
+            lse = torch.empty(2, 1, 1, 5, device="cuda")
+            backward = torch.ops.allspark_fast.softmax_attention_backward
+            grads = backward(output, query, key, key, output, lse, mask, 0.1, seed, backend)
+        assert output.requires_grad
+        for x, like in zip((output, *grads), (query, query, key, key), strict=True):
+            assert (x.shape, x.dtype, x.device) == (like.shape, like.dtype, like.device)
+
+    @pytest.mark.parametrize("shared", [True, False])
+    def test_opcheck(self, shared: bool) -> None:
+        query, key, value = inputs(2, 3, 7, 5, 12, shared=shared, dtype=torch.float32)
+        mask = torch.arange(12) % 3 > 0
+        ops = torch.ops.allspark_fast
+        opcheck(ops.softmax_attention.default, (query, key, value, mask, 0.2, SEED, "triton"))
+        query, key, value = (x.detach() for x in (query, key, value))
+        output, lse = ops.softmax_attention(query, key, value, mask, 0.2, SEED, "triton")
+        arguments = (torch.randn_like(output), query, key, value, output, lse, mask, 0.2, SEED, "triton")
+        opcheck(ops.softmax_attention_backward.default, arguments)
+
+    def test_compiles_without_a_graph_break(self) -> None:
+        tensors = inputs(2, 1, 7, 5, 12, dtype=torch.float32)
+        compiled = torch.compile(channel_attention, backend="aot_eager", fullgraph=True, dynamic=True)
+        options = {"group_mask": GROUP_MASK, "dropout_p": 0.1, "seed": SEED, "backend": "triton"}
+        torch.testing.assert_close(compiled(*tensors, **options), channel_attention(*tensors, **options))
+
+    def test_lse_is_that_of_chunked(self) -> None:
+        query, key, value = (x.detach() for x in inputs(2, 2, 9, 5, 70, dtype=torch.float32))
+        mask = torch.arange(70) % 3 > 0
+        expected = chunked.forward(query, key, value, mask, 0.0, None)
+        torch.testing.assert_close(kernel.forward(query, key, value, mask, 0.0, None), expected)
+
+    def test_cpu_tensors_need_the_interpreter(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("allspark_fast.kernels.triton_support._INTERPRETED", False)
+        with pytest.raises(ValueError, match=r"needs CUDA tensors .* query is on cpu"):
+            channel_attention(*inputs(1, 1, 3, 4, 5, dtype=torch.float32), backend="triton")
+
+    def test_missing_triton_is_named(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("allspark_fast.kernels.triton_support._INSTALLED", False)
+        with pytest.raises(ValueError, match="triton, which is not installed"):
+            channel_attention(*inputs(1, 1, 3, 4, 5, dtype=torch.float32), backend="triton")
+
+    def test_float64_is_refused(self) -> None:
+        with pytest.raises(ValueError, match=r"no kernels for .*float64"):
+            channel_attention(*inputs(1, 1, 3, 4, 5), backend="triton")
+
+
+@test_golden.golden_files("a_")
+def test_golden_cross_attention(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The public code's numbers, attention and memory through the kernels wherever a tensor is float32."""
+    for op in (attention_op, memory_op):
+        monkeypatch.setattr(op, "prefers_triton", lambda x: x.dtype == torch.float32)
+    modes = test_golden.Golden(name).meta["modes"]
+    test_golden.assert_parity(name, test_golden.cross_attention_results, [f"{mode}/" for mode in modes])
