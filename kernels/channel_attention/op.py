@@ -101,7 +101,8 @@ def _softmax_attention(
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """softmax(queryᵀ key) valueᵀ and the log-sum-exp of its rows (B, H, 1, Cq); the norm is in the query."""
-    return _implementation(query, backend).forward(query, key, value, column_mask, dropout_p, seed)
+    with torch.cuda.device_of(query):
+        return _implementation(query, backend).forward(query, key, value, column_mask, dropout_p, seed)
 
 
 @_softmax_attention.register_fake
@@ -123,7 +124,7 @@ def _softmax_attention_backward(
     seed: Tensor | None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    with torch.autocast(query.device.type, enabled=False):
+    with torch.autocast(query.device.type, enabled=False), torch.cuda.device_of(query):
         implementation = _implementation(query, backend)
         return implementation.backward(grad, query, key, value, output, lse, column_mask, dropout_p, seed)
 

@@ -74,7 +74,7 @@ def _implementation(*tensors: Tensor) -> ModuleType:
 
 @torch.library.custom_op("allspark_fast::channel_semantic_grouping", mutates_args=())
 def _channel_semantic_grouping(features: Tensor, class_map: Tensor) -> Tensor:
-    with torch.autocast(features.device.type, enabled=False):
+    with torch.autocast(features.device.type, enabled=False), torch.cuda.device_of(features):
         return _implementation(features, class_map).channel_semantic_grouping(features, class_map)
 
 
@@ -85,7 +85,8 @@ def _(features: Tensor, class_map: Tensor) -> Tensor:
 
 @torch.library.custom_op("allspark_fast::semantic_memory_enqueue", mutates_args=("queue", "queue_ptr"))
 def _semantic_memory_enqueue(queue: Tensor, queue_ptr: Tensor, features: Tensor, channel_class: Tensor) -> None:
-    _implementation(queue, features).semantic_memory_enqueue(queue, queue_ptr, features, channel_class)
+    with torch.cuda.device_of(queue):
+        _implementation(queue, features).semantic_memory_enqueue(queue, queue_ptr, features, channel_class)
 
 
 @_semantic_memory_enqueue.register_fake
