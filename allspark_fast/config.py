@@ -26,7 +26,7 @@ class DataConfig:
         scenes: labeled, unlabeled and validation scenes, if the data set is scenes.
         mean: of each colour channel in 0..1, subtracted from images.
         std: of each colour channel, which images are divided by.
-        workers: processes that load training images.
+        workers: processes that load training images; on a CPU the rest of the cores train.
     """
 
     dataset: Literal["scenes", "pascal", "cityscapes", "coco", "camvid", "folder"] = "scenes"
@@ -185,7 +185,7 @@ def changed_fields(old: Config, new: Config) -> list[str]:
 
 def _from_plain(kind: Any, value: Any, where: str) -> Any:
     """Dataclasses, paths and tuples out of what JSON makes of them."""
-    if dataclasses.is_dataclass(kind):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         hints = get_type_hints(kind)
         if not isinstance(value, dict) or set(value) != set(hints):
             different = sorted(set(value) ^ set(hints)) if isinstance(value, dict) else [value]

@@ -15,7 +15,7 @@ def scenes() -> Config:
     ``python train.py``
     """
     return Config(
-        data=DataConfig(dataset="scenes", crop=96, scale=(0.75, 1.5)),
+        data=DataConfig(dataset="scenes", crop=96, scale=(0.75, 1.5), workers=1),
         model=ModelConfig(backbone="mit_tiny", embedding_dim=64, memory_init="empty"),
         train=TrainConfig(
             epochs=8,
@@ -43,6 +43,7 @@ def camvid() -> Config:
             unlabeled=Path("splits/1_8/seed0/unlabeled.txt"),
             val=Path("splits/val.txt"),
             crop=160,
+            workers=1,
         ),
         model=ModelConfig(backbone="mit_b0", embedding_dim=128, memory_init="empty"),
         train=TrainConfig(

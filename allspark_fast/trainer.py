@@ -1,6 +1,7 @@
 """The training step of each method, and the run around it."""
 
 import logging
+import os
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -144,6 +145,9 @@ class Trainer:
         _claim_folder(folder, config)
         _refuse_bad_data(config)
         self.device = _device(config.run.device)
+        if self.device.type == "cpu":
+            # Threads that wait for a core which a loading process has are slower than fewer threads.
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) - config.data.workers))
         torch.manual_seed(config.train.seed)
         self.sources = open_sources(config.data)
         self.loader = self._build_loader(hidden_labels=False)

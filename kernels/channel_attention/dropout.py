@@ -60,11 +60,17 @@ def keep_mask(row_key: Tensor, column_key: Tensor, dropout_p: float) -> Tensor:
     Returns:
         bool (..., rows, columns), True where the entry is kept.
     """
-    # int32 has no logical shift: the mask clears the sign bits that the arithmetic one brings in. The finaliser's
-    # last xor-shift is left out, as it leaves the high bits alone and those alone decide the comparison.
+    # The finaliser's last xor-shift is left out: it leaves the high bits alone, and those decide the comparison.
     x = row_key[..., None] ^ column_key
-    x ^= (x >> 16) & 0xFFFF
+    x ^= _logical_shift(x, 16)
     x *= _MULTIPLIER_1
-    x ^= (x >> 15) & 0x1FFFF
+    x ^= _logical_shift(x, 15)
     x *= _signed(_MULTIPLIER_2)
     return x >= round(dropout_p * 2**32) - 2**31
+
+
+def _logical_shift(x: Tensor, bits: int) -> Tensor:
+    """Right shift of int32 that brings in zeros, where torch's brings in the sign."""
+    shifted = x >> bits
+    shifted &= (1 << (32 - bits)) - 1
+    return shifted
