@@ -130,12 +130,14 @@ class RunConfig:
     Attributes:
         folder: where everything goes; runs/<recipe> if not given.
         log_every: steps between two lines of metrics.jsonl.
-        keep: checkpoints kept beside the best.
+        save_every: steps between two checkpoints; there is also one after every evaluation.
+        keep: newest checkpoints kept.
         device: cpu, cuda, or auto for what is there.
     """
 
     folder: Path | None = None
     log_every: int = 10
+    save_every: int = 500
     keep: int = 2
     device: Literal["auto", "cpu", "cuda"] = "auto"
 

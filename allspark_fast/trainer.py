@@ -188,6 +188,8 @@ class Trainer:
                 scores = self._evaluate(log)
                 bar.write(f"step {self.step}: mIoU {100 * scores.mean_iou:.1f}")
                 started = time.perf_counter()
+            elif self.step % self.config.run.save_every == 0:
+                self._save()
         bar.close()
         log.close()
         return scores or self._score()
@@ -259,8 +261,11 @@ class Trainer:
             model = self.evaluated_model
             assert isinstance(model, Segmentor)
             write_atomically(self.folder / "best.safetensors", lambda temporary: save_weights(model, temporary))
-        save_checkpoint(self.folder / "checkpoints", self.step, self._state(), keep=self.config.run.keep)
+        self._save()
         return scores
+
+    def _save(self) -> None:
+        save_checkpoint(self.folder / "checkpoints", self.step, self._state(), keep=self.config.run.keep)
 
     def _score(self) -> Scores:
         config = self.config
