@@ -1,0 +1,63 @@
+"""The package as such: what importing it costs and needs, and under which name."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def python(code: str) -> str:
+    """Run code in a fresh interpreter at the root and return what it prints."""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_everything_imports_and_trains_without_triton_and_xformers(tmp_path: Path) -> None:
+    code = f"""
+import sys
+sys.modules["triton"] = sys.modules["xformers"] = None
+import importlib, pkgutil, torch, allspark_fast
+for module in pkgutil.walk_packages(allspark_fast.__path__, "allspark_fast."):
+    leaf = module.name.rpartition(".")[2]
+    if leaf not in ("kernel", "one_pass", "maps", "__main__"):  # need triton by definition
+        importlib.import_module(module.name)
+from allspark_fast.kernels.channel_attention import channel_attention
+try:
+    channel_attention(*[torch.ones(1, 1, 4, 8)] * 3, backend="triton")
+except ValueError as error:
+    print(error)
+from allspark_fast.__main__ import main
+options = "--data.scenes 3 4 1 --data.crop 64 --data.workers 0 --train.epochs 1 --train.batch-size 2".split()
+sys.exit(main(["train", *options, "--run.folder", {str(tmp_path)!r}]))
+"""
+    printed = python(code)
+    assert "pip install triton" in printed
+    assert "mIoU" in printed
+
+
+def test_library_parts_import_nothing_they_do_not_use() -> None:
+    code = """
+import sys, time, torch
+start = time.perf_counter()
+import allspark_fast.model, allspark_fast.weights, allspark_fast.metrics
+print(time.perf_counter() - start)
+print([name for name in ("triton", "matplotlib", "tyro", "torchvision", "tensorboard", "PIL") if name in sys.modules])
+"""
+    seconds, loaded = python(code).splitlines()
+    assert loaded == "[]"
+    assert float(seconds) < 2
+
+
+def test_a_hugging_face_model_at_the_root_does_not_load_our_kernels_under_another_name() -> None:
+    pytest.importorskip("transformers", reason="needs Hugging Face transformers")
+    code = """
+import sys, transformers
+config = transformers.SegformerConfig(hidden_sizes=[8, 8, 8, 8], depths=[1] * 4, num_attention_heads=[1] * 4)
+transformers.SegformerModel(config)
+print([name for name in sys.modules if name.startswith("kernels.")])
+"""
+    assert python(code).splitlines()[-1] == "[]"
