@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 from triton.runtime import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from allspark_fast.kernels.channel_attention import kernel as channel_attention
 from allspark_fast.kernels.semantic_memory import kernel as semantic_memory
@@ -60,7 +61,7 @@ class Launch(NamedTuple):
     """One kernel specialised as by a launch."""
 
     kernel: JITFunction
-    signature: tuple[tuple[str, str], ...]
+    signature: tuple[tuple[str, Any], ...]
     constants: tuple[tuple[str, Any], ...]
     aligned: tuple[int, ...]
     options: tuple[tuple[str, int], ...]
@@ -93,7 +94,9 @@ def _specialize(kernel: JITFunction, args: tuple[object, ...], kwargs: dict[str,
     """What Triton's launcher would compile: None and 1 are constants, and a factor of 16 is known."""
     names = [parameter.name for parameter in kernel.params]
     values = {**dict(zip(names, args, strict=False)), **{name: kwargs.pop(name) for name in names if name in kwargs}}
-    signature, constants, aligned = {}, {}, []
+    signature: dict[str, Any] = {}
+    constants: dict[str, Any] = {}
+    aligned: list[int] = []
     for index, parameter in enumerate(kernel.params):
         value = values[parameter.name]
         specialized = not parameter.do_not_specialize
@@ -103,6 +106,8 @@ def _specialize(kernel: JITFunction, args: tuple[object, ...], kwargs: dict[str,
             signature[parameter.name] = _TYPES[value.dtype]
             if value.storage_offset() * value.itemsize % 16 == 0:
                 aligned.append(index)
+        elif isinstance(value, tuple):
+            signature[parameter.name] = tuple(_descriptor_type(x) for x in value)
         elif isinstance(value, int):
             signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
             if specialized and value % 16 == 0:
@@ -112,6 +117,10 @@ def _specialize(kernel: JITFunction, args: tuple[object, ...], kwargs: dict[str,
     return Launch(
         kernel, tuple(signature.items()), tuple(constants.items()), tuple(aligned), tuple(sorted(kwargs.items()))
     )
+
+
+def _descriptor_type(x: TensorDescriptor) -> str:
+    return f"tensordesc<{_TYPES[x.base.dtype].strip('*')}{list(x.block_shape)}>"
 
 
 def compile_launch(launch: Launch, device: str) -> dict[str, Any]:
@@ -217,13 +226,13 @@ def report(devices: Iterable[str], *, full: bool) -> Iterator[dict[str, Any]]:
 
     Args:
         devices: names in ``DEVICES``.
-        full: every dtype, 289, 676 and 1369 tokens, dropout on and off; otherwise bfloat16, 289 tokens and dropout.
+        full: every dtype, 289, 676 and 1369 tokens, dropout on and off; otherwise bfloat16, two of them, dropout.
 
     Yields:
         flat records: kernel, target, dtype, dropout, config, registers, spill_bytes, shared_bytes, ctas_per_sm, mma.
     """
     dtypes = (torch.bfloat16, torch.float16, torch.float32) if full else (torch.bfloat16,)
-    sizes = [(tokens, p) for tokens in (289, 676, 1369) for p in (0.0, 0.1)] if full else [(289, 0.1)]
+    sizes = [(tokens, p) for tokens in (289, 676, 1369) for p in (0.0, 0.1)] if full else [(289, 0.1), (676, 0.1)]
     for device in devices:
         launches: dict[Launch, None] = {}
         for dtype in dtypes:

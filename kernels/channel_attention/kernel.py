@@ -1,7 +1,8 @@
-"""Softmax attention in Triton, for any N: a split softmax over chunks of key channels.
+"""Softmax attention in Triton: forward and backward for any N, by a split softmax over chunks of key channels.
 
-The head dim of this attention is the number of tokens N, 289 to 1369: too wide for the registers of a one-pass kernel.
-So the map is made in chunks of columns that stay in the L2 cache, by plain matrix products with an epilogue:
+The head dim of this attention is the number of tokens N, 289 to 1369: too wide for the registers of a one-pass kernel,
+except up to about 300 on recent devices (one_pass.py, forward only). So the map is made in chunks of columns that stay
+in the L2 cache, by plain matrix products with an epilogue:
 
     forward, for each chunk     _probability_kernel   P = exp(qᵀk - row maximum of the tile), and each tile's row sums
                                 _merge_kernel         merges softmax(chunk) vᵀ into the output and lse so far
@@ -20,7 +21,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from allspark_fast.kernels.channel_attention import one_pass
 from allspark_fast.kernels.channel_attention.configs import select_tiles
+from allspark_fast.kernels.channel_attention.maps import LOG2E, Maps, keep_mask, pointers, unmasked_columns
 
 # A chunk has as many columns as fit into this many bytes, within the two limits. At most 4096 rows of half precision
 # then fill 16 MiB, and the two chunks of backward stay in the L2 cache of an A100 (40 MB).
@@ -28,50 +31,10 @@ WORKSPACE_BYTES = 16 * 2**20
 MIN_COLUMNS = 1024
 MAX_COLUMNS = 4096
 
-_LOG2E = tl.constexpr(1.4426950408889634)
 _LN2 = 0.6931471805599453
 # They vary from launch to launch and would each compile anew; a chunk's start is always a multiple of 16, and has to be
 # known as one for vector loads.
 _UNSPECIALIZED = ["tiles", "threshold", "keep_scale"]
-
-
-@triton.jit
-def _pointers(x, i_map, N, C, o_n, o_c):
-    """Pointers to tokens o_n of channels o_c in one map of x (maps, N, C), in the shape that o_n and o_c span.
-
-    A tile is addressed in the shape in which it enters a product: transposed after its load, it would pass through
-    registers on its way to shared memory on sm_80.
-    """
-    return x + (i_map * N + o_n) * C + o_c  # int64, as i_map is
-
-
-@triton.jit
-def _unmasked_columns(column_mask, o_l, L):
-    m_l = o_l < L
-    if column_mask is not None:
-        m_l &= tl.load(column_mask + o_l, mask=m_l, other=0) != 0
-    return m_l  # [BL]
-
-
-@triton.jit
-def _lowbias32(x):
-    x = (x ^ (x >> 16)) * 0x7FEB352D
-    x = (x ^ (x >> 15)) * 0x846CA68B
-    return x ^ (x >> 16)
-
-
-@triton.jit
-def _keep_mask(seed, i_map, o_r, o_l, C, threshold):
-    """The entries that dropout.keep_mask keeps; a map's row is channel o_r % C of its sample o_r // C."""
-    b_seed = tl.load(seed)
-    stream = _lowbias32(b_seed.to(tl.uint32) ^ _lowbias32((b_seed >> 32).to(tl.uint32)))
-    row = (i_map + (o_r // C) * tl.num_programs(2)) * C + o_r % C
-    row_key = _lowbias32(stream ^ _lowbias32(row.to(tl.uint32)))
-    column_key = _lowbias32(_lowbias32(stream) ^ _lowbias32(o_l.to(tl.uint32)))
-    x = row_key[:, None] ^ column_key[None, :]
-    x = (x ^ (x >> 16)) * 0x7FEB352D
-    x = (x ^ (x >> 15)) * 0x846CA68B
-    return x.to(tl.int32, bitcast=True) >= threshold  # [BR, BL]
 
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
@@ -101,8 +64,8 @@ def _probability_kernel(
     o_l = start + o_w
     m_r, m_l = o_r < R, o_l < L
 
-    p_query = _pointers(query, i_map, N, R, o_n[None, :], o_r[:, None])
-    p_key = _pointers(key, i_map, N, L, o_n[:, None], o_l[None, :])
+    p_query = pointers(query, i_map, N, R, o_n[None, :], o_r[:, None])
+    p_key = pointers(key, i_map, N, L, o_n[:, None], o_l[None, :])
     b_logits = tl.zeros([BLOCK_R, BLOCK_L], tl.float32)
     for n in range(0, N, BLOCK_N):
         m_n = n + o_n < N
@@ -112,7 +75,7 @@ def _probability_kernel(
         p_query += BLOCK_N * R
         p_key += BLOCK_N * L
 
-    b_logits = tl.where(_unmasked_columns(column_mask, o_l, L)[None, :], b_logits * _LOG2E, float("-inf"))
+    b_logits = tl.where(unmasked_columns(column_mask, o_l, L)[None, :], b_logits * LOG2E, float("-inf"))
     b_maximum = tl.max(b_logits, 1)  # [BR]
     # A row without a column would give exp2(-inf + inf).
     b_probability = tl.exp2(b_logits - tl.where(b_maximum == float("-inf"), 0.0, b_maximum)[:, None])
@@ -120,7 +83,7 @@ def _probability_kernel(
     tl.store(tile_maximum + o_statistic, b_maximum, mask=m_r)
     tl.store(tile_sum + o_statistic, tl.sum(b_probability, 1), mask=m_r)
     if seed is not None:
-        b_probability = tl.where(_keep_mask(seed, i_map, o_r, o_l, C, threshold), b_probability, 0.0)
+        b_probability = tl.where(keep_mask(seed, i_map, o_r, o_l, C, threshold), b_probability, 0.0)
     p_probability = probability + (i_map * R + o_r[:, None]) * W + o_w[None, :]
     tl.store(p_probability, b_probability.to(probability.dtype.element_ty), mask=m_r[:, None])
 
@@ -166,7 +129,7 @@ def _merge_kernel(
     b_total = b_rescale + tl.sum(b_tile_sum * tl.exp2(b_tile_maximum - b_maximum[None, :]), 0)
 
     p_probability = probability + (i_map * R + o_r[:, None]) * W + o_w[None, :]
-    p_value = _pointers(value, i_map, N, L, o_n[None, :], (start + o_w)[:, None])
+    p_value = pointers(value, i_map, N, L, o_n[None, :], (start + o_w)[:, None])
     p_tile_maximum = tile_maximum + i_map * tiles * R + o_r
     b_output = tl.zeros([BLOCK_R, BLOCK_N], tl.float32)
     for w in range(0, tiles * TILE_L, BLOCK_L):
@@ -179,7 +142,7 @@ def _merge_kernel(
         p_value += BLOCK_L
 
     b_divisor = tl.where(b_total == 0.0, 1.0, b_total)
-    p_output = _pointers(output, i_map, N, R, o_n[None, :], o_r[:, None])  # [BR, BN]
+    p_output = pointers(output, i_map, N, R, o_n[None, :], o_r[:, None])  # [BR, BN]
     m_output = m_n[None, :] & m_r[:, None]
     b_output_before = tl.load(p_output, mask=m_output, other=0.0)
     b_output = (b_output * keep_scale + b_output_before * b_rescale[:, None]) / b_divisor[:, None]
@@ -219,10 +182,10 @@ def _gradient_kernel(
     o_l = start + o_w
     m_r, m_l = o_r < R, o_l < L
 
-    p_query = _pointers(query, i_map, N, R, o_n[None, :], o_r[:, None])
-    p_key = _pointers(key, i_map, N, L, o_n[:, None], o_l[None, :])
-    p_grad_output = _pointers(grad_output, i_map, N, R, o_n[None, :], o_r[:, None])
-    p_value = _pointers(value, i_map, N, L, o_n[:, None], o_l[None, :])
+    p_query = pointers(query, i_map, N, R, o_n[None, :], o_r[:, None])
+    p_key = pointers(key, i_map, N, L, o_n[:, None], o_l[None, :])
+    p_grad_output = pointers(grad_output, i_map, N, R, o_n[None, :], o_r[:, None])
+    p_value = pointers(value, i_map, N, L, o_n[:, None], o_l[None, :])
     b_logits = tl.zeros([BLOCK_R, BLOCK_L], tl.float32)
     b_grad = tl.zeros([BLOCK_R, BLOCK_L], tl.float32)
     for n in range(0, N, BLOCK_N):
@@ -241,84 +204,44 @@ def _gradient_kernel(
     b_lse = tl.load(lse + i_map * R + o_r, mask=m_r, other=0.0)
     b_delta = tl.load(delta + i_map * R + o_r, mask=m_r, other=0.0)
     # Masked columns, and so every column of a row whose lse is -inf, have P = 0.
-    m_logits = _unmasked_columns(column_mask, o_l, L)[None, :]
-    b_probability = tl.where(m_logits, tl.exp2((b_logits - b_lse[:, None]) * _LOG2E), 0.0)
+    m_logits = unmasked_columns(column_mask, o_l, L)[None, :]
+    b_probability = tl.where(m_logits, tl.exp2((b_logits - b_lse[:, None]) * LOG2E), 0.0)
     b_dropout = keep_scale
     if seed is not None:
-        b_dropout = tl.where(_keep_mask(seed, i_map, o_r, o_l, C, threshold), keep_scale, 0.0)
+        b_dropout = tl.where(keep_mask(seed, i_map, o_r, o_l, C, threshold), keep_scale, 0.0)
     b_grad_logits = b_probability * (b_grad * b_dropout - b_delta[:, None])
     o_workspace = (i_map * R + o_r[:, None]) * W + o_w[None, :]
     tl.store(probability + o_workspace, (b_probability * b_dropout).to(probability.dtype.element_ty), mask=m_r[:, None])
     tl.store(grad_logits + o_workspace, b_grad_logits.to(grad_logits.dtype.element_ty), mask=m_r[:, None])
 
 
-class _Maps:
-    """The maps of one call: their operands as (maps, N, channels), and how they are cut into chunks of columns."""
-
-    def __init__(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        column_mask: Tensor | None,
-        dropout_p: float,
-        seed: Tensor | None,
-    ) -> None:
-        self.shape = query.shape
-        self.shared_key = key.shape[0] == 1
-        self.query = self.pack(query)
-        self.key, self.value = (x.flatten(0, 1).contiguous() for x in (key, value))
-        self.column_mask = None if column_mask is None else column_mask.contiguous()
-        self.seed = seed if dropout_p > 0 else None
-        self.threshold = round(dropout_p * 2**32) - 2**31
-        self.keep_scale = 1 / (1 - dropout_p)
-        self.tiles = select_tiles(query.device, query.dtype)
-
-    def pack(self, x: Tensor) -> Tensor:
-        """(B, H, N, C) -> (maps, N, rows): samples that share their keys are rows of one map."""
-        if self.shared_key:
-            x = x.permute(1, 2, 0, 3).flatten(2)[None]
-        return x.flatten(0, 1).contiguous()
-
-    def unpack(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """(maps, N or 1, rows) -> (B, H, N or 1, C), contiguous."""
-        batch, heads, _, channels = self.shape
-        if self.shared_key:
-            x = x.view(heads, -1, batch, channels).permute(2, 0, 1, 3)
-        else:
-            x = x.view(batch, heads, -1, channels)
-        return torch.empty(x.shape, dtype=dtype, device=x.device).copy_(x)
-
-    def workspaces(self, count: int, tile_columns: int) -> Tensor:
-        """Room for ``count`` matrices over one chunk of columns, (count, maps, rows, W)."""
-        maps, _, rows = self.query.shape
-        fitting = WORKSPACE_BYTES // (maps * rows * self.query.element_size())
-        columns = min(max(fitting, MIN_COLUMNS), MAX_COLUMNS)
-        tiles = min(columns // tile_columns, triton.cdiv(self.key.shape[2], tile_columns))
-        return self.query.new_empty((count, maps, rows, tiles * tile_columns))
-
-    def chunks(self, width: int) -> Iterator[slice]:
-        columns = self.key.shape[2]
-        return (slice(start, min(start + width, columns)) for start in range(0, columns, width))
+def _workspaces(maps: Maps, count: int, tile_columns: int) -> Tensor:
+    """Room for ``count`` matrices over one chunk of columns, (count, maps, rows, W)."""
+    number, _, rows = maps.query.shape
+    fitting = WORKSPACE_BYTES // (number * rows * maps.query.element_size())
+    columns = min(max(fitting, MIN_COLUMNS), MAX_COLUMNS)
+    tiles = min(columns // tile_columns, triton.cdiv(maps.key.shape[2], tile_columns))
+    return maps.query.new_empty((count, number, rows, tiles * tile_columns))
 
 
-def forward(
-    query: Tensor, key: Tensor, value: Tensor, column_mask: Tensor | None, dropout_p: float, seed: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """As ``chunked.forward``, for float16, bfloat16 and float32."""
-    if query.numel() == 0:
-        return torch.empty_like(query), query.new_empty((*query.shape[:2], 1, query.shape[3]), dtype=torch.float32)
-    maps = _Maps(query, key, value, column_mask, dropout_p, seed)
+def _chunks(columns: int, width: int) -> Iterator[slice]:
+    return (slice(start, min(start + width, columns)) for start in range(0, columns, width))
+
+
+def _split_forward(maps: Maps) -> tuple[Tensor, Tensor]:
+    """Output (maps, N, R) and lse (maps, R), in units of log2, in float32."""
     count, tokens, rows = maps.query.shape
-    tile, merge_tile = maps.tiles.probability, maps.tiles.merge(tokens)
-    (probability,) = maps.workspaces(1, tile.columns)
+    columns = maps.key.shape[2]
+    tiles = select_tiles(maps.query.device, maps.query.dtype)
+    tile, merge_tile = tiles.probability, tiles.merge(tokens)
+    (probability,) = _workspaces(maps, 1, tile.columns)
     width = probability.shape[-1]
     output = torch.zeros_like(maps.query, dtype=torch.float32)
     tile_maximum, tile_sum = output.new_empty((2, count, width // tile.columns, rows))
     lse = output.new_full((count, rows), -torch.inf)
-    for chunk in maps.chunks(width):
-        tiles = triton.cdiv(chunk.stop - chunk.start, tile.columns)
-        _probability_kernel[triton.cdiv(rows, tile.rows), tiles, count](
+    for chunk in _chunks(columns, width):
+        chunk_tiles = triton.cdiv(chunk.stop - chunk.start, tile.columns)
+        _probability_kernel[triton.cdiv(rows, tile.rows), chunk_tiles, count](
             maps.query,
             maps.key,
             maps.column_mask,
@@ -327,9 +250,9 @@ def forward(
             tile_maximum,
             tile_sum,
             tokens,
-            query.shape[3],
+            maps.channels,
             rows,
-            key.shape[3],
+            columns,
             width,
             chunk.start,
             maps.threshold,
@@ -346,15 +269,26 @@ def forward(
             lse,
             tokens,
             rows,
-            key.shape[3],
+            columns,
             width,
             chunk.start,
-            tiles,
+            chunk_tiles,
             maps.keep_scale,
             MAX_TILES=MAX_COLUMNS // tile.columns,
             TILE_L=tile.columns,
             **merge_tile.options(),
         )
+    return output, lse
+
+
+def forward(
+    query: Tensor, key: Tensor, value: Tensor, column_mask: Tensor | None, dropout_p: float, seed: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """As ``chunked.forward``, for float16, bfloat16 and float32."""
+    if query.numel() == 0:
+        return torch.empty_like(query), query.new_empty((*query.shape[:2], 1, query.shape[3]), dtype=torch.float32)
+    maps = Maps(query, key, value, column_mask, dropout_p, seed)
+    output, lse = one_pass.forward(maps) if one_pass.fits(maps) else _split_forward(maps)
     return maps.unpack(output, query.dtype), maps.unpack(lse[:, None] * _LN2, torch.float32)
 
 
@@ -372,10 +306,10 @@ def backward(
     """As ``chunked.backward``, for float16, bfloat16 and float32."""
     if query.numel() == 0:
         return torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
-    maps = _Maps(query, key, value, column_mask, dropout_p, seed)
-    tile = maps.tiles.gradient
+    maps = Maps(query, key, value, column_mask, dropout_p, seed)
+    tile = select_tiles(query.device, query.dtype).gradient
     count, tokens, rows = maps.query.shape
-    probability, grad_logits = maps.workspaces(2, tile.columns)
+    probability, grad_logits = _workspaces(maps, 2, tile.columns)
     width = probability.shape[-1]
     grad_output = maps.pack(grad)
     # Row sums of P dP, with or without dropout (FlashAttention-2, sec. 3.1).
@@ -383,7 +317,7 @@ def backward(
     row_lse = maps.pack(lse)
     grad_query = torch.zeros_like(maps.query, dtype=torch.float32)
     grad_key, grad_value = torch.empty_like(maps.key), torch.empty_like(maps.value)
-    for chunk in maps.chunks(width):
+    for chunk in _chunks(key.shape[3], width):
         columns = chunk.stop - chunk.start
         _gradient_kernel[triton.cdiv(rows, tile.rows), triton.cdiv(columns, tile.columns), count](
             maps.query,

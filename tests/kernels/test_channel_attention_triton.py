@@ -12,14 +12,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from allspark_fast.kernels.channel_attention import channel_attention, chunked
+from allspark_fast.kernels.channel_attention import channel_attention, chunked, configs
 from allspark_fast.kernels.channel_attention import op as attention_op
 from allspark_fast.kernels.semantic_memory import op as memory_op
 from tests import test_golden
 from tests.kernels.test_channel_attention import SEED, assert_equal_to_reference, inputs, output_and_grads
 from tests.kernels.triton_checks import checked_memory, exact_bfloat16, uninitialized_memory_is_nan
 
-from allspark_fast.kernels.channel_attention import kernel  # isort: skip  (skipped above where triton is missing)
+# isort: split
+from allspark_fast.kernels.channel_attention import kernel, one_pass
+from allspark_fast.kernels.channel_attention.maps import Maps
 
 # The operator's own rounding of the query times rstd and of the centered key is inside the error of bfloat16, for every
 # backend alike; TestParity.test_kernels_alone leaves it out.
@@ -140,6 +142,61 @@ class TestParity:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_full_size(self, tokens: int, dtype: torch.dtype) -> None:
         assert_parity(inputs(1, 1, tokens, 512, 3 * 512, dtype=dtype), group_mask=GROUP_MASK, dropout_p=0.1)
+
+
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles and schedules of sm_90."""
+    monkeypatch.setattr(configs, "device_class", lambda _: "sm_90")
+
+
+def runs_in_one_pass(query: Tensor, key: Tensor) -> bool:
+    return one_pass.fits(Maps(query, key, key, None, 0.0, None))
+
+
+@pytest.mark.usefixtures("hopper")
+class TestHopper:
+    """The one-pass forward, and the larger tiles of the split softmax."""
+
+    @pytest.mark.parametrize(
+        ("dtype", "tokens", "shared", "max_parts"),
+        [
+            (torch.bfloat16, 289, True, 8),
+            (torch.bfloat16, 225, False, 1),
+            (torch.float16, 289, False, 2),
+            (torch.float16, 256, True, 8),
+        ],
+    )
+    def test_one_pass(
+        self, dtype: torch.dtype, tokens: int, shared: bool, max_parts: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(one_pass, "_MAX_PARTS", max_parts)
+        tensors = inputs(2, 2, tokens, 37, 216, shared=shared, dtype=dtype)
+        assert runs_in_one_pass(*tensors[:2])
+        assert_parity(tensors, group_mask=GROUP_MASK, dropout_p=0.2)
+
+    @pytest.mark.parametrize("groups", [1, 3])
+    def test_masked_parts(self, groups: int) -> None:
+        """All columns, or those of whole parts."""
+        tensors = inputs(1, 1, 289, 5, 216, dtype=torch.bfloat16)
+        assert_parity(tensors, group_mask=torch.arange(groups) == 1)
+
+    def test_other_sizes_fall_to_the_split_softmax(self) -> None:
+        for tokens, columns in ((192, 64), (305, 64), (289, 63)):
+            query, key, value = inputs(1, 1, tokens, 5, columns, dtype=torch.bfloat16)
+            assert not runs_in_one_pass(query, key)
+        assert_parity([query, key, value], dropout_p=0.2)
+
+    @pytest.mark.parametrize("dtype", TOLERANCE)
+    def test_split_softmax(self, dtype: torch.dtype) -> None:
+        assert_parity(inputs(2, 1, 67, 37, 300, dtype=dtype), group_mask=GROUP_MASK, dropout_p=0.2)
+
+    @pytest.mark.parametrize("shared", [True, False])
+    def test_bounds_and_races(self, shared: bool) -> None:
+        query, key, value = (x.detach() for x in inputs(2, 1, 259, 37, 72, shared=shared, dtype=torch.bfloat16))
+        mask = torch.arange(72) % 7 > 0
+        with checked_memory():
+            kernel.forward(query, key, value, mask, 0.1, SEED)
 
 
 class TestEdges:

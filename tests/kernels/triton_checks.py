@@ -68,7 +68,7 @@ class _Launch:
         self.writes: list[tuple[int, np.ndarray]] = []
 
     def touch(self, builder: object, kind: str, pointers: object, mask: object) -> None:
-        active = np.broadcast_to(mask.data.astype(bool), pointers.data.shape)
+        active = np.broadcast_to(np.asarray(mask.data).astype(bool), pointers.data.shape)
         addresses = pointers.data[active].astype(np.int64)
         size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
         inside = np.zeros(addresses.shape, bool)
@@ -101,15 +101,18 @@ def checked_memory() -> Iterator[None]:
     load, store = _Builder.create_masked_load, _Builder.create_masked_store
 
     def checked_execute(self: object, *args: object, **kwargs: object) -> None:
-        current[:] = [_Launch([x for x in args if isinstance(x, Tensor)])]
+        bases = [x.base for descriptors in args if isinstance(descriptors, tuple) for x in descriptors]
+        current[:] = [_Launch(bases + [x for x in args if isinstance(x, Tensor)])]
         execute(self, *args, **kwargs)
         current[0].check_races()
 
-    def checked_load(self: object, pointers: object, mask: object, other: object, *rest: object) -> object:
+    def checked_load(
+        self: object, pointers: object, mask: object, other: object, *rest: object, **flags: object
+    ) -> object:
         current[0].touch(self, "load", pointers, mask)
-        if other is None and not mask.data.all():
+        if other is None and not np.asarray(mask.data).all():
             raise KernelMemoryError("a masked load without a default gives anything on a GPU")
-        return load(self, pointers, mask, other, *rest)
+        return load(self, pointers, mask, other, *rest, **flags)
 
     def checked_store(self: object, pointers: object, value: object, mask: object, *rest: object) -> object:
         current[0].touch(self, "store", pointers, mask)
