@@ -14,8 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+# More classes at a time spill registers.
+_GROUPING_CLASSES = 32
 _GROUPING_CHANNELS = 32
-_GROUPING_TOKENS = 32
+_GROUPING_TOKENS = 16
 _ROUTE_CHANNELS = 1024
 _WRITE_TOKENS = 16
 _WRITE_SLOTS = 64
@@ -41,30 +43,37 @@ def _grouping_kernel(
     BLOCK_N: tl.constexpr,
 ):
     i_c, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    o_k = tl.arange(0, BLOCK_K)
     o_c = i_c * BLOCK_C + tl.arange(0, BLOCK_C)
-    m_k, m_c = o_k < K, o_c < C
-    p_map = class_map + i_b * stride_map_b + o_k[:, None].to(tl.int64) * stride_map_k
+    m_c = o_c < C
     p_features = features + i_b * stride_features_b + o_c[None, :].to(tl.int64) * stride_features_c
-    b_similarity = tl.zeros([BLOCK_K, BLOCK_C], tl.float32)
-    b_norm = tl.zeros([BLOCK_K], tl.float32)  # squared
+    b_best = tl.full([BLOCK_C], float("-inf"), tl.float32)
+    b_class = tl.zeros([BLOCK_C], tl.int64)
     b_finite = tl.full([BLOCK_C], 1, tl.int32)
-    for n in range(0, N, BLOCK_N):
-        o_n = (n + tl.arange(0, BLOCK_N)).to(tl.int64)
-        m_n = o_n < N
-        b_map = tl.load(p_map + o_n[None, :] * stride_map_n, mask=m_k[:, None] & m_n[None, :], other=0.0)
-        b_map = b_map.to(tl.float32)  # [BK, BN]
-        b_features = tl.load(p_features + o_n[:, None] * stride_features_n, mask=m_n[:, None] & m_c[None, :], other=0.0)
-        b_features = b_features.to(tl.float32)  # [BN, BC]
-        b_similarity = tl.dot(b_map, b_features, b_similarity, input_precision="ieee")
-        b_norm += tl.sum(b_map * b_map, 1)
-        # x - x is 0 for finite x and NaN otherwise.
-        b_finite &= tl.min((b_features - b_features == 0.0).to(tl.int32), 0)
-        b_finite &= tl.min(tl.min((b_map - b_map == 0.0).to(tl.int32), 1), 0)
-    # A channel's own norm cannot change its argmax; 1e-12 is the eps of torch.nn.functional.normalize.
-    b_similarity = b_similarity / tl.maximum(tl.sqrt(b_norm), 1e-12)[:, None]
-    b_similarity = tl.where(m_k[:, None], b_similarity, float("-inf"))
-    tl.store(channel_class + i_b * C + o_c, tl.argmax(b_similarity, 0).to(tl.int64), mask=m_c)
+    for k in range(0, K, BLOCK_K):
+        o_k = k + tl.arange(0, BLOCK_K)
+        m_k = o_k < K
+        p_map = class_map + i_b * stride_map_b + o_k[:, None].to(tl.int64) * stride_map_k
+        b_similarity = tl.zeros([BLOCK_K, BLOCK_C], tl.float32)
+        b_norm = tl.zeros([BLOCK_K], tl.float32)  # squared
+        for n in range(0, N, BLOCK_N):
+            o_n = (n + tl.arange(0, BLOCK_N)).to(tl.int64)
+            m_n = o_n < N
+            b_map = tl.load(p_map + o_n[None, :] * stride_map_n, mask=m_k[:, None] & m_n[None, :], other=0.0)
+            b_map = b_map.to(tl.float32)  # [BK, BN]
+            p_tokens = p_features + o_n[:, None] * stride_features_n
+            b_features = tl.load(p_tokens, mask=m_n[:, None] & m_c[None, :], other=0.0).to(tl.float32)  # [BN, BC]
+            b_similarity = tl.dot(b_map, b_features, b_similarity, input_precision="ieee")
+            b_norm += tl.sum(b_map * b_map, 1)
+            # x - x is 0 for finite x and NaN otherwise.
+            b_finite &= tl.min((b_features - b_features == 0.0).to(tl.int32), 0)
+            b_finite &= tl.min(tl.min((b_map - b_map == 0.0).to(tl.int32), 1), 0)
+        # A channel's own norm cannot change its argmax; 1e-12 is the eps of torch.nn.functional.normalize.
+        b_similarity = b_similarity / tl.maximum(tl.sqrt(b_norm), 1e-12)[:, None]
+        b_similarity = tl.where(m_k[:, None], b_similarity, float("-inf"))
+        b_maximum = tl.max(b_similarity, 0)
+        b_class = tl.where(b_maximum > b_best, k + tl.argmax(b_similarity, 0), b_class)
+        b_best = tl.maximum(b_best, b_maximum)
+    tl.store(channel_class + i_b * C + o_c, b_class, mask=m_c)
     tl.store(finite + i_b * tl.num_programs(0) + i_c, tl.min(b_finite, 0) != 0)
 
 
@@ -143,7 +152,7 @@ def channel_semantic_grouping(features: Tensor, class_map: Tensor) -> Tensor:
         classes,
         *features.stride(),
         *class_map.stride(),
-        BLOCK_K=max(16, triton.next_power_of_2(classes)),
+        BLOCK_K=_GROUPING_CLASSES,
         BLOCK_C=_GROUPING_CHANNELS,
         BLOCK_N=_GROUPING_TOKENS,
     )

@@ -91,7 +91,7 @@ class TestGrouping:
     @settings(max_examples=40, deadline=None)
     @given(
         batch=st.integers(0, 3),
-        classes=st.integers(1, 22),
+        classes=st.integers(1, 70),
         tokens=st.integers(1, 70),
         channels=st.integers(1, 70),
         seed=st.integers(0, 2**31),
