@@ -80,6 +80,8 @@ class TrainConfig:
         lr_multi: factor on it for all else.
         weight_decay: on every parameter.
         warmup_epochs: epochs before labeled features are rebuilt from the memory rather than from their batch.
+        pseudo_from_epoch: first epoch in which pseudo labels count; until then unlabeled images only feed the memory.
+            0 as in the paper; later for an encoder without pretraining, whose first pseudo labels are noise.
         loss: of the labeled images: ce, or ohem, which keeps the hard pixels.
         ohem_threshold: pixels whose true class is less probable than this are hard.
         ohem_min_kept: at least so many pixels of a batch count as hard.
@@ -98,6 +100,7 @@ class TrainConfig:
     lr_multi: float = 10.0
     weight_decay: float = 1e-4
     warmup_epochs: int = 5
+    pseudo_from_epoch: int = 0
     loss: Literal["ce", "ohem"] = "ce"
     ohem_threshold: float = 0.7
     ohem_min_kept: int = 200_000

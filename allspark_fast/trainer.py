@@ -49,6 +49,7 @@ def train_step(
     *,
     lr: float,
     use_memory: bool,
+    use_pseudo: bool = True,
 ) -> Losses:
     """Take one training step.
 
@@ -59,6 +60,7 @@ def train_step(
         config: method, losses and switches.
         lr: learning rate of the backbone in this step.
         use_memory: False during warm-up.
+        use_pseudo: whether the loss on pseudo labels counts.
 
     Returns:
         the losses before the update.
@@ -67,14 +69,16 @@ def train_step(
         group["lr"] = lr * group["lr_scale"]
     amp = config.amp and batch.image.is_cuda
     with torch.autocast(batch.image.device.type, torch.bfloat16, enabled=amp):
-        losses = compute_losses(model, batch, config, use_memory=use_memory)
+        losses = compute_losses(model, batch, config, use_memory=use_memory, use_pseudo=use_pseudo)
     optimizer.zero_grad()
     losses.total.backward()
     optimizer.step()
     return Losses._make(loss.detach() for loss in losses)
 
 
-def compute_losses(model: Segmentor, batch: SemiBatch, config: TrainConfig, *, use_memory: bool) -> Losses:
+def compute_losses(
+    model: Segmentor, batch: SemiBatch, config: TrainConfig, *, use_memory: bool, use_pseudo: bool = True
+) -> Losses:
     """Forward pass of a method, arguments as ``train_step``'s; the model is in training mode afterwards."""
     if config.method == "supervised":
         loss = _labeled_loss(model.train()(batch.image), batch.label, config)
@@ -86,7 +90,8 @@ def compute_losses(model: Segmentor, batch: SemiBatch, config: TrainConfig, *, u
     labeled, unlabeled = model(images, **memory).chunk(2)
     labeled_loss = _labeled_loss(labeled, batch.label, config)
     unlabeled_loss = upsample_cross_entropy(unlabeled, pseudo_label, ignore_index=IGNORE_INDEX)
-    return Losses((labeled_loss + unlabeled_loss) / 2, labeled_loss, unlabeled_loss)
+    total = (labeled_loss + unlabeled_loss) / 2 if use_pseudo else labeled_loss
+    return Losses(total, labeled_loss, unlabeled_loss)
 
 
 @torch.no_grad()
@@ -204,6 +209,7 @@ class Trainer:
             train,
             lr=poly_lr(self.step, self.total_steps, train.lr),
             use_memory=epoch >= train.warmup_epochs,
+            use_pseudo=epoch >= train.pseudo_from_epoch,
         )
         if self.ema is not None:
             self.ema.update_parameters(self.model)

@@ -1,0 +1,74 @@
+"""Settings and recipes."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from allspark_fast.__main__ import parse_config
+from allspark_fast.config import Config, DataConfig, ModelConfig, TrainConfig, changed_fields
+from allspark_fast.recipes import RECIPES
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_survive_json(name: str) -> None:
+    config = RECIPES[name]()
+    assert Config.from_json(config.to_json()) == config
+
+
+def test_every_field_survives_json() -> None:
+    config = Config(
+        data=DataConfig(root=Path("a b"), labeled=Path("l.txt"), scenes=(1, 2, 3), mean=(0.5, 0.5, 0.5)),
+        model=ModelConfig(weights=Path("w.pth"), reset=True),
+    )
+    assert Config.from_json(config.to_json()) == config
+
+
+def test_unknown_fields_are_named() -> None:
+    text = Config().to_json().replace('"crop"', '"crop_size"')
+    with pytest.raises(ValueError, match=r"config\.data: fields \['crop', 'crop_size'\]"):
+        Config.from_json(text)
+
+
+def test_changes_are_listed() -> None:
+    new = Config(train=TrainConfig(lr=0.5), data=DataConfig(crop=65))
+    assert changed_fields(Config(), new) == ["data.crop: 513 -> 65", "train.lr: 0.001 -> 0.5"]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_tells_its_command(name: str) -> None:
+    documentation = RECIPES[name].__doc__
+    assert "python train.py" in documentation
+    if name in ("pascal", "pascal_augmented", "cityscapes", "coco"):
+        assert "Paper" in documentation
+        assert "Ours: " in documentation
+
+
+def test_the_papers_hyper_parameters() -> None:
+    pascal, cityscapes, coco = (RECIPES[name]() for name in ("pascal", "cityscapes", "coco"))
+    for config in (pascal, cityscapes, coco):
+        assert (config.model.backbone, config.model.embedding_dim, config.model.num_heads) == ("mit_b5", 768, 2)
+        assert (config.train.optimizer, config.train.weight_decay) == ("sgd", 1e-4)
+        official = {"memory_init": "randn", "memory_sync": "rank0", "class_map": "logits"}
+        assert official.items() <= dataclasses.asdict(config.model).items()
+        assert (config.train.attend, config.train.pseudo_padding, config.train.pseudo_from_epoch) == ("batch", True, 0)
+
+    def schedule(config: Config) -> tuple[float, ...]:
+        train = config.train
+        return config.data.crop, train.epochs, train.batch_size, train.lr, train.lr_multi, train.warmup_epochs
+
+    assert schedule(pascal) == (513, 80, 8, 0.001, 10.0, 5)
+    assert schedule(cityscapes) == (801, 240, 8, 0.005, 1.0, 15)
+    assert schedule(coco) == (513, 10, 16, 0.001, 10.0, 1)
+    assert (cityscapes.train.loss, cityscapes.train.ohem_min_kept, cityscapes.eval.mode) == ("ohem", 200_000, "sliding")
+
+
+def test_overrides() -> None:
+    recipe, config = parse_config(["pascal", "--train.lr", "0.2", "--model.reset", "True"], "train")
+    assert recipe == "pascal"
+    assert config == dataclasses.replace(
+        RECIPES["pascal"](),
+        train=dataclasses.replace(RECIPES["pascal"]().train, lr=0.2),
+        model=dataclasses.replace(RECIPES["pascal"]().model, reset=True),
+    )
+    assert parse_config([], "train") == ("scenes", RECIPES["scenes"]())
