@@ -4,6 +4,7 @@ Launches are recorded on fake tensors, so that every kernel is compiled with the
 the operator would use. TRITON_INTERPRET must not be set in the process.
 """
 
+import itertools
 import re
 import subprocess
 import tempfile
@@ -226,17 +227,18 @@ def report(devices: Iterable[str], *, full: bool) -> Iterator[dict[str, Any]]:
 
     Args:
         devices: names in ``DEVICES``.
-        full: every dtype, 289, 676 and 1369 tokens, dropout on and off; otherwise bfloat16, two of them, dropout.
+        full: every dtype, 256, 289, 676 and 1369 tokens, dropout on and off; otherwise bfloat16, up to 676, dropout.
 
     Yields:
         flat records: kernel, target, dtype, dropout, config, registers, spill_bytes, shared_bytes, ctas_per_sm, mma.
     """
-    dtypes = (torch.bfloat16, torch.float16, torch.float32) if full else (torch.bfloat16,)
-    sizes = [(tokens, p) for tokens in (289, 676, 1369) for p in (0.0, 0.1)] if full else [(289, 0.1), (676, 0.1)]
+    dtypes, sizes, dropouts = [torch.bfloat16], [256, 289, 676], [0.1]
+    if full:
+        dtypes, sizes, dropouts = [*dtypes, torch.float16, torch.float32], [*sizes, 1369], [0.0, *dropouts]
     for device in devices:
         launches: dict[Launch, None] = {}
         for dtype in dtypes:
-            for tokens, dropout_p in sizes:
+            for tokens, dropout_p in itertools.product(sizes, dropouts):
                 launches |= dict.fromkeys(channel_attention_launches(device, dtype, tokens, dropout_p))
             launches |= dict.fromkeys(semantic_memory_launches(device, dtype, 289))
         for launch in launches:

@@ -53,5 +53,5 @@ def test_training_step_in_bfloat16(target: str) -> None:
 @pytest.mark.skipif("ALLSPARK_COMPILE_ALL" not in os.environ, reason="minutes: set ALLSPARK_COMPILE_ALL for all of it")
 @pytest.mark.parametrize("target", SHARED_KIB)
 def test_whole_table(target: str) -> None:
-    """Every dtype, N = 289, 676 and 1369, dropout on and off."""
+    """Every dtype, N = 256, 289, 676 and 1369, dropout on and off."""
     check_compiled(target, full=True)
