@@ -51,7 +51,15 @@ def camvid() -> Config:
         ),
         model=ModelConfig(backbone="mit_b0", embedding_dim=128, memory_init="empty"),
         train=TrainConfig(
-            epochs=16, batch_size=8, optimizer="adamw", lr=1e-3, lr_multi=2.0, warmup_epochs=4, weight_decay=0.01
+            epochs=16,
+            batch_size=8,
+            optimizer="adamw",
+            lr=4e-3,
+            lr_multi=1.0,
+            weight_decay=0.01,
+            warmup_epochs=4,
+            pseudo_from_epoch=12,
+            ema=0.98,
         ),
         eval=EvalConfig(every=4),
     )

@@ -1,34 +1,78 @@
-"""``python -m bench``: one table for each operator and size."""
+"""``python -m bench``: tables of the operators, of the training step, and of what the step costs by count."""
 
 import argparse
 import json
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
-from bench import bench_channel_attention, bench_semantic_memory, bench_upsample
-from bench.harness import Record, conditions, run, table
+import torch
 
+from bench import bench_channel_attention, bench_semantic_memory, bench_train_step, bench_upsample, step_cost
+from bench.harness import COLUMNS, Case, Record, conditions, run, table
+from bench.step_variants import SIZES as STEP_SIZES
+
+
+class Benchmark(NamedTuple):
+    """What a name on the command line runs.
+
+    Attributes:
+        measure: takes a size and a number of rounds and yields records and their table.
+        sizes: names of the sizes it has.
+        default: those that it runs unless told.
+    """
+
+    measure: Callable[[str, int], Iterator[tuple[list[Record], str]]]
+    sizes: Collection[str]
+    default: Collection[str]
+
+
+def _operator(cases: Callable[[str], list[Case]]) -> Benchmark:
+    def measure(size: str, repeats: int) -> Iterator[tuple[list[Record], str]]:
+        for case in cases(size):
+            records = run(case, repeats)
+            yield records, table(records, COLUMNS)
+
+    return Benchmark(measure, bench_channel_attention.SIZES, ["pascal"])
+
+
+_FULL_STEPS = ["pascal", "cityscapes", "coco"]
 BENCHMARKS = {
-    "attention": bench_channel_attention.cases,
-    "memory": bench_semantic_memory.cases,
-    "loss": lambda size: bench_upsample.cases(size)[:1],
-    "argmax": lambda size: bench_upsample.cases(size)[1:],
+    "attention": _operator(bench_channel_attention.cases),
+    "memory": _operator(bench_semantic_memory.cases),
+    "loss": _operator(lambda size: bench_upsample.cases(size)[:1]),
+    "argmax": _operator(lambda size: bench_upsample.cases(size)[1:]),
+    "step": Benchmark(
+        bench_train_step.measure, STEP_SIZES, _FULL_STEPS if torch.cuda.is_available() else ["pascal_b0"]
+    ),
+    "flops": Benchmark(step_cost.measure, STEP_SIZES, _FULL_STEPS),
 }
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the benchmarks named on the command line."""
+    sizes = sorted({size for benchmark in BENCHMARKS.values() for size in benchmark.sizes})
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("benchmark", nargs="?", default="all", choices=[*BENCHMARKS, "all"])
-    parser.add_argument("--size", default="pascal", choices=bench_channel_attention.SIZES)
+    parser.add_argument("--size", choices=sizes, help="default: the benchmark's own; `all` skips those without it")
     parser.add_argument("--repeats", type=int, default=7, help="rounds, at least 5 for figures to quote")
     parser.add_argument("--json", type=Path, help="write the records of the tables to this file")
     options = parser.parse_args(arguments)
-    names = list(BENCHMARKS) if options.benchmark == "all" else [options.benchmark]
+    chosen = list(BENCHMARKS.values()) if options.benchmark == "all" else [BENCHMARKS[options.benchmark]]
+    runs = [
+        (benchmark, size)
+        for benchmark in chosen
+        for size in ([options.size] if options.size else benchmark.default)
+        if size in benchmark.sizes
+    ]
+    if not runs:
+        parser.error(f"{options.benchmark} has no size {options.size}, choose from {', '.join(chosen[0].sizes)}")
     print(conditions())
     records: list[Record] = []
-    for case in (case for name in names for case in BENCHMARKS[name](options.size)):
-        records += (new := run(case, options.repeats))
-        print(f"\n{case.op}, {case.size}\n\n{table(new)}", flush=True)
+    for benchmark, size in runs:
+        for new, tables in benchmark.measure(size, options.repeats):
+            records += new
+            print(f"\n{new[0]['op']}, {new[0]['size']}\n\n{tables}", flush=True)
     if options.json:
         options.json.write_text(json.dumps({"conditions": conditions(), "records": records}, indent=1))
 

@@ -3,7 +3,7 @@
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,6 +12,20 @@ import torch
 from torch import Tensor
 
 Record = dict[str, str | int | float | None]
+
+# Heading, key of the record and factor.
+COLUMNS = {
+    "variant": ("variant", 1.0),
+    "forward ms": ("forward_p50_ms", 1.0),
+    "backward ms": ("backward_p50_ms", 1.0),
+    "both p20": ("both_p20_ms", 1.0),
+    "p50": ("both_p50_ms", 1.0),
+    "p80": ("both_p80_ms", 1.0),
+    "ratio": ("ratio", 1.0),
+    "GFLOP/s": ("gflops_per_s", 1.0),
+    "saved MB": ("saved_mb", 1.0),
+    "peak MB": ("peak_mb", 1.0),
+}
 
 
 @dataclass(frozen=True)
@@ -73,15 +87,16 @@ def _check_parity(case: Case) -> None:
 
 def _time(case: Case, variant: Callable[[], Tensor]) -> tuple[float, float]:
     """Seconds of forward and of backward."""
-    start = _now()
+    start = now()
     output = variant()
-    middle = _now()
+    middle = now()
     if case.inputs:
         torch.autograd.grad(output, case.inputs, torch.ones_like(output))
-    return middle - start, _now() - middle
+    return middle - start, now() - middle
 
 
-def _now() -> float:
+def now() -> float:
+    """Seconds on a clock that waits for the device."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
@@ -92,26 +107,31 @@ def _record(case: Case, name: str, seconds: list[tuple[float, float]], baseline:
     both = [sum(pair) for pair in seconds]
     record: Record = {"op": case.op, "size": case.size, "variant": name}
     for part, values in (("forward", forward), ("backward", backward), ("both", both)):
-        ordered = sorted(values)
         for percent in (20, 50, 80):
-            index = round(percent / 100 * (len(ordered) - 1))
-            record[f"{part}_p{percent}_ms"] = 1e3 * ordered[index]
+            record[f"{part}_p{percent}_ms"] = 1e3 * percentile(values, percent)
     record["ratio"] = statistics.median(both) / baseline
     record["gflops_per_s"] = sum(case.flops) / statistics.median(both) / 1e9
     variant = case.variants[name]
     record["saved_mb"] = saved_bytes(variant) / 1e6 if case.inputs else 0.0
-    record["peak_mb"] = _peak_bytes(lambda: _time(case, variant)) / 1e6
+    record["peak_mb"] = peak_bytes(lambda: _time(case, variant)) / 1e6
     return record
 
 
-def saved_bytes(forward: Callable[[], Tensor]) -> int:
-    """Bytes of all distinct storages that ``forward`` keeps for backward."""
+def percentile(values: Sequence[float], percent: int) -> float:
+    """The value that ``percent`` of the values do not exceed."""
+    return sorted(values)[round(percent / 100 * (len(values) - 1))]
+
+
+def saved_bytes(forward: Callable[[], Tensor], beyond: Iterable[Tensor] = ()) -> int:
+    """Bytes of all distinct storages that ``forward`` keeps for backward, without those of the tensors ``beyond``."""
     storages: dict[int, int] = {}
-    kept = []  # a freed storage could give its address to another
+    kept = []  # a freed storage could give its identity to another
+    known = {_storage_id(x) for x in beyond}
 
     def pack(x: Tensor) -> Tensor:
         kept.append(x)
-        storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        if _storage_id(x) not in known:
+            storages[_storage_id(x)] = x.untyped_storage().nbytes()
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
@@ -119,7 +139,11 @@ def saved_bytes(forward: Callable[[], Tensor]) -> int:
     return sum(storages.values())
 
 
-def _peak_bytes(run_once: Callable[[], object]) -> float:
+def _storage_id(x: Tensor) -> int:
+    return x.untyped_storage()._cdata  # unlike its address, also told of fake tensors
+
+
+def peak_bytes(run_once: Callable[[], object]) -> float:
     """Memory that a computation needs beyond what was held before, NaN where this cannot be told."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
@@ -157,22 +181,14 @@ def _cpu_name() -> str:
     return names[0] if names else platform.machine()
 
 
-def table(records: Sequence[Record]) -> str:
-    """A Markdown table of records."""
-    columns = {
-        "variant": "variant",
-        "forward_p50_ms": "forward ms",
-        "backward_p50_ms": "backward ms",
-        "both_p20_ms": "both p20",
-        "both_p50_ms": "p50",
-        "both_p80_ms": "p80",
-        "ratio": "ratio",
-        "gflops_per_s": "GFLOP/s",
-        "saved_mb": "saved MB",
-        "peak_mb": "peak MB",
-    }
-    lines = ["| " + " | ".join(columns.values()) + " |", "| --- " * len(columns) + "|"]
+def table(records: Sequence[Record], columns: Mapping[str, tuple[str, float]]) -> str:
+    """A Markdown table of records; ``columns`` give a heading, the key of its cells and a factor for numbers."""
+    lines = ["| " + " | ".join(columns) + " |", "| --- " * len(columns) + "|"]
     for record in records:
-        cells = [record[key] for key in columns]
-        lines.append("| " + " | ".join(x if isinstance(x, str) else f"{x:.2f}" for x in cells) + " |")
+        cells = [(record[key], factor) for key, factor in columns.values()]
+        lines.append("| " + " | ".join(_cell(value, factor) for value, factor in cells) + " |")
     return "\n".join(lines)
+
+
+def _cell(value: str | float | None, factor: float) -> str:
+    return f"{value * factor:.2f}" if isinstance(value, int | float) else str(value)

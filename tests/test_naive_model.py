@@ -10,7 +10,7 @@ from allspark_fast.config import TrainConfig
 from allspark_fast.data.loader import SemiBatch
 from allspark_fast.model import Segmentor
 from allspark_fast.trainer import build_optimizer, compute_losses, train_step
-from bench.naive_model import naive_copy, naive_losses, naive_train_step
+from bench.naive_model import make_naive, naive_losses, naive_train_step
 from bench.step_variants import SIZES, without_dropout
 
 CONFIG = TrainConfig()
@@ -30,7 +30,7 @@ def double_batch() -> SemiBatch:
 @pytest.mark.parametrize("use_memory", [False, True])
 def test_losses_gradients_and_memory_are_ours(model: Segmentor, use_memory: bool) -> None:
     batch = double_batch()
-    naive = naive_copy(model)
+    naive = make_naive(copy.deepcopy(model))
     ours = compute_losses(model, batch, CONFIG, use_memory=use_memory)
     theirs = naive_losses(naive, batch, use_memory=use_memory)
     assert_close(theirs, ours)
@@ -44,7 +44,7 @@ def test_losses_gradients_and_memory_are_ours(model: Segmentor, use_memory: bool
 
 def test_steps_are_ours(model: Segmentor) -> None:
     batch = double_batch()
-    naive = naive_copy(model)
+    naive = make_naive(copy.deepcopy(model))
     before = copy.deepcopy(model.state_dict())
     for step_of, each in ((train_step, model), (naive_train_step, naive)):
         optimizer = build_optimizer(each, CONFIG)
