@@ -20,11 +20,40 @@ def test_every_benchmark_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         "semantic_memory_enqueue",
         "upsample_cross_entropy",
         "upsample_argmax",
+        "train_step",
+        "train_step_cost",
     }
     printed = capsys.readouterr().out
     for record in records:
-        assert record["both_p50_ms"] > 0
-        assert f"{record['both_p50_ms']:.2f}" in printed
+        for key in {"both_p50_ms", "seconds_p50", "saved_ratio"} & record.keys():
+            assert record[key] > 0
+            assert f"{record[key]:.2f}" in printed
+
+
+def test_the_step_is_reported_whole_and_by_parts() -> None:
+    ((records, _),) = bench_train_step.measure("tiny", 1)
+    assert [record["variant"] for record in records] == ["naive", "ours"]
+    for record in records:
+        assert {"seconds_p50", "saved_bytes", "peak_bytes", "flops"} <= record.keys()
+        parts = [record[f"{part}_seconds"] for part in bench_train_step.PARTS]
+        assert min(parts) > 0
+        assert sum(parts) == pytest.approx(record["seconds_p50"])
+
+
+@pytest.mark.parametrize("name", ["naive", "ours"])
+def test_saved_bytes_of_a_step_are_counted_without_running_it(name: str) -> None:
+    size = SIZES["tiny"]
+    real = make_variant(name, size.build_model(), size.random_batch())
+    with fake_variant("tiny", name) as fake:
+        assert count_saved_bytes(fake) == count_saved_bytes(real)
+
+
+def test_flops_of_our_operators_are_those_of_the_plain_computation() -> None:
+    query, key = torch.randn(2, 1, 9, 4, requires_grad=True), torch.randn(1, 1, 9, 12, requires_grad=True)
+    counts = []
+    for attend in (naive_channel_attention, reference.channel_attention):
+        pass
+    assert counts
 
 
 def test_a_wrong_variant_gets_no_number() -> None:

@@ -37,9 +37,8 @@ def channel_attention(
     """Channel-wise attention with an instance-normalised similarity map: softmax(InstanceNorm(queryᵀ key)) valueᵀ.
 
     Every channel is a token of the attention and every spatial token one of its features (channel-wise
-    cross-attention, UCTransNet; cf. XCiT's cross-covariance attention; AllSpark,
-    "Channel-wise Cross-attention"). Each map (b, h) is
-    normalised as a whole, without affine parameters or 1/sqrt(d). Only ``reference`` forms the map.
+    cross-attention, UCTransNet; cf. XCiT's cross-covariance attention; AllSpark, "Channel-wise Cross-attention"). Each
+    map (b, h) is normalised as a whole, without affine parameters or 1/sqrt(d). Only ``reference`` forms the map.
 
     Args:
         query: (B, H, N, Cq), tokens first. float16, bfloat16, float32 or float64, any strides.

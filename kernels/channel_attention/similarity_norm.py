@@ -22,11 +22,15 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 @torch.library.custom_op("allspark_fast::gram", mutates_args=())
 def gram(x: Tensor) -> Tensor:
-    """Gram matrices x xᵀ, (..., N, C) -> (..., N, N) in the accumulation dtype.
+    """Gram matrices x xᵀ, (B, H, N, C) -> (B, H, N, N) in the accumulation dtype.
 
     A registered op because autograd would save x twice and multiply twice for this product.
     """
     with torch.autocast(x.device.type, enabled=False):
+        if x.is_cuda and x.dtype in (torch.float16, torch.bfloat16):
+            # Products of half precision are exact in float32, where tensor cores sum them.
+            maps = x.flatten(0, 1)
+            return torch.bmm(maps, maps.mT, out_dtype=torch.float32).unflatten(0, x.shape[:2])
         x = x.to(accumulation_dtype(x.dtype))
         return x @ x.mT
 
