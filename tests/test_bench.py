@@ -5,10 +5,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
+from allspark_fast.kernels.channel_attention import channel_attention
+from bench import bench_train_step
 from bench.__main__ import main
 from bench.bench_channel_attention import cases
 from bench.harness import Case, run, saved_bytes
+from bench.naive import naive_channel_attention
+from bench.step_cost import FORMULAS, count_saved_bytes, fake_variant
+from bench.step_variants import SIZES, make_variant
 
 
 def test_every_benchmark_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -43,17 +49,28 @@ def test_the_step_is_reported_whole_and_by_parts() -> None:
 @pytest.mark.parametrize("name", ["naive", "ours"])
 def test_saved_bytes_of_a_step_are_counted_without_running_it(name: str) -> None:
     size = SIZES["tiny"]
-    real = make_variant(name, size.build_model(), size.random_batch())
+    real = count_saved_bytes(make_variant(name, size.build_model(), size.random_batch()))
     with fake_variant("tiny", name) as fake:
-        assert count_saved_bytes(fake) == count_saved_bytes(real)
+        assert count_saved_bytes(fake) == real
 
 
-def test_flops_of_our_operators_are_those_of_the_plain_computation() -> None:
+def test_flops_of_our_attention_are_those_of_the_plain_one() -> None:
     query, key = torch.randn(2, 1, 9, 4, requires_grad=True), torch.randn(1, 1, 9, 12, requires_grad=True)
-    counts = []
-    for attend in (naive_channel_attention, reference.channel_attention):
-        pass
-    assert counts
+    with FlopCounterMode(display=False) as naive:
+        naive_channel_attention(query, key, key)
+    with FlopCounterMode(display=False, custom_mapping=FORMULAS) as ours:
+        channel_attention(query, key, key).sum().backward()
+    counts = ours.get_flop_counts()["Global"]
+    forward = naive.get_total_flops()
+    assert counts[torch.ops.allspark_fast.softmax_attention] == forward
+    assert counts[torch.ops.allspark_fast.softmax_attention_backward] == 5 * forward / 2  # the similarity once more
+
+
+def test_every_operator_that_multiplies_has_a_formula() -> None:
+    operators = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("allspark_fast::")]
+    counted = {str(operator).replace(".", "::") for operator in FORMULAS}
+    other = {name for name in operators if name not in counted}
+    assert all(name.split("::")[1].startswith(("upsample_", "semantic_memory_enqueue")) for name in other), other
 
 
 def test_a_wrong_variant_gets_no_number() -> None:
