@@ -16,7 +16,7 @@ from allspark_fast.model.cross_attention import Attend, CrossAttention
 from allspark_fast.model.mit import DepthwiseConv, EfficientSelfAttention
 from allspark_fast.model.segformer_head import FiniteBatchNorm2d
 from allspark_fast.model.tokens import to_map, to_tokens
-from allspark_fast.trainer import Losses
+from allspark_fast.step import Losses
 from bench.naive import naive_channel_attention, naive_enqueue, naive_grouping
 
 
@@ -40,7 +40,7 @@ def naive_train_step(
     lr: float,
     use_memory: bool,
 ) -> Losses:
-    """One training step, arguments as ``allspark_fast.trainer.train_step``'s; the losses are read on the host."""
+    """One training step, arguments as ``allspark_fast.step.train_step``'s; the losses are read on the host."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
     with torch.autocast(batch.image.device.type, torch.bfloat16, enabled=config.amp and batch.image.is_cuda):

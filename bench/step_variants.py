@@ -13,7 +13,7 @@ from allspark_fast.data.loader import SemiBatch
 from allspark_fast.model import Segmentor, build_segmentor
 from allspark_fast.model.cross_attention import CrossAttention
 from allspark_fast.model.mit import Block
-from allspark_fast.trainer import Losses, build_optimizer, compute_losses, train_step
+from allspark_fast.step import Losses, build_optimizer, compute_losses, train_step
 from bench import bench_upsample
 from bench.naive_model import make_naive, naive_losses, naive_train_step
 

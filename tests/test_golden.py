@@ -25,7 +25,7 @@ from allspark_fast.metrics import ConfusionMatrix
 from allspark_fast.model import AllSpark, Decoder, MiTConfig, MixTransformer, SegFormerHead, Segmentor
 from allspark_fast.model.cross_attention import CrossAttention
 from allspark_fast.model.semantic_memory import token_class_map
-from allspark_fast.trainer import build_optimizer, poly_lr, train_step
+from allspark_fast.step import build_optimizer, poly_lr, train_step
 
 FOLDERS = [
     Path(__file__).parent / "golden",

@@ -9,7 +9,7 @@ from torch.testing import assert_close
 from allspark_fast.config import TrainConfig
 from allspark_fast.data.loader import SemiBatch
 from allspark_fast.model import Segmentor
-from allspark_fast.trainer import build_optimizer, compute_losses, train_step
+from allspark_fast.step import build_optimizer, compute_losses, train_step
 from bench.naive_model import make_naive, naive_losses, naive_train_step
 from bench.step_variants import SIZES, without_dropout
 

@@ -20,7 +20,8 @@ from allspark_fast.config import Config, DataConfig, EvalConfig, ModelConfig, Ru
 from allspark_fast.data.loader import SemiBatch
 from allspark_fast.model import build_segmentor
 from allspark_fast.report import read_metrics
-from allspark_fast.trainer import Trainer, build_optimizer, compute_losses, pseudo_pass, train, train_step
+from allspark_fast.step import build_optimizer, compute_losses, pseudo_pass, train_step
+from allspark_fast.trainer import Trainer, train
 
 METHODS = ("allspark", "semi", "supervised")
 
