@@ -36,7 +36,20 @@ def _operator(cases: Callable[[str], list[Case]]) -> Benchmark:
     return Benchmark(measure, bench_channel_attention.SIZES, ["pascal"])
 
 
+def _static(target: str, _: int) -> Iterator[tuple[list[Record], str]]:
+    """What the compiled Triton kernels need on a GPU that need not be there."""
+    from bench.static_report import STATIC_COLUMNS, report  # noqa: PLC0415 triton is optional
+
+    records: list[Record] = []
+    for compiled in report([target], full=True):
+        record = {"op": "static", "size": target, **compiled}
+        if record not in records:  # sizes that differ in what the compiler does not see
+            records.append(record)
+    yield records, table(records, STATIC_COLUMNS)
+
+
 _FULL_STEPS = ["pascal", "cityscapes", "coco"]
+_TARGETS = ["sm_80", "sm_86", "sm_90", "sm_100", "gfx942"]
 BENCHMARKS = {
     "attention": _operator(bench_channel_attention.cases),
     "memory": _operator(bench_semantic_memory.cases),
@@ -46,6 +59,7 @@ BENCHMARKS = {
         bench_train_step.measure, STEP_SIZES, _FULL_STEPS if torch.cuda.is_available() else ["pascal_b0"]
     ),
     "flops": Benchmark(step_cost.measure, STEP_SIZES, _FULL_STEPS),
+    "static": Benchmark(_static, _TARGETS, _TARGETS),
 }
 
 

@@ -200,4 +200,6 @@ def table(records: Sequence[Record], columns: Mapping[str, tuple[str, float]]) -
 
 
 def _cell(value: str | float | None, factor: float) -> str:
-    return f"{value * factor:.2f}" if isinstance(value, int | float) else str(value)
+    if isinstance(value, int | float) and not (isinstance(value, int) and factor == 1):
+        return f"{value * factor:.2f}"
+    return str(value)

@@ -53,6 +53,17 @@ _TYPES = {
     torch.int32: "*i32",
     torch.bool: "*i1",
 }
+STATIC_COLUMNS = {
+    "kernel": ("kernel", 1),
+    "dtype": ("dtype", 1),
+    "dropout": ("dropout", 1),
+    "config": ("config", 1),
+    "registers": ("registers", 1),
+    "spill bytes": ("spill_bytes", 1),
+    "shared bytes": ("shared_bytes", 1),
+    "blocks per SM": ("ctas_per_sm", 1),
+    "matrix instruction": ("mma", 1),
+}
 # In the order of preference in which a kernel that holds several is described.
 _MATRIX_INSTRUCTIONS = ("wgmma", "tcgen05.mma", "mma.sync", "v_mfma")
 _BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
