@@ -44,30 +44,51 @@ class SegFormerHead(nn.Module):
         Returns:
             logits (B, K, h_0, w_0).
         """
+        # In place: backward needs the input of BatchNorm and the output of ReLU, nothing needs what is between.
+        fused = F.relu_(self.linear_fuse.bn(self._fuse(features)))
+        return self._classify(fused)
+
+    def _fuse(self, features: Sequence[Tensor]) -> Tensor:
+        """The linear part: maps of any resolution to one of E channels at that of the finest."""
         size = (features[0].shape[2], features[0].shape[3])
         # The official concatenation starts with the deepest map.
-        layers = (self.linear_c4, self.linear_c3, self.linear_c2, self.linear_c1)
-        columns = self.linear_fuse.conv.weight.flatten(1).chunk(4, dim=1)
-        fused: Tensor | None = None
-        for layer, column, feature in zip(layers, columns, reversed(features), strict=True):
-            projected = _project(layer.proj, column, feature)
-            if projected.shape[2:] != size:
-                projected = F.interpolate(projected, size, mode="bilinear", align_corners=False)
-            fused = projected if fused is None else fused + projected
-        assert fused is not None
-        fused = self.dropout(F.relu(self.linear_fuse.bn(fused)))
-        return to_map(pointwise(self.linear_pred, to_tokens(fused)), size)
+        layers = [x.proj for x in (self.linear_c4, self.linear_c3, self.linear_c2, self.linear_c1)]
+        columns = self.linear_fuse.conv.weight.flatten(1)
+        weights = [_product(column, x.weight) for column, x in zip(columns.chunk(4, dim=1), layers, strict=True)]
+        # Resizing leaves a constant as it is, so all biases go where they cost least: on the deepest map.
+        bias = _product(columns, torch.cat([x.bias for x in layers]))
+        fused = _upsample(_linear(features[3], weights[0], bias), size)
+        for feature, weight in zip(reversed(features[:3]), weights[1:], strict=True):
+            fused.add_(_upsample(_linear(feature, weight), size))
+        return fused
+
+    def _classify(self, fused: Tensor) -> Tensor:
+        """Dropout of whole channels of each sample, then the classifier; the former on the weights of the latter."""
+        size = (fused.shape[2], fused.shape[3])
+        if not self.training or self.dropout.p == 0:
+            return to_map(pointwise(self.linear_pred, to_tokens(fused)), size)
+        kept = F.dropout(fused.new_ones(fused.shape[:2]), self.dropout.p)
+        weight = self.linear_pred.weight.flatten(1) * kept[:, None]  # (B, K, E)
+        assert self.linear_pred.bias is not None
+        return to_map(torch.baddbmm(self.linear_pred.bias, to_tokens(fused), weight.mT), size)
 
 
-def _project(layer: nn.Linear, column: Tensor, feature: Tensor) -> Tensor:
-    """Apply ``column`` (E, E) after ``layer`` to a map, at the map's own resolution."""
-    with torch.autocast(feature.device.type, enabled=False):
-        # Rounding a product of weights to half precision would err more than rounding each of them.
-        dtype = torch.promote_types(column.dtype, torch.float32)
-        weight = column.to(dtype) @ layer.weight.to(dtype)
-        bias = column.to(dtype) @ layer.bias.to(dtype)
-    size = (feature.shape[2], feature.shape[3])
-    return to_map(F.linear(to_tokens(feature), weight.to(column.dtype), bias.to(column.dtype)), size)
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """A product of weights: rounding it to half precision would err more than rounding each of them."""
+    dtype = torch.promote_types(a.dtype, torch.float32)
+    with torch.autocast(a.device.type, enabled=False):
+        return (a.to(dtype) @ b.to(dtype)).to(a.dtype)
+
+
+def _linear(feature: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """A 1x1 convolution of a map at its own resolution."""
+    return to_map(F.linear(to_tokens(feature), weight, bias), (feature.shape[2], feature.shape[3]))
+
+
+def _upsample(feature: Tensor, size: tuple[int, int]) -> Tensor:
+    if feature.shape[2:] == size:
+        return feature
+    return F.interpolate(feature, size, mode="bilinear", align_corners=False)
 
 
 class _Projection(nn.Module):

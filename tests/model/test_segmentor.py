@@ -42,6 +42,18 @@ class TestHead:
         for actual, expected in zip(*results, strict=True):
             torch.testing.assert_close(actual, expected)
 
+    def test_dropout_drops_whole_channels_of_each_sample(self) -> None:
+        head = SegFormerHead((4, 6, 8, 10), 5, 16, dropout=0.5)
+        maps = features()
+        torch.manual_seed(1)
+        actual = head(maps)
+        torch.manual_seed(1)
+        kept = F.dropout(torch.ones(2, 16), 0.5)[..., None, None]
+        assert 0 < (kept == 0).sum() < kept.numel()
+        head.dropout.p = 0.0
+        fused = F.relu(head.linear_fuse.bn(head._fuse(maps)))
+        torch.testing.assert_close(actual, head.linear_pred(fused * kept))
+
     def test_autocast_stays_close_to_float32(self) -> None:
         head = SegFormerHead((4, 6, 8, 10), 5, 64).eval()
         maps = features()
