@@ -1,6 +1,6 @@
 """Timing, memory and tables of the benchmarks."""
 
-import ctypes
+import itertools
 import platform
 import statistics
 import time
@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity
 
 Record = dict[str, str | int | float | None]
 
@@ -145,32 +146,18 @@ def _storage_id(x: Tensor) -> int:
 
 
 def peak_bytes(run_once: Callable[[], object]) -> float:
-    """Memory that a computation needs beyond what was held before, NaN where this cannot be told."""
+    """Bytes of tensors that a computation needs at once, beyond what was held before."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         run_once()
         return float(torch.cuda.max_memory_allocated() - before)
-    reset = Path("/proc/self/clear_refs")
-    if not reset.exists():
-        return float("nan")
-    _return_free_memory()
-    reset.write_text("5", encoding="ascii")  # Linux: start VmHWM, the peak of resident memory, afresh
-    before = _status_bytes("VmRSS")
-    run_once()
-    return float(_status_bytes("VmHWM") - before)
-
-
-def _return_free_memory() -> None:
-    """Make the allocator return what it keeps for later, which would hide allocations of that size."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc only
-    if trim:
-        trim(0)
-
-
-def _status_bytes(key: str) -> int:
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))
+    # The resident memory of the process would depend on what malloc happens to keep.
+    with torch.profiler.profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profile:
+        run_once()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    return float(max(itertools.accumulate(changes), default=0))
 
 
 def conditions() -> str:
