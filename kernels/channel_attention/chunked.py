@@ -12,8 +12,8 @@ from torch import Tensor
 from allspark_fast.kernels.channel_attention.dropout import hash_keys, keep_mask
 from allspark_fast.kernels.channel_attention.similarity_norm import accumulation_dtype
 
-# At 2048 query rows (a training step on Pascal) one float32 chunk of the map is 4 MB. Chunks of 1024 are as fast and take
-# twice the memory; in wider ones the passes over a chunk leave the last-level cache.
+# At 2048 query rows (a training step on Pascal) one float32 chunk of the map is 4 MB. Chunks of 1024 are as fast and
+# take twice the memory; in wider ones the passes over a chunk leave the last-level cache.
 CHUNK = 512
 
 
