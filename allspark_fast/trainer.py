@@ -47,8 +47,8 @@ class Trainer:
     def __init__(self, config: Config, folder: Path) -> None:
         self.config = config
         self.folder = folder
-        _claim_folder(folder, config)
         _refuse_bad_data(config)
+        _claim_folder(folder, config)
         self.device = _device(config.run.device)
         if self.device.type == "cpu":
             # Threads that wait for a core which a loading process has are slower than fewer threads.
@@ -288,10 +288,11 @@ def train(config: Config, folder: Path) -> None:
 
 
 def _claim_folder(folder: Path, config: Config) -> None:
-    """Write config.json, or compare with the one that is there; where things lie and run may change."""
+    """Write config.json, or compare with that of the run that is there; where things lie and run may change."""
     config = replace(config, run=replace(config.run, folder=None, device="auto"))
     path = folder / "config.json"
-    if not path.is_file():
+    # Settings that led nowhere, not even to a checkpoint, may be mended in the same folder.
+    if not (path.is_file() and any((folder / "checkpoints").glob("step_*.pt"))):
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(path, lambda temporary: temporary.write_text(config.to_json(), encoding="utf-8"))
         return

@@ -166,6 +166,15 @@ class TestResume:
         with pytest.raises(ValueError, match=r"other settings \(train.epochs: 1 -> 3\)"):
             Trainer(tiny_config(), tmp_path)
 
+    def test_settings_that_led_to_no_checkpoint_may_be_mended(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        config = tiny_config()
+        run_and_die(config, tmp_path, 1, monkeypatch)
+        mended = dataclasses.replace(config, train=dataclasses.replace(config.train, lr=0.005))
+        assert Trainer(mended, tmp_path).step == 0
+        assert json.loads((tmp_path / "config.json").read_text())["train"]["lr"] == 0.005
+
 
 def batch() -> SemiBatch:
     images = torch.randn(2, 2, 3, 64, 64)
