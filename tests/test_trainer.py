@@ -302,11 +302,12 @@ class TestCommandLine:
         with pytest.raises(ValueError, match="8 unlabeled images do not fill a batch of 9"):
             Trainer(config, tmp_path)
 
-    def test_usage(self, capsys: pytest.CaptureFixture[str]) -> None:
-        assert main([]) == 2
-        assert main(["--help"]) == 0
+    @pytest.mark.parametrize(("arguments", "status"), [([], 2), (["--help"], 0), (["fly"], 2)])
+    def test_usage(self, arguments: list[str], status: int, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(arguments) == status
+        printed = capsys.readouterr().err
         for command in ("train", "evaluate", "check", "splits"):
-            assert f"``{command} " in capsys.readouterr().err or command
+            assert f"``{command} " in printed
 
 
 def make_folder(root: Path, images: int = 6) -> None:
