@@ -1,6 +1,7 @@
 """Puts the repository root on the import path, so that tests run without an installation and can import bench.
 
-Where there is no GPU, Triton kernels run in its interpreter; the variable counts only before triton is imported.
+Where there is no GPU, Triton kernels run in its interpreter; the variable counts only before triton is imported. With
+a GPU it stays unset: a process either interprets or compiles.
 """
 
 import os

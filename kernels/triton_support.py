@@ -11,11 +11,58 @@ _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
-def prefers_triton(tensor: Tensor) -> bool:
-    """Whether the Triton kernels are the best choice for ``tensor``: half or single precision on CUDA from sm_80."""
-    if not (_INSTALLED and tensor.is_cuda and tensor.dtype in _DTYPES):
-        return False
-    return torch.cuda.get_device_capability(tensor.device) >= (8, 0)
+# Operators with Triton kernels, and those that must do without in this process.
+TRITON_OPS = (
+    "channel_attention",
+    "channel_semantic_grouping",
+    "semantic_memory_enqueue",
+    "upsample_cross_entropy",
+    "upsample_argmax",
+)
+_disabled: set[str] = set()
+
+
+def disable_triton(op: str) -> None:
+    """Let an operator use plain torch in this process, but where ``backend="triton"`` is asked for.
+
+    Call it before training, not between a forward pass and its backward pass.
+
+    Args:
+        op: a name in ``TRITON_OPS``.
+
+    Raises:
+        ValueError: ``op`` has no Triton kernels.
+    """
+    if op not in TRITON_OPS:
+        raise ValueError(f"{op!r} has no Triton kernels; {', '.join(TRITON_OPS)} have")
+    _disabled.add(op)
+
+
+def why_no_triton(device: torch.device) -> str | None:
+    """Why the Triton kernels cannot run on ``device``, or None if they can."""
+    if not _INSTALLED:
+        return "the package triton is not installed"
+    if device.type != "cuda":
+        return None if _INTERPRETED else f"the device is {device.type}, and TRITON_INTERPRET=1 is not set"
+    major, minor = torch.cuda.get_device_capability(device)
+    return None if major >= 8 else f"the GPU has compute capability {major}.{minor}, the kernels need 8.0"
+
+
+def is_interpreted() -> bool:
+    """Whether Triton's interpreter runs the kernels."""
+    return _INTERPRETED
+
+
+def prefers_triton(op: str, tensor: Tensor) -> bool:
+    """Whether the Triton kernels of an operator are the best choice for ``tensor``.
+
+    They are for half or single precision on CUDA from sm_80, unless ``disable_triton`` was called.
+    """
+    return op not in _disabled and tensor.dtype in _DTYPES and _is_fast_on(tensor.device)
+
+
+def _is_fast_on(device: torch.device) -> bool:
+    return device.type == "cuda" and why_no_triton(device) is None
 
 
 def check_triton_runs(name: str, tensor: Tensor) -> None:

@@ -40,6 +40,7 @@ class _Chunks:
         self,
         key: Tensor,
         value: Tensor,
+        key_mean: Tensor,
         query_shape: torch.Size,
         column_mask: Tensor | None,
         dropout_p: float,
@@ -49,6 +50,7 @@ class _Chunks:
         columns = key.shape[-1]
         self.key = key.flatten(0, 1)
         self.value = value.flatten(0, 1)
+        self.key_mean = key_mean.flatten(0, 1)
         self.dtype = accumulation_dtype(key.dtype)
         self.column_mask = column_mask
         self.dropout_p = dropout_p
@@ -62,7 +64,7 @@ class _Chunks:
         return (slice(start, min(start + CHUNK, columns)) for start in range(0, columns, CHUNK))
 
     def keys(self, chunk: slice) -> Tensor:
-        return self.key[..., chunk].to(self.dtype)
+        return self.key[..., chunk] - self.key_mean
 
     def values(self, chunk: slice) -> Tensor:
         return self.value[..., chunk].to(self.dtype)
@@ -85,27 +87,32 @@ def forward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    scale: Tensor,
+    key_mean: Tensor,
     column_mask: Tensor | None,
     dropout_p: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """softmax(queryᵀ key) valueᵀ by an online softmax over chunks.
+    """softmax(scale · queryᵀ key) valueᵀ by an online softmax over chunks.
 
     Args:
-        query: (B, H, N, Cq).
+        query: (B, H, N, Cq) in the accumulation dtype.
         key: (B or 1, H, N, L).
-        value: (B or 1, H, N, L).
+        value: (B or 1, H, N, L), the key's dtype.
+        scale: (B, H, 1, 1) in the accumulation dtype.
+        key_mean: (B or 1, H, N, 1) in the accumulation dtype, subtracted from the key: softmax ignores it, rounding
+            does not.
         column_mask: bool (L,) or None.
         dropout_p: dropout of the attention map.
         seed: int64 (), needed if ``dropout_p`` > 0.
 
     Returns:
-        the output (B, H, N, Cq) in the query's dtype, and the log-sum-exp of every row, (B, H, 1, Cq) in the
+        the output (B, H, N, Cq) in the key's dtype, and the log-sum-exp of every row, (B, H, 1, Cq) in the
         accumulation dtype. Rows whose columns are all masked give zeros and -inf.
     """
     shared_key = key.shape[0] == 1
-    chunks = _Chunks(key, value, query.shape, column_mask, dropout_p, seed)
-    rows = _rows_first(query, shared_key).to(chunks.dtype)
+    chunks = _Chunks(key, value, key_mean, query.shape, column_mask, dropout_p, seed)
+    rows = _rows_first(query * scale, shared_key)
     output = torch.zeros_like(rows)
     total = rows.new_zeros((*rows.shape[:2], 1))
     # Finite, so that rows with no column yet (all masked) give exp(-inf - max) = 0 rather than NaN.
@@ -124,7 +131,7 @@ def forward(
     lse = maximum + total.log()
     output /= (total * (1 - dropout_p)).masked_fill_(total == 0, 1)
     return (
-        _channels_last(output.to(query.dtype), query.shape, shared_key),
+        _channels_last(output.to(key.dtype), query.shape, shared_key),
         _channels_last(lse, query.shape, shared_key),
     )
 
@@ -134,19 +141,23 @@ def backward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    scale: Tensor,
+    key_mean: Tensor,
     output: Tensor,
     lse: Tensor,
     column_mask: Tensor | None,
     dropout_p: float,
     seed: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of ``forward`` with respect to query, key and value.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of ``forward`` with respect to query, key, value and scale.
 
     Args:
         grad: gradient of the output, (B, H, N, Cq).
         query: as in ``forward``.
         key: as in ``forward``.
         value: as in ``forward``.
+        scale: as in ``forward``.
+        key_mean: as in ``forward``.
         output: what ``forward`` returned.
         lse: what ``forward`` returned.
         column_mask: as in ``forward``.
@@ -154,18 +165,18 @@ def backward(
         seed: as in ``forward``.
 
     Returns:
-        gradients in the shapes and dtypes of query, key and value.
+        gradients in the shapes and dtypes of query, key, value and scale.
     """
     shared_key = key.shape[0] == 1
-    chunks = _Chunks(key, value, query.shape, column_mask, dropout_p, seed)
-    rows = _rows_first(query, shared_key).to(chunks.dtype)
+    chunks = _Chunks(key, value, key_mean, query.shape, column_mask, dropout_p, seed)
+    rows = _rows_first(query * scale, shared_key)
     grad_output = _rows_first(grad, shared_key).to(chunks.dtype)
     # Row sums of P * dP, with or without dropout (FlashAttention-2, sec. 3.1).
     delta = (grad_output * _rows_first(output, shared_key)).sum(-1, keepdim=True)
     grad_output = grad_output / (1 - dropout_p)
     row_lse = _rows_first(lse, shared_key)
     row_lse = row_lse.masked_fill(row_lse.isneginf(), 0)
-    grad_query = torch.zeros_like(rows)
+    grad_rows = torch.zeros_like(rows)
     grad_key, grad_value = torch.empty_like(chunks.key), torch.empty_like(chunks.value)
     for chunk in chunks:
         probability = chunks.logits(rows, chunk).sub_(row_lse).exp_()
@@ -178,9 +189,7 @@ def backward(
             grad_value[..., chunk] = grad_output.mT @ (probability * keep)
         grad_logits = grad_probability.sub_(delta).mul_(probability)
         grad_key[..., chunk] = rows.mT @ grad_logits
-        grad_query.baddbmm_(grad_logits, chunks.keys(chunk).mT)
-    return (
-        _channels_last(grad_query.to(query.dtype), query.shape, shared_key),
-        grad_key.view(key.shape),
-        grad_value.view(value.shape),
-    )
+        grad_rows.baddbmm_(grad_logits, chunks.keys(chunk).mT)
+    grad_scaled = _channels_last(grad_rows, query.shape, shared_key)
+    grad_scale = (grad_scaled * query).sum((-2, -1), keepdim=True)
+    return grad_scaled * scale, grad_key.view(key.shape), grad_value.view(value.shape), grad_scale

@@ -14,7 +14,9 @@ of one map. All operands are (maps, N, channels) with channels contiguous, as a 
 then the slow axis and costs no alignment. docs/kernels.md has the derivation and counts FLOPs and bytes.
 """
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
 import torch
 import triton
@@ -22,15 +24,23 @@ import triton.language as tl
 from torch import Tensor
 
 from allspark_fast.kernels.channel_attention import one_pass
-from allspark_fast.kernels.channel_attention.configs import select_tiles
+from allspark_fast.kernels.channel_attention.configs import (
+    OnePassTile,
+    SplitTiles,
+    Tile,
+    forward_tiles,
+    gradient_tiles,
+)
 from allspark_fast.kernels.channel_attention.maps import LOG2E, Maps, keep_mask, pointers, unmasked_columns
+from allspark_fast.kernels.tuning import fastest
 
-# A chunk has as many columns as fit into this many bytes, within the two limits. At most 4096 rows of half precision
-# then fill 16 MiB, and the two chunks of backward stay in the L2 cache of an A100 (40 MB).
-WORKSPACE_BYTES = 16 * 2**20
+# A chunk has as many columns as fit into this many bytes, within the two limits. Chunks of 16 MiB would stay in the L2
+# cache, but backward on an H200 took 0.85 of their time with 64: fewer launches, and larger library products.
+WORKSPACE_BYTES = 64 * 2**20
 MIN_COLUMNS = 1024
-MAX_COLUMNS = 4096
+MAX_COLUMNS = 8192
 
+_Tiles = TypeVar("_Tiles")
 _LN2 = 0.6931471805599453
 # They vary from launch to launch and would each compile anew; a chunk's start is always a multiple of 16, and has to be
 # known as one for vector loads.
@@ -41,6 +51,7 @@ _UNSPECIALIZED = ["tiles", "threshold", "keep_scale"]
 def _probability_kernel(
     query,  # (maps, N, R)
     key,  # (maps, N, L)
+    scale,  # (maps, R)
     column_mask,  # (L,) or None
     seed,  # () or None: no dropout
     probability,  # (maps, R, W), of the columns from start
@@ -75,7 +86,8 @@ def _probability_kernel(
         p_query += BLOCK_N * R
         p_key += BLOCK_N * L
 
-    b_logits = tl.where(unmasked_columns(column_mask, o_l, L)[None, :], b_logits * LOG2E, float("-inf"))
+    b_scale = tl.load(scale + i_map * R + o_r, mask=m_r, other=0.0) * LOG2E
+    b_logits = tl.where(unmasked_columns(column_mask, o_l, L)[None, :], b_logits * b_scale[:, None], float("-inf"))
     b_maximum = tl.max(b_logits, 1)  # [BR]
     # A row without a column would give exp2(-inf + inf).
     b_probability = tl.exp2(b_logits - tl.where(b_maximum == float("-inf"), 0.0, b_maximum)[:, None])
@@ -156,13 +168,14 @@ def _gradient_kernel(
     query,  # (maps, N, R)
     key,  # (maps, N, L)
     value,  # (maps, N, L)
+    scale,  # (maps, R)
     grad_output,  # (maps, N, R)
     lse,  # (maps, R)
     delta,  # (maps, R): row sums of P dP
     column_mask,  # (L,) or None
     seed,  # () or None: no dropout
     probability,  # (maps, R, W), of the columns from start, after dropout
-    grad_logits,  # (maps, R, W)
+    grad_logits,  # (maps, R, W), of the scaled logits
     N,
     C,
     R,
@@ -201,11 +214,12 @@ def _gradient_kernel(
         p_grad_output += BLOCK_N * R
         p_value += BLOCK_N * L
 
+    b_scale = tl.load(scale + i_map * R + o_r, mask=m_r, other=0.0)
     b_lse = tl.load(lse + i_map * R + o_r, mask=m_r, other=0.0)
     b_delta = tl.load(delta + i_map * R + o_r, mask=m_r, other=0.0)
     # Masked columns, and so every column of a row whose lse is -inf, have P = 0.
     m_logits = unmasked_columns(column_mask, o_l, L)[None, :]
-    b_probability = tl.where(m_logits, tl.exp2((b_logits - b_lse[:, None]) * LOG2E), 0.0)
+    b_probability = tl.where(m_logits, tl.exp2((b_logits * b_scale[:, None] - b_lse[:, None]) * LOG2E), 0.0)
     b_dropout = keep_scale
     if seed is not None:
         b_dropout = tl.where(keep_mask(seed, i_map, o_r, o_l, C, threshold), keep_scale, 0.0)
@@ -228,12 +242,16 @@ def _chunks(columns: int, width: int) -> Iterator[slice]:
     return (slice(start, min(start + width, columns)) for start in range(0, columns, width))
 
 
-def _split_forward(maps: Maps) -> tuple[Tensor, Tensor]:
+def _forward(maps: Maps, tiles: OnePassTile | SplitTiles) -> tuple[Tensor, Tensor]:
+    """Output (maps, N, R) and lse (maps, R), in units of log2, in float32."""
+    return one_pass.forward(maps, tiles) if isinstance(tiles, OnePassTile) else _split_forward(maps, tiles)
+
+
+def _split_forward(maps: Maps, tiles: SplitTiles) -> tuple[Tensor, Tensor]:
     """Output (maps, N, R) and lse (maps, R), in units of log2, in float32."""
     count, tokens, rows = maps.query.shape
     columns = maps.key.shape[2]
-    tiles = select_tiles(maps.query.device, maps.query.dtype)
-    tile, merge_tile = tiles.probability, tiles.merge(tokens)
+    tile, merge_tile = tiles
     (probability,) = _workspaces(maps, 1, tile.columns)
     width = probability.shape[-1]
     output = torch.zeros_like(maps.query, dtype=torch.float32)
@@ -244,6 +262,7 @@ def _split_forward(maps: Maps) -> tuple[Tensor, Tensor]:
         _probability_kernel[triton.cdiv(rows, tile.rows), chunk_tiles, count](
             maps.query,
             maps.key,
+            maps.scale,
             maps.column_mask,
             maps.seed,
             probability,
@@ -282,14 +301,24 @@ def _split_forward(maps: Maps) -> tuple[Tensor, Tensor]:
 
 
 def forward(
-    query: Tensor, key: Tensor, value: Tensor, column_mask: Tensor | None, dropout_p: float, seed: Tensor | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: Tensor,
+    key_mean: Tensor,
+    column_mask: Tensor | None,
+    dropout_p: float,
+    seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """As ``chunked.forward``, for float16, bfloat16 and float32."""
     if query.numel() == 0:
-        return torch.empty_like(query), query.new_empty((*query.shape[:2], 1, query.shape[3]), dtype=torch.float32)
-    maps = Maps(query, key, value, column_mask, dropout_p, seed)
-    output, lse = one_pass.forward(maps) if one_pass.fits(maps) else _split_forward(maps)
-    return maps.unpack(output, query.dtype), maps.unpack(lse[:, None] * _LN2, torch.float32)
+        return torch.empty_like(query, dtype=key.dtype), query.new_empty((*query.shape[:2], 1, query.shape[3]))
+    maps = Maps(query, key, value, scale, key_mean, column_mask, dropout_p, seed)
+    choices = forward_tiles(key.device, key.dtype, key.shape[2])
+    if not one_pass.can_address(maps):
+        choices = [tiles for tiles in choices if isinstance(tiles, SplitTiles)]
+    output, lse = _forward(maps, _select("forward", maps, choices, lambda tiles: _forward(maps, tiles)))
+    return maps.unpack(output, key.dtype), maps.unpack(lse[:, None] * _LN2, torch.float32)
 
 
 def backward(
@@ -297,32 +326,46 @@ def backward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    scale: Tensor,
+    key_mean: Tensor,
     output: Tensor,
     lse: Tensor,
     column_mask: Tensor | None,
     dropout_p: float,
     seed: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As ``chunked.backward``, for float16, bfloat16 and float32."""
     if query.numel() == 0:
-        return torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
-    maps = Maps(query, key, value, column_mask, dropout_p, seed)
-    tile = select_tiles(query.device, query.dtype).gradient
+        return torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value), torch.zeros_like(scale)
+    maps = Maps(query, key, value, scale, key_mean, column_mask, dropout_p, seed)
+    choices = gradient_tiles(key.device, key.dtype)
+    differentiate = functools.partial(_backward, maps, grad, output, lse)
+    grad_query, grad_key, grad_value = differentiate(_select("backward", maps, choices, differentiate))
+    grad_scale = (grad_query * query).sum((-2, -1), keepdim=True)
+    return grad_query * scale, grad_key.view(key.shape), grad_value.view(value.shape), grad_scale
+
+
+def _backward(maps: Maps, grad: Tensor, output: Tensor, lse: Tensor, tile: Tile) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of scaled query (B, H, N, Cq), float32, and of key and value (maps, N, L)."""
     count, tokens, rows = maps.query.shape
+    key_columns = maps.key.shape[2]
     probability, grad_logits = _workspaces(maps, 2, tile.columns)
     width = probability.shape[-1]
     grad_output = maps.pack(grad)
     # Row sums of P dP, with or without dropout (FlashAttention-2, sec. 3.1).
     delta = maps.pack((grad.float() * output).sum(2, keepdim=True))
     row_lse = maps.pack(lse)
-    grad_query = torch.zeros_like(maps.query, dtype=torch.float32)
+    # It is rounded, as the centered keys below are, but enters no exponential.
+    scaled_query = (maps.query * maps.scale).to(maps.key.dtype)
+    grad_scaled = torch.zeros_like(maps.query, dtype=torch.float32)
     grad_key, grad_value = torch.empty_like(maps.key), torch.empty_like(maps.value)
-    for chunk in _chunks(key.shape[3], width):
+    for chunk in _chunks(key_columns, width):
         columns = chunk.stop - chunk.start
         _gradient_kernel[triton.cdiv(rows, tile.rows), triton.cdiv(columns, tile.columns), count](
             maps.query,
             maps.key,
             maps.value,
+            maps.scale,
             grad_output,
             row_lse,
             delta,
@@ -331,9 +374,9 @@ def backward(
             probability,
             grad_logits,
             tokens,
-            query.shape[3],
+            maps.channels,
             rows,
-            key.shape[3],
+            key_columns,
             width,
             chunk.start,
             maps.threshold,
@@ -342,7 +385,16 @@ def backward(
         )
         chunk_grad_logits = grad_logits[..., :columns]
         torch.bmm(grad_output, probability[..., :columns], out=grad_value[..., chunk])
-        torch.bmm(maps.query, chunk_grad_logits, out=grad_key[..., chunk])
+        torch.bmm(scaled_query, chunk_grad_logits, out=grad_key[..., chunk])
         # The product rounds to the input's dtype, the sum over chunks does not.
-        grad_query += torch.bmm(maps.key[..., chunk], chunk_grad_logits.mT)
-    return maps.unpack(grad_query, query.dtype), grad_key.view(key.shape), grad_value.view(value.shape)
+        grad_scaled += torch.bmm(maps.centered_keys(chunk), chunk_grad_logits.mT)
+    return maps.unpack(grad_scaled, torch.float32), grad_key, grad_value
+
+
+def _select(name: str, maps: Maps, choices: Sequence[_Tiles], run: Callable[[_Tiles], object]) -> _Tiles:
+    """The fastest tiles for maps of about this size: N, rows and columns up to the next power of two."""
+    _, tokens, rows = maps.query.shape
+    sizes = (f"{letter}<2^{x.bit_length()}" for letter, x in (("N", tokens), ("R", rows), ("L", maps.key.shape[2])))
+    dropout = "dropout" if maps.seed is not None else "no dropout"
+    problem = f"channel_attention {name}, {maps.key.dtype}, {', '.join(sizes)}, {dropout}"
+    return fastest(problem, choices, run, maps.key.device)

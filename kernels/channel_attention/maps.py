@@ -52,9 +52,11 @@ class Maps:
     """The maps of one call.
 
     Attributes:
-        query: (maps, N, R); samples that share their keys are rows of one map.
-        key: (maps, N, L).
+        query: (maps, N, R) in the key's dtype; samples that share their keys are rows of one map.
+        key: (maps, N, L); centered in float32, but not in half precision, where that would round.
         value: (maps, N, L).
+        scale: (maps, R) float32, of each row's logits.
+        key_mean: (maps, N, 1) float32.
         column_mask: bool (L,) or None.
         seed: int64 () if there is dropout, else None.
         channels: query channels C of one sample; R is C or B · C.
@@ -67,19 +69,30 @@ class Maps:
         query: Tensor,
         key: Tensor,
         value: Tensor,
+        scale: Tensor,
+        key_mean: Tensor,
         column_mask: Tensor | None,
         dropout_p: float,
         seed: Tensor | None,
     ) -> None:
         self.shape = query.shape
         self.shared_key = key.shape[0] == 1
-        self.query = self.pack(query)
+        self.query = self.pack(query.to(key.dtype))
+        self.scale = self.pack(scale.expand(-1, -1, 1, query.shape[3]))
+        self.key_mean = key_mean.flatten(0, 1)
+        if key.dtype == torch.float32:
+            key = key - key_mean
         self.key, self.value = (x.flatten(0, 1).contiguous() for x in (key, value))
         self.column_mask = None if column_mask is None else column_mask.contiguous()
         self.channels = query.shape[3]
         self.seed = seed if dropout_p > 0 else None
         self.threshold = round(dropout_p * 2**32) - 2**31
         self.keep_scale = 1 / (1 - dropout_p)
+
+    def centered_keys(self, columns: slice) -> Tensor:
+        """Columns of the key without its mean, in its dtype."""
+        keys = self.key[..., columns]
+        return keys if keys.dtype == torch.float32 else torch.sub(keys, self.key_mean, out=torch.empty_like(keys))
 
     def pack(self, x: Tensor) -> Tensor:
         """(B, H, N, C) -> (maps, N, rows): samples that share their keys are rows of one map."""

@@ -12,12 +12,13 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from allspark_fast.kernels.channel_attention.configs import select_one_pass_tile
+from allspark_fast.kernels.channel_attention.configs import OnePassTile
 from allspark_fast.kernels.channel_attention.maps import LOG2E, Maps, keep_mask, pointers, unmasked_columns
 
 # Programs that fill a GPU: two for each of the 132 or 148 SMs of an H100 or B200.
 _PROGRAMS = 264
 _MAX_PARTS = 8
+_MAX_CHUNKS = 3
 _COMBINE_ROWS = 128
 _COMBINE_TOKENS = 16
 
@@ -25,8 +26,13 @@ _COMBINE_TOKENS = 16
 @triton.jit(do_not_specialize=["threshold", "keep_scale"])
 def _one_pass_kernel(
     query,  # (maps, N, R)
-    key,  # descriptors of (maps, N, L), one for each chunk of tokens
-    value,  # descriptors of (maps, N, L)
+    key_0,  # descriptors of (maps, N, L), one for each chunk of tokens; None beyond the last chunk
+    key_1,  # (Triton 3.6 cannot launch a tuple of descriptors)
+    key_2,
+    value_0,  # descriptors of (maps, N, L)
+    value_1,
+    value_2,
+    scale,  # (maps, R)
     column_mask,  # (L,) or None
     seed,  # () or None: no dropout
     output,  # (parts, maps, N, R) float32
@@ -44,6 +50,7 @@ def _one_pass_kernel(
     BLOCK_L: tl.constexpr,
 ):
     i_r, i_part, i_map = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    key, value = (key_0, key_1, key_2), (value_0, value_1, value_2)
     o_r = i_r * BLOCK_R + tl.arange(0, BLOCK_R)
     m_r = o_r < R
     b_query, b_output = (), ()
@@ -52,6 +59,7 @@ def _one_pass_kernel(
         p_query = pointers(query, i_map.to(tl.int64), N, R, o_n[None, :], o_r[:, None])
         b_query = b_query + (tl.load(p_query, mask=m_r[:, None] & (o_n < N)[None, :], other=0.0),)  # [BR, BN]
         b_output = b_output + (tl.zeros([BLOCK_R, tl.constexpr(CHUNKS[c])], tl.float32),)
+    b_scale = tl.load(scale + i_map.to(tl.int64) * R + o_r, mask=m_r, other=0.0) * LOG2E
     b_maximum = tl.full([BLOCK_R], float("-inf"), tl.float32)
     b_total = tl.zeros([BLOCK_R], tl.float32)
 
@@ -62,7 +70,7 @@ def _one_pass_kernel(
         for c in tl.static_range(len(CHUNKS)):
             b_key = key[c].load([i_map, tl.constexpr(OFFSETS[c]), i_l]).reshape(tl.constexpr(CHUNKS[c]), BLOCK_L)
             b_logits = tl.dot(b_query[c], b_key, b_logits, input_precision="ieee")
-        b_logits = tl.where(unmasked_columns(column_mask, o_l, L)[None, :], b_logits * LOG2E, float("-inf"))
+        b_logits = tl.where(unmasked_columns(column_mask, o_l, L)[None, :], b_logits * b_scale[:, None], float("-inf"))
         b_new_maximum = tl.maximum(b_maximum, tl.max(b_logits, 1))
         b_finite_maximum = tl.where(b_new_maximum == float("-inf"), 0.0, b_new_maximum)
         b_probability = tl.exp2(b_logits - b_finite_maximum[:, None])
@@ -128,34 +136,33 @@ def _combine_kernel(
     tl.store(lse + i_map * R + o_r, b_lse, mask=m_r & (i_n == 0))
 
 
-def fits(maps: Maps) -> bool:
-    """Whether the kernel has a tile for these maps, and descriptors can address them: rows of 16 bytes, aligned."""
-    if select_one_pass_tile(maps.query.device, maps.query.dtype, maps.query.shape[1]) is None:
-        return False
+def can_address(maps: Maps) -> bool:
+    """Whether descriptors can address these maps: rows of 16 bytes, aligned."""
     aligned = all(x.storage_offset() * x.element_size() % 16 == 0 for x in (maps.key, maps.value))
     return aligned and maps.key.shape[2] * maps.key.element_size() % 16 == 0
 
 
-def forward(maps: Maps) -> tuple[Tensor, Tensor]:
+def _descriptors(x: Tensor, tile: OnePassTile) -> list[TensorDescriptor | None]:
+    """Descriptors of the chunks of ``x`` (maps, N, L), then None for the chunks that the tile does without."""
+    descriptors = [TensorDescriptor.from_tensor(x, [1, chunk, tile.columns]) for chunk in tile.chunks]
+    return descriptors + [None] * (_MAX_CHUNKS - len(descriptors))
+
+
+def forward(maps: Maps, tile: OnePassTile) -> tuple[Tensor, Tensor]:
     """Output (maps, N, R) and lse (maps, R), in units of log2, in float32."""
     count, tokens, rows = maps.query.shape
     columns = maps.key.shape[2]
-    tile = select_one_pass_tile(maps.query.device, maps.query.dtype, tokens)
-    assert tile is not None
     row_tiles = triton.cdiv(rows, tile.rows)
     parts = min(max(_PROGRAMS // (row_tiles * count), 1), _MAX_PARTS)
     part_columns = triton.cdiv(triton.cdiv(columns, parts), tile.columns) * tile.columns
     parts = triton.cdiv(columns, part_columns)
     part_output = maps.query.new_empty((parts, count, tokens, rows), dtype=torch.float32)
     part_lse = part_output.new_empty((parts, count, rows))
-    key, value = (
-        tuple(TensorDescriptor.from_tensor(x, [1, chunk, tile.columns]) for chunk in tile.chunks)
-        for x in (maps.key, maps.value)
-    )
     _one_pass_kernel[row_tiles, parts, count](
         maps.query,
-        key,
-        value,
+        *_descriptors(maps.key, tile),
+        *_descriptors(maps.value, tile),
+        maps.scale,
         maps.column_mask,
         maps.seed,
         part_output,

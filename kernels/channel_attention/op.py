@@ -69,20 +69,23 @@ def channel_attention(
     with torch.autocast(query.device.type, enabled=False):
         if backend == "reference":
             return reference.channel_attention(query, key, value, column_mask, eps, dropout_p, seed)
-        rstd, key = similarity_rstd(query, key, column_mask, eps)
-        query = (query * rstd).to(query.dtype)
+        # The gradients that meet at the query nearly cancel: they are added before they are rounded.
+        query = query.to(accumulation_dtype(query.dtype))
+        rstd, key_mean = similarity_rstd(query, key, column_mask, eps)
+        key_mean = key_mean.detach()  # a shift of every row, which softmax ignores
         if backend in _LIBRARY_BACKENDS:
-            return _library_attention(query, key, value, column_mask, backend)
-        return _softmax_attention(query, key, value, column_mask, dropout_p, seed, backend)[0]
+            centered_key = (key - key_mean).to(key.dtype)
+            return _library_attention((query * rstd).to(key.dtype), centered_key, value, column_mask, backend)
+        return _softmax_attention(query, key, value, rstd, key_mean, column_mask, dropout_p, seed, backend)[0]
 
 
 def _expand_groups(group_mask: Tensor, columns: int) -> Tensor:
     return group_mask[:, None].expand(-1, columns // group_mask.shape[0]).reshape(columns)
 
 
-def _implementation(query: Tensor, backend: str) -> ModuleType:
+def _implementation(key: Tensor, backend: str) -> ModuleType:
     """The module whose ``forward`` and ``backward`` run, decided inside the operators: tracing needs no device."""
-    if backend == "triton" or (backend == "auto" and prefers_triton(query)):
+    if backend == "triton" or (backend == "auto" and prefers_triton("channel_attention", key)):
         from allspark_fast.kernels.channel_attention import kernel  # noqa: PLC0415 triton is optional
 
         return kernel
@@ -94,20 +97,25 @@ def _softmax_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    scale: Tensor,
+    key_mean: Tensor,
     column_mask: Tensor | None,
     dropout_p: float,
     seed: Tensor | None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """softmax(queryᵀ key) valueᵀ and the log-sum-exp of its rows (B, H, 1, Cq); the norm is in the query."""
+    """softmax(scale · queryᵀ key) valueᵀ and the log-sum-exp of its rows, (B, H, 1, Cq); see ``chunked.forward``.
+
+    The query holds numbers of the key's dtype, but comes in the accumulation dtype, so that its gradient does.
+    """
     with torch.cuda.device_of(query):
-        return _implementation(query, backend).forward(query, key, value, column_mask, dropout_p, seed)
+        return _implementation(key, backend).forward(query, key, value, scale, key_mean, column_mask, dropout_p, seed)
 
 
 @_softmax_attention.register_fake
-def _(query: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-    lse = query.new_empty((*query.shape[:2], 1, query.shape[3]), dtype=accumulation_dtype(query.dtype))
-    return query.new_empty(query.shape), lse
+def _(query: Tensor, key: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    lse = query.new_empty((*query.shape[:2], 1, query.shape[3]))
+    return query.new_empty(query.shape, dtype=key.dtype), lse
 
 
 @torch.library.custom_op("allspark_fast::softmax_attention_backward", mutates_args=())
@@ -116,33 +124,40 @@ def _softmax_attention_backward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    scale: Tensor,
+    key_mean: Tensor,
     output: Tensor,
     lse: Tensor,
     column_mask: Tensor | None,
     dropout_p: float,
     seed: Tensor | None,
     backend: str = "auto",
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     with torch.autocast(query.device.type, enabled=False), torch.cuda.device_of(query):
-        implementation = _implementation(query, backend)
-        return implementation.backward(grad, query, key, value, output, lse, column_mask, dropout_p, seed)
+        implementation = _implementation(key, backend)
+        return implementation.backward(
+            grad, query, key, value, scale, key_mean, output, lse, column_mask, dropout_p, seed
+        )
 
 
 @_softmax_attention_backward.register_fake
-def _(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
-    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+def _(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, scale: Tensor, *_: object
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    grad_query, grad_key, grad_value, grad_scale = (x.new_empty(x.shape) for x in (query, key, value, scale))
+    return grad_query, grad_key, grad_value, grad_scale
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query, key, value, column_mask, ctx.dropout_p, seed, ctx.backend = inputs
-    ctx.save_for_backward(query, key, value, *output, column_mask, seed)
+    *tensors, column_mask, ctx.dropout_p, seed, ctx.backend = inputs
+    ctx.save_for_backward(*tensors, *output, column_mask, seed)
     ctx.mark_non_differentiable(output[1])
 
 
 def _backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
     *saved, seed = ctx.saved_tensors
     grads = _softmax_attention_backward(grad, *saved, ctx.dropout_p, seed, ctx.backend)
-    return *grads, None, None, None, None
+    return *grads, None, None, None, None, None
 
 
 _softmax_attention.register_autograd(_backward, setup_context=_save_for_backward)

@@ -42,7 +42,8 @@ def semantic_memory_enqueue(queue: Tensor, queue_ptr: Tensor, features: Tensor, 
     Args:
         queue: (K, S, N) ring buffers, any float dtype and strides; features are cast to its dtype.
         queue_ptr: (K,) int64, the slot that each class writes next, in [0, S).
-        features: (B, N, C), any float dtype and strides.
+        features: (B, N, C), any float dtype and strides; stored as they are. What is not finite stays out of the
+            memory by its class: the grouping gives such images -1.
         channel_class: (B, C) int64; channels with a class outside [0, K) are skipped.
 
     Raises:
@@ -63,9 +64,9 @@ def semantic_memory_enqueue(queue: Tensor, queue_ptr: Tensor, features: Tensor, 
         _semantic_memory_enqueue(queue, queue_ptr, features.detach(), channel_class)
 
 
-def _implementation(*tensors: Tensor) -> ModuleType:
+def _implementation(op: str, *tensors: Tensor) -> ModuleType:
     """The module that runs, decided inside the operators: tracing needs no device."""
-    if all(prefers_triton(x) for x in tensors):
+    if all(prefers_triton(op, x) for x in tensors):
         from allspark_fast.kernels.semantic_memory import kernel  # noqa: PLC0415 triton is optional
 
         return kernel
@@ -75,7 +76,8 @@ def _implementation(*tensors: Tensor) -> ModuleType:
 @torch.library.custom_op("allspark_fast::channel_semantic_grouping", mutates_args=())
 def _channel_semantic_grouping(features: Tensor, class_map: Tensor) -> Tensor:
     with torch.autocast(features.device.type, enabled=False), torch.cuda.device_of(features):
-        return _implementation(features, class_map).channel_semantic_grouping(features, class_map)
+        implementation = _implementation("channel_semantic_grouping", features, class_map)
+        return implementation.channel_semantic_grouping(features, class_map)
 
 
 @_channel_semantic_grouping.register_fake
@@ -86,7 +88,8 @@ def _(features: Tensor, class_map: Tensor) -> Tensor:
 @torch.library.custom_op("allspark_fast::semantic_memory_enqueue", mutates_args=("queue", "queue_ptr"))
 def _semantic_memory_enqueue(queue: Tensor, queue_ptr: Tensor, features: Tensor, channel_class: Tensor) -> None:
     with torch.cuda.device_of(queue):
-        _implementation(queue, features).semantic_memory_enqueue(queue, queue_ptr, features, channel_class)
+        implementation = _implementation("semantic_memory_enqueue", queue, features)
+        implementation.semantic_memory_enqueue(queue, queue_ptr, features, channel_class)
 
 
 @_semantic_memory_enqueue.register_fake

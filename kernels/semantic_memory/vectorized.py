@@ -30,6 +30,7 @@ def semantic_memory_enqueue(queue: Tensor, queue_ptr: Tensor, features: Tensor, 
     # The shapes may not depend on how many channels are kept, so the others write to slot 0 of class 0, all of them
     # what it holds in the end.
     first = kept & (cls == 0) & (slot == 0)
-    first_channel = channels[:, first.int().argmax()].where(first.any(), stored[:, 0, 0])
-    stored[:, cls.where(kept, 0), slot.where(kept, 0)] = channels.where(kept, first_channel[:, None])
+    # index_select, since indexing with a single number reads it on the host.
+    first_channel = channels.index_select(1, first.int().argmax()[None]).where(first.any(), stored[:, 0, :1])
+    stored[:, cls.where(kept, 0), slot.where(kept, 0)] = channels.where(kept, first_channel)
     queue_ptr.copy_((queue_ptr + arrivals) % slots)

@@ -1,17 +1,20 @@
 """Public function and registration of upsampling + argmax."""
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
 from allspark_fast.kernels.arguments import FLOATING, check_not_empty, check_tensor
-from allspark_fast.kernels.upsample_argmax import reference
+from allspark_fast.kernels.triton_support import prefers_triton
+from allspark_fast.kernels.upsample_argmax import chunked
 
 
 def upsample_argmax(logits: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """Hard labels of logits that are first upsampled bilinearly (align_corners=False).
 
     Args:
-        logits: (B, K, h, w), any float dtype; half precision is computed in float32.
+        logits: (B, K, h, w), any float dtype and strides; half precision is computed in float32.
         size: (H, W) of the labels, in pixels.
 
     Returns:
@@ -30,14 +33,23 @@ def upsample_argmax(logits: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tens
     return _upsample_argmax(logits.detach(), list(size))
 
 
+def _implementation(logits: Tensor) -> ModuleType:
+    """The module that runs, decided inside the operator: tracing needs no device."""
+    if prefers_triton("upsample_argmax", logits):
+        from allspark_fast.kernels.upsample_argmax import kernel  # noqa: PLC0415 triton is optional
+
+        return kernel
+    return chunked
+
+
 @torch.library.custom_op("allspark_fast::upsample_argmax", mutates_args=())
 def _upsample_argmax(logits: Tensor, size: list[int]) -> tuple[Tensor, Tensor]:
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    return reference.upsample_argmax(logits, (size[0], size[1]))
+    with torch.cuda.device_of(logits):
+        return _implementation(logits).upsample_argmax(logits, (size[0], size[1]))
 
 
 @_upsample_argmax.register_fake
 def _(logits: Tensor, size: list[int]) -> tuple[Tensor, Tensor]:
     shape = (logits.shape[0], *size)
-    confidence = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    return logits.new_empty(shape, dtype=torch.int64), logits.new_empty(shape, dtype=confidence)
+    confidence = logits.new_empty(shape, dtype=torch.promote_types(logits.dtype, torch.float32))
+    return logits.new_empty(shape, dtype=torch.int64), confidence

@@ -1,12 +1,14 @@
 """Public function and registration of upsampling + cross-entropy, and online hard example mining on top of it."""
 
+from types import ModuleType
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from allspark_fast.kernels.arguments import FLOATING, check_choice, check_not_empty, check_shape, check_tensor
-from allspark_fast.kernels.upsample_cross_entropy import reference
+from allspark_fast.kernels.triton_support import prefers_triton
+from allspark_fast.kernels.upsample_cross_entropy import chunked
 
 Reduction = Literal["mean", "sum", "none"]
 _REDUCTIONS = ("mean", "sum", "none")
@@ -28,7 +30,7 @@ def upsample_cross_entropy(
     fewer pixels than that are valid, or ``ohem_min_kept`` is 0, all count.
 
     Args:
-        logits: (B, K, h, w), any float dtype; half precision is computed in float32.
+        logits: (B, K, h, w), any float dtype and strides; half precision is computed in float32.
         target: (B, H, W) int64, classes in [0, K) or ``ignore_index``.
         ignore_index: pixels of this target do not count.
         reduction: ``mean`` over the pixels that count, ``sum``, or ``none``.
@@ -42,11 +44,11 @@ def upsample_cross_entropy(
 
     Raises:
         TypeError: an argument is no tensor or has another dtype.
-        ValueError: a shape, device, option or, on the CPU, a target is wrong. On a GPU a wrong target stops the
-            process by a device assertion, since looking at it would wait for the device.
+        ValueError: a shape, device, option or, on the CPU, a target is wrong. On a GPU, where looking at it would wait
+            for the device, a wrong target gives a NaN loss; float64 stops the process by a device assertion.
     """
     _check_arguments(logits, target, reduction, ohem_threshold, ohem_min_kept)
-    loss = _upsample_cross_entropy(logits, target, ignore_index)
+    loss, _ = _upsample_cross_entropy(logits, target, ignore_index)
     counts = target != ignore_index
     if ohem_threshold is not None:
         counts = _hard_examples(loss.detach(), counts, ohem_threshold, ohem_min_kept)
@@ -61,7 +63,8 @@ def _hard_examples(loss: Tensor, valid: Tensor, threshold: float, min_kept: int)
     if min_kept == 0 or loss.numel() == 0:
         return valid
     probability = torch.exp(-loss).masked_fill(~valid, 1)
-    kth_smallest = probability.flatten().kthvalue(min(min_kept, probability.numel())).values
+    # Not kthvalue, which torch.use_deterministic_algorithms refuses on a GPU for the index that it gives too.
+    kth_smallest = probability.flatten().sort().values[min(min_kept, probability.numel()) - 1]
     mined = valid & (probability <= kth_smallest.clamp(min=threshold))
     return mined | (valid & (valid.sum() < min_kept))
 
@@ -89,41 +92,51 @@ def _check_classes(target: Tensor, classes: int, ignore_index: int) -> None:
         )
 
 
+def _implementation(logits: Tensor) -> ModuleType:
+    """The module that runs, decided inside the operators: tracing needs no device."""
+    if prefers_triton("upsample_cross_entropy", logits):
+        from allspark_fast.kernels.upsample_cross_entropy import kernel  # noqa: PLC0415 triton is optional
+
+        return kernel
+    return chunked
+
+
 @torch.library.custom_op("allspark_fast::upsample_cross_entropy", mutates_args=())
-def _upsample_cross_entropy(logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
+def _upsample_cross_entropy(logits: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """Loss and log-sum-exp of every pixel."""
     if target.device.type == "cpu":
         _check_classes(target, logits.shape[1], ignore_index)
-    return reference.forward(_as_computed(logits), target, ignore_index)
+    with torch.cuda.device_of(logits):
+        return _implementation(logits).forward(logits, target, ignore_index)
 
 
 @_upsample_cross_entropy.register_fake
-def _(logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
-    return _as_computed(logits).new_empty(target.shape)
+def _(logits: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    return logits.new_empty(target.shape, dtype=dtype), logits.new_empty(target.shape, dtype=dtype)
 
 
 @torch.library.custom_op("allspark_fast::upsample_cross_entropy_backward", mutates_args=())
-def _upsample_cross_entropy_backward(grad: Tensor, logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
-    grad = reference.backward(grad, _as_computed(logits), target, ignore_index)
-    return grad.to(logits.dtype).contiguous()
+def _upsample_cross_entropy_backward(
+    grad: Tensor, logits: Tensor, target: Tensor, lse: Tensor, ignore_index: int
+) -> Tensor:
+    with torch.cuda.device_of(logits):
+        return _implementation(logits).backward(grad, logits, target, lse, ignore_index)
 
 
 @_upsample_cross_entropy_backward.register_fake
-def _(grad: Tensor, logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
-    return logits.new_empty(logits.shape)
+def _(grad: Tensor, logits: Tensor, target: Tensor, lse: Tensor, ignore_index: int) -> Tensor:
+    return torch.empty_like(logits)
 
 
-def _as_computed(logits: Tensor) -> Tensor:
-    return logits if logits.dtype == torch.float64 else logits.float()
-
-
-def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     logits, target, ctx.ignore_index = inputs
-    ctx.save_for_backward(logits, target)
+    ctx.save_for_backward(logits, target, output[1])
+    ctx.mark_non_differentiable(output[1])
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-    logits, target = ctx.saved_tensors
-    return _upsample_cross_entropy_backward(grad, logits, target, ctx.ignore_index), None, None
+def _backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor, None, None]:
+    return _upsample_cross_entropy_backward(grad, *ctx.saved_tensors, ctx.ignore_index), None, None
 
 
 _upsample_cross_entropy.register_autograd(_backward, setup_context=_save_for_backward)

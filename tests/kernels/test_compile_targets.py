@@ -32,6 +32,7 @@ def check_compiled(target: str, *, full: bool) -> None:
     assert result.returncode == 0, result.stderr
     records = json.loads(result.stdout)
     kernels = {"probability", "merge", "gradient", "grouping", "route", "write"}
+    kernels |= {"cross_entropy", "cross_entropy_backward", "argmax"}
     one_pass = {"one_pass", "combine"} if target in ("sm_90", "sm_100") else set()
     assert {record["kernel"] for record in records} == kernels | one_pass
     for record in records:

@@ -72,6 +72,23 @@ class TestEnqueue:
             semantic_memory_enqueue(queue, pointer, features, torch.randint(3, (2, 6)))
         assert not queue.requires_grad
 
+    @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+    def test_what_is_not_finite_is_kept_out_by_its_class(self, bad: float) -> None:
+        queue, pointer = memory(3, 4, 5)
+        features, class_map = torch.randn(2, 5, 2), torch.randn(2, 3, 5)
+        features[0, 3, 1] = bad
+        channel_class = channel_semantic_grouping(features, class_map)
+        expected = queue.clone(), pointer.clone()
+        reference.semantic_memory_enqueue(*expected, features[1:], channel_class[1:])
+        semantic_memory_enqueue(queue, pointer, features, channel_class)
+        assert torch.equal(queue, expected[0])
+        assert torch.equal(pointer, expected[1])
+
+    def test_a_valid_class_stores_the_channel_as_it_is(self) -> None:
+        queue, pointer = torch.zeros(1, 2, 2), torch.zeros(1, dtype=torch.int64)
+        semantic_memory_enqueue(queue, pointer, torch.tensor([[[1.0], [math.inf]]]), torch.zeros(1, 1).long())
+        assert queue[0].tolist() == [[1.0, math.inf], [0.0, 0.0]]
+
     def test_opcheck_and_compile(self) -> None:
         queue, pointer = memory(3, 4, 5)
         features, channel_class = torch.randn(2, 5, 6), torch.randint(3, (2, 6))

@@ -42,13 +42,15 @@ def test_triton_is_preferred_from_sm_80(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     monkeypatch.setattr(triton_support, "_INSTALLED", True)
     with FakeTensorMode():
-        assert triton_support.prefers_triton(torch.empty(1, dtype=dtype, device="cuda")) is preferred
+        assert (
+            triton_support.prefers_triton("channel_attention", torch.empty(1, dtype=dtype, device="cuda")) is preferred
+        )
 
 
 def test_cpu_tensors_take_plain_torch() -> None:
     x = torch.ones(1)
     assert attention_op._implementation(x, "auto") is chunked
-    assert memory_op._implementation(x, x) is vectorized
+    assert memory_op._implementation("semantic_memory_enqueue", x, x) is vectorized
 
 
 def test_everything_runs_without_triton() -> None:

@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 from torch.library import opcheck
 from torch.nn.functional import interpolate
 
-from allspark_fast.kernels.upsample_argmax import upsample_argmax
+from allspark_fast.kernels.bilinear import BAND_BYTES
+from allspark_fast.kernels.upsample_argmax import reference, upsample_argmax
+from bench.harness import peak_bytes
 from tests.kernels.forbid_sync import forbid_sync
 
 
@@ -31,10 +33,33 @@ def test_any_size(batch: int, classes: int, small: tuple[int, int], size: tuple[
     torch.testing.assert_close(probability.gather(1, labels[:, None])[:, 0], confidence)
 
 
-def test_the_first_maximum_wins() -> None:
-    labels, confidence = upsample_argmax(torch.zeros(1, 4, 2, 2), (3, 3))
+@pytest.mark.parametrize("classes", [4, 171])
+def test_the_first_maximum_wins(classes: int) -> None:
+    logits = torch.zeros(1, classes, 2, 2)
+    labels, confidence = upsample_argmax(logits, (3, 3))
     assert (labels == 0).all()
-    torch.testing.assert_close(confidence, torch.full((1, 3, 3), 0.25))
+    torch.testing.assert_close(confidence, torch.full((1, 3, 3), 1 / classes))
+    logits[:, [1, 3]] = 1
+    assert (upsample_argmax(logits, (3, 3))[0] == 1).all()
+
+
+@pytest.mark.parametrize("classes", [2, 19, 171])
+def test_equals_the_reference(classes: int) -> None:
+    """Several bands, in every memory layout."""
+    logits = torch.randn(2, classes, 17, 33, dtype=torch.float64)
+    expected = reference.upsample_argmax(logits, (65, 129))
+    for other in (logits, logits.contiguous(memory_format=torch.channels_last), logits.mT.contiguous().mT):
+        labels, confidence = upsample_argmax(other, (65, 129))
+        assert torch.equal(labels, expected[0])
+        torch.testing.assert_close(confidence, expected[1])
+
+
+def test_memory_is_bounded() -> None:
+    logits = torch.randn(2, 40, 65, 65)
+    results = 2 * 257 * 257 * 12
+    peak = peak_bytes(lambda: upsample_argmax(logits, (257, 257)))
+    assert peak <= results + logits.nbytes + 5 * BAND_BYTES
+    assert peak < 2 * 257 * 257 * 40 * 4 / 2  # half of the logits at full resolution
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -48,13 +73,17 @@ def test_dtypes(dtype: torch.dtype) -> None:
     assert torch.equal(confidence, expected[1])
 
 
-def test_nan_shows_in_the_confidence() -> None:
-    logits = torch.randn(1, 3, 2, 2)
-    logits[0, 1, 0, 0] = math.nan
-    labels, confidence = upsample_argmax(logits, (2, 2))
-    assert labels[0, 0, 0] == 1
-    assert confidence[0, 0, 0].isnan()
-    assert confidence[0, 1, 1].isfinite()
+@pytest.mark.parametrize("classes", [5, 40])
+def test_numbers_that_are_not_finite(classes: int) -> None:
+    logits = torch.randn(1, classes, 3, 3)
+    logits[0, [2, 4], 0, 0] = math.nan
+    logits[0, [1, 3], 2, 2] = math.inf
+    labels, confidence = upsample_argmax(logits, (6, 6))
+    expected = reference.upsample_argmax(logits, (6, 6))
+    assert torch.equal(labels, expected[0])
+    assert labels[0, 0, 0] == 2
+    assert torch.equal(confidence.isnan(), expected[1].isnan())
+    torch.testing.assert_close(confidence, expected[1], equal_nan=True)
 
 
 def test_opcheck_compile_and_no_sync() -> None:

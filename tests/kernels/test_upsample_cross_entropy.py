@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.library import opcheck
 from torch.nn.functional import cross_entropy, interpolate
 
+from allspark_fast.kernels.bilinear import BAND_BYTES
 from allspark_fast.kernels.upsample_cross_entropy import upsample_cross_entropy
-from bench.harness import saved_bytes
+from bench.harness import peak_bytes, saved_bytes
 from tests.kernels.forbid_sync import forbid_sync
 
 
@@ -98,9 +99,56 @@ class TestLoss:
             logits[0, 1, 2, 3] = math.nan
         assert upsample_cross_entropy(logits, target).isnan()
 
-    def test_nothing_of_full_resolution_is_kept(self) -> None:
-        logits, target = example(classes=50)
-        assert saved_bytes(lambda: upsample_cross_entropy(logits, target)) < target.numel() * 8 * 10
+    def test_strides_do_not_matter(self) -> None:
+        logits, target = example()
+        expected = upsample_cross_entropy(logits, target)
+        (expected_grad,) = torch.autograd.grad(expected, logits)
+        for other in (logits.contiguous(memory_format=torch.channels_last), logits.mT.contiguous().mT):
+            leaf = other.detach().requires_grad_()
+            loss = upsample_cross_entropy(leaf, target.mT.contiguous().mT)
+            (grad,) = torch.autograd.grad(loss, leaf)
+            assert torch.equal(loss, expected)
+            assert torch.equal(grad, expected_grad)
+            assert grad.stride() == leaf.stride()
+
+    def test_expanded_logits(self) -> None:
+        logits, target = example(batch=1)
+        target = target.expand(3, -1, -1)
+        loss = upsample_cross_entropy(logits.expand(3, -1, -1, -1), target)
+        torch.testing.assert_close(loss, expected_loss(logits, target[:1]))
+        torch.testing.assert_close(
+            *(torch.autograd.grad(x, logits)[0] for x in (loss, expected_loss(logits, target[:1])))
+        )
+
+    def test_float32_is_as_exact_as_the_reference(self) -> None:
+        """Several bands, in float32, against float64."""
+        logits, target = example(classes=19, small=(17, 33), large=(65, 129))
+        weight = torch.rand(target.shape)
+        single = logits.detach().float().requires_grad_()
+        loss = upsample_cross_entropy(single, target, reduction="none")
+        expected = expected_loss(single.double(), target, "none")
+        assert (loss - expected).abs().max() <= 1e-5 * expected.max()
+        (grad,) = torch.autograd.grad((loss * weight).sum(), single)
+        (expected_grad,) = torch.autograd.grad((expected * weight).sum(), single)
+        assert (grad - expected_grad).abs().max() <= 1e-5 * expected_grad.abs().max()
+
+    def test_memory_is_bounded(self) -> None:
+        """What is kept, and what a step needs at once: per pixel whatever the classes, besides the logits and bands."""
+        target = torch.randint(40, (2, 257, 257))
+        logits = torch.randn(2, 40, 65, 65, requires_grad=True)
+        kept = target.nbytes + logits.nbytes + target.numel() * 4
+        assert saved_bytes(lambda: upsample_cross_entropy(logits, target)) <= kept + 100
+        peak = peak_bytes(lambda: upsample_cross_entropy(logits, target).backward())
+        # Loss and log-sum-exp, the gradient of the loss, masks; two gradients of the logits; a band and its softmax.
+        assert peak <= target.numel() * 24 + 3 * logits.nbytes + 5 * BAND_BYTES
+        assert peak < target.numel() * 40 * 4 / 2  # half of the logits at full resolution
+
+    def test_nan_stays_where_it_is(self) -> None:
+        logits, target = example(small=(4, 6), large=(8, 12))
+        with torch.no_grad():
+            logits[0, 1, 0, 0] = math.nan
+        loss = upsample_cross_entropy(logits, target.where(target != 255, 0), reduction="none")
+        assert torch.equal(loss.isnan(), expected_loss(logits, target.where(target != 255, 0), "none").isnan())
 
 
 class TestHardExamples:
@@ -157,8 +205,9 @@ class TestRegistration:
         logits = logits.detach().to(dtype).requires_grad_()
         ops = torch.ops.allspark_fast
         opcheck(ops.upsample_cross_entropy.default, (logits, target, 255))
-        grad = torch.rand(target.shape)
-        opcheck(ops.upsample_cross_entropy_backward.default, (grad, logits.detach(), target, 255))
+        grad, lse = torch.rand(target.shape), torch.rand(target.shape) + 9
+        for saved in (logits.detach(), logits.detach().contiguous(memory_format=torch.channels_last)):
+            opcheck(ops.upsample_cross_entropy_backward.default, (grad, saved, target, lse, 255))
 
     def test_compiles_as_one_graph(self) -> None:
         logits, target = example()

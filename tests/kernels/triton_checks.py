@@ -12,6 +12,7 @@ from torch import Tensor
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
 interpreter = pytest.importorskip("triton.runtime.interpreter")
+TensorDescriptor = pytest.importorskip("triton.tools.tensor_descriptor").TensorDescriptor
 
 if torch.cuda.is_available():
     pytest.skip("these tests interpret kernels, the GPU tests run them", allow_module_level=True)
@@ -101,7 +102,7 @@ def checked_memory() -> Iterator[None]:
     load, store = _Builder.create_masked_load, _Builder.create_masked_store
 
     def checked_execute(self: object, *args: object, **kwargs: object) -> None:
-        bases = [x.base for descriptors in args if isinstance(descriptors, tuple) for x in descriptors]
+        bases = [x.base for x in args if isinstance(x, TensorDescriptor)]
         current[:] = [_Launch(bases + [x for x in args if isinstance(x, Tensor)])]
         execute(self, *args, **kwargs)
         current[0].check_races()

@@ -1,0 +1,44 @@
+"""Upsample, then cross-entropy, in bands of output rows: full-resolution logits never exist, forward or backward."""
+
+import torch
+from torch import Tensor
+
+from allspark_fast.kernels.bilinear import UpsampledBands
+
+
+def forward(logits: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """As in ``reference``, for logits of any dtype and strides; the log-sum-exp (B, H, W) of every pixel as well."""
+    bands = UpsampledBands(logits, (target.shape[1], target.shape[2]))
+    loss = torch.empty(target.shape, dtype=bands.dtype, device=target.device)
+    lse = torch.empty_like(loss)
+    for i, image in enumerate(bands.images()):
+        for rows in bands:
+            band, axis = bands.upsample_for_reduction(image, rows), bands.class_axis
+            label = target[i, rows]
+            valid = label != ignore_index
+            label = label.where(valid, 0).unsqueeze(axis)
+            logit = band.gather(axis, label).squeeze(axis)
+            log_probability = band.log_softmax(axis).gather(axis, label).squeeze(axis)
+            torch.sub(logit, log_probability, out=lse[i, rows])
+            loss[i, rows] = -log_probability.where(valid, 0)
+    return loss, lse
+
+
+def backward(grad: Tensor, logits: Tensor, target: Tensor, lse: Tensor, ignore_index: int) -> Tensor:
+    """As in ``reference``, given the log-sum-exp; the result has dtype and strides of the logits."""
+    bands = UpsampledBands(logits, (target.shape[1], target.shape[2]))
+    grad_logits = torch.empty_like(logits)
+    grad_image = logits.new_empty((*logits.shape[2:], logits.shape[1]), dtype=bands.dtype)
+    for i, image in enumerate(bands.images()):
+        grad_image.zero_()
+        for rows in bands:
+            label = target[i, rows]
+            valid = label != ignore_index
+            label = label.where(valid, 0)[..., None]
+            # The gradient of a pixel's loss is softmax minus one-hot.
+            band = bands.upsample(image, rows).sub_(lse[i, rows, :, None]).exp_()
+            band.scatter_add_(2, label, band.new_full((), -1).expand(label.shape))
+            band *= grad[i, rows].where(valid, 0)[..., None]
+            bands.add_transposed(grad_image, rows, band)
+        grad_logits[i] = grad_image.permute(2, 0, 1)
+    return grad_logits

@@ -1,0 +1,189 @@
+"""Upsampling + cross-entropy in Triton: one pass over the classes of every output pixel, and a gather backward.
+
+    _cross_entropy_kernel            pixels of an output row: loss and log-sum-exp, by an online softmax
+    _cross_entropy_backward_kernel   cells of a source row: sums over the output pixels that they are part of
+
+The softmax of a pixel follows from its log-sum-exp. Every address is written by one program, so results are
+deterministic.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from allspark_fast.kernels.bilinear_triton import first_output, linear_taps, load_between, load_upsampled
+
+# Larger tiles spill: addresses take 64 bits.
+_PIXELS = 64
+_CELLS = 32
+_CLASSES = 8
+
+
+@triton.jit
+def _cross_entropy_kernel(
+    logits,  # (B, K, h, w)
+    target,  # (B, H, W) int64
+    loss,  # (B, H, W) float32
+    lse,  # (B, H, W) float32
+    ignore_index,
+    K,
+    h,
+    w,
+    H,
+    W,
+    stride_b,
+    stride_k,
+    stride_h,
+    stride_w,
+    BLOCK_X: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    i_x, i_y, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    o_x = (i_x * BLOCK_X + tl.arange(0, BLOCK_X)).to(tl.int64)
+    m_x = o_x < W
+    o_pixel = (i_b * H + i_y) * W + o_x
+    b_target = tl.load(target + o_pixel, mask=m_x, other=0)
+    b_maximum = tl.full([BLOCK_X], float("-inf"), tl.float32)
+    b_sum = tl.zeros([BLOCK_X], tl.float32)
+    b_logit = tl.zeros([BLOCK_X], tl.float32)  # of the target
+    for k in range(0, K, BLOCK_K):
+        o_k = k + tl.arange(0, BLOCK_K)
+        m_xk = m_x[:, None] & (o_k < K)[None, :]
+        b_logits = load_upsampled(
+            logits, i_b, i_y, o_x, o_k, m_xk, h, w, H, W, stride_b, stride_k, stride_h, stride_w
+        )  # [BX, BK]
+        b_logit += tl.sum(tl.where(o_k[None, :] == b_target[:, None], b_logits, 0.0), 1)
+        b_logits = tl.where(m_xk, b_logits, float("-inf"))
+        b_new = tl.maximum(b_maximum, tl.max(b_logits, 1))
+        b_shift = tl.where(b_new == float("-inf"), 0.0, b_new)
+        b_sum = b_sum * tl.exp(b_maximum - b_shift) + tl.sum(tl.exp(b_logits - b_shift[:, None]), 1)
+        b_maximum = b_new
+    b_lse = b_maximum + tl.log(b_sum)
+    m_ignored = b_target == ignore_index
+    # Nothing here can raise: a target that is no class shows as NaN, also in the gradient.
+    b_lse = tl.where(m_ignored | ((b_target >= 0) & (b_target < K)), b_lse, float("nan"))
+    tl.store(lse + o_pixel, b_lse, mask=m_x)
+    tl.store(loss + o_pixel, tl.where(m_ignored, 0.0, b_lse - b_logit), mask=m_x)
+
+
+@triton.jit(do_not_specialize=["reach"])
+def _cross_entropy_backward_kernel(
+    logits,  # (B, K, h, w)
+    grad,  # (B, H, W) float32
+    target,  # (B, H, W) int64
+    lse,  # (B, H, W) float32
+    grad_logits,  # (B, K, h, w)
+    ignore_index,
+    K,
+    h,
+    w,
+    H,
+    W,
+    reach,  # output columns that a cell contributes to, at most
+    stride_b,
+    stride_k,
+    stride_h,
+    stride_w,
+    stride_grad_b,
+    stride_grad_k,
+    stride_grad_h,
+    stride_grad_w,
+    BLOCK_X: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    # Blocks of classes and of cells share the first axis, which alone may be long.
+    blocks = tl.cdiv(w, BLOCK_X)
+    i_x, i_k = tl.program_id(0) % blocks, tl.program_id(0) // blocks
+    i_y, i_b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    o_x = (i_x * BLOCK_X + tl.arange(0, BLOCK_X)).to(tl.int64)
+    o_k = i_k * BLOCK_K + tl.arange(0, BLOCK_K)
+    m_x = o_x < w
+    m_xk = m_x[:, None] & (o_k < K)[None, :]
+    p_classes = logits + i_b * stride_b + o_k[None, :].to(tl.int64) * stride_k
+    p_left = p_classes + tl.maximum(o_x - 1, 0)[:, None] * stride_w
+    p_here = p_classes + o_x[:, None] * stride_w
+    p_right = p_classes + tl.minimum(o_x + 1, w - 1)[:, None] * stride_w
+    o_first, o_last = first_output(o_x, w, W), first_output(o_x + 2, w, W)
+    # Where the first pixel lies behind the cell on the left, in units of 1 / 2W; each further one is 2w away.
+    b_first = ((2 * o_first + 1) * w - W - (o_x - 1) * 2 * W).to(tl.int32)
+    o_first, o_last = o_first.to(tl.int32), o_last.to(tl.int32)
+    b_least = tl.where(o_x == 0, 2 * W, 0)
+    b_grad_logits = tl.zeros([BLOCK_X, BLOCK_K], tl.float32)
+    for y in range(first_output(i_y, h, H), first_output(i_y + 2, h, H)):
+        y_before, y_after, b_fy = linear_taps(y, h, H)
+        # At the border both are this row.
+        b_wy = tl.where(y_before == i_y, 1.0 - b_fy, 0.0) + tl.where(y_after == i_y, b_fy, 0.0)
+        b_left = load_between(p_left, y_before * stride_h, y_after * stride_h, b_fy, m_xk)
+        b_here = load_between(p_here, y_before * stride_h, y_after * stride_h, b_fy, m_xk)
+        b_right = load_between(p_right, y_before * stride_h, y_after * stride_h, b_fy, m_xk)
+        for i in range(reach):
+            b_x = o_first + i
+            m_pixel = m_x & (b_x < o_last)
+            o_pixel = (i_b * H + y) * W + b_x
+            b_target = tl.load(target + o_pixel, mask=m_pixel, other=0)
+            b_lse = tl.load(lse + o_pixel, mask=m_pixel, other=0.0)
+            b_grad = tl.load(grad + o_pixel, mask=m_pixel, other=0.0)
+            b_behind = tl.maximum(b_first + 2 * w * i, b_least)
+            m_right = b_behind >= 2 * W
+            b_fx = tl.where(m_right, b_behind - 2 * W, b_behind).to(tl.float32) / (2.0 * W)
+            b_wx = tl.where(m_right, tl.where(o_x < w - 1, 1.0 - b_fx, 1.0), b_fx)
+            b_logits = tl.where(m_right[:, None], b_here, b_left) * (1.0 - b_fx)[:, None]
+            b_logits += tl.where(m_right[:, None], b_right, b_here) * b_fx[:, None]
+            b_softmax = tl.exp(b_logits - b_lse[:, None])
+            b_onehot = (o_k[None, :] == b_target[:, None]).to(tl.float32)
+            m_pixel &= b_target != ignore_index
+            b_weight = tl.where(m_pixel, b_grad * b_wx * b_wy, 0.0)
+            b_grad_logits += tl.where(m_pixel[:, None], (b_softmax - b_onehot) * b_weight[:, None], 0.0)
+    p_grad = grad_logits + i_b * stride_grad_b + o_k[None, :].to(tl.int64) * stride_grad_k
+    p_grad += i_y * stride_grad_h + o_x[:, None] * stride_grad_w
+    tl.store(p_grad, b_grad_logits.to(grad_logits.dtype.element_ty), mask=m_xk)
+
+
+def forward(logits: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """As in ``chunked``, for float16, bfloat16 and float32; a target that is no class gives NaN."""
+    batch, classes, height, width = logits.shape
+    loss = torch.empty(target.shape, dtype=torch.float32, device=logits.device)
+    lse = torch.empty_like(loss)
+    if batch:
+        _cross_entropy_kernel[triton.cdiv(target.shape[2], _PIXELS), target.shape[1], batch](
+            logits,
+            target.contiguous(),
+            loss,
+            lse,
+            ignore_index,
+            classes,
+            height,
+            width,
+            *target.shape[1:],
+            *logits.stride(),
+            BLOCK_X=_PIXELS,
+            BLOCK_K=_CLASSES,
+        )
+    return loss, lse
+
+
+def backward(grad: Tensor, logits: Tensor, target: Tensor, lse: Tensor, ignore_index: int) -> Tensor:
+    """As in ``chunked``, for float16, bfloat16 and float32."""
+    batch, classes, height, width = logits.shape
+    grad_logits = torch.empty_like(logits)
+    blocks = triton.cdiv(width, _CELLS) * triton.cdiv(classes, _CLASSES)
+    if batch:
+        _cross_entropy_backward_kernel[blocks, height, batch](
+            logits,
+            grad.contiguous(),
+            target.contiguous(),
+            lse,
+            grad_logits,
+            ignore_index,
+            classes,
+            height,
+            width,
+            *target.shape[1:],
+            2 * target.shape[2] // width + 1,
+            *logits.stride(),
+            *grad_logits.stride(),
+            BLOCK_X=_CELLS,
+            BLOCK_K=_CLASSES,
+        )
+    return grad_logits

@@ -1,0 +1,72 @@
+"""The mode that forbids waiting for the device sees what waits, and nothing else."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from tests.kernels.forbid_sync import forbid_sync
+
+WAITS: dict[str, Callable[[Tensor], object]] = {
+    "item": lambda x: x.sum().item(),
+    "float": lambda x: float(x[0]),
+    "branch": lambda x: 1 if x.any() else 0,
+    "nonzero": lambda x: x.nonzero(),
+    "where": lambda x: torch.where(x > 0),
+    "boolean index": lambda x: x[x > 0],
+    "boolean index assigned": lambda x: x.clone().index_put_((x > 0,), torch.tensor(1.0)),
+    "masked_select": lambda x: x.masked_select(x > 0),
+    "unique": lambda x: x.unique(),
+    "bincount": lambda x: x.long().bincount(),
+    "repeat_interleave": lambda x: x.repeat_interleave(x.long()),
+    "equal": lambda x: torch.equal(x, x + 1),
+    "allclose": lambda x: torch.allclose(x, x + 1),
+}
+HARMLESS: dict[str, Callable[[Tensor], object]] = {
+    "integer index": lambda x: x[x.long()],
+    "where": lambda x: x.where(x > 0, 0),
+    "to": lambda x: x.to(torch.float64).to(x.device),
+    "copy": lambda x: x.clone().copy_(x),
+    "fill": lambda x: x.clone().masked_fill_(x > 0, 1.0),
+}
+
+
+@pytest.mark.parametrize("name", WAITS)
+def test_what_waits_is_refused(name: str) -> None:
+    with pytest.raises(AssertionError, match="waits for the device"), forbid_sync():
+        WAITS[name](torch.ones(3))
+
+
+@pytest.mark.parametrize("name", HARMLESS)
+def test_what_does_not_wait_passes(name: str) -> None:
+    with forbid_sync():
+        HARMLESS[name](torch.ones(3))
+
+
+@torch.library.custom_op("allspark_fast::test_only_peek", mutates_args=())
+def peek(x: Tensor) -> Tensor:
+    return x * x[0].item()
+
+
+def test_operators_are_looked_into_if_asked() -> None:
+    with pytest.raises(AssertionError, match="item"), forbid_sync(inside_operators=True):
+        peek(torch.ones(3))
+
+
+def test_copies_between_host_and_device() -> None:
+    with FakeTensorMode(), forbid_sync():
+        x = torch.ones(3, device="cuda")
+        x.copy_(torch.ones(3), non_blocking=True)
+        torch.ones(3).to("cuda", non_blocking=True)
+        for copy in (
+            x.cpu,
+            x.tolist,
+            lambda: x.to("cpu", non_blocking=True),  # who reads the result must wait
+            lambda: torch.ones(3).to("cuda"),
+            lambda: x.copy_(torch.ones(3)),
+            lambda: torch.ones(3).copy_(x),
+        ):
+            with pytest.raises(AssertionError, match="waits for the device"):
+                copy()
