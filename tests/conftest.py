@@ -5,6 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
+
+from allspark_fast.data.info import DatasetInfo, hex_palette
+from allspark_fast.data.transforms import IMAGENET_MEAN, IMAGENET_STD
+from allspark_fast.pretrained import ModelSpec
+
+# The same examples in every run: what fails can be repeated.
+settings.register_profile("alike", derandomize=True)
+settings.load_profile("alike")
 
 
 @pytest.fixture(autouse=True)
@@ -20,3 +29,20 @@ def data_dir() -> Path:
     if "ALLSPARK_DATA_DIR" not in os.environ:
         pytest.skip("needs real images: set ALLSPARK_DATA_DIR")
     return Path(os.environ["ALLSPARK_DATA_DIR"])
+
+
+@pytest.fixture
+def tiny_spec() -> ModelSpec:
+    """A model of three classes, small enough for any test."""
+    return ModelSpec(
+        backbone="mit_tiny",
+        allspark=True,
+        embedding_dim=16,
+        num_heads=2,
+        memory_init="empty",
+        crop=64,
+        mode="whole",
+        mean=IMAGENET_MEAN,
+        std=IMAGENET_STD,
+        info=DatasetInfo("fruit", ("apple", "pear", "plum"), hex_palette("ff0000 00ff00 0000ff")),
+    )

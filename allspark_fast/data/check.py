@@ -1,15 +1,16 @@
 """Finds what is wrong with a data set before a training does."""
 
 import posixpath
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from allspark_fast.data.datasets import Entry
+from allspark_fast.data.datasets import Entry, values_of, wrong_values
 from allspark_fast.data.errors import DataError
 from allspark_fast.data.images import read_image, read_label, resolve_path
 from allspark_fast.data.info import IGNORE_INDEX, DatasetInfo
@@ -18,7 +19,7 @@ from allspark_fast.data.info import IGNORE_INDEX, DatasetInfo
 MIN_CROP = 32
 
 _TRAIN = ("labeled", "unlabeled")
-_WARNINGS = ("train_and_val", "crop_padding")
+_WARNINGS = ("train_and_val", "crop_padding", "absent_class")
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,8 @@ class Problem:
 
     Attributes:
         kind: One of `missing_file`, `unreadable`, `outside_root`, `missing_label`, `size_mismatch`,
-            `label_value`, `empty_split`, `labeled_and_unlabeled`, `crop_size`, and the warnings
-            `train_and_val` and `crop_padding`.
+            `label_value`, `black_and_white`, `empty_split`, `labeled_and_unlabeled`, `crop_size`, and the
+            warnings `train_and_val`, `absent_class` and `crop_padding`.
         file: The file or list concerned, as the user named it.
         message: What was expected and how to mend it.
     """
@@ -46,6 +47,14 @@ class Problem:
         return f"{'warning' if self.is_warning else 'error'}: {self.file}: {self.message}"
 
 
+class _Found(NamedTuple):
+    """What the files of an entry told: problems, (width, height) of a readable image, values of a readable label."""
+
+    problems: list[Problem]
+    size: tuple[int, int] | None
+    values: frozenset[int]
+
+
 class _FileChecks:
     """The checks of single entries; collects nothing, so that threads can share it."""
 
@@ -54,16 +63,20 @@ class _FileChecks:
         self.info = info
         self.allow_outside = allow_outside
 
-    def check(self, entry: Entry, with_label: bool) -> tuple[list[Problem], tuple[int, int] | None]:
-        """Returns an entry's problems and the (width, height) of its image, None where it is unreadable."""
+    def check(self, entry: Entry, with_label: bool) -> _Found:
+        """Reads the files of an entry."""
         image = self._read(entry.image, read_image)
         if isinstance(image, Problem):
             problems, size = [image], None
         else:
             problems, size = [], image.size
-        if with_label:
-            problems.extend(self._check_label(entry, size))
-        return problems, size
+        if not with_label:
+            return _Found(problems, size, frozenset())
+        label = self._read_label(entry)
+        if isinstance(label, Problem):
+            return _Found([*problems, label], size, frozenset())
+        values = values_of(label)
+        return _Found([*problems, *self._check_label(entry, label, values, size)], size, frozenset(values))
 
     def _read(self, file: str, read: Callable[[Path], Image.Image]) -> Image.Image | Problem:
         try:
@@ -77,35 +90,25 @@ class _FileChecks:
         except DataError as error:
             return Problem("unreadable", file, str(error))
 
-    def _check_label(self, entry: Entry, size: tuple[int, int] | None) -> Iterator[Problem]:
+    def _read_label(self, entry: Entry) -> Image.Image | Problem:
         if entry.label is None:
-            yield Problem("missing_label", entry.image, "has no label, but is in a list that needs them")
-            return
-        label = self._read(entry.label, read_label)
-        if isinstance(label, Problem):
-            yield label
-            return
+            return Problem("missing_label", entry.image, "has no label, but is in a list that needs them")
+        return self._read(entry.label, read_label)
+
+    def _check_label(
+        self, entry: Entry, label: Image.Image, values: list[int], size: tuple[int, int] | None
+    ) -> Iterator[Problem]:
+        file = entry.label or entry.image
         if size is not None and size != label.size:
             yield Problem(
                 "size_mismatch",
-                entry.label,
+                file,
                 f"is {label.width}x{label.height}, its image {entry.image} {size[0]}x{size[1]} pixels (EXIF"
                 f" orientation applied); they must be equal",
             )
-        yield from self._check_values(entry.label, label)
-
-    def _check_values(self, file: str, label: Image.Image) -> Iterator[Problem]:
-        values = np.flatnonzero(np.bincount(np.asarray(label).ravel(), minlength=256)).tolist()
-        allowed = {*range(len(self.info.classes)), self.info.ignore_index, IGNORE_INDEX}
-        wrong = [value for value in values if value not in allowed]
+        wrong = wrong_values(values, self.info)
         if wrong:
-            yield Problem(
-                "label_value",
-                file,
-                f"holds class indices {wrong}, but {self.info.name} has the {len(self.info.classes)} classes"
-                f" 0..{len(self.info.classes) - 1} and ignores {self.info.ignore_index}; convert the label or"
-                f" name the missing classes",
-            )
+            yield Problem("label_value", file, wrong)
 
 
 def _draw(entries: Sequence[Entry], sample: int | None, seed: int) -> list[Entry]:
@@ -124,10 +127,31 @@ def _images(entries: Iterable[Entry]) -> set[str]:
 def _check_overlaps(splits: Mapping[str, Sequence[Entry]]) -> Iterator[Problem]:
     labeled, unlabeled = (_images(splits.get(name, ())) for name in _TRAIN)
     for file in sorted(labeled & unlabeled):
-        yield Problem("labeled_and_unlabeled", file, "is in both lists; an image must be in one of them")
+        yield Problem(
+            "labeled_and_unlabeled", file, "is in both lists, so it would count twice: take it out of one of them"
+        )
     for name in (name for name in splits if name not in _TRAIN):
         for file in sorted(_images(splits[name]) & (labeled | unlabeled)):
             yield Problem("train_and_val", file, f"is trained on and also in {name}, whose score it flatters")
+
+
+def _check_classes(info: DatasetInfo, values: Set[int], *, all_read: bool) -> Iterator[Problem]:
+    """Compares the classes with the values of all labels of the labeled list that were read."""
+    black, white = 0, IGNORE_INDEX
+    if info.values is None and white in values and len(info.classes) > 1 and values <= {black, white}:
+        yield Problem(
+            "black_and_white",
+            "labeled",
+            f"all labels read hold nothing but 0 and 255, which is ignored, so no class but {info.classes[0]} would be"
+            ' learned; for black-and-white masks add "values": [0, 255] to meta.json ([0, 1, ...] says that 255 is'
+            " meant to be ignored)",
+        )
+        return
+    indices = info.class_indices()
+    present = {indices.get(value) for value in values}
+    absent = [name for index, name in enumerate(info.classes) if index not in present]
+    if absent and values and all_read:
+        yield Problem("absent_class", "labeled", f"no label holds {', '.join(absent)}, which cannot be learned")
 
 
 def _check_crop(crop_size: tuple[int, int], sizes: Sequence[tuple[int, int]]) -> Iterator[Problem]:
@@ -185,8 +209,11 @@ def check_dataset(
         with_label = [name != "unlabeled" or (hidden_labels and entry.label is not None) for entry in drawn]
         with ThreadPoolExecutor() as pool:
             results = list(pool.map(checks.check, drawn, with_label))
-        problems.extend(problem for found, _ in results for problem in found)
-        train_sizes.extend(size for _, size in results if size is not None and name in _TRAIN)
+        problems.extend(problem for found in results for problem in found.problems)
+        train_sizes.extend(found.size for found in results if found.size is not None and name in _TRAIN)
+        if name == "labeled":
+            values = frozenset[int]().union(*(found.values for found in results))
+            problems.extend(_check_classes(info, values, all_read=len(drawn) == len(set(entries))))
     height, width = (crop_size, crop_size) if isinstance(crop_size, int) else crop_size
     problems.extend(_check_crop((height, width), train_sizes))
     return problems

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 from allspark_fast.data.errors import DataError
 from allspark_fast.data.images import IMAGE_SUFFIXES, read_image, read_label, resolve_path
-from allspark_fast.data.info import IGNORE_INDEX
+from allspark_fast.data.info import DatasetInfo
 
 
 @dataclass(frozen=True)
@@ -105,19 +105,42 @@ def scan_folder(root: str | Path) -> list[Entry]:
         Entries in alphabetical order.
 
     Raises:
-        DataError: No `images/` folder, or two files with the same stem.
+        DataError: No `images/` folder, two files with the same stem, or labels none of which belongs to an image.
     """
     root = Path(root)
     if not (root / "images").is_dir():
         raise DataError(f"{root}: expected a folder with images/ (and labels/), found no {root / 'images'}")
-    labels = _files_by_stem(root / "labels")
+    images, labels = _files_by_stem(root / "images"), _files_by_stem(root / "labels")
+    if labels and not labels.keys() & images.keys():
+        raise DataError(
+            f"{root}: no label has the name of an image; {next(iter(labels.values())).name} would belong to an image"
+            f" {next(iter(labels))}.jpg (or .png, ...): rename labels like their images"
+        )
     return [
         Entry(
             file.relative_to(root).as_posix(),
             labels[key].relative_to(root).as_posix() if key in labels else None,
         )
-        for key, file in _files_by_stem(root / "images").items()
+        for key, file in images.items()
     ]
+
+
+def values_of(label: Image.Image) -> list[int]:
+    """The different values of a label, ascending."""
+    return [value for value, count in enumerate(label.histogram()) if count]
+
+
+def wrong_values(values: Sequence[int], info: DatasetInfo) -> str:
+    """What is wrong with the values of a label file, and how to mend it; empty if nothing is."""
+    allowed = info.class_indices()
+    wrong = [value for value in values if value not in allowed]
+    if not wrong:
+        return ""
+    owned = f"the values {list(info.values)}" if info.values else f"the indices 0..{len(info.classes) - 1}"
+    return (
+        f"holds {wrong}, but the {len(info.classes)} classes of {info.name} have {owned}; convert the label,"
+        " or name the missing classes, or the values of the classes, in meta.json"
+    )
 
 
 class ImageSource(Protocol):
@@ -140,7 +163,7 @@ class SegmentationDataset(Dataset[tuple[Image.Image, Image.Image | None]]):
     Args:
         root: Folder that the paths of the entries are relative to.
         entries: What to read, in order.
-        ignore_index: Value of the label files that no class owns; it becomes 255.
+        info: What the values of label files mean, to refuse any other; None takes labels as they are.
         allow_outside: Accept paths that leave `root`.
     """
 
@@ -149,13 +172,13 @@ class SegmentationDataset(Dataset[tuple[Image.Image, Image.Image | None]]):
         root: str | Path,
         entries: Sequence[Entry],
         *,
-        ignore_index: int = IGNORE_INDEX,
+        info: DatasetInfo | None = None,
         allow_outside: bool = False,
     ):
         self.root = Path(root)
         self.entries = list(entries)
+        self.info = info
         self.allow_outside = allow_outside
-        self._remap = [IGNORE_INDEX if value == ignore_index else value for value in range(256)]
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -172,16 +195,26 @@ class SegmentationDataset(Dataset[tuple[Image.Image, Image.Image | None]]):
         """Reads the label alone (mode L, 255 ignored), None where the entry has none.
 
         Raises:
-            DataError: The file is missing, unreadable or outside the root.
+            DataError: The file is missing, unreadable or outside the root, or holds a value that is no class.
         """
         path = self.entries[index].label
-        return None if path is None else read_label(self._path(path)).point(self._remap)
+        if path is None:
+            return None
+        label = read_label(self._path(path))
+        if self.info is None:
+            return label
+        wrong = wrong_values(values_of(label), self.info)
+        if wrong:
+            raise DataError(f"{path}: {wrong} (`python -m allspark_fast check` lists all such files)")
+        indices = self.info.class_indices()
+        return label.point([indices.get(value, value) for value in range(256)])
 
     def __getitem__(self, index: int) -> tuple[Image.Image, Image.Image | None]:
         """Reads one sample: an RGB image and its label (mode L, 255 ignored), None where the entry has none.
 
         Raises:
-            DataError: A file is missing, unreadable or outside the root, or the two sizes differ.
+            DataError: A file is missing, unreadable or outside the root, the label holds an index that is no class,
+                or the two sizes differ.
         """
         entry, image, label = self.entries[index], self.image(index), self.label(index)
         if label is not None and label.size != image.size:

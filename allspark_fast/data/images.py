@@ -1,6 +1,7 @@
 """Reading images and labels from disk, whatever mode they were saved in."""
 
-import posixpath
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -26,36 +27,40 @@ def resolve_path(root: str | Path, relative: str, *, allow_outside: bool = False
 
     Args:
         root: Folder of the data set.
-        relative: Path as written in a split file, relative to `root`, with forward slashes.
+        relative: Path as written in a split file, relative to `root`. Its `..` are resolved as text, so that none
+            can climb out through a symbolic link.
         allow_outside: Accept absolute paths and paths that climb out of `root` with `..`.
 
     Raises:
         DataError: The path leaves `root` and `allow_outside` is false. Symbolic links inside `root` may point
-            anywhere: whoever owns the folder made them.
+            anywhere: whoever owns the folder made them, which split files cannot do.
     """
-    leaves = posixpath.isabs(relative) or Path(relative).is_absolute()
-    leaves = leaves or posixpath.normpath(relative).split("/")[0] == ".."
-    if leaves and not allow_outside:
+    inside = Path(os.path.normpath(relative))
+    if (inside.is_absolute() or inside.parts[:1] == ("..",)) and not allow_outside:
         raise DataError(
             f"{relative}: this path leaves the data root {root}; write it relative to the root, without a"
-            f" leading slash and without '..', or allow paths outside the root"
+            f" leading slash and without '..', or put a symbolic link to the folder into the root"
         )
-    return Path(root) / relative
+    return Path(root) / inside
 
 
-def _open(path: Path) -> Image.Image:
-    """Opens and decodes an image, so that a damaged file fails here and by name."""
+def _decode(path: Path, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
+    """Opens, decodes and converts an image, so that a damaged file fails here and by name."""
     if not path.is_file():
         raise DataError(f"{path}: no such file; check the data root and the split file that lists it")
     if path.stat().st_size == 0:
         raise DataError(f"{path}: the file is empty (0 bytes); fetch it again")
     try:
-        image = Image.open(path)
-        image.load()
+        with Image.open(path) as image:
+            image.load()
+            return convert(image)
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from error
+    except Image.DecompressionBombError as error:
+        raise DataError(f"{path}: {error}; cut it into tiles of at most {Image.MAX_IMAGE_PIXELS} pixels") from error
     # Decoders raise OSError, SyntaxError, ValueError, EOFError, struct.error and more on damaged files.
     except Exception as error:
         raise DataError(f"{path}: cannot be read as an image ({error}); fetch or convert it again") from error
-    return image
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -64,11 +69,11 @@ def _upright(image: Image.Image) -> Image.Image:
     return image if turn is None else image.transpose(turn)
 
 
-def _wide_to_grey(image: Image.Image, path: Path) -> Image.Image:
+def _wide_to_grey(image: Image.Image) -> Image.Image:
     """Brings 16-bit grey (`I;16*`, or `I` from older files) to 8 bits: full scale 65535 becomes 255."""
     values = np.asarray(image).astype(np.int64)
     if values.min() < 0 or values.max() > 65535:
-        raise DataError(f"{path}: grey values outside 0..65535; convert the image to 8 bits per channel")
+        raise DataError("grey values outside 0..65535; convert the image to 8 bits per channel")
     return Image.fromarray(((values + 128) // 257).astype(np.uint8))
 
 
@@ -87,13 +92,15 @@ def read_image(path: str | Path) -> Image.Image:
     Raises:
         DataError: No such file, not an image, truncated, or floating point.
     """
-    path = Path(path)
-    image = _open(path)
+    return _decode(Path(path), _to_rgb)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
     image = _upright(image)
     if image.mode == "F":
-        raise DataError(f"{path}: floating point pixels have no fixed range; convert the image to 8 bits")
+        raise DataError("floating point pixels have no fixed range; convert the image to 8 bits")
     if image.mode.startswith("I"):
-        image = _wide_to_grey(image, path)
+        image = _wide_to_grey(image)
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # Pillow warns on the direct way
     return image.convert("RGB")
@@ -113,16 +120,18 @@ def read_label(path: str | Path) -> Image.Image:
     Raises:
         DataError: No such file, not an image, truncated, JPEG, a colour image, or values outside 0..255.
     """
-    path = Path(path)
-    image = _open(path)
+    return _decode(Path(path), _to_indices)
+
+
+def _to_indices(image: Image.Image) -> Image.Image:
     if image.format == "JPEG":
-        raise DataError(f"{path}: JPEG changes class indices; save labels as PNG")
+        raise DataError("JPEG changes class indices; save labels as PNG")
     if image.mode not in ("1", "L", "P", "I") and not image.mode.startswith("I;16"):
         raise DataError(
-            f"{path}: labels must hold one class index per pixel (grey or palette image), this one has mode"
-            f" {image.mode}; convert its colours to class indices"
+            f"labels must hold one class index per pixel (grey or palette image), this one has mode {image.mode};"
+            f" convert its colours to class indices"
         )
     values = np.asarray(image)
     if values.min() < 0 or values.max() > 255:
-        raise DataError(f"{path}: class indices must lie in 0..255, found {values.min()}..{values.max()}")
+        raise DataError(f"class indices must lie in 0..255, found {values.min()}..{values.max()}")
     return Image.fromarray(values.astype(np.uint8))

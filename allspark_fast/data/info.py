@@ -25,12 +25,21 @@ class DatasetInfo:
         classes: Class names; position is class index.
         palette: 256 RGB colours, one per value of a label.
         ignore_index: Value of label *files* that no class owns. In batches it is always 255.
+        values: Value of label files that stands for each class, where that is not its index.
     """
 
     name: str
     classes: tuple[str, ...]
     palette: Palette
     ignore_index: int = IGNORE_INDEX
+    values: tuple[int, ...] | None = None
+
+    def class_indices(self) -> dict[int, int]:
+        """Class index of every value that label files may hold, 255 where it is ignored."""
+        ignored = {IGNORE_INDEX: IGNORE_INDEX, self.ignore_index: IGNORE_INDEX}
+        if self.values is None:
+            return {index: index for index in range(len(self.classes))} | ignored
+        return ignored | {value: index for index, value in enumerate(self.values)}
 
 
 def _voc_color(index: int) -> Color:
@@ -121,6 +130,13 @@ def _parse_ignore_index(value: Any) -> int:
     return value
 
 
+def _parse_values(value: Any, classes: int) -> tuple[int, ...]:
+    fits = isinstance(value, list) and all(isinstance(x, int) and 0 <= x <= 255 for x in value)
+    if not fits or len(value) != classes or len(set(value)) != classes:
+        raise ValueError(f"'values' must be a list of {classes} different integers in 0..255, one for each class")
+    return tuple(value)
+
+
 def _parse_palette(value: Any, classes: int) -> Palette:
     """Accepts [[r, g, b], ...] and the flat [r, g, b, r, g, b, ...]."""
     if not isinstance(value, list):
@@ -134,15 +150,21 @@ def _parse_palette(value: Any, classes: int) -> Palette:
     return _padded(colors)
 
 
-def _parse_meta(meta: Any, name: str) -> DatasetInfo:
+def parse_meta(meta: Any, name: str) -> DatasetInfo:
+    """Metadata from the object of a `meta.json`; see `read_info`.
+
+    Raises:
+        ValueError: The object is not valid; the message says what was expected.
+    """
     if not isinstance(meta, dict):
         raise ValueError("expected an object with the key 'classes'")
-    unknown = sorted(set(meta) - {"classes", "ignore_index", "palette"})
+    unknown = sorted(set(meta) - {"classes", "ignore_index", "palette", "values"})
     if unknown:
-        raise ValueError(f"unknown keys {unknown}; known are 'classes', 'ignore_index', 'palette'")
+        raise ValueError(f"unknown keys {unknown}; known are 'classes', 'ignore_index', 'palette', 'values'")
     classes = _parse_classes(meta.get("classes"))
     palette = _parse_palette(meta["palette"], len(classes)) if "palette" in meta else VOC_PALETTE
-    return DatasetInfo(name, classes, palette, _parse_ignore_index(meta.get("ignore_index", IGNORE_INDEX)))
+    values = _parse_values(meta["values"], len(classes)) if "values" in meta else None
+    return DatasetInfo(name, classes, palette, _parse_ignore_index(meta.get("ignore_index", IGNORE_INDEX)), values)
 
 
 def _highest_class(path: Path) -> int:
@@ -157,15 +179,21 @@ def _infer_info(root: Path, file: Path) -> DatasetInfo:
         highest = max(pool.map(_highest_class, labels), default=-1)
     if highest < 0:
         raise DataError(f"{root}: no class in labels/ and no meta.json; name the classes in {file}")
+    if highest == 0:
+        raise DataError(
+            f"{root}: no meta.json, and labels/ holds no class but 0 (255 is ignored); write {file}, for masks of black"
+            ' and white {"classes": ["background", "object"], "values": [0, 255]}'
+        )
     return DatasetInfo(root.name, tuple(f"class {index}" for index in range(highest + 1)), VOC_PALETTE)
 
 
 def read_info(root: str | Path) -> DatasetInfo:
     """Reads the metadata of a folder of one's own.
 
-    `meta.json` is an object `{"classes": [name, ...], "ignore_index": 255, "palette": [[r, g, b], ...]}`; the
-    last two may be left out. Without the file the number of classes is the highest index in `labels/` plus
-    one, which reads every label.
+    `meta.json` is an object `{"classes": [name, ...], "ignore_index": 255, "palette": [[r, g, b], ...], "values":
+    [0, 1, ...]}`; all but the first may be left out. `values` says which value of the label files stands for each
+    class, if not its index: [0, 255] for black-and-white masks. Without the file the number of classes is the highest
+    index in `labels/` plus one, which reads every label.
 
     Args:
         root: Folder holding `images/`, `labels/` and, if one likes, `meta.json`.
@@ -178,6 +206,6 @@ def read_info(root: str | Path) -> DatasetInfo:
     if not file.is_file():
         return _infer_info(root, file)
     try:
-        return _parse_meta(json.loads(file.read_text(encoding="utf-8")), root.name)
+        return parse_meta(json.loads(file.read_text(encoding="utf-8")), root.name)
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
         raise DataError(f"{file}: {error}") from error

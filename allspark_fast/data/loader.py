@@ -1,9 +1,12 @@
 """Batches of labeled and unlabeled crops whose position is one counter, and whole images for evaluation."""
 
+import atexit
+import logging
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -11,6 +14,9 @@ from allspark_fast.data.datasets import Entry, ImageSource
 from allspark_fast.data.errors import DataError
 from allspark_fast.data.seeding import make_generator
 from allspark_fast.data.transforms import CropTransform, Sample, label_tensor, normalize_image
+from allspark_fast.stopping import ignore_stop_signals
+
+logger = logging.getLogger(__name__)
 
 # Parts of seeds: recorded runs depend on these numbers.
 _LABELED, _UNLABELED = 0, 1
@@ -23,8 +29,8 @@ class SemiBatch(NamedTuple):
     Attributes:
         image: (B, 3, H, W) float32, labeled crops.
         label: (B, H, W) int64, 255 ignored.
-        unlabeled_image: (B, 3, H, W) float32.
-        unlabeled_valid: (B, H, W) bool, False where the crop added padding.
+        unlabeled_image: (B, 3, H, W) float32; (0, 3, H, W) from a loader of labeled images only.
+        unlabeled_valid: (B, H, W) bool, False where the crop added padding; (0, H, W) likewise.
         unlabeled_label: (B, H, W) int64, labels that training must not see, 255 where there are none; None
             unless asked for.
     """
@@ -38,6 +44,11 @@ class SemiBatch(NamedTuple):
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "SemiBatch":
         """Returns the batch on another device."""
         return SemiBatch._make(x if x is None else x.to(device, non_blocking=non_blocking) for x in self)
+
+    def split(self, count: int) -> "Iterator[SemiBatch]":
+        """Yields `count` equal micro-batches, which must divide B."""
+        parts = [[None] * count if x is None else x.unflatten(0, (count, -1)) for x in self]
+        return map(SemiBatch._make, zip(*parts, strict=True))
 
     def pin_memory(self) -> "SemiBatch":
         """Returns the batch in page-locked memory."""
@@ -60,27 +71,38 @@ class _Crops(Dataset[Sample]):
         sources: Sequence[ImageSource],
         transforms: Sequence[CropTransform],
         seed: int,
+        labeled_only: bool,
         hidden_labels: bool,
     ):
         self.sources = sources
         self.transforms = transforms
         self.seed = seed
+        self.labeled_only = labeled_only
         self.hidden_labels = hidden_labels
 
     def __getitem__(self, key: _Key) -> Sample:
         source = self.sources[key.stream]
         # Labeled images come round several times in an epoch, so places may exceed their number.
         index = key.place % len(source.entries)
-        # An unread label file need not exist.
-        with_label = key.stream == _LABELED or self.hidden_labels
-        image, label = source[index] if with_label else (source.image(index), None)
+        image, label = source[index] if key.stream == _LABELED else self._unlabeled(source, index)
         generator = make_generator(self.seed, _AUGMENT, key.stream, key.epoch, key.place)
         return self.transforms[key.stream](image, label, generator)
 
+    def _unlabeled(self, source: ImageSource, index: int) -> tuple[Image.Image, Image.Image | None]:
+        """An image, and its hidden label if that is asked for and there: training needs none of these files."""
+        if self.hidden_labels:
+            try:
+                return source[index]
+            except DataError as error:
+                logger.warning("a hidden label is left out of the measurement: %s", error)
+        return source.image(index), None
+
     def collate(self, samples: list[Sample]) -> SemiBatch:
-        """Stacks the labeled crops (first half) and the unlabeled ones (second half)."""
-        half = len(samples) // 2
-        image, label, _ = (torch.stack(part) for part in zip(*samples[:half], strict=True))
+        """Stacks the labeled crops (all, or the first half) and the unlabeled ones (the second half)."""
+        half = len(samples) if self.labeled_only else len(samples) // 2
+        image, label, valid = (torch.stack(part) for part in zip(*samples[:half], strict=True))
+        if self.labeled_only:
+            return SemiBatch(image, label, image[:0], valid[:0], None)
         unlabeled = [torch.stack(part) for part in zip(*samples[half:], strict=True)]
         hidden = unlabeled[1] if self.hidden_labels else None
         return SemiBatch(image, label, unlabeled[0], unlabeled[2], hidden)
@@ -108,6 +130,7 @@ class SemiLoader:
         seed: Seed of order and augmentation.
         num_workers: Worker processes; they live as long as one call of `iterate`, across epochs.
         pin_memory: Deliver batches in page-locked memory, for copies to a GPU that overlap with work.
+        labeled_only: Leave the unlabeled images unread; order, labeled crops and number of steps stay the same.
         hidden_labels: Also deliver the labels of unlabeled images, to measure pseudo labels with.
         rank: Index of this process.
         world_size: Number of processes.
@@ -128,6 +151,7 @@ class SemiLoader:
         seed: int,
         num_workers: int = 0,
         pin_memory: bool = False,
+        labeled_only: bool = False,
         hidden_labels: bool = False,
         rank: int = 0,
         world_size: int = 1,
@@ -140,7 +164,8 @@ class SemiLoader:
             )
         if batch_size % world_size:
             raise ValueError(f"batch_size {batch_size} cannot be shared equally by {world_size} processes")
-        self._crops = _Crops((labeled, unlabeled), (labeled_transform, unlabeled_transform), seed, hidden_labels)
+        transforms = (labeled_transform, unlabeled_transform)
+        self._crops = _Crops((labeled, unlabeled), transforms, seed, labeled_only, hidden_labels)
         # Of the labeled list an epoch uses as many positions as there are unlabeled images.
         self._lengths = max(len(labeled.entries), len(unlabeled.entries)), len(unlabeled.entries)
         self._batch_size = batch_size
@@ -162,7 +187,7 @@ class SemiLoader:
             DataError: While iterating, where a file cannot be read; the message names it. From a worker it
                 comes with the worker's traceback.
         """
-        return iter(
+        return _deliver(
             DataLoader(
                 self._crops,
                 batch_sampler=self._steps(start_step, stop_step),
@@ -171,11 +196,13 @@ class SemiLoader:
                 pin_memory=self._pin_memory,
                 # Without a generator of its own every iterator draws from the global one.
                 generator=torch.Generator(),
+                worker_init_fn=ignore_stop_signals,
             )
         )
 
     def _steps(self, start_step: int, stop_step: int) -> Iterator[list[_Key]]:
-        """Keys of this rank's part of every step: labeled ones, then unlabeled ones."""
+        """Keys of this rank's part of every step: labeled ones, then unlabeled ones if they are asked for."""
+        streams = (_LABELED,) if self._crops.labeled_only else (_LABELED, _UNLABELED)
         share = self._batch_size // self._world_size
         shuffled_epoch = -1
         for step in range(start_step, stop_step):
@@ -183,11 +210,7 @@ class SemiLoader:
             if epoch != shuffled_epoch:
                 orders, shuffled_epoch = self._orders(epoch), epoch
             first = position * self._batch_size + self._rank * share
-            yield [
-                _Key(stream, epoch, place)
-                for stream, order in enumerate(orders)
-                for place in order[first : first + share]
-            ]
+            yield [_Key(stream, epoch, place) for stream in streams for place in orders[stream][first : first + share]]
 
     def _orders(self, epoch: int) -> tuple[list[int], list[int]]:
         """Permutations of the labeled and the unlabeled list for one epoch."""
@@ -196,6 +219,28 @@ class SemiLoader:
             for stream, length in enumerate(self._lengths)
         )
         return labeled, unlabeled
+
+
+def _deliver(loader: "DataLoader[Any]") -> Iterator[Any]:
+    """Pass batches on; the death of a loading process gets one message, however it shows."""
+    batches = iter(loader)
+    # Loading processes ignore SIGTERM, so multiprocessing would wait for them at exit without an end, if something
+    # (a traceback, say) still holds the iterator then.
+    end_processes = getattr(batches, "_shutdown_workers", lambda: None)
+    atexit.register(end_processes)
+    try:
+        yield from batches
+    except (EOFError, ConnectionError, RuntimeError) as error:
+        # A broken connection if it dies while it hands a batch over, else "DataLoader worker (pid ...) ..." of torch.
+        if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker (pid"):
+            raise
+        raise RuntimeError(
+            f"a loading process is killed ({error!r}), perhaps because memory was short; the same command goes on from "
+            "the last checkpoint"
+        ) from error
+    finally:
+        atexit.unregister(end_processes)
+        end_processes()
 
 
 def _require_labels(entries: Sequence[Entry]) -> None:
@@ -243,8 +288,8 @@ def evaluation_loader(
     num_workers: int = 0,
     rank: int = 0,
     world_size: int = 1,
-) -> "DataLoader[EvalSample]":
-    """Returns a loader of whole labeled images in order, one at a time.
+) -> Iterator[EvalSample]:
+    """Returns whole labeled images in order, one at a time.
 
     Rank r of w gets the images r, r + w, ...: each image goes to one rank, none is repeated to fill up, so
     ranks may get unequal numbers.
@@ -261,10 +306,13 @@ def evaluation_loader(
         DataError: An entry has no label, or there is none at all.
     """
     _require_labels(source.entries)
-    return DataLoader(
-        _WholeImages(source, mean, std),
-        batch_size=None,
-        sampler=range(rank, len(source.entries), world_size),
-        num_workers=num_workers,
-        generator=torch.Generator(),
+    return _deliver(
+        DataLoader(
+            _WholeImages(source, mean, std),
+            batch_size=None,
+            sampler=range(rank, len(source.entries), world_size),
+            num_workers=num_workers,
+            generator=torch.Generator(),
+            worker_init_fn=ignore_stop_signals,
+        )
     )

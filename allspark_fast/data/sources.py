@@ -44,9 +44,7 @@ def open_sources(config: DataConfig) -> Sources:
     if config.dataset == "scenes":
         return _open_scenes(config)
     root, info, splits = _locate(config)
-    datasets = {
-        name: SegmentationDataset(root, entries, ignore_index=info.ignore_index) for name, entries in splits.items()
-    }
+    datasets = {name: SegmentationDataset(root, entries, info=info) for name, entries in splits.items()}
     return Sources(info, datasets["labeled"], datasets["unlabeled"], datasets["val"])
 
 
@@ -91,7 +89,9 @@ def _root(config: DataConfig) -> Path:
         folder = Path(os.environ["ALLSPARK_DATA_DIR"])
         root = folder / config.dataset if (folder / config.dataset).is_dir() else folder
     else:
-        raise DataError(f"data.root is not set: give the folder of {config.dataset}, or set $ALLSPARK_DATA_DIR")
+        raise DataError(
+            "data.root is not set: pass --data.root with the folder of the images, or set $ALLSPARK_DATA_DIR"
+        )
     if not root.is_dir():
         raise DataError(f"data.root: there is no folder {root}")
     return root
@@ -102,7 +102,10 @@ def _read(root: Path, file: Path) -> list[Entry]:
     for candidate in candidates:
         if candidate.is_file():
             return read_split(candidate)
-    raise DataError(f"split file {file}: not found below {root} nor here; check data.root and the split's name")
+    raise DataError(
+        f"split file {file}: not found below {root} nor here; check data.root and the split's name"
+        " (`python -m allspark_fast splits` makes lists out of a folder)"
+    )
 
 
 def _complete(root: Path, splits: Mapping[str, list[Entry]]) -> dict[str, list[Entry]]:

@@ -108,10 +108,14 @@ def make_split(entries: Sequence[Entry], count: int, seed: int, labels_of: Calla
     )
 
 
-def write_split(folder: str | Path, split: Split) -> None:
-    """Writes `labeled.txt` and `unlabeled.txt` in the official format into a folder, made if need be."""
+def write_split(folder: str | Path, split: Split, val: Sequence[Entry] = ()) -> None:
+    """Writes `labeled.txt`, `unlabeled.txt` and, unless it is empty, `val.txt` in the official format into a folder.
+
+    The folder is made if need be.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for name, entries in (("labeled", split.labeled), ("unlabeled", split.unlabeled)):
+    lists = {"labeled": split.labeled, "unlabeled": split.unlabeled, **({"val": val} if val else {})}
+    for name, entries in lists.items():
         lines = [entry.image if entry.label is None else f"{entry.image} {entry.label}" for entry in entries]
         (folder / f"{name}.txt").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")

@@ -165,6 +165,9 @@ class CropTransform:
         mean: Mean per channel that is subtracted, for images in 0..1.
         std: Standard deviation per channel that is divided by.
         scale_range: Least and greatest scale of the resize.
+
+    Raises:
+        ValueError: `crop_size` or `scale_range` is not positive, or the latter not ascending.
     """
 
     def __init__(
@@ -177,6 +180,10 @@ class CropTransform:
         scale_range: tuple[float, float] = (0.5, 2.0),
     ):
         self.crop_size = (crop_size, crop_size) if isinstance(crop_size, int) else crop_size
+        if min(self.crop_size) < 1:
+            raise ValueError(f"crop_size is {crop_size}, expected at least 1 pixel a side")
+        if not 0 < scale_range[0] <= scale_range[1]:
+            raise ValueError(f"scale_range is {scale_range}, expected 0 < least <= greatest")
         self.photometric = photometric
         self.mean, self.std = tuple(mean), tuple(std)
         self.scale_range = scale_range
@@ -188,7 +195,14 @@ class CropTransform:
             image: RGB image.
             label: Class indices (mode L) of the size of `image`, or None.
             generator: Source of all randomness.
+
+        Raises:
+            ValueError: The image is not RGB, or the label not of mode L and of its size.
         """
+        if image.mode != "RGB":
+            raise ValueError(f"the image has mode {image.mode}, expected RGB (`read_image` converts)")
+        if label is not None and (label.mode, label.size) != ("L", image.size):
+            raise ValueError(f"the label is {label.size} of mode {label.mode}, expected {image.size} of mode L")
         geometry = draw_geometry(image.size, self.crop_size, self.scale_range, generator)
         crop = apply_geometry(image, geometry, self.crop_size, Image.Resampling.BILINEAR, 0)
         if self.photometric:

@@ -59,9 +59,25 @@ def test_label_values(tmp_path, lists):
     Image.fromarray(values).save(tmp_path / "labels/01.png")
     problems = check_dataset(tmp_path, INFO, lists, 32)
     assert [(p.kind, p.file) for p in problems] == [("label_value", "labels/01.png")]
-    assert "holds class indices [3, 200], but toy has the 3 classes 0..2" in problems[0].message
+    assert "holds [3, 200], but the 3 classes of toy have the indices 0..2" in problems[0].message
     other = DatasetInfo("toy", INFO.classes, VOC_PALETTE, ignore_index=200)
-    assert "indices [3]," in check_dataset(tmp_path, other, lists, 32)[0].message
+    assert "holds [3]," in check_dataset(tmp_path, other, lists, 32)[0].message
+
+
+def test_black_and_white_masks_without_values(tmp_path, lists):
+    mask = np.zeros((40, 50), np.uint8)
+    mask[:9] = 255
+    for entry in lists["labeled"]:
+        Image.fromarray(mask).save(tmp_path / entry.label)
+    (problem,) = check_dataset(tmp_path, INFO, lists, 32, sample=2)
+    assert (problem.kind, problem.is_warning) == ("black_and_white", False)
+    assert 'add "values": [0, 255] to meta.json' in problem.message
+    info = DatasetInfo("toy", ("a", "b"), VOC_PALETTE, values=(0, 255))
+    assert check_dataset(tmp_path, info, {**lists, "val": lists["labeled"][:1]}, 32, sample=2)[0].is_warning
+    meant = DatasetInfo("toy", INFO.classes, VOC_PALETTE, values=(0, 1, 2))
+    (problem,) = check_dataset(tmp_path, meant, lists, 32)
+    assert (problem.kind, problem.is_warning) == ("absent_class", True)
+    assert "no label holds b, c," in problem.message
 
 
 def test_paths_outside_the_root(tmp_path, lists):
@@ -94,13 +110,16 @@ def test_overlapping_lists(tmp_path, lists):
         ("labeled_and_unlabeled", "images/02.png", False),
         ("train_and_val", "images/00.png", True),
     ]
-    assert str(problems[0]).startswith("error: images/02.png: ")
+    assert "take it out of one" in problems[0].message
+    assert str(problems[1]).startswith("warning: images/00.png: ")
     assert str(problems[1]).startswith("warning: images/00.png: ")
 
 
 @pytest.mark.parametrize("crop_size", [31, (64, 16)])
 def test_too_small_crops(tmp_path, lists, crop_size):
-    assert [kind for kind, _ in found(tmp_path, lists, crop_size)] == ["crop_size"]
+    (problem,) = check_dataset(tmp_path, INFO, lists, crop_size)
+    assert problem.kind == "crop_size"
+    assert str(problem).startswith("error: crop ")
 
 
 def test_crops_larger_than_any_resized_image(tmp_path, lists):

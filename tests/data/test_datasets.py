@@ -1,9 +1,12 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from PIL import ExifTags, Image
 
 from allspark_fast.data.datasets import Entry, SegmentationDataset, read_split, scan_folder
 from allspark_fast.data.errors import DataError
+from allspark_fast.data.info import VOC_PALETTE, DatasetInfo
 
 
 def write(path, text):
@@ -70,6 +73,22 @@ def test_scan_folder_without_labels(tmp_path):
     assert scan_folder(tmp_path) == [Entry("images/a.png", None)]
 
 
+def test_labels_of_no_image_are_told(tmp_path):
+    touch(tmp_path, "images/a.jpg", "labels/a_mask.png")
+    with pytest.raises(DataError, match=r"a_mask\.png would belong to an image a_mask\.jpg"):
+        scan_folder(tmp_path)
+
+
+def test_values_stand_for_classes(tmp_path):
+    Image.fromarray(np.array([[0, 255, 9]], np.uint8)).save(tmp_path / "a.png")
+    info = DatasetInfo("toy", ("a", "b"), VOC_PALETTE, ignore_index=9, values=(0, 255))
+    dataset = SegmentationDataset(tmp_path, [Entry("a.jpg", "a.png")], info=info)
+    assert np.asarray(dataset.label(0)).tolist() == [[0, 1, 255]]
+    dataset.info = replace(info, ignore_index=255)
+    with pytest.raises(DataError, match=r"a\.png: holds \[9\], but the 2 classes of toy have the values \[0, 255\]"):
+        dataset.label(0)
+
+
 def test_scan_folder_errors(tmp_path):
     with pytest.raises(DataError, match="expected a folder with images/"):
         scan_folder(tmp_path)
@@ -92,7 +111,7 @@ def test_dataset_reads_pairs(tmp_path, make_folder):
 def test_ignored_index_becomes_255(tmp_path, make_folder):
     entries = make_folder(1)
     raw = np.asarray(Image.open(tmp_path / entries[0].label))
-    label = SegmentationDataset(tmp_path, entries, ignore_index=1).label(0)
+    label = SegmentationDataset(tmp_path, entries, info=DatasetInfo("toy", ("a", "b", "c"), VOC_PALETTE, 1)).label(0)
     np.testing.assert_array_equal(np.asarray(label), np.where(raw == 1, 255, raw))
 
 

@@ -1,4 +1,5 @@
 import io
+import os
 from pathlib import Path
 
 import numpy as np
@@ -120,13 +121,23 @@ def test_jpeg_label_is_refused(tmp_path):
         read_label(save(tmp_path / "a.jpg", GRADIENT))
 
 
-@pytest.mark.parametrize("relative", ["/etc/a.png", "../a.png", "x/../../a.png"])
+@pytest.mark.parametrize("relative", ["/etc/a.png", "../a.png", "x/../../a.png", "x/../..", ".."])
 def test_paths_that_leave_the_root(tmp_path, relative):
     with pytest.raises(DataError, match="leaves the data root"):
         resolve_path(tmp_path, relative)
-    assert resolve_path(tmp_path, relative, allow_outside=True) == tmp_path / relative
+    assert resolve_path(tmp_path, relative, allow_outside=True) == tmp_path / os.path.normpath(relative)
 
 
 def test_paths_inside_the_root(tmp_path):
-    for relative in ("a.png", "x/../a.png", "./x/..a.png"):
-        assert resolve_path(tmp_path, relative) == tmp_path / relative
+    for relative, expected in (("a.png", "a.png"), ("x/../a.png", "a.png"), ("./x/..a.png", "x/..a.png")):
+        assert resolve_path(tmp_path, relative) == tmp_path / expected
+
+
+def test_links_lead_out_but_dots_behind_them_do_not(tmp_path):
+    (tmp_path / "elsewhere" / "deep").mkdir(parents=True)
+    (tmp_path / "root").mkdir()
+    (tmp_path / "root" / "link").symlink_to(tmp_path / "elsewhere" / "deep")
+    save(tmp_path / "elsewhere" / "deep" / "a.png", GRADIENT)
+    save(tmp_path / "elsewhere" / "secret.png", GRADIENT)
+    assert read_image(resolve_path(tmp_path / "root", "link/a.png")).size == (8, 6)
+    assert not resolve_path(tmp_path / "root", "link/../secret.png").exists()

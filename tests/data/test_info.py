@@ -57,6 +57,9 @@ def test_meta_file_with_classes_alone(tmp_path):
         ('{"classes": ["a"], "ignore_index": 256}', "integer in 0..255, found 256"),
         ('{"classes": ["a"], "palette": [[1, 2]]}', "three integers"),
         ('{"classes": ["a"], "palette": [[1, 2, 300]]}', "three integers"),
+        ('{"classes": ["a", "b"], "values": [0]}', "list of 2 different integers in 0..255"),
+        ('{"classes": ["a", "b"], "values": [7, 7]}', "list of 2 different integers in 0..255"),
+        ('{"classes": ["a"], "values": [256]}', "list of 1 different integers in 0..255"),
         ('{"classes": ["a", "b"], "palette": [[1, 2, 3]]}', "each of 2 classes, found 1"),
     ],
 )
@@ -71,6 +74,13 @@ def test_classes_are_counted_without_a_meta_file(tmp_path):
     Image.fromarray(np.array([[0, 255]], np.uint8)).save(tmp_path / "labels" / "a.png")
     Image.fromarray(np.array([[4, 255]], np.uint8)).save(tmp_path / "labels" / "deep" / "b.png")
     assert read_info(tmp_path).classes == ("class 0", "class 1", "class 2", "class 3", "class 4")
+
+
+def test_black_and_white_masks_need_a_meta_file(tmp_path):
+    (tmp_path / "labels").mkdir()
+    Image.fromarray(np.array([[0, 255]], np.uint8)).save(tmp_path / "labels" / "a.png")
+    with pytest.raises(DataError, match=r'"values": \[0, 255\]'):
+        read_info(tmp_path)
 
 
 def test_nothing_to_count(tmp_path):

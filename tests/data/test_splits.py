@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from allspark_fast.commands.splits import run
 from allspark_fast.data.datasets import Entry, SegmentationDataset, read_split
 from allspark_fast.data.errors import DataError
+from allspark_fast.data.info import VOC_PALETTE, DatasetInfo
 from allspark_fast.data.splits import classes_of, make_split, parse_amount, write_split
 
 ENTRIES = [Entry(f"{index}.jpg", f"{index}.png") for index in range(40)]
@@ -88,11 +90,35 @@ def test_written_splits_are_read_back(tmp_path):
     assert read_split(tmp_path / "1_5" / "seed0" / "unlabeled.txt") == part.unlabeled
 
 
+def test_validation_is_set_aside_and_training_keeps_rare_classes(tmp_path, make_folder, capsys):
+    entries = make_folder(8, classes=2)
+    Image.new("L", (50, 40), 2).save(tmp_path / entries[5].label)
+    (tmp_path / entries[7].label).unlink()
+    assert run([str(tmp_path), "--val", "3"]) == 0
+    assert "splits: 4 labeled, 1 unlabeled, 3 for validation\n" in capsys.readouterr().out
+    lists = {name: read_split(tmp_path / "splits" / f"{name}.txt") for name in ("labeled", "unlabeled", "val")}
+    assert entries[5] in lists["labeled"]
+    assert lists["unlabeled"] == [Entry(entries[7].image, None)]
+    assert sorted(entry.image for part in lists.values() for entry in part) == [entry.image for entry in entries]
+    assert run([str(tmp_path), "1/2", "--val", "3"]) == 0
+    assert len(read_split(tmp_path / "splits/1_2/labeled.txt")) == 2
+    with pytest.raises(ValueError, match="--val 7 leaves no label to train on, 7 images have one"):
+        run([str(tmp_path), "--val", "7"])
+
+
+def test_splits_need_a_label(tmp_path, make_folder):
+    for entry in make_folder(2):
+        (tmp_path / entry.label).unlink()
+    with pytest.raises(DataError, match="no image has a label"):
+        run([str(tmp_path)])
+
+
 def test_classes_are_read_from_labels(tmp_path):
     Image.fromarray(np.array([[1, 4], [255, 4]], np.uint8)).save(tmp_path / "a.png")
     entry = Entry("a.jpg", "a.png")
     assert classes_of(SegmentationDataset(tmp_path, [entry]))(entry) == {1, 4}
-    assert classes_of(SegmentationDataset(tmp_path, [entry], ignore_index=4))(entry) == {1}
+    info = DatasetInfo("toy", ("a", "b"), VOC_PALETTE, ignore_index=4)
+    assert classes_of(SegmentationDataset(tmp_path, [entry], info=info))(entry) == {1}
 
 
 def test_camvid_split_covers_all_classes(camvid):
