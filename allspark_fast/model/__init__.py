@@ -4,6 +4,7 @@ from .allspark import AllSpark
 from .mit import MIT_CONFIGS, MiTConfig, MixTransformer
 from .segformer_head import SegFormerHead
 from .segmentor import Decoder, Segmentor, build_segmentor
+from .timm_backbone import TimmBackbone
 
 __all__ = [
     "MIT_CONFIGS",
@@ -13,5 +14,6 @@ __all__ = [
     "MixTransformer",
     "SegFormerHead",
     "Segmentor",
+    "TimmBackbone",
     "build_segmentor",
 ]

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from allspark_fast.kernels.arguments import FLOATING, check_choice, check_not_empty, check_tensor
+
 from .cross_attention import Attend, CrossAttention
 from .semantic_memory import ClassMap, MemoryInit, MemorySync, token_class_map
 from .tokens import pointwise, to_map, to_tokens
@@ -27,6 +29,9 @@ class AllSpark(nn.Module):
         memory_init: see SemanticMemory.
         memory_sync: see SemanticMemory.
         class_map: see token_class_map.
+
+    Raises:
+        ValueError: a number is less than 1, ``dropout`` is outside [0, 1), or an option is unknown.
     """
 
     def __init__(
@@ -42,8 +47,13 @@ class AllSpark(nn.Module):
         class_map: ClassMap = "logits",
     ) -> None:
         super().__init__()
-        if class_map not in ("logits", "softmax"):
-            raise ValueError(f"class_map must be logits or softmax, got {class_map!r}")
+        check_choice("class_map", class_map, ("logits", "softmax"))
+        sizes = {"channels": channels, "num_classes": num_classes, "tokens": tokens, "num_heads": num_heads}
+        for name, size in sizes.items():
+            if size < 1:
+                raise ValueError(f"{name} must be at least 1, got {size}")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), got {dropout}")
         self.class_map = class_map
         # The 1x1 convolutions are kept as such for their names and shapes in the state_dict.
         self.map_in = nn.Sequential(nn.Conv2d(channels, channels, 1), nn.GELU())
@@ -82,9 +92,16 @@ class AllSpark(nn.Module):
             a map of the shape of ``feature_map``, channels-last in memory.
 
         Raises:
-            ValueError: in training, without class_logits or with another batch size than 2B; in eval mode, with
-                class_logits.
+            TypeError: an argument is no float tensor.
+            ValueError: a shape is wrong; in training, class_logits are missing or the batch is not 2B; in eval mode,
+                there are class_logits, or ``attend`` is unknown.
         """
+        check_tensor("feature_map", feature_map, "(B, C, h, w)", FLOATING)
+        if feature_map.shape[1] != self.attn_norm.normalized_shape[0]:
+            raise ValueError(
+                f"feature_map has {feature_map.shape[1]} channels, expected {self.attn_norm.normalized_shape[0]}"
+            )
+        check_choice("attend", attend, ("batch", "image"))
         size = (feature_map.shape[2], feature_map.shape[3])
         self._check_batch(feature_map, class_logits)
         tokens = self.map_in[1](pointwise(self.map_in[0], to_tokens(feature_map)))  # type: ignore[arg-type]
@@ -106,6 +123,8 @@ class AllSpark(nn.Module):
             return
         if class_logits is None:
             raise ValueError("training needs class_logits, the logits of the pseudo-label pass; or call eval() first")
+        check_tensor("class_logits", class_logits, "(B, K, h', w')", FLOATING, like=feature_map)
+        check_not_empty("class_logits", class_logits, {"B": 0, "h'": 2, "w'": 3})
         if feature_map.shape[0] != 2 * class_logits.shape[0]:
             raise ValueError(
                 f"feature_map holds {feature_map.shape[0]} images, expected 2B = {2 * class_logits.shape[0]}: as many "

@@ -5,7 +5,7 @@ from typing import Literal
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from allspark_fast.kernels.channel_attention import channel_attention
+from allspark_fast.kernels.channel_attention import Backend, channel_attention
 
 from .semantic_memory import MemoryInit, MemorySync, SemanticMemory
 
@@ -26,7 +26,12 @@ class CrossAttention(SemanticMemory):
         dropout: of the attention maps and of the output projections, in training.
         memory_init: see SemanticMemory.
         memory_sync: see SemanticMemory.
+
+    Attributes:
+        backend: see channel_attention; ``reference`` leaves plain torch operators only, for exported graphs.
     """
+
+    backend: Backend = "auto"
 
     def __init__(
         self,
@@ -98,7 +103,9 @@ class CrossAttention(SemanticMemory):
         query = self.q_l2u(labeled)[:, None]
         key = self.k_l2u(source).flatten(2)[:, None]
         value = self.v_l2u(source).flatten(2)[:, None]
-        rebuilt = channel_attention(query, key, value, group_mask=group_mask, dropout_p=self._dropout_p)
+        rebuilt = channel_attention(
+            query, key, value, group_mask=group_mask, dropout_p=self._dropout_p, backend=self.backend
+        )
         return F.dropout(self.out_l2u(rebuilt[:, 0]), self._dropout_p)
 
     def _self_attention(self, unlabeled: Tensor) -> Tensor:
@@ -107,7 +114,7 @@ class CrossAttention(SemanticMemory):
             projection(unlabeled).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
             for projection in (self.q_u, self.k_u, self.v_u)
         )
-        attended = channel_attention(query, key, value, dropout_p=self._dropout_p)
+        attended = channel_attention(query, key, value, dropout_p=self._dropout_p, backend=self.backend)
         # The public code interleaves the heads here, (C, H), unlike in the labeled branch.
         return F.dropout(self.out_u(attended.permute(0, 2, 3, 1).flatten(2)), self._dropout_p)
 

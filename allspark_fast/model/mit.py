@@ -1,13 +1,18 @@
 """Mix Transformer encoders MiT-B0 to B5 (SegFormer, Xie et al. 2021, sec. 3.1), tokens channels-last throughout."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from allspark_fast.kernels.arguments import FLOATING, check_tensor
+
+from .recompute import recompute
 from .tokens import to_map, to_tokens
 
 
@@ -33,6 +38,8 @@ class MiTConfig:
 
 
 STRIDES = (4, 8, 16, 32)
+# Four stages, with and without stochastic depth, in training and in evaluation, at a few sizes.
+_GRAPHS = 64
 MIT_CONFIGS = {
     # Ours, for tests and the embedded data: half of B0 in every width, one block a stage.
     "mit_tiny": MiTConfig(embed_dims=(16, 32, 80, 128), depths=(1, 1, 1, 1)),
@@ -50,10 +57,12 @@ class MixTransformer(nn.Module):
 
     Args:
         config: sizes of the stages.
+        checkpoint_blocks: keep only the input of each block for backward, which computes the block again.
     """
 
-    def __init__(self, config: MiTConfig) -> None:
+    def __init__(self, config: MiTConfig, *, checkpoint_blocks: bool = False) -> None:
         super().__init__()
+        self.checkpoint_blocks = checkpoint_blocks
         self.channels = config.embed_dims
         # The spatial reduction of each stage, at strides 4, 8, 16 and 32, needs at least one whole window.
         self.min_size = max((ratio - 1) * stride + 1 for ratio, stride in zip(config.sr_ratios, STRIDES, strict=True))
@@ -82,8 +91,12 @@ class MixTransformer(nn.Module):
             four maps (B, channels[i], ⌈H / s⌉, ⌈W / s⌉) for the strides s = 4, 8, 16, 32, channels-last in memory.
 
         Raises:
-            ValueError: the images are too small.
+            TypeError: the images are no float tensor.
+            ValueError: they have another number of channels than 3 or are too small.
         """
+        check_tensor("images", images, "(B, 3, H, W)", FLOATING)
+        if images.shape[1] != 3:
+            raise ValueError(f"images have {images.shape[1]} channels, expected 3")
         if min(images.shape[2:]) < self.min_size:
             raise ValueError(
                 f"images are {images.shape[2]} x {images.shape[3]} pixels, expected at least {self.min_size} a side"
@@ -92,7 +105,8 @@ class MixTransformer(nn.Module):
         for stage in range(1, 5):
             tokens, size = getattr(self, f"patch_embed{stage}")(feature_map)
             for block in getattr(self, f"block{stage}"):
-                tokens = block(tokens, size)
+                # Stochastic depth draws random numbers.
+                tokens = recompute(block, tokens, size, random=True) if self.checkpoint_blocks else block(tokens, size)
             feature_map = to_map(getattr(self, f"norm{stage}")(tokens), size)
             features.append(feature_map)
         return features
@@ -132,6 +146,9 @@ class Block(nn.Module):
         sr_ratio: spatial reduction of keys and values.
         mlp_ratio: hidden channels of the Mix-FFN over C.
         drop_path: probability that a sample skips a branch.
+
+    Attributes:
+        transform: the block without its random choices; see ``compile_blocks``.
     """
 
     def __init__(self, channels: int, num_heads: int, sr_ratio: int, mlp_ratio: int, drop_path: float) -> None:
@@ -141,17 +158,48 @@ class Block(nn.Module):
         self.drop_path = drop_path
         self.norm2 = nn.LayerNorm(channels, eps=1e-6)
         self.mlp = MixFFN(channels, mlp_ratio * channels)
+        self.transform: Callable[..., Tensor] = _transform
 
     def forward(self, tokens: Tensor, size: tuple[int, int]) -> Tensor:
         """(B, h·w, C) and (h, w) -> (B, h·w, C)."""
-        tokens = tokens + self._drop_path(self.attn(self.norm1(tokens), size))
-        return tokens + self._drop_path(self.mlp(self.norm2(tokens), size))
+        return self.transform(self, tokens, size, self._branch_scale(tokens), self._branch_scale(tokens))
 
-    def _drop_path(self, branch: Tensor) -> Tensor:
+    def _branch_scale(self, tokens: Tensor) -> Tensor | None:
+        """Stochastic depth of a branch: for each sample 0 or 1 / (1 - drop_path), (B, 1, 1); None for 1."""
         if not self.training or self.drop_path == 0:
-            return branch
+            return None
         keep = 1 - self.drop_path
-        return branch * branch.new_empty(branch.shape[0], 1, 1).bernoulli_(keep).div_(keep)
+        return tokens.new_empty(tokens.shape[0], 1, 1).bernoulli_(keep).div_(keep)
+
+
+def _transform(
+    block: Block, tokens: Tensor, size: tuple[int, int], attn_scale: Tensor | None, mlp_scale: Tensor | None
+) -> Tensor:
+    """What a block computes once the dice are cast: no number in it differs between the blocks of a stage."""
+    branch = block.attn(block.norm1(tokens), size)
+    tokens = tokens + (branch if attn_scale is None else branch * attn_scale)
+    branch = block.mlp(block.norm2(tokens), size)
+    return tokens + (branch if mlp_scale is None else branch * mlp_scale)
+
+
+def compile_blocks(model: nn.Module, backend: str | Callable[..., Any]) -> None:
+    """Compile what the blocks of a model compute: one graph for all blocks of a stage, in training or in evaluation.
+
+    Args:
+        model: whose blocks, wherever they are, run compiled from now on.
+        backend: of ``torch.compile``.
+
+    Raises:
+        ValueError: there are none: the encoder is no Mix Transformer.
+    """
+    blocks = [module for module in model.modules() if isinstance(module, Block)]
+    if not blocks:
+        raise ValueError("compiling is for the blocks of mit_* backbones, and this model has none: leave it out")
+    # Blocks share their code, of which torch keeps no more than 8 graphs unless told.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _GRAPHS)
+    transform = torch.compile(_transform, fullgraph=True, dynamic=False, backend=backend)
+    for block in blocks:
+        block.transform = transform
 
 
 class EfficientSelfAttention(nn.Module):
@@ -199,7 +247,11 @@ class MixFFN(nn.Module):
 
     def forward(self, tokens: Tensor, size: tuple[int, int]) -> Tensor:
         """(B, h·w, C) and (h, w) -> (B, h·w, C)."""
-        return self.fc2(F.gelu(self.dwconv(self.fc1(tokens), size)))
+        # Backward computes convolution and GELU again, which are cheap; only the output of fc1 is kept.
+        return recompute(self._mix, self.fc1(tokens), size)
+
+    def _mix(self, hidden: Tensor, size: tuple[int, int]) -> Tensor:
+        return self.fc2(F.gelu(self.dwconv(hidden, size)))
 
 
 class DepthwiseConv(nn.Module):

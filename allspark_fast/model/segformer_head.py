@@ -6,7 +6,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .tokens import pointwise, to_map, to_tokens
+from allspark_fast.distributed import mean_over_ranks, world_size
+from allspark_fast.kernels.bilinear import linear_matrix
+
+from .recompute import recompute
+from .tokens import to_map, to_tokens
 
 
 class SegFormerHead(nn.Module):
@@ -44,33 +48,53 @@ class SegFormerHead(nn.Module):
         Returns:
             logits (B, K, h_0, w_0).
         """
-        # In place: backward needs the input of BatchNorm and the output of ReLU, nothing needs what is between.
-        fused = F.relu_(self.linear_fuse.bn(self._fuse(features)))
-        return self._classify(fused)
+        fused = self._fuse(features)
+        # In the classifier's precision: 1 / (1 - p) rounded to half precision would not keep the mean.
+        kept = F.dropout(self.linear_pred.weight.new_ones(fused.shape[:2]), self.dropout.p, self.training)
+        norm = self.linear_fuse.bn
+        if not norm.training:
+            return self._classify(fused.relu_(), kept)
+        # Only the input of BatchNorm is kept: backward computes its output and that of ReLU again.
+        logits, mean, var = recompute(self._normalize_and_classify, fused, kept)
+        norm.update_statistics(mean, var)
+        return logits
 
     def _fuse(self, features: Sequence[Tensor]) -> Tensor:
-        """The linear part: maps of any resolution to one of E channels at that of the finest."""
+        """The linear part, which BatchNorm joins in eval mode: four maps to one of E channels at the finest size."""
         size = (features[0].shape[2], features[0].shape[3])
         # The official concatenation starts with the deepest map.
         layers = [x.proj for x in (self.linear_c4, self.linear_c3, self.linear_c2, self.linear_c1)]
         columns = self.linear_fuse.conv.weight.flatten(1)
-        weights = [_product(column, x.weight) for column, x in zip(columns.chunk(4, dim=1), layers, strict=True)]
         # Resizing leaves a constant as it is, so all biases go where they cost least: on the deepest map.
         bias = _product(columns, torch.cat([x.bias for x in layers]))
+        weights = [_product(column, x.weight) for column, x in zip(columns.chunk(4, dim=1), layers, strict=True)]
+        if not self.linear_fuse.bn.training:
+            scale, shift = self.linear_fuse.bn.scale_and_shift()
+            weights, bias = [scale[:, None] * weight for weight in weights], scale * bias + shift
         fused = _upsample(_linear(features[3], weights[0], bias), size)
         for feature, weight in zip(reversed(features[:3]), weights[1:], strict=True):
             fused.add_(_upsample(_linear(feature, weight), size))
         return fused
 
-    def _classify(self, fused: Tensor) -> Tensor:
-        """Dropout of whole channels of each sample, then the classifier; the former on the weights of the latter."""
-        size = (fused.shape[2], fused.shape[3])
-        if not self.training or self.dropout.p == 0:
-            return to_map(pointwise(self.linear_pred, to_tokens(fused)), size)
-        kept = F.dropout(fused.new_ones(fused.shape[:2]), self.dropout.p)
+    def _normalize_and_classify(self, fused: Tensor, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits, and the batch's mean and variance; arguments as ``_classify``'s."""
+        normalized, mean, var = self.linear_fuse.bn.normalize(fused)
+        return self._classify(normalized.relu_(), kept), mean, var
+
+    def _classify(self, fused: Tensor, kept: Tensor) -> Tensor:
+        """Dropout of whole channels of each sample, then the classifier; the former on the weights of the latter.
+
+        Args:
+            fused: (B, E, h, w), after ReLU.
+            kept: (B, E), 0 where a channel is dropped and 1 / (1 - p) elsewhere.
+
+        Returns:
+            logits (B, K, h, w).
+        """
         weight = self.linear_pred.weight.flatten(1) * kept[:, None]  # (B, K, E)
         assert self.linear_pred.bias is not None
-        return to_map(torch.baddbmm(self.linear_pred.bias, to_tokens(fused), weight.mT), size)
+        logits = torch.baddbmm(self.linear_pred.bias, to_tokens(fused), weight.mT)
+        return to_map(logits, (fused.shape[2], fused.shape[3]))
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
@@ -88,6 +112,9 @@ def _linear(feature: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
 def _upsample(feature: Tensor, size: tuple[int, int]) -> Tensor:
     if feature.shape[2:] == size:
         return feature
+    if torch.are_deterministic_algorithms_enabled():  # on a GPU the backward pass of interpolate adds in any order
+        rows, columns = (linear_matrix(x, y, feature) for x, y in zip(feature.shape[2:], size, strict=True))
+        return rows @ feature @ columns.mT
     return F.interpolate(feature, size, mode="bilinear", align_corners=False)
 
 
@@ -109,19 +136,57 @@ class _Fuse(nn.Module):
 
 
 class FiniteBatchNorm2d(nn.BatchNorm2d):
-    """BatchNorm whose running statistics skip batches that are not finite: one bad image spoils one step only."""
+    """BatchNorm whose running statistics skip batches that are not finite: one bad image spoils one step only.
+
+    With several processes, the statistics of training are those of the batches of all ranks, which must be of one
+    shape (synchronised BatchNorm, on CPUs too).
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+    momentum: float
 
     def forward(self, feature_map: Tensor) -> Tensor:
         """(B, C, h, w) -> (B, C, h, w)."""
         if not self.training:
             return super().forward(feature_map)
-        assert self.running_mean is not None
-        assert self.running_var is not None
-        assert self.num_batches_tracked is not None
-        assert self.momentum is not None
-        mean, var = self.running_mean.clone(), self.running_var.clone()
-        feature_map = F.batch_norm(feature_map, mean, var, self.weight, self.bias, True, self.momentum, self.eps)
-        self.running_mean.copy_(mean.where(mean.isfinite(), self.running_mean))
-        self.running_var.copy_(var.where(var.isfinite(), self.running_var))
-        self.num_batches_tracked += 1
+        feature_map, mean, var = self.normalize(feature_map)
+        self.update_statistics(mean, var)
         return feature_map
+
+    def normalize(self, feature_map: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Normalise (B, C, h, w) by its own statistics and leave the module as it is, so that this may run again.
+
+        Returns:
+            the normalised map, and the batch's mean and unbiased variance (C,), for ``update_statistics``.
+        """
+        if world_size() > 1:
+            return self._normalize_over_ranks(feature_map)
+        # With a momentum of 1 these become the statistics of the batch.
+        mean, var = (self.weight.new_zeros(self.num_features) for _ in range(2))
+        feature_map = F.batch_norm(feature_map, mean, var, self.weight, self.bias, True, 1.0, self.eps)
+        return feature_map, mean, var
+
+    def _normalize_over_ranks(self, feature_map: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        computed = feature_map.to(torch.promote_types(feature_map.dtype, torch.float32))
+        own_var, own_mean = torch.var_mean(computed, (0, 2, 3), correction=0)
+        mean = mean_over_ranks(own_mean)
+        var = mean_over_ranks(own_var + (own_mean - mean).square())
+        scale = self.weight * torch.rsqrt(var + self.eps)
+        normalized = (computed - mean[:, None, None]) * scale[:, None, None] + self.bias[:, None, None]
+        count = world_size() * feature_map.numel() // feature_map.shape[1]
+        unbiased = var.detach() * (count / max(count - 1, 1))
+        return normalized.to(feature_map.dtype), mean.detach(), unbiased
+
+    def update_statistics(self, mean: Tensor, var: Tensor) -> None:
+        """Move the running statistics towards a batch's mean and variance (C,), where these are finite."""
+        for running, batch in ((self.running_mean, mean), (self.running_var, var)):
+            running.copy_(running.lerp(batch, self.momentum).where(batch.isfinite(), running))
+        self.num_batches_tracked += 1
+
+    def scale_and_shift(self) -> tuple[Tensor, Tensor]:
+        """What eval mode multiplies each channel with and then adds, (C,) each, of the parameters' dtype."""
+        scale = self.weight * torch.rsqrt(self.running_var + self.eps)
+        shift = self.bias - self.running_mean * scale
+        return scale.to(self.weight.dtype), shift.to(self.bias.dtype)

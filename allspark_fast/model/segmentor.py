@@ -9,6 +9,7 @@ from .cross_attention import Attend
 from .mit import MIT_CONFIGS, MixTransformer
 from .segformer_head import SegFormerHead
 from .semantic_memory import ClassMap, MemoryInit, MemorySync
+from .timm_backbone import TimmBackbone
 
 
 class Decoder(nn.Module):
@@ -74,7 +75,7 @@ class Segmentor(nn.Module):
             attend: eval mode with AllSpark only; see CrossAttention.infer.
 
         Returns:
-            logits (B or 2B, K, ⌈H / 4⌉, ⌈W / 4⌉) for a MiT encoder.
+            logits (B or 2B, K, h, w) at the resolution of the finest map, (⌈H / 4⌉, ⌈W / 4⌉) for a MiT encoder.
         """
         crop_size = (images.shape[2], images.shape[3])
         return self.decoder(
@@ -93,12 +94,13 @@ def build_segmentor(
     memory_init: MemoryInit = "randn",
     memory_sync: MemorySync = "rank0",
     class_map: ClassMap = "logits",
+    checkpoint_blocks: bool = False,
 ) -> Segmentor:
     """Build a model for training, with random weights.
 
     Args:
-        backbone: ``mit_tiny``, or ``mit_b0`` to ``mit_b5``.
-        num_classes: number of classes K.
+        backbone: ``mit_tiny``, ``mit_b0`` to ``mit_b5``, or ``timm/NAME`` for a TimmBackbone.
+        num_classes: number of classes K, at least 1.
         crop_size: (H, W) of the training crops in pixels, which decides the size of the memory.
         allspark: whether to build the bottleneck; without it this is SegFormer.
         embedding_dim: channels of the head.
@@ -106,13 +108,16 @@ def build_segmentor(
         memory_init: see SemanticMemory.
         memory_sync: see SemanticMemory.
         class_map: see token_class_map.
+        checkpoint_blocks: see MixTransformer; the bottleneck is never computed twice, it would enqueue twice.
 
     Raises:
-        ValueError: the backbone is unknown.
+        ImportError: the backbone is one of timm, which is not installed.
+        ValueError: the backbone is unknown or does not fit, a number is less than 1, or the crops are too small.
     """
-    if backbone not in MIT_CONFIGS:
-        raise ValueError(f"backbone must be one of {', '.join(MIT_CONFIGS)}, got {backbone!r}")
-    encoder = MixTransformer(MIT_CONFIGS[backbone])
+    for name, number in (("num_classes", num_classes), ("embedding_dim", embedding_dim)):
+        if number < 1:
+            raise ValueError(f"{name} must be at least 1, got {number}")
+    encoder = _build_backbone(backbone, crop_size, checkpoint_blocks=checkpoint_blocks)
     height, width = encoder.deepest_size(crop_size)
     bottleneck = None
     if allspark:
@@ -127,3 +132,16 @@ def build_segmentor(
         )
     head = SegFormerHead(encoder.channels, num_classes, embedding_dim)
     return Segmentor(encoder, Decoder(head, bottleneck))
+
+
+def _build_backbone(name: str, crop_size: tuple[int, int], *, checkpoint_blocks: bool) -> MixTransformer | TimmBackbone:
+    if name.startswith("timm/"):
+        if checkpoint_blocks:
+            raise ValueError(f"checkpoint_blocks is for mit_* backbones, not for {name}: leave it False")
+        return TimmBackbone(name.removeprefix("timm/"))
+    if name not in MIT_CONFIGS:
+        raise ValueError(f"backbone must be one of {', '.join(MIT_CONFIGS)}, or timm/NAME, got {name!r}")
+    encoder = MixTransformer(MIT_CONFIGS[name], checkpoint_blocks=checkpoint_blocks)
+    if min(crop_size) < encoder.min_size:
+        raise ValueError(f"crop_size is {crop_size}, expected at least {encoder.min_size} pixels a side")
+    return encoder

@@ -4,9 +4,9 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from allspark_fast.distributed import broadcast_from_rank0, gather_batch
+from allspark_fast.kernels.bilinear import linear_matrix
 from allspark_fast.kernels.semantic_memory import channel_semantic_grouping, semantic_memory_enqueue
 
 MemoryInit = Literal["randn", "empty"]
@@ -21,6 +21,7 @@ class SemanticMemory(nn.Module):
         kv_queue: (K, S, N) float32, the channels; stored as [N, K, S], so that projecting it gives keys without a copy.
         queue_ptr: (K,) int64, the slot that each class writes next.
         queue_filled: (K,) bool, whether a class ever received a channel; only with ``memory_init="empty"``.
+        received: (K,) int64, channels that each class received since the model was built; not in its ``state_dict``.
 
     Args:
         num_classes: number of classes K.
@@ -36,6 +37,7 @@ class SemanticMemory(nn.Module):
     kv_queue: Tensor
     queue_ptr: Tensor
     queue_filled: Tensor | None
+    received: Tensor
 
     def __init__(
         self,
@@ -57,6 +59,7 @@ class SemanticMemory(nn.Module):
         self.register_buffer("kv_queue", noise(tokens, num_classes, slots).permute(1, 2, 0))
         filled = torch.zeros(num_classes, dtype=torch.bool) if memory_init == "empty" else None
         self.register_buffer("queue_filled", filled)
+        self.register_buffer("received", torch.zeros(num_classes, dtype=torch.int64), persistent=False)
         self.register_load_state_dict_pre_hook(_assume_filled)
 
     @torch.no_grad()
@@ -84,9 +87,10 @@ class SemanticMemory(nn.Module):
         else:
             self._take_rank0()
         semantic_memory_enqueue(self.kv_queue, self.queue_ptr, features, channel_class)
+        of_class = channel_class.flatten()[:, None] == torch.arange(classes, device=channel_class.device)
+        self.received += of_class.sum(0)
         if self.queue_filled is not None:
-            present = channel_class.flatten()[:, None] == torch.arange(classes, device=channel_class.device)
-            self.queue_filled |= present.any(0)
+            self.queue_filled |= of_class.any(0)
 
     def stored_channels(self) -> Tensor:
         """The memory as it is stored, (N, K, S): a linear layer makes keys (N, K, D) of it without a copy."""
@@ -144,15 +148,7 @@ def token_class_map(
     crop_height, crop_width = crop_size or size
     with torch.autocast(logits.device.type, enabled=False):
         logits = logits.detach().to(torch.promote_types(logits.dtype, torch.float32))
-        rows = _resize_matrix(logits, logits.shape[2], crop_height, size[0])
-        columns = _resize_matrix(logits, logits.shape[3], crop_width, size[1])
+        rows = linear_matrix(crop_height, size[0], logits) @ linear_matrix(logits.shape[2], crop_height, logits)
+        columns = linear_matrix(crop_width, size[1], logits) @ linear_matrix(logits.shape[3], crop_width, logits)
         scores = (rows @ logits @ columns.mT).flatten(2)
         return scores.softmax(1) if kind == "softmax" else scores
-
-
-def _resize_matrix(like: Tensor, source: int, via: int, target: int) -> Tensor:
-    """The matrix (target, source) of two linear resizes of one axis, source -> via -> target."""
-    basis = torch.eye(source, dtype=like.dtype, device=like.device)[None]
-    for length in (via, target):
-        basis = F.interpolate(basis, length, mode="linear", align_corners=False)
-    return basis[0].mT

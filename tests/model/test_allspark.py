@@ -58,6 +58,15 @@ def test_use_in_ones_own_model() -> None:
 class TestMemory:
     """What training leaves in the memory, and what uses it."""
 
+    def test_a_class_stays_filled_when_it_gets_nothing_more(self) -> None:
+        memory = bottleneck(memory_init="empty").attn
+        features = torch.ones(1, SIDE**2, C)
+        for cls in (2, 0):
+            class_map = torch.full((1, K, SIDE**2), -1.0)
+            class_map[:, cls] = 1
+            memory.enqueue(features, class_map)
+        assert memory.queue_filled.tolist() == [True, False, True, False]
+
     def test_every_channel_is_enqueued_in_warm_up_too(self) -> None:
         for use_memory in (False, True):
             module = bottleneck(memory_init="empty")

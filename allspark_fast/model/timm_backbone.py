@@ -1,0 +1,114 @@
+"""Encoders of other makers, by their names in timm."""
+
+import difflib
+import inspect
+import math
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+
+# What constructors call it: those of plain transformers, and those of Swin (in older versions of timm only so).
+_ANY_SIZE = {"dynamic_img_size": True, "strict_img_size": False}
+
+
+class TimmBackbone(nn.Module):
+    """An encoder of timm, with random weights and timm's parameter names below ``features.model``.
+
+    Of a pyramid (EfficientNet, Swin, ConvNeXt, PVT) it gives the last four maps; of a plain transformer (DINOv2), whose
+    maps all have one stride, those after each quarter of its blocks, without the final norm.
+
+    Args:
+        name: as ``timm.list_models()`` has it.
+
+    Attributes:
+        name: of the model in timm.
+        channels: of the four maps, finest first.
+        stride: pixels of an image that become one of the deepest map.
+
+    Raises:
+        ImportError: timm is not installed.
+        ValueError: timm has no such model, or it has fewer than four maps, or takes only images of one size.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        timm = _import_timm()
+        self.name = name
+        self.features = timm.create_model(name, **_options(timm, name))
+        self.channels = tuple(self.features.feature_info.channels())
+        self.stride = max(self.features.feature_info.reduction())
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Encode images.
+
+        Args:
+            images: (B, 3, H, W); enlarged to the next multiples of ``stride`` if they are none, so that all maps
+                cover just the image.
+
+        Returns:
+            four maps (B, channels[i], h_i, w_i), finest first.
+        """
+        height, width = self.deepest_size(images.shape[2:])
+        size = (height * self.stride, width * self.stride)
+        if images.shape[2:] != size:
+            images = F.interpolate(images, size, mode="bilinear", align_corners=False)
+        return self._encode_and_track(images) if self.training else self.features(images)
+
+    def deepest_size(self, image_size: Sequence[int]) -> tuple[int, int]:
+        """(h, w) of the deepest map for images of ``image_size`` = (H, W) pixels."""
+        return math.ceil(image_size[0] / self.stride), math.ceil(image_size[1] / self.stride)
+
+    def _encode_and_track(self, images: Tensor) -> list[Tensor]:
+        """Like FiniteBatchNorm2d for every BatchNorm inside: running statistics skip what is not finite."""
+        kept = {x: y for x, y in self.features.named_buffers() if x.endswith(("running_mean", "running_var"))}
+        # On copies: backward would refuse statistics that were changed after BatchNorm had saved them.
+        updated = {name: x.clone() for name, x in kept.items()}
+        maps = functional_call(self.features, updated, (images,))
+        for name, x in kept.items():
+            x.copy_(updated[name].where(updated[name].isfinite(), x))
+        return maps
+
+
+def _import_timm() -> ModuleType:
+    try:
+        import timm  # noqa: PLC0415 optional, and slow to import
+    except ImportError as error:
+        raise ImportError("backbones timm/... need timm: pip install 'allspark-fast[timm]'") from error
+    return timm
+
+
+def _options(timm: ModuleType, name: str) -> dict[str, Any]:
+    """Arguments of ``timm.create_model`` for four maps of images of any size, tried on tensors without memory."""
+    if not timm.is_model(name):
+        similar = difflib.get_close_matches(name, timm.list_models(), n=5, cutoff=0.5)
+        hint = f"did you mean {', '.join(similar)}?" if similar else "timm.list_models() lists all"
+        raise ValueError(f"timm has no model {name!r}: {hint}")
+    with torch.device("meta"):
+        model = timm.create_model(name, pretrained=False)
+        strides = [feature["reduction"] for feature in getattr(model, "feature_info", [])]
+        depth = len(strides)
+        if depth < 4:
+            raise ValueError(f"timm/{name} gives {depth} feature maps, but four are needed: take another backbone")
+        plain = min(strides) == max(strides)
+        quarters = [depth * quarter // 4 - 1 for quarter in range(1, 5)]
+        options = {
+            "pretrained": False,
+            "features_only": True,
+            # Unlike timm's other extractors it keeps the model's parameter names, and (B, C, h, w) is its layout.
+            "feature_cls": "getter",
+            "out_indices": quarters if plain else list(range(depth - 4, depth)),
+        }
+        parameters = inspect.signature(type(model)).parameters
+        options |= {option: value for option, value in _ANY_SIZE.items() if option in parameters}
+        try:
+            timm.create_model(name, **options).eval()(torch.empty(1, 3, 5 * max(strides), 6 * max(strides)))
+        except Exception as error:
+            raise ValueError(
+                f"timm/{name} does not take images of any size ({error}): take another backbone"
+            ) from error
+    return options
