@@ -17,15 +17,15 @@ class DataConfig:
     Attributes:
         dataset: rendered scenes; files of pascal, cityscapes, coco or camvid; or folder, any folder with images/ and
             labels/ (and meta.json for class names).
-        root: folder of the data set; $ALLSPARK_DATA_DIR, or a folder of the data set's name in it, if not given.
-        labeled: split file of labeled images, relative to the root or to where you are.
-        unlabeled: split file of unlabeled images.
-        val: split file of validation images.
+        root: folder of the data set; if not given, $ALLSPARK_DATA_DIR, or a folder of the data set's name in it.
+        labeled: split file of labeled images, `image label` in each line; relative to the root or to where you are.
+        unlabeled: split file of unlabeled images; their labels, if it names any, are never trained on.
+        val: split file of validation images, `image label` in each line.
         crop: side of the square training crops in pixels.
-        scale: range of the random resize of training images.
+        scale: factors between which training images are resized at random before they are cropped.
         scenes: labeled, unlabeled and validation scenes, if the data set is scenes.
-        mean: of each colour channel in 0..1, subtracted from images.
-        std: of each colour channel, which images are divided by.
+        mean: of red, green and blue in 0..1, subtracted from images; that of the starting weights, mostly ImageNet's.
+        std: of red, green and blue, which images are divided by.
         workers: processes that load training images; on a CPU the rest of the cores train.
     """
 
@@ -41,30 +41,44 @@ class DataConfig:
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     workers: int = 2
 
+    def __post_init__(self) -> None:
+        # Below 32 pixels the deepest map has no token left.
+        _at_least(self, "data", crop=32, workers=0)
+        _expect(0 < self.scale[0] <= self.scale[1], "data.scale", self.scale, "0 < low <= high")
+        _expect(min(self.scenes) > 0, "data.scenes", self.scenes, "three counts of at least 1")
+        _expect(min(self.std) > 0, "data.std", self.std, "three numbers above 0")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """Encoder, bottleneck and head.
 
     Attributes:
-        backbone: name of a Mix Transformer.
+        backbone: mit_tiny, mit_b0 to mit_b5, or timm/NAME for an encoder of timm, such as timm/convnext_tiny.
         embedding_dim: channels of the SegFormer head.
         num_heads: heads of the AllSpark bottleneck.
         memory_init: randn starts the Semantic Memory with noise (the public code), empty without anything.
         memory_sync: with several processes, rank0 keeps rank 0's memory (the public code), all everybody's channels.
         class_map: what sorts channels into classes: logits (the public code) or their softmax.
-        weights: file to start from: an AllSpark checkpoint, mit_b*.pth or a Hugging Face SegFormer.
+        checkpointing: keep only the input of each block of the backbone for backward, which computes the block again:
+            less memory, more time, the same numbers.
+        weights: file to start from: an AllSpark checkpoint, mit_b*.pth, a Hugging Face SegFormer, or a model of timm;
+            or imagenet, the weights that pip brings for timm/tf_efficientnet_lite0 (which needs mean = std = 0.5).
         reset: start classifier, memory or bottleneck afresh where the file does not fit.
     """
 
-    backbone: Literal["mit_tiny", "mit_b0", "mit_b1", "mit_b2", "mit_b3", "mit_b4", "mit_b5"] = "mit_b5"
+    backbone: str = "mit_b5"
     embedding_dim: int = 768
     num_heads: int = 2
     memory_init: Literal["randn", "empty"] = "randn"
     memory_sync: Literal["rank0", "all"] = "rank0"
     class_map: Literal["logits", "softmax"] = "logits"
+    checkpointing: bool = False
     weights: Path | None = None
     reset: bool = False
+
+    def __post_init__(self) -> None:
+        _at_least(self, "model", embedding_dim=1, num_heads=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,12 +97,24 @@ class TrainConfig:
         pseudo_from_epoch: first epoch in which pseudo labels count; until then unlabeled images only feed the memory.
             0 as in the paper; later for an encoder without pretraining, whose first pseudo labels are noise.
         loss: of the labeled images: ce, or ohem, which keeps the hard pixels.
+        loss_mean: with several processes, over the valid pixels of all of them (global), or of each one (rank, the
+            public code), which counts pixels more on ranks that have fewer. OHEM always mines on each rank.
         ohem_threshold: pixels whose true class is less probable than this are hard.
         ohem_min_kept: at least so many pixels of a batch count as hard.
         attend: in the pseudo-label pass, whether an image is rebuilt from its whole batch (the public code) or itself.
         pseudo_padding: train on the padding that crops add, with its pseudo label (the public code).
         ema: decay of an exponential moving average of the weights that is evaluated instead of them; 0 for none.
         amp: bfloat16 autocast on a GPU.
+        compile: torch.compile of the encoder's blocks (mit_*), in training; a minute or two before the first step.
+        cuda_graph: on a GPU and with one process, record a step as a CUDA graph and replay it: many times faster, but
+            not yet shown to be equal on a GPU for every method.
+        accumulate: micro-batches that a batch is split into one after the other, to need less memory. What looks at a
+            whole batch sees one of them: BatchNorm, means over pixels that count, OHEM, the memory (later ones find it
+            fuller), and in warm-up and under attend=batch the channels that an image is rebuilt from.
+        sharding: with several processes, split weights, gradients and optimizer state over them (fsdp, FSDP2), or keep
+            all on each (replicate).
+        deterministic: on a GPU, use only operations that give the same bits every time, or stop at one that cannot.
+        max_skipped: steps whose loss or gradient is not finite are skipped; with more than so many, training stops.
         seed: of weights, order, augmentation and dropout.
     """
 
@@ -102,13 +128,29 @@ class TrainConfig:
     warmup_epochs: int = 5
     pseudo_from_epoch: int = 0
     loss: Literal["ce", "ohem"] = "ce"
+    loss_mean: Literal["global", "rank"] = "global"
     ohem_threshold: float = 0.7
     ohem_min_kept: int = 200_000
     attend: Literal["batch", "image"] = "batch"
     pseudo_padding: bool = True
     ema: float = 0.0
     amp: bool = True
+    compile: bool = False
+    cuda_graph: bool = False
+    accumulate: int = 1
+    sharding: Literal["fsdp", "replicate"] = "fsdp"
+    deterministic: bool = False
+    max_skipped: int = 50
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        _at_least(self, "train", epochs=1, batch_size=1, warmup_epochs=0, pseudo_from_epoch=0, ohem_min_kept=0)
+        _at_least(self, "train", lr=0, lr_multi=0, weight_decay=0)
+        _expect(0 <= self.ema < 1, "train.ema", self.ema, "0 <= ema < 1")
+        _expect(0 <= self.ohem_threshold <= 1, "train.ohem_threshold", self.ohem_threshold, "a probability")
+        _at_least(self, "train", accumulate=1, max_skipped=0)
+        divides = self.batch_size % self.accumulate == 0
+        _expect(divides, "train.accumulate", self.accumulate, f"a divisor of train.batch_size = {self.batch_size}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,6 +167,9 @@ class EvalConfig:
     every: int = 1
     workers: int = 0
 
+    def __post_init__(self) -> None:
+        _at_least(self, "eval", every=1, workers=0)
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
@@ -135,14 +180,26 @@ class RunConfig:
         log_every: steps between two lines of metrics.jsonl.
         save_every: steps between two checkpoints; there is also one after every evaluation.
         keep: newest checkpoints kept.
+        save_in_background: copy what a checkpoint holds, in the CPU's memory, and write that while training goes on;
+            one that cannot be written stops the run at the next one.
         device: cpu, cuda, or auto for what is there.
+        kernels: on a GPU, auto checks the Triton kernels once for each machine and replaces those that fail by plain
+            torch, strict stops if one fails, torch uses none.
+        timeout: minutes that a process waits for the others before it gives up.
     """
 
     folder: Path | None = None
     log_every: int = 10
     save_every: int = 500
     keep: int = 2
+    save_in_background: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    kernels: Literal["auto", "strict", "torch"] = "auto"
+    timeout: float = 10.0
+
+    def __post_init__(self) -> None:
+        _at_least(self, "run", log_every=1, save_every=1, keep=1)
+        _expect(0 < self.timeout < float("inf"), "run.timeout", self.timeout, "a number of minutes above 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,6 +233,18 @@ class Config:
         """
         return _from_plain(cls, json.loads(text), "config")
 
+    @classmethod
+    def read(cls, path: Path) -> "Config":
+        """The settings of a run's config.json.
+
+        Raises:
+            ValueError: the file is damaged or of another version; the message names it.
+        """
+        try:
+            return cls.from_json(path.read_text(encoding="utf-8"))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path} holds no settings of a run ({error}); put it back or remove it") from error
+
 
 def changed_fields(old: Config, new: Config) -> list[str]:
     """Lines ``group.field: old -> new`` for all settings that differ."""
@@ -186,6 +255,17 @@ def changed_fields(old: Config, new: Config) -> list[str]:
         for x in dataclasses.fields(before)
         if getattr(before, x.name) != getattr(after, x.name)
     ]
+
+
+def _at_least(settings: object, group: str, **bounds: int) -> None:
+    for name, bound in bounds.items():
+        value = getattr(settings, name)
+        _expect(bound <= value < float("inf"), f"{group}.{name}", value, f"a number of at least {bound}")
+
+
+def _expect(holds: bool, name: str, value: object, expected: str) -> None:
+    if not holds:
+        raise ValueError(f"{name} is {value}, expected {expected}")
 
 
 def _from_plain(kind: Any, value: Any, where: str) -> Any:

@@ -1,8 +1,59 @@
-"""The few collectives that the model needs; each does nothing in a single process."""
+"""Several processes: joining them, and the collectives of a run; each does nothing in a single process.
+
+Without an initialised process group there is one process, of rank 0. ``process_group`` is the only place that makes
+one.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import _functional_collectives as functional
+
+from allspark_fast.device import DeviceName, choose_device
+
+
+@contextmanager
+def process_group(device: DeviceName, timeout: timedelta) -> Iterator[None]:
+    """Join the processes that ``torchrun`` started, if it did: NCCL between GPUs, gloo between CPUs.
+
+    The device ``cuda`` is then the GPU of this process. The group is left only after success: after an error the end of
+    this process is what tells the others, who may wait for it.
+
+    Args:
+        device: that the run computes on.
+        timeout: how long a rank waits for the others before it gives up.
+
+    Raises:
+        RuntimeError: another rank has ended, or kept this one waiting for too long.
+        ValueError: this host has fewer GPUs than processes.
+    """
+    if "RANK" not in os.environ:
+        yield
+        return
+    backend = "cpu:gloo"
+    if choose_device(device).type == "cuda":
+        index, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if index >= gpus:
+            raise ValueError(f"process {index} of this host has no GPU, there are {gpus}: lower --nproc-per-node")
+        torch.cuda.set_device(index)
+        backend += ",cuda:nccl"
+    dist.init_process_group(backend, timeout=timeout)
+    try:
+        yield
+    except RuntimeError as error:
+        if "gloo" not in str(error).lower() and not isinstance(error, dist.DistError):
+            raise
+        raise RuntimeError(
+            f"another rank has ended or is stuck, its own message tells why; the same command goes on from the last "
+            f"checkpoint ({str(error).splitlines()[0]})"
+        ) from error
+    dist.destroy_process_group()
 
 
 def world_size() -> int:
@@ -10,17 +61,77 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def rank() -> int:
+    """Index of this process in the default group, 0 without one."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
 def gather_batch(x: Tensor) -> Tensor:
     """Concatenate a tensor of equal shape (B, ...) on every rank along the batch, in order of ranks."""
     if world_size() == 1:
         return x
-    gathered = x.new_empty((world_size() * x.shape[0], *x.shape[1:]))
-    dist.all_gather_into_tensor(gathered, x.contiguous())
-    return gathered
+    parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(world_size())]
+    dist.all_gather(parts, x.contiguous())
+    return torch.cat(parts)
 
 
 @torch.no_grad()
 def broadcast_from_rank0(x: Tensor) -> None:
     """Overwrite a contiguous tensor with rank 0's."""
     if world_size() > 1:
-        dist.broadcast(x, 0)
+        assert dist.group.WORLD is not None
+        # dist.broadcast would need no copy, but cannot be compiled.
+        x.copy_(functional.broadcast(x, 0, dist.group.WORLD))
+
+
+def mean_over_ranks(x: Tensor) -> Tensor:
+    """The mean of a tensor over ranks, the same bits on each.
+
+    The gradient is that of the mean of all ranks' losses, given that gradients of parameters are averaged too.
+    """
+    return x if world_size() == 1 else _MeanOverRanks.apply(x)
+
+
+class _MeanOverRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        total = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total.div_(world_size())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return mean_over_ranks(grad)
+
+
+def sum_over_ranks(x: Tensor) -> Tensor:
+    """The sum of a tensor without gradient over ranks, the same bits on each."""
+    if world_size() == 1:
+        return x
+    total = x.clone()
+    dist.all_reduce(total)
+    return total
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether a flag is set on any rank; only the CPU waits."""
+    if world_size() == 1:
+        return flag
+    return bool(sum_over_ranks(torch.tensor(int(flag))))
+
+
+def on_rank0(action: Callable[[], object]) -> None:
+    """Let rank 0 do something while the others wait; if it fails there, all ranks stop.
+
+    Raises:
+        RuntimeError: it failed; on rank 0 the error itself is raised.
+    """
+    failed = rank() == 0
+    try:
+        if rank() == 0:
+            action()
+            failed = False
+    finally:
+        failed_there = any_rank(failed)
+    if failed_there:
+        raise RuntimeError("rank 0 has failed, its message tells why")

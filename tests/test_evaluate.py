@@ -9,6 +9,7 @@ from allspark_fast.data.datasets import Entry
 from allspark_fast.data.loader import EvalSample
 from allspark_fast.evaluate import MIN_WINDOW, evaluate, predict_labels
 from allspark_fast.model import build_segmentor
+from bench.harness import peak_bytes
 
 
 class Threshold(nn.Module):
@@ -37,7 +38,7 @@ def test_whole_images_of_any_size() -> None:
     samples = [sample(45, 70), sample(30, 33)]
     scores = evaluate(model, samples, 3)
     assert model.seen == [(45, 70), (30, 33)]
-    correct = torch.cat([predict_labels(model, x.image).eq(x.label).flatten() for x in samples])
+    correct = torch.cat([predict_labels(model, x.image)[0].eq(x.label).flatten() for x in samples])
     assert 0 < scores.mean_iou < correct.float().mean() + 0.5
 
 
@@ -55,15 +56,28 @@ def test_sliding_windows_are_those_of_the_public_code() -> None:
             probability = F.interpolate(logits, window.shape[2:], mode="bilinear", align_corners=False).softmax(1)
             total[:, :, top : top + window.shape[2], left : left + window.shape[3]] += probability
     model.seen.clear()
-    assert torch.equal(predict_labels(model, image, mode="sliding", crop=crop), total.argmax(1))
+    assert torch.equal(predict_labels(model, image, mode="sliding", crop=crop)[0], total.argmax(1))
     assert model.seen == windows
     assert min(min(size) for size in windows) == MIN_WINDOW
+
+
+def test_memory_of_windows_does_not_grow_with_the_height() -> None:
+    class Classes(nn.Module):
+        def forward(self, images: Tensor, *, attend: str) -> Tensor:
+            return F.avg_pool2d(images[:, :1], 4, ceil_mode=True) * torch.arange(100.0)[:, None, None]
+
+    def peak(height: int) -> float:
+        images = torch.randn(1, 3, height, 256)
+        return peak_bytes(lambda: predict_labels(Classes().eval(), images, mode="sliding", crop=64))
+
+    # The probabilities of a pixel take 400 bytes; its label and confidence 12, which are stacked once.
+    assert peak(2048) - peak(512) < 1.1 * 24 * 1536 * 256
 
 
 @pytest.mark.parametrize("mode", ["whole", "sliding"])
 def test_a_prediction_does_not_depend_on_its_batch(mode: str) -> None:
     model = build_segmentor("mit_tiny", 4, (64, 64), embedding_dim=16).eval()
     images = torch.randn(3, 3, 70, 100)
-    batch = predict_labels(model, images, mode=mode, crop=64)
-    alone = torch.cat([predict_labels(model, image[None], mode=mode, crop=64) for image in images])
+    batch, _ = predict_labels(model, images, mode=mode, crop=64)
+    alone = torch.cat([predict_labels(model, image[None], mode=mode, crop=64)[0] for image in images])
     assert (batch == alone).float().mean() > 0.999  # ties to rounding may fall either way

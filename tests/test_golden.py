@@ -25,7 +25,7 @@ from allspark_fast.metrics import ConfusionMatrix
 from allspark_fast.model import AllSpark, Decoder, MiTConfig, MixTransformer, SegFormerHead, Segmentor
 from allspark_fast.model.cross_attention import CrossAttention
 from allspark_fast.model.semantic_memory import token_class_map
-from allspark_fast.step import build_optimizer, poly_lr, train_step
+from allspark_fast.step import TrainState, poly_lr, train_step
 
 FOLDERS = [
     Path(__file__).parent / "golden",
@@ -236,22 +236,22 @@ def test_trajectory(name: str) -> None:
     model = build_model(meta)
     golden.load(model, "w0/")
     config = TrainConfig(lr=meta["lr"], lr_multi=meta["lr_multi"], weight_decay=meta["weight_decay"], attend="batch")
-    optimizer = build_optimizer(model, config)
+    assert meta["poly"] == 0.9
+    state = TrainState(model, config, total_steps=meta["total_iters"])
     for step, (x, y, u) in enumerate(zip(golden["x"], golden["y"], golden["u"], strict=True)):
         batch = SemiBatch(x, y.long(), u, torch.ones_like(y, dtype=torch.bool), None)
-        lr = poly_lr(step, meta["total_iters"], meta["lr"], power=meta["poly"])
-        losses = train_step(model, optimizer, batch, config, lr=lr, use_memory=step > 0)
+        losses = train_step(state, batch, use_memory=step > 0)
         expected = golden["losses"][step]
         torch.testing.assert_close(torch.stack(losses), expected, rtol=1e-5, atol=0)
         assert torch.equal(model.decoder.allspark.attn.queue_ptr, golden[f"step{step}/ptr"])
         norm = model.decoder.decoder.linear_fuse.bn
         for statistic, key in ((norm.running_mean, "bn_mean"), (norm.running_var, "bn_var")):
             assert relative_error(statistic, golden[f"step{step}/{key}"]) <= 1e-4
-    state = model.state_dict()
+    weights = model.state_dict()
     final = [key for key in golden.tensors if key.startswith("w3/")]
     assert final
     for key in final:
-        value, expected = state[key.removeprefix("w3/")], golden[key].squeeze()
+        value, expected = weights[key.removeprefix("w3/")], golden[key].squeeze()
         assert relative_error(value.squeeze(), expected) <= 1e-4, key
 
 
@@ -286,8 +286,8 @@ def test_losses_and_metric(name: str) -> None:
     assert torch.equal(confusion.union, golden["iou/union"])
     assert torch.equal(confusion.matrix.sum(1), golden["iou/target_area"])
     rates = golden.tensors["lr/backbone_by_step"]
-    ours = torch.tensor([poly_lr(step, len(rates), 0.001) for step in range(len(rates))])
-    torch.testing.assert_close(ours, rates, rtol=1e-6, atol=0)
+    ours = poly_lr(torch.arange(len(rates)), len(rates), 0.001)
+    torch.testing.assert_close(ours, rates.double(), rtol=1e-6, atol=0)
 
 
 def loss_results(golden: Golden) -> Results:

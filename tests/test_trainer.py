@@ -1,7 +1,9 @@
 """Runs from beginning to end: what they leave, exact resume, mistakes."""
 
 import dataclasses
+import itertools
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -12,15 +14,19 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from torch._dynamo.testing import CompileCounterWithBackend
 
+from allspark_fast import prepare
 from allspark_fast import trainer as trainer_module
 from allspark_fast.__main__ import main
-from allspark_fast.checkpoint import load_latest_checkpoint, save_checkpoint
+from allspark_fast.checkpoint import load_latest_checkpoint
 from allspark_fast.config import Config, DataConfig, EvalConfig, ModelConfig, RunConfig, TrainConfig
+from allspark_fast.cuda_graph import GraphedSteps
 from allspark_fast.data.loader import SemiBatch
-from allspark_fast.model import build_segmentor
+from allspark_fast.model.mit import compile_blocks
+from allspark_fast.prepare import build_model, lock_folder
 from allspark_fast.report import read_metrics
-from allspark_fast.step import build_optimizer, compute_losses, pseudo_pass, train_step
+from allspark_fast.step import TrainState, train_step
 from allspark_fast.trainer import Trainer, train
 
 METHODS = ("allspark", "semi", "supervised")
@@ -79,8 +85,26 @@ class TestRun:
 
         # The best weights score what the log says.
         best = max(record["miou"] for record in records if "miou" in record)
-        assert main(["evaluate", str(tmp_path / "run")]) == 0
+        assert main(["evaluate", str(tmp_path / "run"), "--json", str(tmp_path / "scores.json")]) == 0
         assert f"{100 * best:.1f}" in capsys.readouterr().out
+        scores = json.loads((tmp_path / "scores.json").read_text())
+        assert scores["miou"] == best
+        assert sum(map(sum, scores["confusion"])) == 2 * 80 * 80
+        assert Image.open(tmp_path / "run" / "confusion.png").width > 100
+
+        # They carry what one must know to use them.
+        Image.new("RGB", (70, 50)).save(tmp_path / "photo.png")
+        assert (
+            main(["predict", str(tmp_path / "run"), str(tmp_path / "photo.png"), "--out", str(tmp_path / "out")]) == 0
+        )
+        assert Image.open(tmp_path / "out" / "labels" / "photo.png").size == (70, 50)
+
+    def test_pseudo_labels_count_from_their_epoch_on(self, tmp_path: Path) -> None:
+        train(tiny_config(pseudo_from_epoch=1), tmp_path)
+        for record in (record for record in read_metrics(tmp_path) if "loss" in record and record["step"] != 6):
+            mean = (record["loss_labeled"] + record["loss_unlabeled"]) / 2
+            expected = record["loss_labeled"] if record["step"] <= 4 else mean
+            assert record["loss"] == pytest.approx(expected, rel=1e-5)
 
     def test_learns(self, tmp_path: Path) -> None:
         config = tiny_config(method="supervised")
@@ -88,6 +112,60 @@ class TestRun:
         train(config, tmp_path)
         losses = [record["loss"] for record in read_metrics(tmp_path) if "loss" in record]
         assert losses[-1] < 0.8 * losses[0]
+
+    def test_checkpointing_reaches_the_backbone(self) -> None:
+        config = tiny_config()
+        assert not build_model(config, 3).backbone.checkpoint_blocks
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, checkpointing=True))
+        assert build_model(config, 3).backbone.checkpoint_blocks
+
+
+def test_compiled_blocks_train_and_validation_compiles_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    counter = CompileCounterWithBackend("eager")
+    monkeypatch.setattr(prepare, "compile_blocks", lambda model, _: compile_blocks(model, counter))
+    torch._dynamo.reset()
+    trainer = Trainer(dataclasses.replace(tiny_config(compile=True), run=RunConfig(device="cpu")), tmp_path)
+    trainer.run()
+    # Four stages in training, one more without stochastic depth in the first, four in the pseudo-label pass.
+    assert 8 <= counter.frame_count <= 9
+    expected = Trainer(dataclasses.replace(tiny_config(), run=RunConfig(device="cpu")), tmp_path / "plain")
+    expected.run()
+    for actual, x in zip(trainer.state.model.parameters(), expected.state.model.parameters(), strict=True):
+        torch.testing.assert_close(actual, x, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_on_a_gpu_resumes(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = dataclasses.replace(
+        tiny_config(method, ema=0.9, cuda_graph=True), run=RunConfig(device="cuda", save_every=3, log_every=1)
+    )
+    run_and_die(config, tmp_path, 7, monkeypatch)
+    trainer = Trainer(config, tmp_path)
+    assert 0 < trainer.step <= 7
+    assert isinstance(trainer.train_step, GraphedSteps)
+    assert 0 < trainer.run().mean_iou < 1
+    assert trainer.state.skipped == 0
+    assert (tmp_path / "predictions.png").exists()
+
+
+def test_supervised_loads_logs_and_counts_labeled_images_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = []
+
+    def recorded_step(state: TrainState, batch: SemiBatch, **options: bool) -> object:
+        sizes.append((len(batch.image), len(batch.unlabeled_image)))
+        return train_step(state, batch, **options)
+
+    # One second for each line of the log.
+    monkeypatch.setattr(trainer_module.time, "perf_counter", itertools.count().__next__)
+    monkeypatch.setattr(trainer_module, "train_step", recorded_step)
+    for method, unlabeled in (("supervised", 0), ("semi", 2)):
+        sizes.clear()
+        Trainer(tiny_config(method), tmp_path / method).run()
+        assert set(sizes) == {(2, unlabeled)}
+        first = read_metrics(tmp_path / method)[0]
+        assert ("loss_unlabeled" in first) == (method == "semi")
+        assert first["images_per_s"] == 3 * (2 + unlabeled)  # three steps in a line
 
 
 class Killed(Exception):  # noqa: N818 stands for kill -9
@@ -97,15 +175,17 @@ class Killed(Exception):  # noqa: N818 stands for kill -9
 def run_and_die(config: Config, folder: Path, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     steps = 0
 
-    def dying_step(*args: object, **kwargs: object) -> object:
+    take_step = Trainer._take_step
+
+    def dying_step(trainer: Trainer, batch: SemiBatch) -> None:
         nonlocal steps
         steps += 1
         if steps > step:
             raise Killed
-        return train_step(*args, **kwargs)
+        take_step(trainer, batch)
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer_module, "train_step", dying_step)
+        patch.setattr(Trainer, "_take_step", dying_step)
         with pytest.raises(Killed):
             Trainer(config, folder).run()
 
@@ -121,6 +201,14 @@ class TestResume:
         resumed = Trainer(config, tmp_path / "broken")
         assert resumed.step == 6
         resumed.run()
+        assert_same_run(tmp_path / "whole", tmp_path / "broken")
+
+    def test_saved_in_the_background(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        config = tiny_config("allspark", ema=0.9)
+        Trainer(config, tmp_path / "whole").run()
+        run = dataclasses.replace(config.run, save_in_background=True)
+        run_and_die(dataclasses.replace(config, run=run), tmp_path / "broken", 7, monkeypatch)
+        Trainer(dataclasses.replace(config, run=run), tmp_path / "broken").run()
         assert_same_run(tmp_path / "whole", tmp_path / "broken")
 
     @pytest.mark.slow
@@ -147,19 +235,42 @@ class TestResume:
         subprocess.run([*command, "--run.folder", broken], check=True, capture_output=True)
         assert_same_run(whole, broken)
 
-    def test_a_damaged_checkpoint_is_named_and_the_one_before_used(
-        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
-    ) -> None:
-        for step in (1, 2):
-            save_checkpoint(tmp_path, step, {"step": step}, keep=2)
-        newest = tmp_path / "step_00000002.pt"
-        newest.write_bytes(newest.read_bytes()[:100])
-        state = load_latest_checkpoint(tmp_path)
-        assert state == {"step": 1}
-        assert "step_00000002.pt cannot be read" in caplog.text
-        (tmp_path / "step_00000001.pt").write_bytes(b"")
-        with pytest.raises(ValueError, match="none of 2 checkpoints can be read"):
-            load_latest_checkpoint(tmp_path)
+    def test_after_signals_that_ask_to_stop(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """SIGTERM and SIGUSR1, to loading processes too: the step in hand is finished and saved."""
+        config = tiny_config()
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, workers=1))
+        Trainer(config, tmp_path / "whole").run()
+        signals = {3: signal.SIGTERM, 5: signal.SIGUSR1}
+
+        def signaled_step(state: TrainState, *args: object, **kwargs: object) -> object:
+            if (number := signals.pop(int(state.step) + 1, None)) is not None:
+                loading = multiprocessing.active_children()
+                assert loading
+                for process in (*(child.pid for child in loading), os.getpid()):
+                    os.kill(process, number)
+                time.sleep(0.2)
+                assert all(child.is_alive() for child in loading)
+            return train_step(state, *args, **kwargs)
+
+        monkeypatch.setattr(trainer_module, "train_step", signaled_step)
+        for step in (3, 5):
+            assert not train(config, tmp_path / "broken")
+            assert load_latest_checkpoint(tmp_path / "broken" / "checkpoints")["step"] == step
+        assert train(config, tmp_path / "broken")
+        assert_same_run(tmp_path / "whole", tmp_path / "broken")
+
+    def test_a_second_run_in_the_same_folder_is_refused(self, tmp_path: Path) -> None:
+        """As long as the first one lives: it ends here without any cleaning up."""
+        code = (
+            "import sys, time, pathlib; from allspark_fast.prepare import lock_folder;"
+            "file = lock_folder(pathlib.Path(sys.argv[1])); print('locked', flush=True); time.sleep(60)"
+        )
+        with subprocess.Popen([sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout.readline() == "locked\n"
+            with pytest.raises(ValueError, match=rf"process {process.pid} on \S+ is training there"):
+                Trainer(tiny_config(), tmp_path)
+            process.kill()
+        assert lock_folder(tmp_path) is not None
 
     def test_other_settings_are_refused_by_name(self, tmp_path: Path) -> None:
         train(dataclasses.replace(tiny_config(), train=dataclasses.replace(tiny_config().train, epochs=1)), tmp_path)
@@ -176,73 +287,32 @@ class TestResume:
         assert json.loads((tmp_path / "config.json").read_text())["train"]["lr"] == 0.005
 
 
-def batch() -> SemiBatch:
-    images = torch.randn(2, 2, 3, 64, 64)
-    valid = torch.ones(2, 64, 64, dtype=torch.bool)
-    valid[:, 40:] = False
-    return SemiBatch(images[0], torch.randint(3, (2, 64, 64)), images[1], valid, None)
+class TestSkippedSteps:
+    """Losses that are not finite."""
 
-
-class TestStep:
-    """One step of each method."""
-
-    @pytest.mark.parametrize("method", METHODS)
-    def test_updates_what_it_uses(self, method: str) -> None:
-        config = TrainConfig(method=method, lr=0.01)
-        model = build_segmentor("mit_tiny", 3, (64, 64), allspark=method == "allspark", embedding_dim=16)
-        before = {name: x.clone() for name, x in model.state_dict().items()}
-        losses = train_step(model, build_optimizer(model, config), batch(), config, lr=0.01, use_memory=True)
-        assert all(loss.isfinite() and not loss.requires_grad for loss in losses)
-        assert (losses.unlabeled == 0) == (method == "supervised")
-        changed = {name for name, x in model.state_dict().items() if not torch.equal(x, before[name])}
-        # Without the unlabeled branch's own keys, a decoder would not learn from pseudo labels.
-        unused = {"decoder.allspark.attn.queue_filled"}
-        assert set(before) - changed <= unused
-
-    @pytest.mark.parametrize("name", ["sgd", "adamw"])
-    def test_learning_rates_of_backbone_and_rest(self, name: str) -> None:
-        config = TrainConfig(optimizer=name, lr_multi=10.0)
-        model = build_segmentor("mit_tiny", 3, (64, 64), embedding_dim=16)
-        optimizer = build_optimizer(model, config)
-        train_step(model, optimizer, batch(), config, lr=0.003, use_memory=False)
-        assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.003, 0.03])
-        counted = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
-        assert counted == sum(p.numel() for p in model.parameters())
-
-    def test_pseudo_padding(self) -> None:
-        model = build_segmentor("mit_tiny", 3, (64, 64), embedding_dim=16)
-        data = batch()
-        official = pseudo_pass(model, data, TrainConfig(pseudo_padding=True))[1]
-        corrected = pseudo_pass(model, data, TrainConfig(pseudo_padding=False))[1]
-        assert (official < 3).all()
-        assert torch.equal(corrected, official.where(data.unlabeled_valid, 255))
-
-    def test_attend_of_the_pseudo_pass(self) -> None:
-        model = build_segmentor("mit_tiny", 3, (64, 64), embedding_dim=16)
-        data = batch()
-        alone = data._replace(unlabeled_image=data.unlabeled_image[:1])
-        for attend, same in (("image", True), ("batch", False)):
-            config = TrainConfig(attend=attend)
-            both, one = (pseudo_pass(model, x, config)[0] for x in (data, alone))
-            assert torch.allclose(both[:1], one, atol=1e-6) == same
-
-    def test_ohem_is_for_the_labeled_images(self) -> None:
-        model = build_segmentor("mit_tiny", 3, (64, 64), allspark=False, embedding_dim=16)
-        model.decoder.decoder.dropout.p = 0.0
-        for block in (x for stage in range(1, 5) for x in getattr(model.backbone, f"block{stage}")):
-            block.drop_path = 0.0
-        data = batch()
-        plain = compute_losses(model, data, TrainConfig(method="semi"), use_memory=False)
-        options = {"loss": "ohem", "ohem_threshold": 0.0, "ohem_min_kept": 100}
-        mined = compute_losses(model, data, TrainConfig(method="semi", **options), use_memory=False)
-        assert mined.labeled > plain.labeled
-        torch.testing.assert_close(mined.unlabeled, plain.unlabeled, rtol=0.05, atol=0)
-
-    def test_a_loss_that_is_not_finite_stops_the_run(self, tmp_path: Path) -> None:
-        trainer = Trainer(tiny_config(), tmp_path)
-        trainer.model.backbone.norm4.weight.data.fill_(float("nan"))
-        with pytest.raises(RuntimeError, match=r"the loss is nan by step 3: lower train\.lr"):
+    def test_too_many_stop_the_run(self, tmp_path: Path) -> None:
+        trainer = Trainer(tiny_config(max_skipped=2), tmp_path)
+        trainer.state.model.backbone.norm4.weight.data.fill_(float("nan"))
+        with pytest.raises(RuntimeError, match=r"3 steps .* by step 3, more than train\.max_skipped = 2: .* train\.lr"):
             trainer.run()
+        (record,) = read_metrics(tmp_path)
+        assert record["skipped_steps"] == 3
+        assert "loss" not in record
+
+    def test_a_few_are_counted(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        step = 0
+
+        def step_on_bad_image(state: TrainState, batch: SemiBatch, **options: bool) -> object:
+            nonlocal step
+            step += 1
+            image = batch.image * float("nan") if step in (2, 5) else batch.image
+            return train_step(state, batch._replace(image=image), **options)
+
+        monkeypatch.setattr(trainer_module, "train_step", step_on_bad_image)
+        Trainer(tiny_config(), tmp_path).run()
+        records = [record for record in read_metrics(tmp_path) if "loss" in record]
+        assert [record["skipped_steps"] for record in records] == [1, 2, 2, 2]
+        assert all(0 < record["loss"] < 10 for record in records)
 
 
 class TestCommandLine:
@@ -275,7 +345,7 @@ class TestCommandLine:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            (["train", "imagenet"], "there is no recipe 'imagenet'; recipes are scenes, camvid, pascal"),
+            (["train", "imagenet"], "there is no recipe 'imagenet'; recipes are scenes, camvid, folder, pascal"),
             (["train", "pascal", "--data.root", "nowhere"], "there is no folder nowhere"),
             (["evaluate", "nowhere"], "nowhere: no run folder"),
             (["check", "pascal", "--data.root", "."], "split file splits/pascal/1_8/labeled.txt: not found"),
@@ -301,13 +371,6 @@ class TestCommandLine:
         config = dataclasses.replace(tiny_config(), train=TrainConfig(batch_size=9))
         with pytest.raises(ValueError, match="8 unlabeled images do not fill a batch of 9"):
             Trainer(config, tmp_path)
-
-    @pytest.mark.parametrize(("arguments", "status"), [([], 2), (["--help"], 0), (["fly"], 2)])
-    def test_usage(self, arguments: list[str], status: int, capsys: pytest.CaptureFixture[str]) -> None:
-        assert main(arguments) == status
-        printed = capsys.readouterr().err
-        for command in ("train", "evaluate", "check", "splits"):
-            assert f"``{command} " in printed
 
 
 def make_folder(root: Path, images: int = 6) -> None:
@@ -371,6 +434,6 @@ def test_camvid_runs(data_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "few.txt").write_text("".join((data_dir / "camvid/splits/train.txt").open().readlines()[:4]))
     (tmp_path / "val.txt").write_text("".join((data_dir / "camvid/splits/val.txt").open().readlines()[:2]))
     arguments += ["--data.unlabeled", str(tmp_path / "few.txt"), "--data.val", str(tmp_path / "val.txt")]
-    arguments += ["--model.backbone", "mit_tiny", "--train.batch-size", "2", "--data.workers", "0"]
+    arguments += ["--train.batch-size", "2", "--data.workers", "0"]
     assert main(["train", *arguments]) == 0
     assert read_metrics(tmp_path)[-1]["miou"] > 0

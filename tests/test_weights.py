@@ -55,6 +55,13 @@ def test_round_trip_is_bit_equal(tmp_path: Path, suffix: str) -> None:
     assert target.decoder.allspark.attn.kv_queue.stride() == source.decoder.allspark.attn.kv_queue.stride()
 
 
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_others_may_read_what_is_saved(tmp_path: Path, suffix: str) -> None:
+    save_weights(tiny(), tmp_path / f"a{suffix}")
+    (tmp_path / "plain").write_text("")
+    assert (tmp_path / f"a{suffix}").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
 def test_saved_pth_has_official_names(tmp_path: Path) -> None:
     save_weights(tiny(), tmp_path / "a.pth")
     names = set(torch.load(tmp_path / "a.pth", weights_only=True)["model"])

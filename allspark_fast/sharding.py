@@ -1,0 +1,92 @@
+"""Sharded models (FSDP2): how to make one, and how their state becomes whole tensors and shards again."""
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils import _pytree as pytree
+
+from allspark_fast.distributed import mean_over_ranks, rank, world_size
+from allspark_fast.model import Segmentor
+from allspark_fast.model.mit import Block
+
+
+def shard(model: Segmentor, *, amp: bool) -> None:
+    """Split the parameters of a model over all ranks: each block of a MiT on its own, then the rest together.
+
+    Buffers stay whole. With ``amp`` on a GPU, blocks are gathered in bfloat16, which is what autocast makes of their
+    matrices anyway, and their gradients are added in float32; the rest stays float32, for the head's products.
+
+    Args:
+        model: sharded in place, on its device; the names of its state_dict stay.
+        amp: whether it will run under bfloat16 autocast.
+    """
+    # Nothing writes into the logits.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+    device = next(model.parameters()).device.type
+    mesh = init_device_mesh(device, (world_size(),))
+    policy = MixedPrecisionPolicy()
+    if amp and device == "cuda":
+        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+    for module in model.modules():
+        if isinstance(module, Block):
+            fully_shard(module, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh)
+
+
+def local(x: Tensor) -> Tensor:
+    """This rank's part of a tensor, which is all of it unless it is sharded."""
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
+def whole(x: Tensor) -> Tensor:
+    """All of a tensor; every rank has to ask for it if it is sharded."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def gather_state(state: dict[str, Any]) -> dict[str, Any]:
+    """Whole tensors in place of sharded ones, of which only rank 0 keeps any (on the CPU); all ranks have to ask."""
+
+    def gather(x: Any) -> Any:
+        if not isinstance(x, DTensor):
+            return x
+        full = x.full_tensor()
+        return full.cpu() if rank() == 0 else None
+
+    return pytree.tree_map(gather, state)
+
+
+def joined_like(x: Tensor, parameter: Tensor) -> Tensor:
+    """The sharded tensor of which every rank holds a part like its part of a parameter; others are left as they are."""
+    if not isinstance(parameter, DTensor) or x.shape != parameter.to_local().shape:
+        return x
+    # Sizes are given because the last rank's part may be smaller.
+    mesh, placements, shape, stride = parameter.device_mesh, parameter.placements, parameter.shape, parameter.stride()
+    return DTensor.from_local(x, mesh, placements, shape=shape, stride=stride)
+
+
+def shard_like(x: Tensor, parameter: Tensor) -> Tensor:
+    """This rank's part of a whole tensor that belongs to a parameter and has its shape; others are left as they are."""
+    if not isinstance(parameter, DTensor) or x.shape != parameter.shape:
+        return x
+    # Every rank holds the whole tensor, so nothing is sent.
+    return distribute_tensor(x.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None)
+
+
+@torch.no_grad()
+def average_gradients(gradients: Sequence[Tensor]) -> None:
+    """Average gradients over ranks, in place and in one all-reduce, but for those that FSDP has averaged.
+
+    A step that is compiled as one graph has all of its gradients at its end, so there is nothing to overlap with.
+    """
+    plain = [gradient for gradient in gradients if not isinstance(gradient, DTensor)]
+    if world_size() == 1 or not plain:
+        return
+    averaged = mean_over_ranks(torch.cat([gradient.flatten() for gradient in plain]))
+    parts = averaged.split([gradient.numel() for gradient in plain])
+    torch._foreach_copy_(plain, [part.view(x.shape) for part, x in zip(parts, plain, strict=True)])

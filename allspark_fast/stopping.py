@@ -1,0 +1,33 @@
+"""Signals that ask a run to save and stop."""
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+# SIGTERM comes from schedulers and torchrun, SIGUSR1 from `sbatch --signal`; Windows has only the former.
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+# The exit status of a run that was asked to stop and can go on: EX_TEMPFAIL of sysexits.h.
+STOPPED = 75
+
+
+@contextmanager
+def stop_signals() -> Iterator[Callable[[], bool]]:
+    """Note the signals instead of dying of them; yields a function that tells whether one has come."""
+    come = False
+
+    def note(*_: object) -> None:
+        nonlocal come
+        come = True
+
+    before = [signal.signal(number, note) for number in STOP_SIGNALS]
+    try:
+        yield lambda: come
+    finally:
+        for number, handler in zip(STOP_SIGNALS, before, strict=True):
+            signal.signal(number, handler)
+
+
+def ignore_stop_signals(*_: object) -> None:
+    """For loading processes: schedulers signal all processes, but only the run decides when it stops."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)

@@ -1,0 +1,142 @@
+"""Interprets the Triton kernels on random shapes with every access checked, in tensors with poisoned margins.
+
+python -m tests.faults.memory_safety --shapes 1000
+
+The checker (tests/kernels/triton_checks.py) raises on an access outside the arguments, a masked load without a default,
+and races between programs. Margins of NaN around the inputs and of a known value around the memory show what it cannot
+see: an access inside a tensor's storage, but beside its view.
+"""
+
+import argparse
+import os
+import random
+import sys
+from collections.abc import Callable
+
+if __name__ == "__main__":
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import torch
+from torch import Tensor
+
+from allspark_fast.kernels.channel_attention import channel_attention
+from tests.kernels.triton_checks import checked_memory, exact_bfloat16, uninitialized_memory_is_nan
+
+# isort: split
+from allspark_fast.kernels.channel_attention import kernel as attention_kernel
+from allspark_fast.kernels.semantic_memory import kernel as memory_kernel
+from allspark_fast.kernels.upsample_argmax import kernel as argmax_kernel
+from allspark_fast.kernels.upsample_cross_entropy import kernel as loss_kernel
+
+POISON = -77.0
+
+
+def inside_margins(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, poison: float = torch.nan) -> Tensor:
+    """Random numbers in a larger tensor: rows before and after, columns left and right hold ``poison``."""
+    larger = torch.full([n + 2 for n in shape], poison, dtype=dtype)
+    view = larger[tuple(slice(1, n + 1) for n in shape)]
+    view.copy_(torch.randn(shape))
+    return view
+
+
+def margins_are_untouched(view: Tensor) -> bool:
+    base = view._base.clone()
+    base.as_strided(view.shape, view.stride(), view.storage_offset()).fill_(POISON)
+    return bool((base == POISON).all())
+
+
+def attention(source: random.Random) -> None:
+    batch, heads, groups = source.randint(1, 3), source.randint(1, 2), source.randint(1, 3)
+    tokens, channels, columns = source.randint(1, 40), source.randint(1, 40), groups * source.randint(1, 60)
+    dtype = source.choice([torch.float32, torch.bfloat16])
+    keys = source.choice([1, batch])
+    query = inside_margins((batch, heads, tokens, channels), dtype).requires_grad_()
+    key, value = (inside_margins((keys, heads, tokens, columns), dtype).requires_grad_() for _ in range(2))
+    mask = torch.rand(groups) < 0.7
+    options = {"group_mask": mask, "dropout_p": source.choice([0.0, 0.3]), "seed": torch.tensor(source.randint(0, 99))}
+    output = channel_attention(query, key, value, backend="triton", **options)
+    grads = torch.autograd.grad(output, (query, key, value), torch.ones_like(output))
+    assert all(x.isfinite().all() for x in (output, *grads))
+
+
+def grouping(source: random.Random) -> None:
+    batch, classes, tokens = source.randint(1, 3), source.randint(1, 40), source.randint(1, 40)
+    features = inside_margins((batch, tokens, source.randint(1, 70)))
+    channel_class = memory_kernel.channel_semantic_grouping(features, inside_margins((batch, classes, tokens)))
+    assert ((channel_class >= 0) & (channel_class < classes)).all()
+
+
+def enqueue(source: random.Random) -> None:
+    batch, classes, slots = source.randint(1, 3), source.randint(1, 5), source.randint(1, 70)
+    tokens, channels = source.randint(1, 20), source.randint(1, 70)
+    queue = inside_margins((classes, slots, tokens), poison=POISON)
+    features = inside_margins((batch, tokens, channels))
+    channel_class = torch.randint(-2, classes + 2, (batch, channels))
+    memory_kernel.semantic_memory_enqueue(queue, torch.randint(slots, (classes,)), features, channel_class)
+    assert queue.isfinite().all()
+    assert margins_are_untouched(queue)
+
+
+def loss(source: random.Random) -> None:
+    batch, classes = source.randint(1, 2), source.randint(1, 20)
+    logits = inside_margins(
+        (batch, classes, source.randint(1, 5), source.randint(1, 40)), source.choice([torch.float32, torch.bfloat16])
+    )
+    target = torch.randint(classes, (batch, source.randint(1, 9), source.randint(1, 80)))
+    target[torch.rand(target.shape) < 0.2] = 255
+    pixel_loss, lse = loss_kernel.forward(logits, target, 255)
+    grad = loss_kernel.backward(inside_margins(tuple(target.shape)), logits, target, lse, 255)
+    assert all(x.isfinite().all() for x in (pixel_loss, lse, grad))
+
+
+def argmax(source: random.Random) -> None:
+    batch, classes = source.randint(1, 2), source.randint(1, 20)
+    logits = inside_margins(
+        (batch, classes, source.randint(1, 5), source.randint(1, 40)), source.choice([torch.float32, torch.bfloat16])
+    )
+    labels, confidence = argmax_kernel.upsample_argmax(logits, (source.randint(1, 9), source.randint(1, 80)))
+    assert ((labels >= 0) & (labels < classes)).all()
+    assert confidence.isfinite().all()
+
+
+OPS: dict[str, Callable[[random.Random], None]] = {
+    "attention": attention,
+    "grouping": grouping,
+    "enqueue": enqueue,
+    "loss": loss,
+    "argmax": argmax,
+}
+
+
+def check(op: str, shapes: int, seed: int = 0) -> None:
+    """Runs an operator on ``shapes`` random shapes.
+
+    Raises:
+        AssertionError: a kernel touched what it must not; the message names the number of the shape.
+    """
+    # Small chunks, so that small inputs need several.
+    attention_kernel.WORKSPACE_BYTES, attention_kernel.MIN_COLUMNS = 0, 128
+    for number in range(shapes):
+        torch.manual_seed(seed + number)
+        try:
+            with exact_bfloat16(), uninitialized_memory_is_nan(), checked_memory():
+                OPS[op](random.Random(seed + number))
+        except Exception as error:  # the interpreter wraps what the checker raises
+            raise AssertionError(f"{op}, shape {seed + number}: {error!r}") from error
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", type=int, default=1000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--op", choices=OPS, action="append")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    for op in options.op or OPS:
+        check(op, options.shapes, options.seed)
+        print(f"{op}: {options.shapes} shapes, nothing out of bounds, no race, margins untouched", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

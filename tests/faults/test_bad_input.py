@@ -1,0 +1,285 @@
+"""Bad input of what is public: the documented error or the right result. Operators have theirs in tests/kernels."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torch import Tensor
+
+from allspark_fast.__main__ import main
+from allspark_fast.data.datasets import Entry
+from allspark_fast.data.info import DATASETS
+from allspark_fast.data.splits import make_split, parse_amount
+from allspark_fast.data.transforms import CropTransform
+from allspark_fast.evaluate import predict_labels
+from allspark_fast.metrics import ConfusionMatrix
+from allspark_fast.model import AllSpark, Segmentor, build_segmentor
+from allspark_fast.report import draw_curves, draw_predictions, score_table
+from allspark_fast.weights import load_weights, save_weights
+
+SIZES = st.integers(0, 5)
+
+
+def tiny(**options: object) -> Segmentor:
+    return build_segmentor("mit_tiny", 3, (64, 64), **{"embedding_dim": 8, **options})
+
+
+def layouts(x: Tensor) -> list[Tensor]:
+    """The same numbers, contiguous, with padded rows and transposed in memory."""
+    padded = torch.nn.functional.pad(x, (1, 2))[..., 1:-2]
+    return [x, padded, x.transpose(-1, -2).contiguous().transpose(-1, -2)]
+
+
+class TestModel:
+    """AllSpark, build_segmentor, prediction."""
+
+    @settings(max_examples=60, deadline=None)
+    @given(
+        shape=st.lists(SIZES, min_size=3, max_size=5),
+        logits=st.one_of(st.none(), st.lists(SIZES, min_size=3, max_size=5)),
+        training=st.booleans(),
+        dtype=st.sampled_from([torch.float32, torch.int64]),
+    )
+    def test_bottleneck_on_any_shape(
+        self, shape: list[int], logits: list[int] | None, training: bool, dtype: torch.dtype
+    ) -> None:
+        bottleneck = AllSpark(4, 3, 4).train(training)
+        feature_map = torch.ones(shape, dtype=dtype)
+        class_logits = None if logits is None else torch.ones(logits)
+        try:
+            result = bottleneck(feature_map, class_logits)
+        except (TypeError, ValueError):
+            return
+        assert (feature_map.ndim, shape[1], dtype, training) == (4, 4, torch.float32, logits is not None)
+        assert result.shape == feature_map.shape
+        if training:
+            assert (logits[0] * 2, logits[1], shape[2] * shape[3]) == (shape[0], 3, 4)
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"feature_map": torch.ones(2, 5, 2, 2)}, "feature_map has 5 channels, expected 4"),
+            ({"feature_map": torch.ones(4, 2, 2)}, r"feature_map must have shape \(B, C, h, w\)"),
+            ({"class_logits": torch.ones(1, 3, 4)}, "class_logits must have shape"),
+            ({"class_logits": torch.ones(1, 3, 0, 4)}, "class_logits has h' = 0"),
+            ({"class_logits": torch.ones(1, 3, 4, 4, device="meta")}, "class_logits is on meta, expected cpu"),
+            ({"attend": "pixel"}, "attend must be one of batch, image, got 'pixel'"),
+        ],
+    )
+    def test_bottleneck_names_what_is_wrong(self, change: dict, message: str) -> None:
+        arguments = {"feature_map": torch.ones(2, 4, 2, 2), "class_logits": torch.ones(1, 3, 4, 4), **change}
+        with pytest.raises(ValueError, match=message):
+            AllSpark(4, 3, 4)(**arguments)
+
+    @pytest.mark.parametrize(
+        "options", [{"channels": 0}, {"num_classes": 0}, {"tokens": -1}, {"num_heads": 0}, {"dropout": 1.0}]
+    )
+    def test_bottleneck_of_nothing(self, options: dict) -> None:
+        name = next(iter(options))
+        with pytest.raises(ValueError, match=f"{name} must be"):
+            AllSpark(**{"channels": 4, "num_classes": 3, "tokens": 4, **options})
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (("mit_b9", 3, (64, 64)), "backbone must be one of mit_tiny"),
+            (("mit_tiny", 0, (64, 64)), "num_classes must be at least 1"),
+            (("mit_tiny", 3, (64, 28)), r"crop_size is \(64, 28\), expected at least 29"),
+        ],
+    )
+    def test_models_that_cannot_be(self, arguments: tuple, message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            build_segmentor(*arguments, embedding_dim=8, allspark=False)
+
+    @pytest.mark.parametrize(
+        ("images", "error"),
+        [
+            (torch.ones(1, 3, 28, 40), ValueError),
+            (torch.ones(1, 4, 64, 64), ValueError),
+            (torch.ones(1, 1, 3, 64, 64), ValueError),
+            (torch.ones(1, 3, 64, 64, dtype=torch.uint8), TypeError),
+        ],
+        ids=["small", "channels", "axes", "bytes"],
+    )
+    def test_images_that_no_model_takes(self, images: Tensor, error: type[Exception]) -> None:
+        with pytest.raises(error, match="images"):
+            tiny().eval()(images)
+
+    @pytest.mark.parametrize("options", [{"mode": "slide"}, {"mode": "sliding", "crop": 1}])
+    def test_predictions_that_cannot_be(self, options: dict) -> None:
+        with pytest.raises(ValueError, match=list(options)[-1]):
+            predict_labels(tiny().eval(), torch.ones(1, 3, 64, 64), **options)
+
+    def test_strides_and_empty_batches(self) -> None:
+        model, images = tiny().eval(), torch.randn(2, 3, 40, 33)
+        expected = model(images)
+        for x in layouts(images):
+            torch.testing.assert_close(model(x), expected)
+        grey = images[:, :1].expand(-1, 3, -1, -1)
+        torch.testing.assert_close(model(grey), model(grey.contiguous()))
+        assert model(images[:0]).shape == (0, 3, 10, 9)
+
+
+class TestWeights:
+    """Files that are whole, but wrong."""
+
+    @pytest.mark.parametrize("pointer", [-1, 64])
+    def test_pointers_beside_the_memory_are_refused(self, tmp_path: Path, pointer: int) -> None:
+        source, target = tiny(), tiny()
+        slots = source.decoder.allspark.attn.kv_queue.shape[1]
+        source.decoder.allspark.attn.queue_ptr[1] = pointer if pointer < 0 else slots
+        save_weights(source, tmp_path / "a.safetensors")
+        before = target.backbone.norm1.weight.clone()
+        with pytest.raises(ValueError, match=rf"queue_ptr is .*expected slots in \[0, {slots}\)"):
+            load_weights(target, tmp_path / "a.safetensors")
+        assert torch.equal(target.backbone.norm1.weight, before)
+
+    def test_a_folder_is_no_file_of_weights(self, tmp_path: Path) -> None:
+        with pytest.raises(FileNotFoundError):
+            load_weights(tiny(), tmp_path)
+
+
+class TestMetrics:
+    """The confusion matrix."""
+
+    @settings(max_examples=50, deadline=None)
+    @given(
+        st.integers(1, 4),
+        st.lists(st.tuples(st.integers(-2, 5), st.sampled_from([-1, 0, 1, 2, 3, 4, 255])), max_size=8),
+    )
+    def test_any_classes(self, classes: int, pixels: list[tuple[int, int]]) -> None:
+        prediction, target = (torch.tensor([pair[i] for pair in pixels], dtype=torch.int64) for i in (0, 1))
+        counted = [(p, t) for p, t in pixels if t != 255]
+        confusion = ConfusionMatrix(classes)
+        if any(not (0 <= p < classes and 0 <= t < classes) for p, t in counted):
+            with pytest.raises(RuntimeError, match=rf"a class outside \[0, {classes}\)"):
+                confusion.update(prediction, target)
+            return
+        confusion.update(prediction, target)
+        assert confusion.matrix.tolist() == [[counted.count((p, t)) for p in range(classes)] for t in range(classes)]
+
+    def test_other_mistakes(self) -> None:
+        confusion, labels = ConfusionMatrix(2), torch.zeros(4, 4, dtype=torch.int64)
+        with pytest.raises(ValueError, match="expected one shape"):
+            confusion.update(labels, labels[None])
+        with pytest.raises(TypeError, match="expected integer classes"):
+            confusion.update(labels.float(), labels)
+        with pytest.raises(ValueError, match="num_classes must be at least 1"):
+            ConfusionMatrix(0)
+        confusion.update(labels[:0], labels[:0])
+        assert confusion.matrix.sum() == 0
+
+
+class TestTransforms:
+    """Crops of odd images."""
+
+    @pytest.mark.parametrize("size", [(1, 1), (1, 500), (500, 1), (33, 31)])
+    def test_thin_images(self, size: tuple[int, int]) -> None:
+        crop = CropTransform(32, photometric=True)
+        sample = crop(Image.new("RGB", size), Image.new("L", size, 1), torch.Generator())
+        assert sample.image.shape == (3, 32, 32)
+        assert sample.image.isfinite().all()
+        assert torch.equal(sample.label == 1, sample.valid)
+
+    @pytest.mark.parametrize(
+        ("image", "label"),
+        [("L", None), ("RGBA", None), ("RGB", ("L", (9, 9))), ("RGB", ("RGB", (40, 30)))],
+    )
+    def test_wrong_modes_and_sizes(self, image: str, label: tuple[str, tuple[int, int]] | None) -> None:
+        with pytest.raises(ValueError, match=r"has mode|the label is"):
+            CropTransform(32, photometric=False)(
+                Image.new(image, (40, 30)), label and Image.new(*label), torch.Generator()
+            )
+
+    @pytest.mark.parametrize("options", [{"crop_size": 0}, {"scale_range": (2, 0.5)}, {"scale_range": (-1, 1)}])
+    def test_wrong_ranges(self, options: dict) -> None:
+        with pytest.raises(ValueError, match=next(iter(options))):
+            CropTransform(**{"crop_size": 32, "photometric": False, **options})
+
+
+class TestSplits:
+    """Amounts as people write them."""
+
+    @settings(max_examples=300, deadline=None)
+    @given(st.text(alphabet="0123456789./-+e nainf½", max_size=8), st.integers(1, 1000))
+    def test_any_amount(self, text: str, total: int) -> None:
+        try:
+            assert 1 <= parse_amount(text, total) <= total
+        except ValueError as error:
+            assert repr(text) in str(error)  # noqa: PT017 both outcomes are right
+
+    @settings(max_examples=50, deadline=None)
+    @given(st.lists(st.booleans(), min_size=0, max_size=8), st.integers(-1, 9))
+    def test_any_count(self, has_label: list[bool], count: int) -> None:
+        entries = [Entry(f"{i}.png", f"{i}.png" if has else None) for i, has in enumerate(has_label)]
+        try:
+            split = make_split(entries, count, 0, lambda _: {0})
+        except ValueError:
+            assert not 1 <= count <= sum(has_label)
+            return
+        assert len(split.labeled) == count
+        assert all(entry.label for entry in split.labeled)
+        assert sorted(split.labeled + split.unlabeled, key=entries.index) == entries
+
+
+class TestPictures:
+    """What draws must not stop a run."""
+
+    @pytest.mark.parametrize(
+        "records", [[], [{"step": 1}], [{"step": 1, "loss_labeled": float("nan"), "miou": float("inf")}]]
+    )
+    def test_curves_of_little(self, tmp_path: Path, records: Sequence[dict]) -> None:
+        draw_curves(tmp_path, records, DATASETS["camvid"])
+        assert Image.open(tmp_path / "curves.png").size[0] > 100
+
+    def test_a_prediction_of_numbers_that_are_not_finite(self, tmp_path: Path) -> None:
+        images = torch.full((1, 3, 8, 8), torch.nan)
+        labels = {"truth": torch.full((1, 8, 8), 255)}
+        draw_predictions(tmp_path / "p.png", images, labels, DATASETS["camvid"], (0, 0, 0), (1, 1, 1))
+        assert Image.open(tmp_path / "p.png").size[0] > 100
+
+    def test_scores_of_nothing(self) -> None:
+        info = DATASETS["camvid"]
+        table = score_table(ConfusionMatrix(len(info.classes)).compute(), info)
+        assert table.count("(in no label)") == len(info.classes)
+
+
+class TestCommands:
+    """Numbers that no run can have are refused before anything is made."""
+
+    @pytest.mark.parametrize(
+        ("option", "values"),
+        [
+            ("data.crop", "31"), ("data.workers", "-1"), ("data.scale", "2 0.5"), ("data.scenes", "3 8 0"),
+            ("data.std", "0 1 1"), ("model.num-heads", "0"), ("model.embedding-dim", "0"), ("train.epochs", "0"),
+            ("train.batch-size", "0"), ("train.lr", "nan"), ("train.ema", "1.0"), ("train.ohem-threshold", "2"),
+            ("eval.every", "0"), ("run.log-every", "0"), ("run.save-every", "0"), ("run.keep", "0"),
+        ],
+    )  # fmt: skip
+    def test_settings(self, tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str, values: str) -> None:
+        with pytest.raises(SystemExit):
+            main(["train", f"--{option}", *values.split(), "--run.folder", str(tmp_path / "run")])
+        assert option.replace("-", "_") in capsys.readouterr().err.replace("\n", "")
+        assert not (tmp_path / "run").exists()
+
+    @pytest.mark.parametrize(
+        "write",
+        [
+            lambda path: path.write_bytes(b""),
+            lambda path: path.write_text("{"),
+            lambda path: path.write_bytes(b"\xff\xfe"),
+            lambda path: path.write_text('{"data": 1}'),
+            lambda path: path.write_text("[]"),
+        ],
+        ids=["empty", "cut", "binary", "fields", "list"],
+    )
+    def test_damaged_settings_of_a_run(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str], write: Callable[[Path], object]
+    ) -> None:
+        write(tmp_path / "config.json")
+        assert main(["evaluate", str(tmp_path)]) == 1
+        assert "config.json holds no settings of a run" in capsys.readouterr().err

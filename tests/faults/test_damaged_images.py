@@ -1,0 +1,87 @@
+"""Images as they come from cameras, editors and broken downloads: read rightly or refused by name."""
+
+import io
+import random
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import ExifTags, Image
+
+from allspark_fast.data.errors import DataError
+from allspark_fast.data.images import read_image, read_label
+
+TRIALS = 20
+_PIXELS = np.random.default_rng(0).integers(0, 256, (20, 24, 3), np.uint8)
+_EXIF = Image.Exif()
+_EXIF[ExifTags.Base.Orientation] = 6
+# Modes that a format can hold.
+KINDS = [
+    *((mode, "PNG") for mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")),
+    *((mode, "JPEG") for mode in ("L", "RGB", "CMYK", "YCbCr")),
+    *((mode, "TIFF") for mode in ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "LAB", "I", "I;16", "F")),
+    *(("RGB", kind) for kind in ("BMP", "WEBP", "PPM")),
+    ("P", "GIF"),
+]
+
+
+def encoded(mode: str, kind: str) -> bytes:
+    if mode == "I;16":
+        image = Image.fromarray(_PIXELS[..., 0].astype(np.uint16) * 257)
+    else:
+        image = Image.fromarray(_PIXELS).convert(mode)
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **({"exif": _EXIF} if kind in ("PNG", "JPEG", "WEBP") else {}))
+    return buffer.getvalue()
+
+
+def harm(content: bytes, kind: str, source: random.Random) -> bytes:
+    harmed, place = bytearray(content), source.randrange(len(content))
+    if kind == "cut":
+        return content[:place]
+    if kind == "flip":
+        harmed[place] ^= 1 << source.randrange(8)
+    else:
+        harmed[place : place + source.randrange(20)] = source.randbytes(source.randrange(20))
+    return bytes(harmed)
+
+
+@pytest.mark.parametrize(("mode", "kind"), KINDS)
+def test_a_damaged_file_is_an_image_or_a_named_error(tmp_path: Path, mode: str, kind: str) -> None:
+    path, whole, source = tmp_path / "a.img", encoded(mode, kind), random.Random(0)
+    for trial in range(TRIALS):
+        path.write_bytes(harm(whole, ("cut", "flip", "splice")[trial % 3], source))
+        for read, result in ((read_image, "RGB"), (read_label, "L")):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                try:
+                    assert read(path).mode == result
+                except DataError as error:
+                    assert str(path) in str(error)  # noqa: PT017 both outcomes are right
+
+
+@pytest.mark.parametrize(("mode", "kind"), [x for x in KINDS if x[0] not in ("F", "I")])
+def test_whole_files_of_every_mode_are_upright_colours(tmp_path: Path, mode: str, kind: str) -> None:
+    (tmp_path / "a.img").write_bytes(encoded(mode, kind))
+    image = read_image(tmp_path / "a.img")
+    assert image.mode == "RGB"
+    assert image.size == ((20, 24) if kind in ("PNG", "JPEG", "WEBP") else (24, 20))
+    if (mode, kind) in (("RGB", "PNG"), ("RGBA", "PNG")):
+        np.testing.assert_array_equal(np.rot90(np.asarray(image)), _PIXELS)
+
+
+@pytest.mark.parametrize("read", [read_image, read_label])
+def test_a_decompression_bomb_is_refused_without_decoding(tmp_path: Path, read: object) -> None:
+    path = tmp_path / "bomb.png"
+    Image.new("1", (20_000, 20_000)).save(path)
+    assert path.stat().st_size < 100_000
+    with pytest.raises(DataError, match=r"bomb\.png: .*decompression bomb.*cut it into tiles"):
+        read(path)
+
+
+def test_an_image_of_one_pixel(tmp_path: Path) -> None:
+    Image.new("RGB", (1, 1), (1, 2, 3)).save(tmp_path / "a.png")
+    Image.new("L", (1, 1), 5).save(tmp_path / "b.png")
+    assert read_image(tmp_path / "a.png").getpixel((0, 0)) == (1, 2, 3)
+    assert read_label(tmp_path / "b.png").getpixel((0, 0)) == 5

@@ -1,0 +1,266 @@
+"""Steps, collectives and evaluation on several gloo ranks, against one process that sees the same images."""
+
+import copy
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+
+from allspark_fast import prepare
+from allspark_fast.config import TrainConfig
+from allspark_fast.data.loader import SemiBatch
+from allspark_fast.distributed import any_rank, mean_over_ranks, on_rank0, rank, world_size
+from allspark_fast.evaluate import evaluate
+from allspark_fast.model import build_segmentor
+from allspark_fast.model.mit import compile_blocks
+from allspark_fast.prepare import build_state, describe_batch
+from allspark_fast.sharding import gather_state
+from allspark_fast.step import TrainState, compute_losses, train_step
+from bench.step_variants import without_dropout
+from tests.test_evaluate import Threshold, sample
+
+STEPS = 3
+MEMORY = "model.decoder.allspark.attn."
+
+
+def make_state(memory_sync: str = "all", **options: Any) -> TrainState:
+    """A tiny model without dropout, whose pseudo labels and memory treat each image alone."""
+    torch.manual_seed(0)
+    model = build_segmentor("mit_tiny", 3, (64, 64), embedding_dim=16, memory_init="empty", memory_sync=memory_sync)
+    config = TrainConfig(lr=0.01, attend="image", pseudo_padding=False, ema=0.9, **options)
+    return build_state(without_dropout(model), config, total_steps=10)
+
+
+def make_batch(step: int, size: int, part: slice = slice(None)) -> SemiBatch:
+    """Images of one step, of which very different numbers of pixels count."""
+    generator = torch.Generator().manual_seed(step)
+    images = torch.randn(2, size, 3, 64, 64, generator=generator)
+    label = torch.randint(3, (size, 64, 64), generator=generator)
+    valid = torch.ones(size, 64, 64, dtype=torch.bool)
+    for i in range(size):
+        label[i, 10 + 40 * i // size :] = 255
+        valid[i, :, 60 - 50 * i // size :] = False
+    return SemiBatch(*(x[part] for x in (images[0], label, images[1], valid)), None)
+
+
+def own_part(size: int) -> slice:
+    share = size // world_size()
+    return slice(rank() * share, (rank() + 1) * share)
+
+
+def flatten(state: TrainState) -> dict[str, Tensor]:
+    """Copies of whole tensors of weights, buffers, average and optimizer, by name; of rank 0."""
+    gathered = copy.deepcopy(gather_state(state.state_dict()))
+    tensors = {f"{group}.{name}": x for group in ("model", "ema") for name, x in gathered[group].items()}
+    for index, values in gathered["optimizer"]["state"].items():
+        tensors |= {f"optimizer.{index}.{key}": x for key, x in values.items()}
+    return tensors | {"window": gathered["window"]}
+
+
+def train_steps(size: int, state: TrainState) -> dict[str, Tensor]:
+    """What some steps on this rank's part of the same images leave, and their losses."""
+    losses = [train_step(state, make_batch(step, size, own_part(size)), use_memory=True) for step in range(STEPS)]
+    return {**flatten(state), "losses": torch.stack([torch.stack(x) for x in losses])}
+
+
+def run_on_ranks(work: Callable[[], Any], ranks: int, folder: Path) -> list[Any]:
+    """Call a picklable function on every rank and return what each call returned."""
+    mp.spawn(_run_on_rank, (work, ranks, folder), nprocs=ranks)
+    return [torch.load(folder / f"{index}.pt", weights_only=False) for index in range(ranks)]
+
+
+def _run_on_rank(index: int, work: Callable[[], Any], ranks: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=index, world_size=ranks)
+    torch.save(work(), folder / f"{index}.pt")
+    dist.destroy_process_group()
+
+
+def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert actual.keys() == expected.keys()
+    for name, x in expected.items():
+        torch.testing.assert_close(actual[name], x, rtol=1e-5, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def on_two_ranks() -> dict[str, Any]:
+    """All that is looked at on two ranks, in one go, since processes are slow to start."""
+    results: dict[str, Any] = {}
+    for sharding in ("fsdp", "replicate"):
+        results[sharding] = train_steps(2, state := make_state(sharding=sharding))
+        results[f"{sharding} memory"] = {
+            name: x for name, x in state.model.state_dict().items() if f"model.{name}".startswith(MEMORY)
+        }
+        results[f"{sharding} evaluated"] = dict(state.evaluated_model().state_dict())
+    results["mean per rank"] = train_steps(2, make_state(sharding="replicate", loss_mean="rank"))["losses"]
+    results["accumulated"] = train_steps(4, make_state(sharding="fsdp", accumulate=2))["losses"]
+    results["rank0"] = train_steps(2, state := make_state("rank0", sharding="fsdp"))
+    results["skipped"] = skip_a_step()
+    results["resumed"] = resume_as_shards()
+    samples = [sample(30, 40 + i) for i in range(3)] if torch.manual_seed(1) else []
+    results["confusion"] = evaluate(Threshold(), samples[rank() :: 2], 3).confusion
+    results["mean"] = gradient_of_mean()
+    results["any"] = [any_rank(False), any_rank(rank() == 1)]
+    results["error"] = fail_on_rank0()
+    return results
+
+
+def skip_a_step() -> bool:
+    """Whether all is as it was after a step in which one rank's images were not finite."""
+    state = make_state(sharding="fsdp")
+    before = {name: x.clone() for name, x in state.model.named_parameters()}
+    batch = make_batch(0, 2, own_part(2))
+    train_step(state, batch._replace(image=batch.image.fill_(float("nan"))) if rank() == 1 else batch, use_memory=True)
+    unchanged = all(torch.equal(x.to_local(), before[name].to_local()) for name, x in state.model.named_parameters())
+    return unchanged and state.skipped == 1
+
+
+def resume_as_shards() -> bool:
+    """Whether a sharded state takes over the whole state of another, which has taken steps."""
+    before = make_state(sharding="fsdp", optimizer="adamw")
+    train_step(before, make_batch(0, 2, own_part(2)), use_memory=True)
+    box = [copy.deepcopy(gather_state(before.state_dict()))]
+    dist.broadcast_object_list(box)
+    after = make_state(sharding="fsdp", optimizer="adamw")
+    after.load_state_dict(box[0])
+    for state in (before, after):
+        train_step(state, make_batch(1, 2, own_part(2)), use_memory=True)
+    a, b = flatten(before), flatten(after)
+    return rank() > 0 or (a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a))
+
+
+def gradient_of_mean() -> tuple[float, float]:
+    x = torch.tensor(float(rank() + 1), requires_grad=True)
+    y = mean_over_ranks(x)
+    (y * (rank() + 2)).backward()
+    return y.item(), x.grad.item()
+
+
+def fail_on_rank0() -> str:
+    def fail() -> None:
+        raise OSError("no room")
+
+    try:
+        on_rank0(fail)
+    except (OSError, RuntimeError) as error:
+        return str(error)
+    return "no error"
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return run_on_ranks(on_two_ranks, 2, tmp_path_factory.mktemp("ranks"))
+
+
+@pytest.mark.slow
+class TestTwoRanks:
+    """Two ranks with an image each, and one process with both."""
+
+    @pytest.mark.parametrize("sharding", ["fsdp", "replicate"])
+    def test_steps_equal_those_of_one_process(self, results: list[dict[str, Any]], sharding: str) -> None:
+        state = make_state()
+        expected = train_steps(2, state)
+        assert_close(results[0][sharding], expected)
+        assert torch.equal(results[0][sharding]["losses"], results[1][sharding]["losses"])
+        for result in results:
+            assert_close(result[f"{sharding} evaluated"], dict(state.evaluated_model().state_dict()))
+
+    @pytest.mark.parametrize("sharding", ["fsdp", "replicate"])
+    def test_the_memory_is_the_same_bits_everywhere(self, results: list[dict[str, Any]], sharding: str) -> None:
+        memories = [result[f"{sharding} memory"] for result in results]
+        assert {name.rpartition(".")[2] for name in memories[0]} >= {"kv_queue", "queue_ptr", "queue_filled"}
+        for name, x in memories[0].items():
+            if "queue" in name:
+                assert torch.equal(x, memories[1][name]), name
+        alone = make_state()
+        train_steps(2, alone)
+        assert torch.equal(memories[0]["decoder.allspark.attn.queue_ptr"], alone.model.decoder.allspark.attn.queue_ptr)
+
+    def test_the_memory_of_rank_0_survives(self, results: list[dict[str, Any]]) -> None:
+        """Every rank starts a step from rank 0's memory, which holds rank 0's channels alone."""
+        memory = results[0]["rank0"][f"{MEMORY}kv_queue"]
+        enqueued = results[0]["rank0"][f"{MEMORY}queue_ptr"].sum() % memory.shape[1]
+        assert enqueued == STEPS * 128 % memory.shape[1]
+        assert not torch.equal(memory, results[0]["fsdp"][f"{MEMORY}kv_queue"])
+
+    def test_means_over_pixels_of_each_rank(self, results: list[dict[str, Any]]) -> None:
+        """The public code's: pixels count more on the rank that has fewer."""
+        assert (results[0]["mean per rank"][0] - results[0]["replicate"]["losses"][0]).abs().max() > 1e-4
+
+    def test_micro_batches(self, results: list[dict[str, Any]]) -> None:
+        assert results[0]["accumulated"].isfinite().all()
+        assert torch.equal(results[0]["accumulated"], results[1]["accumulated"])
+
+    def test_all_skip_a_step_that_is_not_finite_on_one(self, results: list[dict[str, Any]]) -> None:
+        assert all(result["skipped"] for result in results)
+
+    def test_a_state_of_whole_tensors_becomes_shards_again(self, results: list[dict[str, Any]]) -> None:
+        assert all(result["resumed"] for result in results)
+
+    def test_evaluation_counts_each_of_three_images_once(self, results: list[dict[str, Any]]) -> None:
+        torch.manual_seed(1)
+        expected = evaluate(Threshold(), [sample(30, 40 + i) for i in range(3)], 3).confusion
+        assert expected.sum() == 30 * (40 + 41 + 42)
+        for result in results:
+            assert torch.equal(result["confusion"], expected)
+
+    def test_collectives(self, results: list[dict[str, Any]]) -> None:
+        # The mean of 1 and 2; the gradient of the mean of 2y and 3y.
+        assert [result["mean"] for result in results] == [(1.5, 2.5)] * 2
+        assert [result["any"] for result in results] == [[False, True]] * 2
+        assert [result["error"] for result in results] == ["no room", "rank 0 has failed, its message tells why"]
+
+
+@pytest.mark.slow
+def test_four_ranks_equal_one_process(tmp_path: Path) -> None:
+    work = functools.partial(_four, "fsdp")
+    assert_close(run_on_ranks(work, 4, tmp_path)[0], train_steps(4, make_state()))
+
+
+def _four(sharding: str) -> dict[str, Tensor]:
+    return train_steps(4, make_state(sharding=sharding))
+
+
+def _one_graph() -> list[Tensor]:
+    losses = []
+    for memory_sync in ("all", "rank0"):
+        state, batch = make_state(memory_sync, sharding="replicate"), make_batch(0, 2, own_part(2))
+        model = copy.deepcopy(state.model)
+        compiled = torch.compile(compute_losses, fullgraph=True, backend="aot_eager")
+        for compute, x in ((compute_losses, model), (compiled, state.model)):
+            losses.append(torch.stack(compute(x, batch, state.config, use_memory=True)).detach())
+    return losses
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_replicated_step_is_one_graph_with_its_collectives(tmp_path: Path) -> None:
+    """A graph break would be an error."""
+    for losses in run_on_ranks(_one_graph, 2, tmp_path):
+        torch.testing.assert_close(losses[1::2], losses[::2])
+
+
+def _compiled_blocks(sharding: str) -> dict[str, Tensor]:
+    with patch.object(prepare, "compile_blocks", lambda model, _: compile_blocks(model, "aot_eager")):
+        return train_steps(2, make_state(sharding=sharding, compile=True))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("sharding", ["fsdp", "replicate"])
+def test_compiled_blocks_on_two_ranks_equal_one_process(sharding: str, tmp_path: Path) -> None:
+    work = functools.partial(_compiled_blocks, sharding)
+    assert_close(run_on_ranks(work, 2, tmp_path)[0], train_steps(2, make_state()))
+
+
+def test_a_batch_that_ranks_cannot_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("allspark_fast.prepare.world_size", lambda: 3)
+    with pytest.raises(ValueError, match=r"train.batch_size 8 .* by 3 processes with 2 .* multiple of 6"):
+        describe_batch(TrainConfig(batch_size=8, accumulate=2))
+    assert "3 processes, 2 micro-batches each, of 2 + 2" in describe_batch(TrainConfig(batch_size=12, accumulate=2))

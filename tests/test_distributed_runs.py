@@ -1,0 +1,162 @@
+"""Whole runs of two gloo ranks: torchrun, a killed rank, signals, and resume on as many or on another number of ranks.
+
+As a program it is ``train.py`` whose model drops nothing, so that runs on any number of ranks agree.
+"""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from allspark_fast import trainer
+from allspark_fast.__main__ import main
+from allspark_fast.checkpoint import load_latest_checkpoint
+from allspark_fast.prepare import build_model
+from allspark_fast.report import read_metrics
+from allspark_fast.stopping import STOPPED
+from bench.step_variants import without_dropout
+from tests.test_trainer import assert_same_run
+
+ROOT = Path(__file__).parents[1]
+STEPS = 8
+# Three validation images: one more on rank 0 than on rank 1. Adam would enlarge rounding errors.
+ARGUMENTS = {
+    "data.crop": 64, "data.workers": 0, "model.backbone": "mit_tiny", "model.embedding-dim": 16,
+    "model.memory-sync": "all", "train.epochs": 2, "train.batch-size": 2, "train.warmup-epochs": 0,
+    "train.pseudo-from-epoch": 0, "train.attend": "image", "train.optimizer": "sgd", "train.lr": 0.01, "eval.every": 2,
+    "run.log-every": 1, "run.save-every": 2, "run.device": "cpu", "run.timeout": 1,
+}  # fmt: skip
+
+
+def arguments(folder: Path, **options: object) -> list[str]:
+    settings = {**ARGUMENTS, **{f"train.{name}": value for name, value in options.items()}}
+    pairs = [str(x) for name, value in settings.items() for x in (f"--{name}", value)]
+    return ["scenes", "--data.scenes", "3", "8", "3", *pairs, "--run.folder", str(folder)]
+
+
+def start(program: list[str], ranks: int) -> list[subprocess.Popen[str]]:
+    """Start what torchrun would start, without its agent, which would end all processes as soon as one has ended."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
+    processes = []
+    for rank in map(str, range(ranks)):
+        places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+        environment = {
+            **os.environ,
+            **address,
+            **(places if ranks > 1 else {}),
+            "OMP_NUM_THREADS": "1",
+            "PYTHONFAULTHANDLER": "1",
+        }
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, *program],
+                cwd=ROOT,
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        )
+    return processes
+
+
+def finish(processes: list[subprocess.Popen[str]], status: int = 0) -> list[str]:
+    """Wait for all processes, which must end with this status, and return what they printed."""
+    try:
+        outputs = [process.communicate(timeout=200)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [status] * len(processes), "\n".join(outputs)
+    return outputs
+
+
+def wait_for_step(folder: Path, step: int, processes: list[subprocess.Popen[str]]) -> None:
+    while not (records := read_metrics(folder)) or records[-1]["step"] < step:
+        assert all(process.poll() is None for process in processes), finish(processes)
+        time.sleep(0.01)
+    assert records[-1]["step"] < STEPS
+
+
+def assert_close_runs(a: Path, b: Path) -> None:
+    """Weights, memory and scores of runs on different numbers of ranks."""
+    states = [load_latest_checkpoint(folder / "checkpoints") for folder in (a, b)]
+    assert states[0]["step"] == states[1]["step"] == STEPS
+    for name, x in states[0]["model"].items():
+        torch.testing.assert_close(states[1]["model"][name], x, rtol=1e-5, atol=1e-5, msg=lambda s, n=name: f"{n}: {s}")
+    scores = [read_metrics(folder)[-1] for folder in (a, b)]
+    for name in ("miou", "pseudo_label_accuracy"):
+        assert scores[0][name] == pytest.approx(scores[1][name], abs=1e-4), name
+
+
+TRAIN, WITHOUT_DROPOUT = ["train.py"], ["-m", "tests.test_distributed_runs"]
+
+
+@pytest.mark.slow
+def test_after_a_killed_rank_the_same_ranks_go_on_bit_for_bit(tmp_path: Path) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py"]
+    (printed,) = finish(start([*torchrun, *arguments(whole, ema=0.9)], 1))
+    assert "2 processes, 1 micro-batches each, of 1 + 1" in printed
+    assert printed.count("mIoU  ") == printed.count("step 8: mIoU") == 1
+    processes = start([*TRAIN, *arguments(broken, ema=0.9)], 2)
+    wait_for_step(broken, 3, processes)
+    processes[1].kill()
+    printed, _ = processes[0].communicate(timeout=100)
+    assert processes[0].returncode == 1
+    assert "error: another rank has ended or is stuck" in printed, printed
+    assert "Traceback" not in printed
+    assert load_latest_checkpoint(broken / "checkpoints")["step"] in (2, 4, 6)
+    assert "resumed at step" in finish(start([*TRAIN, *arguments(broken, ema=0.9)], 2))[0]
+    assert_same_run(whole, broken)
+
+
+@pytest.mark.slow
+def test_signals_and_other_numbers_of_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SIGTERM to one of two ranks stops both; one goes on. SIGUSR1 stops one; two go on."""
+    monkeypatch.setattr(trainer, "build_model", lambda *x: without_dropout(build_model(*x)))
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
+    alone, two_one, one_two = tmp_path / "alone", tmp_path / "two_one", tmp_path / "one_two"
+    assert main(["train", *arguments(alone)]) == 0
+    processes = start([*WITHOUT_DROPOUT, *arguments(two_one)], 2)
+    wait_for_step(two_one, 3, processes)
+    processes[1].send_signal(signal.SIGTERM)
+    printed = finish(processes, STOPPED)
+    assert "stopped by a signal at step" in printed[0]
+    assert main(["train", *arguments(two_one)]) == 0
+    assert_close_runs(alone, two_one)
+
+    (process,) = start([*WITHOUT_DROPOUT, *arguments(one_two)], 1)
+    wait_for_step(one_two, 2, [process])
+    process.send_signal(signal.SIGUSR1)
+    finish([process], STOPPED)
+    finish(start([*WITHOUT_DROPOUT, *arguments(one_two, sharding="replicate")], 2))
+    assert_close_runs(alone, one_two)
+
+
+@pytest.mark.slow
+def test_after_a_killed_rank_one_process_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainer, "build_model", lambda *x: without_dropout(build_model(*x)))
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
+    alone, broken = tmp_path / "alone", tmp_path / "broken"
+    assert main(["train", *arguments(alone)]) == 0
+    processes = start([*WITHOUT_DROPOUT, *arguments(broken)], 2)
+    wait_for_step(broken, 3, processes)
+    processes[1].kill()
+    processes[0].communicate(timeout=100)
+    assert load_latest_checkpoint(broken / "checkpoints")["step"] < STEPS
+    assert main(["train", *arguments(broken)]) == 0
+    assert_close_runs(alone, broken)
+
+
+if __name__ == "__main__":
+    trainer.build_model = lambda *x: without_dropout(build_model(*x))
+    sys.exit(main(["train", *sys.argv[1:]]))
