@@ -23,7 +23,7 @@ sys.modules["triton"] = sys.modules["xformers"] = None
 import importlib, pkgutil, torch, allspark_fast
 for module in pkgutil.walk_packages(allspark_fast.__path__, "allspark_fast."):
     leaf = module.name.rpartition(".")[2]
-    if leaf not in ("kernel", "one_pass", "maps", "__main__"):  # need triton by definition
+    if leaf not in ("kernel", "one_pass", "maps", "bilinear_triton", "__main__"):  # need triton by definition
         importlib.import_module(module.name)
 from allspark_fast.kernels.channel_attention import channel_attention
 try:
@@ -50,6 +50,15 @@ print([name for name in ("triton", "matplotlib", "tyro", "torchvision", "tensorb
     seconds, loaded = python(code).splitlines()
     assert loaded == "[]"
     assert float(seconds) < 2
+
+
+def test_help_starts_fast() -> None:
+    code = """
+import sys
+from allspark_fast.__main__ import main
+print(main(["--help"]), [name for name in ("torch", "numpy", "matplotlib", "tyro", "PIL") if name in sys.modules])
+"""
+    assert python(code).splitlines() == ["0 []"]
 
 
 def test_a_hugging_face_model_at_the_root_does_not_load_our_kernels_under_another_name() -> None:

@@ -1,0 +1,22 @@
+"""``selftest``."""
+
+import torch
+
+from allspark_fast.commands import command_parser
+from allspark_fast.kernel_policy import check_and_remember
+from allspark_fast.kernels.selftest import passed, results_table
+from allspark_fast.kernels.triton_support import is_interpreted, why_no_triton
+
+
+def run(arguments: list[str]) -> int:
+    """Check the kernels and print a table; 1 if one fails."""
+    command_parser("selftest").parse_args(arguments)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    results = check_and_remember(device)
+    print(results_table(results))
+    reason = why_no_triton(device)
+    if is_interpreted():
+        print("Triton's interpreter ran the kernels; it has no right products of bfloat16, which was left out.")
+    elif reason is not None:
+        print(f"No Triton kernel ran: {reason}. Plain torch was checked, which takes their place.")
+    return int(not passed(results))

@@ -1,0 +1,197 @@
+"""Predictions for images: in memory, and from files to label images, overlays and confidences."""
+
+import glob
+import itertools
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+
+from allspark_fast.checkpoint import write_atomically
+from allspark_fast.data.errors import DataError
+from allspark_fast.data.images import IMAGE_SUFFIXES, read_image
+from allspark_fast.data.info import DatasetInfo
+from allspark_fast.data.transforms import normalize_image
+from allspark_fast.device import DeviceName, choose_device
+from allspark_fast.evaluate import predict_labels
+from allspark_fast.model import Segmentor
+from allspark_fast.pretrained import ModelSpec
+
+# Whole images take memory in proportion to their pixels, and more; larger ones than 2048 x 1024 go through windows.
+MAX_WHOLE_PIXELS = 2048 * 1024
+_OVERLAY = 0.5
+
+
+class Prediction(NamedTuple):
+    """The labels of an image.
+
+    Attributes:
+        labels: (H, W) uint8, class indices.
+        confidence: (H, W) float32, the probability of the label.
+    """
+
+    labels: npt.NDArray[np.uint8]
+    confidence: npt.NDArray[np.float32]
+
+
+class Predictor:
+    """Labels images with a trained model.
+
+    Each image is treated alone: its batch mates change nothing, their number no more than the rounding of logits.
+
+    Args:
+        model: what predicts; it is moved to the device and in eval mode afterwards.
+        spec: what ``load_model`` returned with it.
+        device: where to compute.
+        mode: ``whole`` images or ``sliding`` windows, see predict_labels; None as the model was validated, but with
+            windows for images of more than MAX_WHOLE_PIXELS.
+        half: bfloat16 autocast, on a GPU.
+
+    Raises:
+        ValueError: there is no GPU, but it was asked for.
+    """
+
+    def __init__(
+        self,
+        model: Segmentor,
+        spec: ModelSpec,
+        *,
+        device: DeviceName = "auto",
+        mode: Literal["whole", "sliding"] | None = None,
+        half: bool = False,
+    ) -> None:
+        self.device = choose_device(device)
+        if half and self.device.type != "cuda":
+            raise ValueError("half precision needs a GPU: leave it out")
+        self.model = model.to(self.device).eval()
+        self.spec = spec
+        self.mode = mode
+        self.half = half
+
+    @torch.no_grad()
+    def __call__(self, images: Sequence[Image.Image]) -> list[Prediction]:
+        """Label RGB images of equal size, as ``read_image`` returns them, together.
+
+        Raises:
+            ValueError: their sizes differ, or there is none.
+        """
+        sizes = {image.size for image in images}
+        if len(sizes) != 1:
+            raise ValueError(f"the images of a batch must have one size, got {sorted(sizes)}")
+        ((width, height),) = sizes
+        batch = torch.stack([normalize_image(image, self.spec.mean, self.spec.std) for image in images])
+        mode = self.mode or ("sliding" if width * height > MAX_WHOLE_PIXELS else self.spec.mode)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
+            labels, confidence = predict_labels(self.model, batch.to(self.device), mode=mode, crop=self.spec.crop)
+        pairs = zip(labels.byte().cpu().numpy(), confidence.float().cpu().numpy(), strict=True)
+        return [Prediction(*pair) for pair in pairs]
+
+
+@dataclass(frozen=True)
+class OutputFolder:
+    """Where the predictions of files go: ``labels/NAME.png``, ``overlays/NAME.jpg``, ``confidence/NAME.png``.
+
+    Attributes:
+        path: of the folder.
+        info: names and colours of the classes.
+        confidence: whether to write confidences.
+    """
+
+    path: Path
+    info: DatasetInfo
+    confidence: bool = False
+
+    def claim(self, images: Sequence[Path], *, overwrite: bool = False) -> None:
+        """Make the folder for the predictions of ``images``.
+
+        Raises:
+            ValueError: two images would share a file, or a file is there and ``overwrite`` is False.
+        """
+        name, count = Counter(image.stem for image in images).most_common(1)[0]
+        if count > 1:
+            shared = ", ".join(str(image) for image in images if image.stem == name)
+            raise ValueError(f"{shared}: these would share one file {name}.png; predict them into different folders")
+        existing = [file for image in images for file in self._files(image).values() if file.exists()]
+        if existing and not overwrite:
+            raise ValueError(
+                f"{existing[0]} is there already, as are {len(existing) - 1} others: "
+                "pass --overwrite, or write to another folder (--out)"
+            )
+        for file in self._files(images[0]).values():
+            file.parent.mkdir(parents=True, exist_ok=True)
+
+    def write(self, path: Path, image: Image.Image, prediction: Prediction) -> None:
+        """Write the prediction of the image that was read from ``path``."""
+        labels = Image.fromarray(prediction.labels)
+        labels.putpalette([part for color in self.info.palette for part in color])
+        pictures = {
+            "labels": labels,
+            "overlays": Image.blend(image, labels.convert("RGB"), _OVERLAY),
+            "confidence": Image.fromarray((255 * prediction.confidence).round().astype(np.uint8)),
+        }
+        for kind, file in self._files(path).items():
+            write_atomically(file, pictures[kind].save)
+
+    def _files(self, image: Path) -> dict[str, Path]:
+        suffixes = {"labels": ".png", "overlays": ".jpg"} | ({"confidence": ".png"} if self.confidence else {})
+        return {kind: self.path / kind / f"{image.stem}{suffix}" for kind, suffix in suffixes.items()}
+
+
+def find_images(arguments: Iterable[str]) -> list[Path]:
+    """Images that files, folders (what lies directly in them) and patterns (``**`` for any folders) name.
+
+    Raises:
+        FileNotFoundError: one of them names none.
+    """
+    found: dict[Path, None] = {}
+    for argument in arguments:
+        if Path(argument).is_file():
+            paths = [Path(argument)]
+        else:
+            pattern = f"{glob.escape(argument)}/*" if Path(argument).is_dir() else argument
+            names = sorted(glob.glob(pattern, recursive=True))
+            paths = [Path(name) for name in names if name.lower().endswith(IMAGE_SUFFIXES)]
+        if not paths:
+            raise FileNotFoundError(f"{argument}: no image, no folder with images, and no pattern that matches any")
+        found |= dict.fromkeys(paths)
+    return list(found)
+
+
+def predict_files(
+    predictor: Predictor, paths: Iterable[Path], output: OutputFolder, *, batch: int = 1
+) -> Iterator[DataError | None]:
+    """Predict files into a folder; yields None, or what is wrong with the file, for each of them as it is done.
+
+    Args:
+        predictor: labels images.
+        paths: of the images.
+        output: where to write.
+        batch: as many consecutive images of equal size are predicted together.
+    """
+    for size, group in itertools.groupby(map(_read, paths), key=_size):
+        while part := list(itertools.islice(group, batch)):
+            images = [image for _, image in part if isinstance(image, Image.Image)]
+            predictions = iter(predictor(images) if size else [])
+            for path, image in part:
+                if isinstance(image, Image.Image):
+                    output.write(path, image, next(predictions))
+                    yield None
+                else:
+                    yield image
+
+
+def _read(path: Path) -> tuple[Path, Image.Image | DataError]:
+    try:
+        return path, read_image(path)
+    except DataError as error:
+        return path, error
+
+
+def _size(read: tuple[Path, Image.Image | DataError]) -> tuple[int, int] | None:
+    return read[1].size if isinstance(read[1], Image.Image) else None
