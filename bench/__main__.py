@@ -8,7 +8,17 @@ from typing import NamedTuple
 
 import torch
 
-from bench import bench_channel_attention, bench_semantic_memory, bench_train_step, bench_upsample, step_cost
+from bench import (
+    bench_channel_attention,
+    bench_data,
+    bench_semantic_memory,
+    bench_train_step,
+    bench_upsample,
+    footprint,
+    rank_cost,
+    step_cost,
+)
+from bench.device_rates import device_rates
 from bench.harness import COLUMNS, Case, Record, conditions, run, table
 from bench.step_variants import SIZES as STEP_SIZES
 
@@ -27,13 +37,18 @@ class Benchmark(NamedTuple):
     default: Collection[str]
 
 
-def _operator(cases: Callable[[str], list[Case]]) -> Benchmark:
+def _operator(
+    cases: Callable[[str], list[Case]], sizes: Collection[str] = tuple(bench_channel_attention.SIZES)
+) -> Benchmark:
     def measure(size: str, repeats: int) -> Iterator[tuple[list[Record], str]]:
         for case in cases(size):
             records = run(case, repeats)
-            yield records, table(records, COLUMNS)
+            rates = device_rates(case.dtype)
+            measured = f"{case.dtype} product {rates.flops / 1e12:.3g} TFLOP/s, copy {rates.bytes / 1e9:.3g} GB/s"
+            yield records, f"{table(records, COLUMNS)}\n\nMeasured in this run: {measured}."
 
-    return Benchmark(measure, bench_channel_attention.SIZES, ["pascal"])
+    default = ["pascal", "cityscapes", "coco", "vit14"] if torch.cuda.is_available() else ["pascal"]
+    return Benchmark(measure, sizes, default)
 
 
 def _static(target: str, _: int) -> Iterator[tuple[list[Record], str]]:
@@ -53,12 +68,15 @@ _TARGETS = ["sm_80", "sm_86", "sm_90", "sm_100", "gfx942"]
 BENCHMARKS = {
     "attention": _operator(bench_channel_attention.cases),
     "memory": _operator(bench_semantic_memory.cases),
-    "loss": _operator(lambda size: bench_upsample.cases(size)[:1]),
-    "argmax": _operator(lambda size: bench_upsample.cases(size)[1:]),
+    "loss": _operator(lambda size: bench_upsample.cases(size)[:1], bench_upsample.SIZES),
+    "argmax": _operator(lambda size: bench_upsample.cases(size)[1:], bench_upsample.SIZES),
     "step": Benchmark(
         bench_train_step.measure, STEP_SIZES, _FULL_STEPS if torch.cuda.is_available() else ["pascal_b0"]
     ),
     "flops": Benchmark(step_cost.measure, STEP_SIZES, _FULL_STEPS),
+    "ranks": Benchmark(rank_cost.measure, STEP_SIZES, _FULL_STEPS),
+    "footprint": Benchmark(footprint.measure, footprint.SIZES, list(footprint.SIZES)),
+    "data": Benchmark(bench_data.measure, bench_data.SIZES, bench_data.DEFAULT),
     "static": Benchmark(_static, _TARGETS, _TARGETS),
 }
 

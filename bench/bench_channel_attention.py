@@ -1,12 +1,14 @@
 """Channel attention of labeled features over the Semantic Memory."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import flex_attention
 
 from allspark_fast.kernels.channel_attention import channel_attention
+from allspark_fast.kernels.channel_attention.similarity_norm import similarity_rstd
 from bench.harness import Case
 from bench.naive import naive_channel_attention
 
@@ -19,6 +21,12 @@ SIZES = {
     "tiny": (2, 25, 32, 2, 5),
 }
 DROPOUT = 0.1
+_UNAVAILABLE_ON_CPU = {
+    "naive, compiled": "compiling takes a minute on a CPU, and gains little there",
+    "triton": "needs a GPU",
+    "xformers, no dropout": "has CUDA kernels only",
+    "FlexAttention, no dropout": "has no backward on a CPU",
+}
 
 
 def cases(size: str) -> list[Case]:
@@ -32,17 +40,26 @@ def cases(size: str) -> list[Case]:
     key, value = (make(1, 1, tokens, columns, dtype=dtype) for _ in range(2))
     functions: dict[str, Callable[..., Tensor]] = {
         "naive": naive_channel_attention,
+        "naive, compiled": torch.compile(naive_channel_attention),
         "reference": functools.partial(channel_attention, backend="reference"),
         "chunked": functools.partial(channel_attention, backend="chunked"),
+        "triton": functools.partial(channel_attention, backend="triton"),
     }
+    without_dropout: dict[str, Callable[..., Tensor]] = {
+        "sdpa, no dropout": functools.partial(channel_attention, backend="sdpa"),
+        "xformers, no dropout": functools.partial(channel_attention, backend="xformers"),
+        "FlexAttention, no dropout": compiled_flex_attention,
+    }
+    unavailable = {} if cuda else _UNAVAILABLE_ON_CPU
+    comparators = [name for name in ("naive, compiled", *without_dropout) if name not in unavailable]
 
-    def variants(dropout_p: float) -> dict[str, Callable[[], Tensor]]:
-        return {
-            name: functools.partial(function, query, key, value, dropout_p=dropout_p)
-            for name, function in functions.items()
-        }
+    def variants(dropout_p: float) -> Mapping[str, Callable[[], Tensor]]:
+        tensors = (query, key, value)
+        with_dropout = {name: functools.partial(run, *tensors, dropout_p=dropout_p) for name, run in functions.items()}
+        return with_dropout | {name: functools.partial(run, *tensors) for name, run in without_dropout.items()}
 
     product = 2.0 * batch * rows * tokens * columns
+    bytes_once = sum(x.numel() * x.element_size() for x in (query, query, key, value))  # the output is like the query
     return [
         Case(
             op="channel_attention",
@@ -50,7 +67,25 @@ def cases(size: str) -> list[Case]:
             variants=variants(DROPOUT),
             parity=variants(0.0),
             inputs=(query, key, value),
+            comparators=comparators,
+            unavailable=unavailable,
             flops=(2 * product, 5 * product),
+            moved=3.0 * bytes_once,  # backward reads them, and writes as many gradients
+            dtype=dtype,
             tolerance=3e-2 if cuda else 1e-4,
         )
     ]
+
+
+def compiled_flex_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """FlexAttention with rstd in the query: what is left is plain softmax attention with a head dim of N."""
+    rstd, _ = similarity_rstd(query.float(), key, None, eps=1e-5)
+    batch = query.shape[0]
+    sequences = ((query * rstd).to(key.dtype), key.expand(batch, -1, -1, -1), value.expand(batch, -1, -1, -1))
+    output = _flex_attention()(*(x.mT.contiguous() for x in sequences), scale=1.0)
+    return output.mT
+
+
+@functools.cache
+def _flex_attention() -> Callable[..., Tensor]:
+    return torch.compile(flex_attention)

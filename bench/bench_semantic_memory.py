@@ -38,6 +38,14 @@ def cases(size: str) -> list[Case]:
                 "naive": lambda: naive_grouping(features, class_map).float(),
                 "ours": lambda: channel_semantic_grouping(features, class_map).float(),
             },
+            flops=(2.0 * batch * classes * tokens * channels, 0.0),
+            moved=4.0 * (features.numel() + class_map.numel()),
         ),
-        Case(op="semantic_memory_enqueue", size=name, variants={"naive": naive, "ours": ours}),
+        # Both copy the memory first, and the channels into it: bytes are read and written.
+        Case(
+            op="semantic_memory_enqueue",
+            size=name,
+            variants={"naive": naive, "ours": ours},
+            moved=2 * 4.0 * (stored.numel() + features.numel()),
+        ),
     ]

@@ -1,17 +1,19 @@
 """The training step, the official way against ours: whole, by parts, its memory."""
 
 import copy
+import functools
 import itertools
 import statistics
-import time
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
-from bench.harness import Record, now, peak_bytes, percentile, table
+from bench.clock import now, seconds_between, stamp
+from bench.device_rates import device_rates
+from bench.harness import Record, peak_bytes, percentile, table
 from bench.step_cost import count_flops, count_saved_bytes, fake_variant
-from bench.step_variants import SIZES, Variant, make_variant, without_dropout
+from bench.step_variants import NAMES, SIZES, Variant, make_variant, without_dropout
 
 # In the order in which they are reached. The loss includes the upsampling of logits, and both include their backward.
 PARTS = (
@@ -34,10 +36,21 @@ _COLUMNS = {
     "images/s": ("images_per_s", 1.0),
     "GFLOP": ("flops", 1e-9),
     "GFLOP/s": ("flops_per_s", 1e-9),
+    "% of GEMM": ("gemm_fraction", 100.0),
     "saved MB": ("saved_bytes", 1e-6),
     "peak MB": ("peak_bytes", 1e-6),
 }
 _PART_COLUMNS = {"variant": ("variant", 1.0), **{f"{part} ms": (f"{part}_seconds", 1e3) for part in PARTS}}
+_ON_GPU = [
+    "naive",
+    "naive bfloat16",
+    "naive bfloat16 compiled",
+    "ours bfloat16",
+    "ours bfloat16 compiled",
+    "ours bfloat16 graph",
+    "ours bfloat16 compiled graph",
+]
+_WARM_UP = 5
 _TOLERANCE = {"cpu": 1e-4, "cuda": 3e-2}
 
 
@@ -61,11 +74,10 @@ class PartTimer:
 
     def time_step(self) -> dict[str, float]:
         """Run a step; returns the seconds of each part."""
-        self._marks = [("start", _stamp())]
+        self._marks = [("start", stamp())]
         self.variant.step()
         self._mark("update")
-        now()
-        return {part: _seconds(before, after) for (_, before), (part, after) in itertools.pairwise(self._marks)}
+        return {part: seconds_between(before, after) for (_, before), (part, after) in itertools.pairwise(self._marks)}
 
     def _after(self, forward: str, backward: str) -> Callable[[nn.Module, object, Tensor | list[Tensor]], None]:
         """Marks the end of a module's forward pass, and the moment at which the gradient of its output is there."""
@@ -80,23 +92,14 @@ class PartTimer:
 
     def _mark(self, part: str) -> None:
         if self.variant.model.training:  # the pseudo-label pass is one part
-            self._marks.append((part, _stamp()))
+            self._marks.append((part, stamp()))
 
 
-def _stamp() -> float | torch.cuda.Event:
-    if not torch.cuda.is_available():
-        return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
-
-
-def _seconds(before: float | torch.cuda.Event, after: float | torch.cuda.Event) -> float:
-    if isinstance(before, float) and isinstance(after, float):
-        return after - before
-    assert isinstance(before, torch.cuda.Event)
-    assert isinstance(after, torch.cuda.Event)
-    return before.elapsed_time(after) / 1e3
+def time_whole(variant: Variant) -> dict[str, float]:
+    """Run a step; returns its seconds as one part. Hooks would cut a compiled graph into pieces."""
+    start = now()
+    variant.step()
+    return {"whole": now() - start}
 
 
 def measure(size: str, repeats: int) -> Iterator[tuple[list[Record], str]]:
@@ -113,14 +116,15 @@ def measure(size: str, repeats: int) -> Iterator[tuple[list[Record], str]]:
         AssertionError: a variant computes another loss.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    names = ["naive", "naive bfloat16", "ours bfloat16"] if device == "cuda" else ["naive", "ours"]
+    names = _ON_GPU if device == "cuda" else ["naive", "ours"]
     model, batch = SIZES[size].build_model().to(device), SIZES[size].random_batch().to(device)
-    plain = {name: make_variant(name, without_dropout(copy.deepcopy(model)), batch) for name in names}
+    # Compiling takes minutes and changes no mathematics.
+    plain = {name: make_variant(name, without_dropout(copy.deepcopy(model)), batch) for name in names if name in NAMES}
     _check_parity(plain, _TOLERANCE[device])
-    timers = {name: PartTimer(make_variant(name, copy.deepcopy(model), batch)) for name in names}
-    parts = _time_in_turn(timers, repeats)
+    variants = {name: make_variant(name, copy.deepcopy(model), batch) for name in names}
+    parts = _time_in_turn({name: _timer(name, variant) for name, variant in variants.items()}, repeats)
     baseline = _median_seconds(parts["naive"])
-    records = [_record(size, name, timers[name].variant, parts[name], baseline) for name in names]
+    records = [_record(size, name, variants[name], parts[name], baseline) for name in names]
     yield records, f"{table(records, _COLUMNS)}\n\n{table(records, _PART_COLUMNS)}"
 
 
@@ -132,11 +136,18 @@ def _check_parity(variants: Mapping[str, Variant], tolerance: float) -> None:
         assert abs(loss / expected - 1) <= tolerance, f"{name} has the loss {loss}, {baseline} has {expected}"
 
 
-def _time_in_turn(timers: Mapping[str, PartTimer], repeats: int) -> dict[str, list[dict[str, float]]]:
-    """Seconds of the parts of each step, after a step to warm up."""
-    for timer in timers.values():
-        timer.time_step()
-    rounds = [{name: timer.time_step() for name, timer in timers.items()} for _ in range(repeats)]
+def _timer(name: str, variant: Variant) -> Callable[[], dict[str, float]]:
+    return PartTimer(variant).time_step if name in NAMES else functools.partial(time_whole, variant)
+
+
+def _time_in_turn(
+    timers: Mapping[str, Callable[[], dict[str, float]]], repeats: int
+) -> dict[str, list[dict[str, float]]]:
+    """Seconds of the parts of each step, after steps to warm up, compile and record."""
+    for time_step in timers.values():
+        for _ in range(_WARM_UP if torch.cuda.is_available() else 1):
+            time_step()
+    rounds = [{name: time_step() for name, time_step in timers.items()} for _ in range(repeats)]
     return {name: [steps[name] for steps in rounds] for name in timers}
 
 
@@ -147,7 +158,7 @@ def _median_seconds(steps: list[dict[str, float]]) -> float:
 def _record(size: str, name: str, variant: Variant, steps: list[dict[str, float]], baseline: float) -> Record:
     seconds = [sum(step.values()) for step in steps]
     median = _median_seconds(steps)
-    with fake_variant(size, name) as fake:
+    with fake_variant(size, name.removesuffix(" graph").removesuffix(" compiled")) as fake:
         flops = count_flops(fake)
     record: Record = {"op": "train_step", "size": f"{size}: {SIZES[size]}", "variant": name}
     record |= {f"seconds_p{percent}": percentile(seconds, percent) for percent in (20, 50, 80)}
@@ -156,7 +167,11 @@ def _record(size: str, name: str, variant: Variant, steps: list[dict[str, float]
         "images_per_s": 2 * SIZES[size].batch / median,
         "flops": flops,
         "flops_per_s": flops / median,
+        "gemm_fraction": flops / median / device_rates(torch.bfloat16 if "bfloat16" in name else torch.float32).flops,
         "saved_bytes": count_saved_bytes(variant),
-        "peak_bytes": peak_bytes(variant.step),
+        # A graph's memory is taken once, when it is recorded.
+        "peak_bytes": None if name.endswith(" graph") else peak_bytes(variant.step),
     }
+    if "whole" in steps[0]:
+        return record | {f"{part}_seconds": None for part in PARTS}
     return record | {f"{part}_seconds": statistics.median(step[part] for step in steps) for part in PARTS}

@@ -13,6 +13,10 @@ SIZES = {
     "cityscapes": (2, 19, 801),
     "coco": (4, 81, 513),
     "vit14": (2, 21, 518),
+    "binary": (2, 2, 513),
+    "camvid": (2, 11, 513),
+    "stuff": (2, 171, 513),
+    "crop257": (2, 21, 257),
     "tiny": (2, 5, 65),
 }
 
@@ -22,7 +26,8 @@ def cases(size: str) -> list[Case]:
     batch, classes, crop = SIZES[size]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     side = -(-crop // 4)
-    logits = torch.randn(batch, classes, side, side, device=device, requires_grad=True)
+    # Classes last in memory, as our head returns them.
+    logits = torch.randn(batch, side, side, classes, device=device).permute(0, 3, 1, 2).requires_grad_()
     target = torch.randint(classes, (batch, crop, crop), device=device)
 
     def upsampled() -> torch.Tensor:

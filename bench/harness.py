@@ -3,8 +3,7 @@
 import itertools
 import platform
 import statistics
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,18 +12,24 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity
 
+from bench.clock import give_head_start, seconds_between, stamp
+from bench.device_rates import device_rates
+
 Record = dict[str, str | int | float | None]
 
 # Heading, key of the record and factor.
 COLUMNS = {
     "variant": ("variant", 1.0),
-    "forward ms": ("forward_p50_ms", 1.0),
-    "backward ms": ("backward_p50_ms", 1.0),
-    "both p20": ("both_p20_ms", 1.0),
-    "p50": ("both_p50_ms", 1.0),
-    "p80": ("both_p80_ms", 1.0),
+    **{
+        f"{part} {unit}": (f"{part}_{percent}_ms", 1.0)
+        for part in ("forward", "backward", "both")
+        for percent, unit in (("p20", "ms p20"), ("p50", "p50"), ("p80", "p80"))
+    },
     "ratio": ("ratio", 1.0),
-    "GFLOP/s": ("gflops_per_s", 1.0),
+    "TFLOP/s": ("flops_per_s", 1e-12),
+    "GB/s": ("bytes_per_s", 1e-9),
+    "% of GEMM": ("gemm_fraction", 100.0),
+    "% of roofline": ("roofline_fraction", 100.0),
     "saved MB": ("saved_mb", 1.0),
     "peak MB": ("peak_mb", 1.0),
 }
@@ -39,7 +44,11 @@ class Case:
         size: name of the size and its numbers.
         variants: by name, what to run; the first is the baseline of the ratios.
         inputs: tensors of which gradients are taken; empty if there is no backward.
+        comparators: names of variants by others, which may refuse the size or device: their cells are then n/a.
+        unavailable: reasons, by name, why further variants cannot run here.
         flops: floating-point operations of the mathematics, forward and backward.
+        moved: bytes that inputs, outputs and their gradients make, each read or written once.
+        dtype: of the matrix product whose rate they are compared with.
         parity: by name, the same computations without randomness, if ``variants`` are random.
         tolerance: largest difference of any variant's output to the baseline's, relative to its largest entry.
     """
@@ -48,7 +57,11 @@ class Case:
     size: str
     variants: Mapping[str, Callable[[], Tensor]]
     inputs: Sequence[Tensor] = ()
+    comparators: Collection[str] = ()
+    unavailable: Mapping[str, str] = field(default_factory=dict)
     flops: tuple[float, float] = (0.0, 0.0)
+    moved: float = 0.0
+    dtype: torch.dtype = torch.float32
     parity: Mapping[str, Callable[[], Tensor]] = field(default_factory=dict)
     tolerance: float = 1e-4
 
@@ -61,26 +74,42 @@ def run(case: Case, repeats: int = 7) -> list[Record]:
         repeats: rounds; the medians are over these.
 
     Returns:
-        one record for each variant.
+        one record for each variant; those that cannot run come last, with the reason and no figures.
 
     Raises:
         AssertionError: a variant computes something else.
     """
-    _check_parity(case)
-    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in case.variants}
-    for variant in case.variants.values():
+    unavailable = _unavailable(case)
+    variants = {name: variant for name, variant in case.variants.items() if name not in unavailable}
+    _check_parity(case, variants)
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in variants}
+    for variant in variants.values():
         _time(case, variant)
     for _ in range(repeats):
-        for name, variant in case.variants.items():
+        for name, variant in variants.items():
             seconds[name].append(_time(case, variant))
-    baseline = statistics.median(map(sum, seconds[next(iter(case.variants))]))
-    return [_record(case, name, seconds[name], baseline) for name in case.variants]
+    baseline = statistics.median(map(sum, seconds[next(iter(variants))]))
+    records = [_record(case, name, seconds[name], baseline) for name in variants]
+    empty: Record = dict.fromkeys(records[0])
+    same: Record = {"op": case.op, "size": case.size}
+    return records + [empty | same | {"variant": name, "reason": reason} for name, reason in unavailable.items()]
 
 
-def _check_parity(case: Case) -> None:
+def _unavailable(case: Case) -> dict[str, str]:
+    """Reasons why variants have no numbers: those known, and what comparators raise when they are tried."""
+    reasons = dict(case.unavailable)
+    for name in case.comparators:
+        try:
+            _time(case, case.variants[name])
+        except Exception as error:  # each has exceptions of its own
+            reasons[name] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    return reasons
+
+
+def _check_parity(case: Case, names: Collection[str]) -> None:
     computations = case.parity or case.variants
     with torch.no_grad():
-        outputs = {name: computation() for name, computation in computations.items()}
+        outputs = {name: computations[name]() for name in names}
     baseline, expected = next(iter(outputs.items()))
     for name, output in outputs.items():
         error = ((output - expected).abs().max() / expected.abs().max()).item()
@@ -88,31 +117,32 @@ def _check_parity(case: Case) -> None:
 
 
 def _time(case: Case, variant: Callable[[], Tensor]) -> tuple[float, float]:
-    """Seconds of forward and of backward."""
-    start = now()
+    """Seconds of forward and of backward; on a GPU without the time to launch them, which a CUDA graph saves."""
+    give_head_start()
+    start = stamp()
     output = variant()
-    middle = now()
+    middle = stamp()
     if case.inputs:
         torch.autograd.grad(output, case.inputs, torch.ones_like(output))
-    return middle - start, now() - middle
-
-
-def now() -> float:
-    """Seconds on a clock that waits for the device."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
+    end = stamp()
+    return seconds_between(start, middle), seconds_between(middle, end)
 
 
 def _record(case: Case, name: str, seconds: list[tuple[float, float]], baseline: float) -> Record:
     forward, backward = ([pair[i] for pair in seconds] for i in range(2))
     both = [sum(pair) for pair in seconds]
-    record: Record = {"op": case.op, "size": case.size, "variant": name}
+    record: Record = {"op": case.op, "size": case.size, "variant": name, "reason": None}
     for part, values in (("forward", forward), ("backward", backward), ("both", both)):
         for percent in (20, 50, 80):
             record[f"{part}_p{percent}_ms"] = 1e3 * percentile(values, percent)
-    record["ratio"] = statistics.median(both) / baseline
-    record["gflops_per_s"] = sum(case.flops) / statistics.median(both) / 1e9
+    median, flops = statistics.median(both), sum(case.flops)
+    rates = device_rates(case.dtype)
+    record["ratio"] = median / baseline
+    record["flops_per_s"] = flops / median if flops else None
+    record["bytes_per_s"] = case.moved / median if case.moved else None
+    record["gemm_fraction"] = flops / median / rates.flops if flops else None
+    known = bool(flops or case.moved)
+    record["roofline_fraction"] = rates.seconds(flops, case.moved) / median if known else None
     variant = case.variants[name]
     record["saved_mb"] = saved_bytes(variant) / 1e6 if case.inputs else 0.0
     record["peak_mb"] = peak_bytes(lambda: _time(case, variant)) / 1e6
@@ -182,11 +212,16 @@ def table(records: Sequence[Record], columns: Mapping[str, tuple[str, float]]) -
     lines = ["| " + " | ".join(columns) + " |", "| --- " * len(columns) + "|"]
     for record in records:
         cells = [(record[key], factor) for key, factor in columns.values()]
-        lines.append("| " + " | ".join(_cell(value, factor) for value, factor in cells) + " |")
-    return "\n".join(lines)
+        lines.append("| " + " | ".join(cell(value, factor) for value, factor in cells) + " |")
+    notes = [f"{record['variant']}: n/a, {record['reason']}" for record in records if record.get("reason")]
+    return "\n".join([*lines, *(f"\n{note}" for note in notes)])
 
 
-def _cell(value: str | float | None, factor: float) -> str:
+def cell(value: str | float | None, factor: float) -> str:
+    """One cell of a table: None is n/a."""
+    if value is None:
+        return "n/a"
     if isinstance(value, int | float) and not (isinstance(value, int) and factor == 1):
-        return f"{value * factor:.2f}"
+        value *= factor
+        return f"{value:.2f}" if abs(value) >= 1 or value == 0 else f"{value:.3g}"
     return str(value)

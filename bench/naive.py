@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 
 def naive_channel_attention(query: Tensor, key: Tensor, value: Tensor, *, dropout_p: float = 0.0) -> Tensor:
-    """Channel attention with every map materialised and shared keys repeated for each sample.
+    """Channel attention with every map materialised; shared keys and values are views, as einops.repeat returns.
 
     Args:
         query: (B, H, N, Cq).
@@ -17,9 +17,6 @@ def naive_channel_attention(query: Tensor, key: Tensor, value: Tensor, *, dropou
     Returns:
         (B, H, N, Cq).
     """
-    batch = query.shape[0]
-    if key.shape[0] != batch:
-        key, value = key.repeat(batch, 1, 1, 1), value.repeat(batch, 1, 1, 1)
     similarity = F.instance_norm(query.mT @ key)
     attention = F.dropout(similarity.softmax(-1), dropout_p)
     return (attention @ value.mT).mT

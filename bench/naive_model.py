@@ -13,7 +13,7 @@ from allspark_fast.data.info import IGNORE_INDEX
 from allspark_fast.data.loader import SemiBatch
 from allspark_fast.model import AllSpark, MixTransformer, SegFormerHead, Segmentor
 from allspark_fast.model.cross_attention import Attend, CrossAttention
-from allspark_fast.model.mit import DepthwiseConv, EfficientSelfAttention
+from allspark_fast.model.mit import DepthwiseConv, EfficientSelfAttention, MixFFN
 from allspark_fast.model.segformer_head import FiniteBatchNorm2d
 from allspark_fast.model.tokens import to_map, to_tokens
 from allspark_fast.step import Losses
@@ -40,7 +40,7 @@ def naive_train_step(
     lr: float,
     use_memory: bool,
 ) -> Losses:
-    """One training step, arguments as ``allspark_fast.step.train_step``'s; the losses are read on the host."""
+    """One training step of learning rate ``lr``, which is set on the host, and where the losses are read."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
     with torch.autocast(batch.image.device.type, torch.bfloat16, enabled=config.amp and batch.image.is_cuda):
@@ -109,6 +109,14 @@ class NaiveSelfAttention(EfficientSelfAttention):
         return self.proj((attention @ value).transpose(1, 2).flatten(2))
 
 
+class NaiveMixFFN(MixFFN):
+    """Keeps what each of its layers takes in."""
+
+    def forward(self, tokens: Tensor, size: tuple[int, int]) -> Tensor:
+        """(B, h·w, C) and (h, w) -> (B, h·w, C)."""
+        return self.fc2(F.gelu(self.dwconv(self.fc1(tokens), size)))
+
+
 class NaiveDepthwiseConv(DepthwiseConv):
     """Copies tokens to a contiguous map before the convolution."""
 
@@ -143,7 +151,7 @@ class NaiveAllSpark(AllSpark):
 
 
 class NaiveCrossAttention(CrossAttention):
-    """Clones the memory, repeats its keys for every sample and forms the similarity maps."""
+    """Clones the memory and forms the similarity maps."""
 
     def forward(
         self, labeled: Tensor, unlabeled: Tensor, class_map: Tensor | None = None, *, use_memory: bool = False
@@ -194,6 +202,7 @@ _NAIVE: dict[type[nn.Module], type[nn.Module]] = {
     Segmentor: NaiveSegmentor,
     MixTransformer: NaiveMixTransformer,
     EfficientSelfAttention: NaiveSelfAttention,
+    MixFFN: NaiveMixFFN,
     DepthwiseConv: NaiveDepthwiseConv,
     AllSpark: NaiveAllSpark,
     CrossAttention: NaiveCrossAttention,

@@ -8,7 +8,7 @@ import itertools
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +25,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from allspark_fast.kernels.channel_attention import kernel as channel_attention
 from allspark_fast.kernels.semantic_memory import kernel as semantic_memory
+from allspark_fast.kernels.upsample_argmax import kernel as upsample_argmax
+from allspark_fast.kernels.upsample_cross_entropy import kernel as upsample_cross_entropy
 
 
 class Device(NamedTuple):
@@ -118,8 +120,8 @@ def _specialize(kernel: JITFunction, args: tuple[object, ...], kwargs: dict[str,
             signature[parameter.name] = _TYPES[value.dtype]
             if value.storage_offset() * value.itemsize % 16 == 0:
                 aligned.append(index)
-        elif isinstance(value, tuple):
-            signature[parameter.name] = tuple(_descriptor_type(x) for x in value)
+        elif isinstance(value, TensorDescriptor):
+            signature[parameter.name] = _descriptor_type(value)
         elif isinstance(value, int):
             signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
             if specialized and value % 16 == 0:
@@ -204,17 +206,27 @@ def _device_at_hand(device: Device) -> Iterator[None]:
 
 
 def channel_attention_launches(device: str, dtype: torch.dtype, tokens: int, dropout_p: float) -> list[Launch]:
-    """Kernels of a training step on Pascal with ``tokens`` tokens: 21 · 1024 keys of the memory and a group mask."""
+    """Kernels of a step with ``tokens`` tokens, 21 · 1024 keys and a group mask, for all tiles to choose from."""
 
     def step() -> None:
-        query = torch.empty(4, 1, tokens, 1024, dtype=dtype, device="cuda")
+        query = torch.empty(4, 1, tokens, 1024, device="cuda")
         key = torch.empty(1, 1, tokens, 21 * 1024, dtype=dtype, device="cuda")
+        scale, mean = torch.empty(4, 1, 1, 1, device="cuda"), torch.empty(1, 1, tokens, 1, device="cuda")
         mask = torch.empty(key.shape[3], dtype=torch.bool, device="cuda")
         seed = torch.empty((), dtype=torch.int64, device="cuda")
-        output, lse = channel_attention.forward(query, key, key, mask, dropout_p, seed)
-        channel_attention.backward(output, query, key, key, output, lse, mask, dropout_p, seed)
+        output, lse = channel_attention.forward(query, key, key, scale, mean, mask, dropout_p, seed)
+        channel_attention.backward(output, query, key, key, scale, mean, output, lse, mask, dropout_p, seed)
 
-    with FakeTensorMode(), _device_at_hand(DEVICES[device]):
+    def with_all(_: str, __: object, choices: Sequence[Any], run: Callable[[Any], object]) -> Any:
+        for tiles in choices:
+            run(tiles)
+        return choices[0]
+
+    with (
+        FakeTensorMode(),
+        _device_at_hand(DEVICES[device]),
+        patch.object(channel_attention, "_select", with_all),
+    ):
         return record_launches(step)
 
 
@@ -228,6 +240,21 @@ def semantic_memory_launches(device: str, dtype: torch.dtype, tokens: int) -> li
         channel_class = semantic_memory.channel_semantic_grouping(features, class_map)
         pointers = torch.empty(21, dtype=torch.int64, device="cuda")
         semantic_memory.semantic_memory_enqueue(queue, pointers, features, channel_class)
+
+    with FakeTensorMode(), _device_at_hand(DEVICES[device]):
+        return record_launches(step)
+
+
+def upsample_launches(device: str, dtype: torch.dtype) -> list[Launch]:
+    """Kernels of loss and pseudo labels at a crop of 513, logits as our head returns them and as a convolution does."""
+
+    def step() -> None:
+        tokens = torch.empty(4, 129, 129, 21, dtype=dtype, device="cuda").permute(0, 3, 1, 2)
+        target = torch.empty(4, 513, 513, dtype=torch.int64, device="cuda")
+        for logits in (tokens, torch.empty(tokens.shape, dtype=dtype, device="cuda")):
+            loss, lse = upsample_cross_entropy.forward(logits, target, 255)
+            upsample_cross_entropy.backward(loss, logits, target, lse, 255)
+            upsample_argmax.upsample_argmax(logits, (513, 513))
 
     with FakeTensorMode(), _device_at_hand(DEVICES[device]):
         return record_launches(step)
@@ -252,5 +279,6 @@ def report(devices: Iterable[str], *, full: bool) -> Iterator[dict[str, Any]]:
             for tokens, dropout_p in itertools.product(sizes, dropouts):
                 launches |= dict.fromkeys(channel_attention_launches(device, dtype, tokens, dropout_p))
             launches |= dict.fromkeys(semantic_memory_launches(device, dtype, 289))
+            launches |= dict.fromkeys(upsample_launches(device, dtype))
         for launch in launches:
             yield compile_launch(launch, device)

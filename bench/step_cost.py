@@ -35,7 +35,7 @@ def _attention_backward(grad: Shape, _: Shape, key: Shape, *__: object, **___: o
     return 5 * 2 * math.prod(grad) * key[3]
 
 
-def _gram(x: Shape, *_: object, **__: object) -> int:
+def _covariance(x: Shape, *_: object, **__: object) -> int:
     """Products of all pairs of tokens: x (B, H, N, C)."""
     return 2 * math.prod(x) * x[2]
 
@@ -57,7 +57,7 @@ def _convolution_backward(grad: Shape, _: Shape, weight: Shape, *arguments: obje
 FORMULAS: dict[object, Callable[..., int]] = {
     torch.ops.allspark_fast.softmax_attention: _attention,
     torch.ops.allspark_fast.softmax_attention_backward: _attention_backward,
-    torch.ops.allspark_fast.gram: _gram,
+    torch.ops.allspark_fast.covariance: _covariance,
     torch.ops.allspark_fast.channel_semantic_grouping: _grouping,
     torch.ops.aten.convolution_backward: _convolution_backward,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),

@@ -9,11 +9,12 @@ import torch
 from torch import nn
 
 from allspark_fast.config import TrainConfig
+from allspark_fast.cuda_graph import GraphedSteps
 from allspark_fast.data.loader import SemiBatch
 from allspark_fast.model import Segmentor, build_segmentor
 from allspark_fast.model.cross_attention import CrossAttention
-from allspark_fast.model.mit import Block
-from allspark_fast.step import Losses, build_optimizer, compute_losses, train_step
+from allspark_fast.model.mit import Block, compile_blocks
+from allspark_fast.step import Losses, TrainState, compute_losses, train_step
 from bench import bench_upsample
 from bench.naive_model import make_naive, naive_losses, naive_train_step
 
@@ -53,8 +54,9 @@ SIZES = {
 }
 
 
-# Those with bfloat16 run under autocast.
+# Those with bfloat16 run under autocast. Each can be "compiled" too, which changes none of the counts.
 NAMES = ("naive", "naive bfloat16", "ours", "ours bfloat16")
+BACKEND = "inductor"
 
 
 @dataclass(frozen=True)
@@ -75,11 +77,16 @@ class Variant:
 
 
 def make_variant(name: str, model: Segmentor, batch: SemiBatch) -> Variant:
-    """One of ``NAMES`` after warm-up; it takes the model over."""
-    kind, *autocast = name.split()
-    model = make_naive(model) if kind == "naive" else model
-    config = TrainConfig(amp=bool(autocast))
-    optimizer = build_optimizer(model, config)
+    """One of ``NAMES``, perhaps with " compiled" and " graph" behind it, after warm-up; it takes the model over."""
+    kind, *options = name.split()
+    config = TrainConfig(amp="bfloat16" in options)
+    if kind == "naive":
+        model = make_naive(model)
+        if "compiled" in options:
+            model.compile(backend=BACKEND)
+    elif "compiled" in options:
+        compile_blocks(model, BACKEND)
+    state = TrainState(model, config, total_steps=10**6)
 
     def losses() -> Losses:
         with torch.autocast(batch.image.device.type, torch.bfloat16, enabled=config.amp):
@@ -87,9 +94,12 @@ def make_variant(name: str, model: Segmentor, batch: SemiBatch) -> Variant:
                 return naive_losses(model, batch, use_memory=True)
             return compute_losses(model, batch, config, use_memory=True)
 
-    step = naive_train_step if kind == "naive" else train_step
-    arguments = (model, optimizer, batch, config)
-    return Variant(model, optimizer, losses, functools.partial(step, *arguments, lr=config.lr, use_memory=True))
+    if kind == "naive":
+        step = functools.partial(naive_train_step, model, state.optimizer, batch, config, lr=config.lr, use_memory=True)
+    else:
+        take_step = GraphedSteps(state) if "graph" in options else functools.partial(train_step, state)
+        step = functools.partial(take_step, batch, use_memory=True)
+    return Variant(model, state.optimizer, losses, step)
 
 
 def without_dropout(model: Segmentor) -> Segmentor:

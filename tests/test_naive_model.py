@@ -9,7 +9,7 @@ from torch.testing import assert_close
 from allspark_fast.config import TrainConfig
 from allspark_fast.data.loader import SemiBatch
 from allspark_fast.model import Segmentor
-from allspark_fast.step import build_optimizer, compute_losses, train_step
+from allspark_fast.step import TrainState, build_optimizer, compute_losses, train_step
 from bench.naive_model import make_naive, naive_losses, naive_train_step
 from bench.step_variants import SIZES, without_dropout
 
@@ -46,9 +46,10 @@ def test_steps_are_ours(model: Segmentor) -> None:
     batch = double_batch()
     naive = make_naive(copy.deepcopy(model))
     before = copy.deepcopy(model.state_dict())
-    for step_of, each in ((train_step, model), (naive_train_step, naive)):
-        optimizer = build_optimizer(each, CONFIG)
-        for _ in range(2):
-            step_of(each, optimizer, batch, CONFIG, lr=CONFIG.lr, use_memory=True)
+    state = TrainState(model, CONFIG, total_steps=10)
+    optimizer = build_optimizer(naive, CONFIG)
+    for _ in range(2):  # both at the base rate
+        train_step(state, batch, use_memory=True)
+        naive_train_step(naive, optimizer, batch, CONFIG, lr=CONFIG.lr, use_memory=True)
     assert_close(naive.state_dict(), model.state_dict())
     assert all(not torch.equal(before[name], x) for name, x in model.named_parameters())

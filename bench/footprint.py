@@ -1,0 +1,76 @@
+"""Memory that a training step holds on a GPU, counted on fake CUDA tensors: nothing runs."""
+
+from collections.abc import Iterator
+from unittest.mock import patch
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from allspark_fast.model import build_segmentor
+from bench.harness import Record, table
+from bench.step_cost import count_saved_bytes
+from bench.step_variants import StepSize, make_variant
+
+# timm's encoders cannot be built of fake tensors.
+SIZES = ("mit_b0", "mit_b2", "mit_b5")
+# Weights, gradients, both moments of AdamW and averaged weights, all float32.
+_COPIES = 5
+_CROPS = (321, 513)
+_BATCHES = (2, 4)
+_CLASSES = 21
+_COLUMNS = {
+    "encoder": ("size", 1.0),
+    "crop": ("crop", 1),
+    "batch": ("batch", 1),
+    "weights and optimizer GB": ("state_bytes", 1e-9),
+    "activations GB": ("saved_bytes", 1e-9),
+    "together GB": ("bytes", 1e-9),
+    "with checkpointing GB": ("checkpointed_bytes", 1e-9),
+}
+
+
+def measure(backbone: str, _: int) -> Iterator[tuple[list[Record], str]]:
+    """Count the bytes of one encoder at several crops and batch sizes; yields records and their table."""
+    records: list[Record] = []
+    for crop in _CROPS:
+        for batch in _BATCHES:
+            size = StepSize(backbone, batch, _CLASSES, crop)
+            state, saved = count_bytes(size, checkpointing=False)
+            _, checkpointed = count_bytes(size, checkpointing=True)
+            records.append(
+                {
+                    "op": "footprint",
+                    "size": backbone,
+                    "crop": crop,
+                    "batch": f"{batch} + {batch}",
+                    "state_bytes": state,
+                    "saved_bytes": saved,
+                    "bytes": state + saved,
+                    "checkpointed_bytes": state + checkpointed,
+                }
+            )
+    yield records, table(records, _COLUMNS)
+
+
+def count_bytes(size: StepSize, *, checkpointing: bool) -> tuple[int, int]:
+    """Bytes of weights, gradients, optimizer and averaged weights; and of what a bfloat16 step keeps for backward."""
+    with (
+        FakeTensorMode(),
+        torch.device("cuda"),
+        patch.object(nn.init, "trunc_normal_", lambda tensor, **_: tensor),
+        # Without a GPU autocast would turn itself off.
+        patch.object(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
+        patch.object(torch.cuda, "is_bf16_supported", lambda *_: True),
+    ):
+        model = build_segmentor(
+            size.backbone,
+            size.classes,
+            (size.crop, size.crop),
+            embedding_dim=size.embedding_dim,
+            checkpoint_blocks=checkpointing,
+        ).train()
+        parameters = sum(x.nbytes for x in model.parameters())
+        buffers = sum(x.nbytes for x in model.buffers())
+        variant = make_variant("ours bfloat16", model, size.random_batch())
+        return _COPIES * parameters + 2 * buffers, count_saved_bytes(variant)
