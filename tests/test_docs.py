@@ -1,0 +1,133 @@
+"""What the documents say to type works: every Python block and every command, copied as it stands."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+
+from allspark_fast.__main__ import main
+from allspark_fast.commands import COMMANDS
+from allspark_fast.commands.recipe import parse_config
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = {path.name: path.read_text("utf-8") for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
+PYTHON = re.findall(r"```python\n(.*?)```", "".join(DOCUMENTS.values()), re.DOTALL)
+# Commands that start like this are not run, and why.
+NOT_RUN = {
+    "pip install": "needs the network; .ci/run installs",
+    "pytest": "would run this test",
+    "python train.py pascal": "needs Pascal VOC and weights",
+    "python train.py --train.method": "takes minutes; tests/test_trainer.py trains every method",
+    "python -m allspark_fast convert allspark_pascal.pth": "needs a checkpoint; tests/test_convert.py makes one",
+}
+TOO_LONG = {
+    "python train.py": "takes minutes; made small here",
+    "python -m allspark_fast train folder --data.root my_data": "is for a GPU; the smoke run before it is run",
+    "python -m allspark_fast evaluate runs/folder": "scores that run",
+    "python -m allspark_fast predict runs/folder my_data/images": "uses that run",
+}
+
+
+def commands_of(document: str) -> list[str]:
+    """Lines of ```bash blocks, and commands of this package in table cells, without their comments."""
+    text = DOCUMENTS[document]
+    lines = [line for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]
+    lines += re.findall(r"^\| `(python [^`]+)`", text, re.MULTILINE)
+    stripped = [re.sub(r"\s+#.*", "", line).strip() for line in lines]
+    return [part for line in stripped if line for part in line.split(" && ")]
+
+
+def is_run(command: str) -> bool:
+    return command not in TOO_LONG and not command.startswith(tuple(NOT_RUN))
+
+
+COMMANDS_OF = {document: commands for document in DOCUMENTS if (commands := commands_of(document))}
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with the folder of docs/your-data.md, train.py and the photographs that README names."""
+    (tmp_path / "train.py").symlink_to(ROOT / "train.py")
+    for folder in ("my_data/images", "my_data/labels", "more_photos", "others/deep"):
+        (tmp_path / folder).mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for i in range(9):
+        image = Image.fromarray(rng.integers(0, 120, (90, 120, 3), np.uint8))
+        mask = Image.new("L", image.size)
+        for target, color in ((image, (230, 200, 60)), (mask, 255)):
+            ImageDraw.Draw(target).ellipse((8 * i, 10, 8 * i + 40, 60), fill=color)
+        mode, suffix = [("RGB", "jpg"), ("L", "jpg"), ("RGBA", "png"), ("P", "png"), ("1", "png")][i % 5]
+        image.convert(mode).save(tmp_path / f"my_data/images/im{i:02}.{suffix}")
+        if i < 6:
+            mask.save(tmp_path / f"my_data/labels/im{i:02}.png")
+    image.save(tmp_path / "photo.jpg")
+    image.save(tmp_path / "more_photos/one.png")
+    image.save(tmp_path / "others/deep/two.png")
+    (meta,) = re.findall(r"meta\.json +(\{.*\})", DOCUMENTS["your-data.md"])
+    (tmp_path / "my_data/meta.json").write_text(meta)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("number", range(len(PYTHON)))
+def test_python_block_runs(number: int) -> None:
+    exec(compile(PYTHON[number], f"Python block {number}", "exec"), {})
+
+
+def test_there_are_blocks_and_commands() -> None:
+    assert len(PYTHON) == 2
+    assert {"README.md", "your-data.md"} <= set(COMMANDS_OF)
+    assert sum(is_run(command) for commands in COMMANDS_OF.values() for command in commands) >= 12
+    everything = [command for commands in COMMANDS_OF.values() for command in commands]
+    assert all(command in everything for command in TOO_LONG)
+    assert all(any(command.startswith(start) for command in everything) for start in NOT_RUN)
+
+
+@pytest.mark.parametrize("document", COMMANDS_OF)
+def test_commands_and_their_settings_exist(document: str) -> None:
+    for command in COMMANDS_OF[document]:
+        _, *words = shlex.split(command)
+        if words[:1] == ["train.py"]:
+            parse_config(words[1:], "train")
+        elif words[:2] == ["-m", "allspark_fast"]:
+            assert words[2] in COMMANDS
+            if words[2] in ("train", "check"):
+                parse_config(words[3:], words[2])
+        else:
+            assert not is_run(command)
+
+
+def test_own_data_before_the_training(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    splits, check = COMMANDS_OF["your-data.md"][:2]
+    assert main(shlex.split(splits)[3:]) == 0
+    assert "4 labeled, 3 unlabeled, 2 for validation" in capsys.readouterr().out
+    assert main(shlex.split(check)[3:]) == 0
+    meta = place / "my_data/meta.json"
+    meta.write_text(json.dumps({"classes": json.loads(meta.read_text())["classes"]}))
+    assert main(shlex.split(check)[3:]) == 1
+    assert 'add "values": [0, 255] to meta.json' in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("document", COMMANDS_OF)
+def test_commands_run(document: str, place: Path) -> None:
+    python = f'python() {{ "{sys.executable}" "$@"; }}\n'
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment.pop("TRITON_INTERPRET", None)
+    small = "python train.py --data.scenes 3 4 2 --data.crop 64 --data.workers 0 --train.epochs 1 --train.batch-size 2"
+    start = ["python -m allspark_fast splits my_data --val 1/3", small] if document == "README.md" else []
+    for command in [*start, *filter(is_run, COMMANDS_OF[document])]:
+        done = subprocess.run(
+            ["bash", "-c", python + command], cwd=place, env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
+    if document == "your-data.md":
+        assert len(list((place / "predictions/smoke/labels").iterdir())) == 9
