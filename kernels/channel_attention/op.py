@@ -19,6 +19,9 @@ _BACKENDS = ("auto", "triton", "chunked", "reference", "sdpa", "xformers")
 _LIBRARY_BACKENDS = ("sdpa", "xformers")
 # Their kernels read 16 bytes at a time: head dims must be multiples of 8 half-precision numbers.
 _LIBRARY_ALIGNMENT = 8
+# Maps of fewer tokens have so low a rank that gradients nearly cancel: 3 % off with operands in half precision. Tensor
+# cores would fill the tokens up to 16 anyway.
+_MIN_HALF_TOKENS = 16
 # Added to masked logits; a float16 can hold it, and exp(-30000) is 0 beside any instance-normalised logit.
 _MASKED_LOGIT = -30000.0
 
@@ -55,8 +58,8 @@ def channel_attention(
             dropout), or ``auto``: ``triton`` on CUDA from sm_80 in half and single precision, else ``chunked``.
 
     Returns:
-        (B, H, N, Cq) in the query's dtype, accumulated in float32 (float64 for float64). Inputs that are not finite
-        give results that are not finite.
+        (B, H, N, Cq) in the query's dtype, accumulated in float32 (float64 for float64); with fewer than 16 tokens
+        half precision is computed in float32 throughout. Inputs that are not finite give results that are not finite.
 
     Raises:
         TypeError: an argument is no tensor, or its dtype is wrong.
@@ -65,18 +68,23 @@ def channel_attention(
     _check_arguments(query, key, value, group_mask, dropout_p, seed, backend)
     if dropout_p > 0 and seed is None:
         seed = torch.randint(2**63 - 1, (), dtype=torch.int64, device=query.device)
+    dtype = query.dtype
+    if dtype.itemsize == 2 and query.shape[2] < _MIN_HALF_TOKENS:
+        query, key, value = query.float(), key.float(), value.float()
     column_mask = None if group_mask is None else _expand_groups(group_mask, key.shape[-1])
     with torch.autocast(query.device.type, enabled=False):
         if backend == "reference":
-            return reference.channel_attention(query, key, value, column_mask, eps, dropout_p, seed)
+            return reference.channel_attention(query, key, value, column_mask, eps, dropout_p, seed).to(dtype)
         # The gradients that meet at the query nearly cancel: they are added before they are rounded.
         query = query.to(accumulation_dtype(query.dtype))
         rstd, key_mean = similarity_rstd(query, key, column_mask, eps)
         key_mean = key_mean.detach()  # a shift of every row, which softmax ignores
         if backend in _LIBRARY_BACKENDS:
             centered_key = (key - key_mean).to(key.dtype)
-            return _library_attention((query * rstd).to(key.dtype), centered_key, value, column_mask, backend)
-        return _softmax_attention(query, key, value, rstd, key_mean, column_mask, dropout_p, seed, backend)[0]
+            scaled_query = (query * rstd).to(key.dtype)
+            return _library_attention(scaled_query, centered_key, value, column_mask, backend).to(dtype)
+        output, _ = _softmax_attention(query, key, value, rstd, key_mean, column_mask, dropout_p, seed, backend)
+        return output.to(dtype)
 
 
 def _expand_groups(group_mask: Tensor, columns: int) -> Tensor:
