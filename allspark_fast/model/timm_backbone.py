@@ -53,6 +53,8 @@ class TimmBackbone(nn.Module):
         Returns:
             four maps (B, channels[i], h_i, w_i), finest first.
         """
+        # Channels innermost, as convolutions on a CPU and tensor cores read them; docs/performance.md has figures.
+        images = images.contiguous(memory_format=torch.channels_last)
         height, width = self.deepest_size(images.shape[2:])
         size = (height * self.stride, width * self.stride)
         if images.shape[2:] != size:

@@ -73,7 +73,7 @@ class TestFamilies:
                 images, indices=[2, 5, 8, 11], norm=False, intermediates_only=True
             )
             for actual, feature in zip(backbone(images), expected, strict=True):
-                assert torch.equal(actual, feature)
+                torch.testing.assert_close(actual, feature)
 
     def test_images_are_enlarged_only_to_the_next_multiple_of_the_stride(self) -> None:
         backbone = TimmBackbone("convnext_atto").eval()
@@ -83,6 +83,11 @@ class TestFamilies:
             for a, b, c in zip(backbone(images), backbone(enlarged), backbone.features(enlarged), strict=True):
                 assert torch.equal(a, b)
                 assert torch.equal(b, c)
+
+    def test_maps_of_convolutions_have_their_channels_innermost(self) -> None:
+        backbone = TimmBackbone("test_efficientnet")
+        for x in backbone(torch.randn(2, 3, 64, 70)):
+            assert x.is_contiguous(memory_format=torch.channels_last)
 
     def test_no_host_sync(self) -> None:
         model = build_segmentor("timm/tf_efficientnet_lite0", 3, (64, 64), allspark=False, embedding_dim=16)
@@ -111,7 +116,7 @@ class TestBatchNorm:
         backbone = TimmBackbone("test_efficientnet").train()
         plain = TimmBackbone("test_efficientnet").features.train()
         plain.load_state_dict(backbone.features.state_dict())
-        for images in torch.randn(2, 4, 3, 64, 64):
+        for images in torch.randn(2, 4, 64, 64, 3).permute(0, 1, 4, 2, 3):
             outputs = backbone(images)[-1], plain(images)[-1]
             grads = [
                 torch.autograd.grad(x.square().sum(), list(y.parameters()))
