@@ -1,6 +1,7 @@
 """Exported graphs compute what the model does, at sizes and batches they were not traced with."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +64,17 @@ def test_onnx(weights: Path, tmp_path: Path) -> None:
         (logits,) = session.run(["logits"], {"images": pixels.numpy()})
         assert logits.dtype == np.float32
         assert_close(torch.from_numpy(logits), expected_logits(weights, pixels))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("suffix", [".pt2", ".onnx"])
+def test_an_encoder_of_timm(tiny_spec: ModelSpec, tmp_path: Path, suffix: str) -> None:
+    """With TensorFlow's padding, which in timm depends on the size of each map."""
+    pytest.importorskip("timm", reason="needs the extra timm")
+    spec = replace(tiny_spec, backbone="timm/tf_mobilenetv3_small_minimal_100")
+    path = (tmp_path / "model").with_suffix(suffix)
+    assert export.export_model(spec.build().eval(), spec, path) <= 1e-4
+    assert path.is_file()
 
 
 def test_plain_operators_compute_the_same_and_leave_the_model_alone(weights: Path) -> None:

@@ -2,7 +2,6 @@
 
 import difflib
 import inspect
-import math
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
@@ -40,6 +39,7 @@ class TimmBackbone(nn.Module):
         timm = _import_timm()
         self.name = name
         self.features = timm.create_model(name, **_options(timm, name))
+        _pad_statically(self.features, timm.layers.Conv2dSame)
         self.channels = tuple(self.features.feature_info.channels())
         self.stride = max(self.features.feature_info.reduction())
 
@@ -56,14 +56,17 @@ class TimmBackbone(nn.Module):
         # Channels innermost, as convolutions on a CPU and tensor cores read them; docs/performance.md has figures.
         images = images.contiguous(memory_format=torch.channels_last)
         height, width = self.deepest_size(images.shape[2:])
-        size = (height * self.stride, width * self.stride)
-        if images.shape[2:] != size:
-            images = F.interpolate(images, size, mode="bilinear", align_corners=False)
+        # Without a branch for images that need it not: one graph for all sizes.
+        images = F.interpolate(
+            images, (height * self.stride, width * self.stride), mode="bilinear", align_corners=False
+        )
         return self._encode_and_track(images) if self.training else self.features(images)
 
     def deepest_size(self, image_size: Sequence[int]) -> tuple[int, int]:
         """(h, w) of the deepest map for images of ``image_size`` = (H, W) pixels."""
-        return math.ceil(image_size[0] / self.stride), math.ceil(image_size[1] / self.stride)
+        # Exported graphs have no math.ceil, and ONNX would round -(-x // y) the other way.
+        height, width = (side + self.stride - 1 for side in image_size)
+        return height // self.stride, width // self.stride
 
     def _encode_and_track(self, images: Tensor) -> list[Tensor]:
         """Like FiniteBatchNorm2d for every BatchNorm inside: running statistics skip what is not finite."""
@@ -74,6 +77,28 @@ class TimmBackbone(nn.Module):
         for name, x in kept.items():
             x.copy_(updated[name].where(updated[name].isfinite(), x))
         return maps
+
+
+class _EvenConv2d(nn.Conv2d):
+    """TensorFlow's "same" convolution of maps whose sides its stride divides: what it pads depends on no size."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        padding: list[int] = []
+        for kernel, stride, dilation in zip(self.kernel_size, self.stride, self.dilation, strict=True):
+            total = max((kernel - 1) * dilation + 1 - stride, 0)
+            padding = [total // 2, total - total // 2, *padding]  # F.pad begins with the last axis
+        return super().forward(F.pad(x, padding))
+
+
+def _pad_statically(features: nn.Module, same_convolution: type[nn.Module]) -> None:
+    """Give convolutions that work out their padding from each map's size a constant one.
+
+    Images are enlarged to multiples of all strides, so both are the same; but sizes that depend on sizes through every
+    layer grow to expressions that torch.export does not come to the end of.
+    """
+    for module in features.modules():
+        if type(module) is same_convolution:
+            module.__class__ = _EvenConv2d
 
 
 def _import_timm() -> ModuleType:

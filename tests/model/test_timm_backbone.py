@@ -84,6 +84,15 @@ class TestFamilies:
                 assert torch.equal(a, b)
                 assert torch.equal(b, c)
 
+    def test_constant_padding_is_that_of_tensorflow(self) -> None:
+        backbone = TimmBackbone("tf_mixnet_s").eval()  # kernels of 3 to 11
+        plain = timm.create_model("tf_mixnet_s", features_only=True, feature_cls="getter", out_indices=(1, 2, 3, 4))
+        plain.load_state_dict(backbone.features.state_dict())
+        images = torch.randn(1, 3, 64, 96).contiguous(memory_format=torch.channels_last)
+        with torch.no_grad():
+            for actual, expected in zip(backbone(images), plain.eval()(images), strict=True):
+                assert torch.equal(actual, expected)
+
     def test_maps_of_convolutions_have_their_channels_innermost(self) -> None:
         backbone = TimmBackbone("test_efficientnet")
         for x in backbone(torch.randn(2, 3, 64, 70)):
