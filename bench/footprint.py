@@ -1,15 +1,10 @@
 """Memory that a training step holds on a GPU, counted on fake CUDA tensors: nothing runs."""
 
 from collections.abc import Iterator
-from unittest.mock import patch
-
-import torch
-from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from allspark_fast.model import build_segmentor
 from bench.harness import Record, table
-from bench.step_cost import count_saved_bytes
+from bench.step_cost import count_saved_bytes, fake_tensors
 from bench.step_variants import StepSize, make_variant
 
 # timm's encoders cannot be built of fake tensors.
@@ -55,14 +50,7 @@ def measure(backbone: str, _: int) -> Iterator[tuple[list[Record], str]]:
 
 def count_bytes(size: StepSize, *, checkpointing: bool) -> tuple[int, int]:
     """Bytes of weights, gradients, optimizer and averaged weights; and of what a bfloat16 step keeps for backward."""
-    with (
-        FakeTensorMode(),
-        torch.device("cuda"),
-        patch.object(nn.init, "trunc_normal_", lambda tensor, **_: tensor),
-        # Without a GPU autocast would turn itself off.
-        patch.object(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
-        patch.object(torch.cuda, "is_bf16_supported", lambda *_: True),
-    ):
+    with fake_tensors("cuda"):
         model = build_segmentor(
             size.backbone,
             size.classes,

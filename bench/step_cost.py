@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from unittest.mock import patch
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from bench import naive_model
@@ -85,7 +86,10 @@ def measure(size: str, _: int) -> Iterator[tuple[list[Record], str]]:
     counts = {}
     for name in NAMES:
         with fake_variant(size, name) as variant:
-            counts[name] = count_flops(variant), count_saved_bytes(variant)
+            flops = count_flops(variant)
+        # A GPU's rules of autocast keep more than those of a CPU.
+        with fake_variant(size, name, "cuda") as variant:
+            counts[name] = flops, count_saved_bytes(variant)
     naive_flops, naive_saved = counts[NAMES[0]]
     records: list[Record] = [
         {
@@ -102,13 +106,30 @@ def measure(size: str, _: int) -> Iterator[tuple[list[Record], str]]:
     yield records, table(records, _COLUMNS)
 
 
+def _fused_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """What a GPU takes; for one that is not there torch would take the form that keeps the map."""
+    return torch.ops.aten._scaled_dot_product_efficient_attention(query, key, value, None, True)[0]
+
+
 @contextmanager
-def fake_variant(size: str, name: str) -> Iterator[Variant]:
-    """A variant at a size in ``SIZES`` whose tensors have shapes but no numbers, as long as the context lasts."""
-    # Initialisation and the official memory look at numbers; neither counts.
+def fake_tensors(device: str = "cpu") -> Iterator[None]:
+    """New tensors have shapes but no numbers; ``cuda`` needs no GPU, but there autograd can only go forward."""
     with (
         FakeTensorMode(),
+        torch.device(device),
+        patch.object(F, "scaled_dot_product_attention", _fused_attention) if device == "cuda" else nullcontext(),
+        # Initialisation and the official memory look at numbers; neither counts.
         patch.object(nn.init, "trunc_normal_", lambda tensor, **_: tensor),
         patch.object(naive_model, "naive_enqueue", lambda *_: None),
+        # Without a GPU autocast would turn itself off.
+        patch.object(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
+        patch.object(torch.cuda, "is_bf16_supported", lambda *_: True),
     ):
+        yield
+
+
+@contextmanager
+def fake_variant(size: str, name: str, device: str = "cpu") -> Iterator[Variant]:
+    """A variant at a size in ``SIZES`` that computes nothing, as long as the context lasts."""
+    with fake_tensors(device):
         yield make_variant(name, SIZES[size].build_model(), SIZES[size].random_batch())

@@ -100,7 +100,7 @@ _ONE_PASS = {
     ),
 }
 # For each problem.
-_MAX_CHOICES = 3
+MAX_CHOICES = 3
 
 
 def device_class(device: torch.device) -> str:
@@ -127,7 +127,7 @@ def forward_tiles(device: torch.device, dtype: torch.dtype, tokens: int) -> list
         one_pass = next((tiles for sizes, tiles in _ONE_PASS.items() if tokens in sizes), ())
     split = [SplitTiles(probability, merge) for probability in table.probability]
     choices: list[OnePassTile | SplitTiles] = [*one_pass, *split]
-    return choices[:_MAX_CHOICES]
+    return choices[:MAX_CHOICES]
 
 
 def gradient_tiles(device: torch.device, dtype: torch.dtype) -> tuple[Tile, ...]:

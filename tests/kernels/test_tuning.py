@@ -91,12 +91,49 @@ def test_a_folder_that_cannot_be_written_is_told(
     assert "cannot be written" in caplog.text
 
 
+def test_a_configuration_that_fails_is_told_and_left_out(
+    timed: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def seconds(_: object, config: str) -> float:
+        if config in failing:
+            raise RuntimeError("out of resource")
+        return SECONDS[config]
+
+    monkeypatch.setattr(tuning, "_seconds", seconds)
+    failing = {"fast"}
+    assert choose() == "middle"
+    assert "'fast' is left out, it fails here: out of resource" in caplog.text
+    failing = set(CONFIGS)
+    assert choose(problem="backward") == "slow"
+    [file] = (tmp_path / "allspark_fast").iterdir()
+    assert "backward" not in file.read_text()
+
+
+def test_processes_keep_the_choices_of_each_other(timed: list[str], tmp_path: Path) -> None:
+    choose()
+    [file] = (tmp_path / "allspark_fast").iterdir()
+    file.write_text(json.dumps({"of another process": "1"}))
+    choose(problem="backward")
+    assert len(json.loads(file.read_text())) == 3
+
+
+def test_any_configuration_can_be_fixed(timed: list[str]) -> None:
+    for index, expected in enumerate([*CONFIGS, "middle"]):
+        with tuning.fixed(index):
+            assert choose() == expected
+    assert not timed
+    assert choose() == "fast"
+
+
 def test_where_nothing_is_timed(timed: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose(device=torch.device("cpu")) == "slow"
     assert choose(["only"]) == "only"
     monkeypatch.setenv("ALLSPARK_TUNING", "0")
     assert choose() == "slow"
     monkeypatch.delenv("ALLSPARK_TUNING")
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    assert choose() == "slow"
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     assert choose() == "slow"
     assert not timed
