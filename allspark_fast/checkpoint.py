@@ -152,7 +152,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         temporary.unlink(missing_ok=True)
         raise OSError(
             f"{path} was not written ({_reason(error)}); {free / 1e6:.1f} MB are free there. Nothing that was there "
-            "is lost: mend this, and the same command goes on from the last checkpoint"
+            "is lost: mend this and give the same command again, training goes on from its last checkpoint"
         ) from error
 
 
