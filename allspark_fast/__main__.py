@@ -16,8 +16,9 @@ def main(arguments: list[str] | None = None) -> int:
     logging.basicConfig(format=f"{prefix}%(message)s")
     logging.getLogger("allspark_fast").setLevel(logging.WARNING if rank else logging.INFO)
     if not arguments or arguments[0] not in COMMANDS:
-        print(_usage(), file=sys.stderr)
-        return 0 if arguments[:1] in (["-h"], ["--help"]) else 2
+        asked = arguments[:1] in (["-h"], ["--help"])
+        print(_usage(), file=sys.stdout if asked else sys.stderr)
+        return 0 if asked else 2
     name, *rest = arguments
     try:
         return importlib.import_module(f"allspark_fast.commands.{name}").run(rest)

@@ -157,7 +157,8 @@ def _plot(axes: "Axes", records: Sequence[Record], names: dict[str, str], title:
     for name, label in names.items():
         points = [(record["step"], record[name]) for record in records if name in record]
         if points:
-            axes.plot(*zip(*points, strict=True), label=label, linewidth=1.5)
+            marker = "." if len(points) == 1 else ""  # a line of one point would not show
+            axes.plot(*zip(*points, strict=True), label=label, linewidth=1.5, marker=marker)
     axes.set(title=title, xlabel="step")
     axes.grid(alpha=0.3)
     if axes.has_data():

@@ -23,7 +23,9 @@ def test_without_a_command_the_usage_is_printed(
     arguments: list[str], status: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(arguments) == status
-    printed = capsys.readouterr().err
+    out, err = capsys.readouterr()
+    printed, other = (err, out) if status else (out, err)
+    assert not other
     assert all(f"  {line}" in printed for line in COMMANDS.values())
 
 

@@ -1,6 +1,7 @@
 """Weights of others in, ours out, and back."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from allspark_fast.__main__ import main
 from allspark_fast.convert import infer_spec, read_model
 from allspark_fast.model import MIT_CONFIGS, build_segmentor
-from allspark_fast.pretrained import load_model
+from allspark_fast.pretrained import ModelSpec, load_model, save_model
 from allspark_fast.weights import save_weights
 
 
@@ -20,6 +21,17 @@ def official_checkpoint(path: Path, classes: int = 21, crop: int = 65, **options
     state = {f"module.{name}": x for name, x in model.state_dict().items()}
     torch.save({"model": state, "epoch": 3, "previous_best": np.mean([61.0])}, path)
     return path
+
+
+def test_an_encoder_of_timm_has_no_layout_of_the_public_code(
+    tiny_spec: ModelSpec, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("timm", reason="needs timm")
+    spec = replace(tiny_spec, backbone="timm/test_efficientnet")
+    save_model(spec.build(), spec, tmp_path / "model.safetensors")
+    assert main(["convert", str(tmp_path / "model.safetensors"), str(tmp_path / "model.pth")]) == 1
+    assert "the public code has MiT encoders only" in capsys.readouterr().err
+    assert not (tmp_path / "model.pth").exists()
 
 
 def test_official_to_ours_to_official_is_bit_equal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from allspark_fast import export
@@ -96,12 +97,16 @@ def test_a_graph_that_differs_is_refused(weights: Path) -> None:
             export._largest_error(wrong, module, Path("model.pt2"))
 
 
-def test_usage_errors(weights: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_usage_errors(
+    weights: Path, tiny_spec: ModelSpec, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def error(out: Path) -> str:
         assert main(["export", str(weights), str(out)]) == 1
         return capsys.readouterr().err
 
     assert ".pt2 or .onnx" in error(weights.with_suffix(".bin"))
+    with pytest.raises(ValueError, match="Swin cannot be exported"):
+        export.export_model(nn.Identity(), replace(tiny_spec, backbone="timm/swinv2_tiny_window8_256"), Path("x.pt2"))
     monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None)
     assert "onnxruntime: pip install 'allspark-fast[export]'" in error(weights.with_suffix(".onnx"))
     weights.with_suffix(".pt2").write_bytes(b"mine")

@@ -83,7 +83,10 @@ class TestRun:
         train(config, tmp_path / "run")
         assert "finished at step 12, best mIoU" in capsys.readouterr().out
 
-        # The best weights score what the log says.
+        # The best weights score what the log says, even where those that the run started from are gone.
+        settings = tmp_path / "run" / "config.json"
+        settings.write_text(settings.read_text().replace('"weights": null', '"weights": "gone.pth"'))
+        assert "gone.pth" in settings.read_text()
         best = max(record["miou"] for record in records if "miou" in record)
         assert main(["evaluate", str(tmp_path / "run"), "--json", str(tmp_path / "scores.json")]) == 0
         assert f"{100 * best:.1f}" in capsys.readouterr().out

@@ -38,6 +38,8 @@ def run(arguments: list[str]) -> int:
     if target.exists() and not options.overwrite:
         raise ValueError(f"{target} is there already: pass --overwrite to replace it")
     model, spec = read_model(options.source, options.classes)
+    if target.suffix == ".pth" and spec.backbone.startswith("timm/"):
+        raise ValueError(f"{target}: the public code has MiT encoders only, this is {spec.backbone}; take .safetensors")
     if target.suffix == ".pth":
         write_atomically(target, lambda temporary: save_weights(model, temporary))
     else:

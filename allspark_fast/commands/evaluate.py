@@ -37,7 +37,8 @@ def run(arguments: list[str]) -> int:
     device = choose_device(config.run.device)
     sources = open_sources(config.data)
     classes = len(sources.info.classes)
-    model = build_model(config, classes).to(device)
+    # Those it started from are replaced, and may be gone.
+    model = build_model(replace(config, model=replace(config.model, weights=None)), classes).to(device)
     load_weights(model, options.weights or options.run / "best.safetensors")
     samples = evaluation_loader(sources.val, mean=config.data.mean, std=config.data.std)
     scores = evaluate(model, samples, classes, mode=config.eval.mode, crop=config.data.crop, device=device)
