@@ -18,8 +18,10 @@ from allspark_fast.config import TrainConfig
 from allspark_fast.data.loader import SemiBatch
 from allspark_fast.distributed import any_rank, mean_over_ranks, on_rank0, rank, world_size
 from allspark_fast.evaluate import evaluate
+from allspark_fast.kernels.semantic_memory import channel_semantic_grouping, semantic_memory_enqueue
 from allspark_fast.model import build_segmentor
 from allspark_fast.model.mit import compile_blocks
+from allspark_fast.model.semantic_memory import SemanticMemory
 from allspark_fast.prepare import build_state, describe_batch
 from allspark_fast.sharding import gather_state
 from allspark_fast.step import TrainState, compute_losses, train_step
@@ -101,6 +103,7 @@ def on_two_ranks() -> dict[str, Any]:
     results["mean per rank"] = train_steps(2, make_state(sharding="replicate", loss_mean="rank"))["losses"]
     results["accumulated"] = train_steps(4, make_state(sharding="fsdp", accumulate=2))["losses"]
     results["rank0"] = train_steps(2, state := make_state("rank0", sharding="fsdp"))
+    results["enqueued from rank 0"] = enqueue_from_rank0()
     results["skipped"] = skip_a_step()
     results["resumed"] = resume_as_shards()
     samples = [sample(30, 40 + i) for i in range(3)] if torch.manual_seed(1) else []
@@ -133,6 +136,19 @@ def resume_as_shards() -> bool:
         train_step(state, make_batch(1, 2, own_part(2)), use_memory=True)
     a, b = flatten(before), flatten(after)
     return rank() > 0 or (a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a))
+
+
+def enqueue_from_rank0() -> list[dict[str, Tensor]]:
+    """What this rank enqueues in some steps, other channels than any other rank, and its memory after each."""
+    torch.manual_seed(rank())
+    memory = SemanticMemory(3, 8, 4, memory_init="empty", memory_sync="rank0")
+    steps = []
+    for _ in range(STEPS):
+        features, class_map = torch.randn(1, 4, 8), torch.randn(1, 3, 4)
+        memory.enqueue(features, class_map)
+        inputs = {"features": features, "channel_class": channel_semantic_grouping(features, class_map)}
+        steps.append({**inputs, "queue": memory.kv_queue.clone(), "queue_ptr": memory.queue_ptr.clone()})
+    return steps
 
 
 def gradient_of_mean() -> tuple[float, float]:
@@ -188,6 +204,20 @@ class TestTwoRanks:
         enqueued = results[0]["rank0"][f"{MEMORY}queue_ptr"].sum() % memory.shape[1]
         assert enqueued == STEPS * 128 % memory.shape[1]
         assert not torch.equal(memory, results[0]["fsdp"][f"{MEMORY}kv_queue"])
+
+    def test_every_rank_enqueues_its_own_channels_into_the_memory_of_rank_0(
+        self, results: list[dict[str, Any]]
+    ) -> None:
+        steps = [result["enqueued from rank 0"] for result in results]
+        before = torch.zeros(3, 8, 4), torch.zeros(3, dtype=torch.int64)
+        for step in range(STEPS):
+            for of_rank in steps:
+                after, actual = [x.clone() for x in before], of_rank[step]
+                semantic_memory_enqueue(*after, actual["features"], actual["channel_class"])
+                assert torch.equal(actual["queue"], after[0])
+                assert torch.equal(actual["queue_ptr"], after[1])
+            assert not torch.equal(steps[0][step]["queue"], steps[1][step]["queue"])
+            before = steps[0][step]["queue"], steps[0][step]["queue_ptr"]
 
     def test_means_over_pixels_of_each_rank(self, results: list[dict[str, Any]]) -> None:
         """The public code's: pixels count more on the rank that has fewer."""
