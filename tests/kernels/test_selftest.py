@@ -28,9 +28,8 @@ def test_plain_torch_is_checked_where_no_kernel_runs(monkeypatch: pytest.MonkeyP
     assert {result.dtype for result in results} == {"float32", "float16", "bfloat16"}
 
 
-@pytest.mark.parametrize(
-    "dtype", [torch.float32, *(pytest.param(x, marks=pytest.mark.slow) for x in (torch.float16, torch.bfloat16))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_all_kernels_pass_in_the_interpreter(dtype: torch.dtype) -> None:
     with exact_bfloat16():
         results = check_kernels(CPU, [dtype])
