@@ -122,6 +122,16 @@ class TestLosses:
             both, one = (pseudo_pass(model, x, config)[0] for x in (data, alone))
             assert torch.allclose(both[:1], one, atol=1e-6) == same
 
+    @pytest.mark.parametrize("loss", ["ce", "ohem"])
+    def test_a_batch_without_a_labeled_pixel_trains_on_pseudo_labels_alone(self, loss: str) -> None:
+        state = build_state(loss=loss)
+        batch = random_batch()._replace(label=torch.full((2, 64, 64), 255))
+        losses = train_step(state, batch, use_memory=True)
+        assert losses.labeled == 0
+        assert losses.total == losses.unlabeled / 2 > 0
+        assert state.skipped == 0
+        assert all(x.isfinite().all() for x in state.model.state_dict().values())
+
     def test_ohem_is_for_the_labeled_images(self) -> None:
         model, data = without_dropout(build_state(method="semi").model), random_batch()
         plain = compute_losses(model, data, TrainConfig(method="semi"), use_memory=False)
