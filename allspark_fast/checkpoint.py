@@ -4,8 +4,8 @@ import logging
 import os
 import shutil
 import zipfile
+import zlib
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.utils import _pytree as pytree
+
+from allspark_fast.distributed import any_rank, gather_batch
 
 logger = logging.getLogger(__name__)
 
@@ -35,74 +37,55 @@ def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any], *, keep: 
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step_{step:08d}.pt"
     write_atomically(path, lambda temporary: torch.save({"format": _FORMAT, **state}, temporary))
-    for old in [*_newest_first(folder)[keep:], *folder.glob(".step_*.tmp.pt")]:
-        old.unlink()
+    prune(folder, keep=keep)
     return path
 
 
-class CheckpointWriter:
-    """Writes the checkpoints of a run, at once or in the background.
+def prune(folder: Path, *, keep: int) -> None:
+    """Remove all but the newest ``keep`` checkpoints, and what a crash left half written."""
+    for old in [*newest_first(folder)[keep:], *folder.glob(".step_*")]:
+        if old.is_dir():
+            shutil.rmtree(old)
+        else:
+            old.unlink()
+
+
+def load_latest_checkpoint(folder: Path, read: Callable[[Path], dict[str, Any]] | None = None) -> dict[str, Any] | None:
+    """Read the newest checkpoint that is whole, the same one on all ranks, without running code from it.
 
     Args:
         folder: of checkpoints.
-        keep: checkpoints to keep, at least 1.
-        background: copy the state, and write the copy in a thread while training goes on.
-    """
-
-    def __init__(self, folder: Path, *, keep: int, background: bool) -> None:
-        self.folder = folder
-        self.keep = keep
-        self._thread = ThreadPoolExecutor(1) if background else None
-        self._pending: Future[Path] | None = None
-
-    def save(self, step: int, state: Mapping[str, Any]) -> None:
-        """Save as ``save_checkpoint`` does, after what is still being written.
-
-        Raises:
-            OSError: this checkpoint, or the last one in the background, cannot be written.
-        """
-        self.wait()
-        if self._thread is None:
-            save_checkpoint(self.folder, step, state, keep=self.keep)
-            return
-        copied = pytree.tree_map(lambda x: x.to("cpu", copy=True) if isinstance(x, Tensor) else x, dict(state))
-        self._pending = self._thread.submit(save_checkpoint, self.folder, step, copied, keep=self.keep)
-
-    def wait(self) -> None:
-        """Wait for what is being written in the background.
-
-        Raises:
-            OSError: it cannot be written.
-        """
-        pending, self._pending = self._pending, None
-        if pending is not None:
-            pending.result()
-
-
-def load_latest_checkpoint(folder: Path) -> dict[str, Any] | None:
-    """Read the newest checkpoint that is whole, without running code from it.
-
-    Args:
-        folder: of checkpoints.
+        read: reads one checkpoint, and raises ValueError if it is damaged; ``read_checkpoint`` if not given.
 
     Returns:
         the state, or None if there is no checkpoint. Damaged and foreign ones are named in a warning and passed over.
 
     Raises:
-        ValueError: there are checkpoints, but none can be read.
+        ValueError: there are checkpoints, but none can be read, or ranks find different ones.
     """
-    paths = _newest_first(folder)
+    paths = newest_first(folder)
+    names = ", ".join(path.name for path in paths)
+    if len(gather_batch(torch.tensor([zlib.crc32(names.encode())])).unique()) > 1:
+        raise ValueError(f"{folder}: ranks find different checkpoints (here: {names}); they must share this folder")
     for path in paths:
+        state = None
         try:
-            return _read_checkpoint(path)
+            state = (read or read_checkpoint)(path)
         except ValueError as error:
             logger.warning("%s; trying the one before", error)
+        if not any_rank(state is None):
+            return state
     if paths:
         raise ValueError(f"{folder}: none of {len(paths)} checkpoints can be read; remove the folder to start afresh")
     return None
 
 
-def _read_checkpoint(path: Path) -> dict[str, Any]:
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Read what ``save_checkpoint`` wrote onto the CPU, without running code from it.
+
+    Raises:
+        ValueError: the file is damaged, or no checkpoint of a run; the message names it.
+    """
     state = read_torch_file(path)
     found = state.pop("format", None) if isinstance(state, dict) else None
     if found != _FORMAT:
@@ -128,7 +111,7 @@ def read_torch_file(path: Path) -> Any:
     # Damaged files raise almost anything: BadZipFile, UnpicklingError, RuntimeError, EOFError, KeyError and more.
     except Exception as error:
         raise ValueError(
-            f"{path} cannot be read, it is damaged or holds more than weights ({_reason(error)})"
+            f"{path} cannot be read, it is damaged or holds more than weights ({reason(error)})"
         ) from error
 
 
@@ -141,19 +124,24 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     temporary = path.with_name(f".{path.name}.tmp{path.suffix}")
     try:
         write(temporary)
-        _flush(temporary, os.O_RDWR)
+        flush_file(temporary)
         temporary.replace(path)
-        if os.name == "posix":  # elsewhere folders cannot be opened
-            _flush(path.parent, os.O_RDONLY)
+        flush_folder(path.parent)
     # torch reports a full disk by a RuntimeError, as it does the death of a loading process meanwhile; safetensors by
     # an error of its own.
     except (OSError, RuntimeError, SafetensorError) as error:
-        free = shutil.disk_usage(path.parent).free
+        failure = not_written(path, reason(error))
         temporary.unlink(missing_ok=True)
-        raise OSError(
-            f"{path} was not written ({_reason(error)}); {free / 1e6:.1f} MB are free there. Nothing that was there "
-            "is lost: mend this and give the same command again, training goes on from its last checkpoint"
-        ) from error
+        raise failure from error
+
+
+def not_written(path: Path, why: str) -> OSError:
+    """The error of a file or folder that could not be written; tells the free space before anything is removed."""
+    free = shutil.disk_usage(path.parent).free
+    return OSError(
+        f"{path} was not written ({why}); {free / 1e6:.1f} MB are free there. Nothing that was there "
+        "is lost: mend this and give the same command again, training goes on from its last checkpoint"
+    )
 
 
 def require_room(folder: Path, state: Mapping[str, Any], *, keep: int) -> None:
@@ -169,7 +157,7 @@ def require_room(folder: Path, state: Mapping[str, Any], *, keep: int) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     size = sum(x.numel() * x.itemsize for x in pytree.tree_leaves(state) if isinstance(x, Tensor))
-    missing = max(keep + 1 - len(_newest_first(folder)), 1)
+    missing = max(keep + 1 - len(newest_first(folder)), 1)
     free = shutil.disk_usage(folder).free
     if free < missing * size:
         raise OSError(
@@ -178,8 +166,18 @@ def require_room(folder: Path, state: Mapping[str, Any], *, keep: int) -> None:
         )
 
 
+def flush_file(path: Path) -> None:
+    """Wait until a file is on the disk."""
+    _flush(path, os.O_RDWR)
+
+
+def flush_folder(path: Path) -> None:
+    """Wait until the names in a folder are on the disk."""
+    if os.name == "posix":  # elsewhere folders cannot be opened
+        _flush(path, os.O_RDONLY)
+
+
 def _flush(path: Path, flags: int) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
     descriptor = os.open(path, flags)
     try:
         os.fsync(descriptor)
@@ -187,9 +185,11 @@ def _flush(path: Path, flags: int) -> None:
         os.close(descriptor)
 
 
-def _reason(error: Exception) -> str:
+def reason(error: BaseException) -> str:
+    """The first line of what an error says."""
     return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
-def _newest_first(folder: Path) -> list[Path]:
-    return sorted(folder.glob("step_*.pt"), reverse=True)
+def newest_first(folder: Path) -> list[Path]:
+    """The checkpoints of a folder: files, and folders of shards."""
+    return sorted((path for path in folder.glob("step_*") if path.suffix in ("", ".pt")), reverse=True)

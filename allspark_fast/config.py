@@ -182,6 +182,8 @@ class RunConfig:
         keep: newest checkpoints kept.
         save_in_background: copy what a checkpoint holds, in the CPU's memory, and write that while training goes on;
             one that cannot be written stops the run at the next one.
+        sharded_checkpoints: each process writes what it holds (with train.sharding fsdp its shards) into a folder of
+            safetensors, rather than the first one all of it into one file. A run may change between the two.
         device: cpu, cuda, or auto for what is there.
         kernels: on a GPU, auto checks the Triton kernels once for each machine and replaces those that fail by plain
             torch, strict stops if one fails, torch uses none.
@@ -193,6 +195,7 @@ class RunConfig:
     save_every: int = 500
     keep: int = 2
     save_in_background: bool = False
+    sharded_checkpoints: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"
     kernels: Literal["auto", "strict", "torch"] = "auto"
     timeout: float = 10.0

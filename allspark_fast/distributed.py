@@ -1,7 +1,7 @@
 """Several processes: joining them, and the collectives of a run; each does nothing in a single process.
 
 Without an initialised process group there is one process, of rank 0. ``process_group`` is the only place that makes
-one.
+the default one.
 """
 
 import os
@@ -54,6 +54,15 @@ def process_group(device: DeviceName, timeout: timedelta) -> Iterator[None]:
             f"checkpoint ({str(error).splitlines()[0]})"
         ) from error
     dist.destroy_process_group()
+
+
+def new_gloo_group(timeout: timedelta) -> dist.ProcessGroup | None:
+    """Another group of all ranks, between their CPUs; all have to ask. None, the default group, in a single process."""
+    if world_size() == 1:
+        return None
+    group = dist.new_group(backend="gloo", timeout=timeout)
+    assert isinstance(group, dist.ProcessGroup)  # this rank is in it
+    return group
 
 
 def world_size() -> int:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import IO
 
-from allspark_fast.checkpoint import write_atomically
+from allspark_fast.checkpoint import newest_first, write_atomically
 from allspark_fast.config import Config, RunConfig, TrainConfig, changed_fields
 from allspark_fast.data.sources import check_sources
 from allspark_fast.distributed import world_size
@@ -45,16 +45,19 @@ def refuse_bad_data(config: Config) -> None:
 
 
 def claim_folder(folder: Path, config: Config) -> None:
-    """Write config.json, or compare with that of the run that is there; where and on how many ranks it runs may change.
+    """Write config.json, or compare with that of the run that is there.
+
+    Where and on how many ranks it runs may change, and the kind of its checkpoints.
 
     Raises:
         ValueError: the folder holds a run with other settings; they are listed.
     """
-    run = replace(config.run, folder=None, device="auto", kernels="auto", timeout=RunConfig.timeout)
+    free = ("folder", "device", "kernels", "timeout", "sharded_checkpoints")
+    run = replace(config.run, **{name: getattr(RunConfig, name) for name in free})
     config = replace(config, run=run, train=replace(config.train, sharding=TrainConfig.sharding))
     path = folder / "config.json"
     # Settings that led nowhere, not even to a checkpoint, may be mended in the same folder.
-    if not (path.is_file() and any((folder / "checkpoints").glob("step_*.pt"))):
+    if not (path.is_file() and newest_first(folder / "checkpoints")):
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(path, lambda temporary: temporary.write_text(config.to_json(), encoding="utf-8"))
         return

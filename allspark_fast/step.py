@@ -255,10 +255,14 @@ def build_optimizer(model: Segmentor, config: TrainConfig) -> torch.optim.Optimi
         optimizer = torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay, fused=True)
     else:
         optimizer = torch.optim.SGD(groups, lr=config.lr, momentum=0.9, weight_decay=config.weight_decay, fused=True)
-        # A first step that is skipped would leave the momentum without a value.
-        for x in (x for group in groups for x in group["params"]):
-            optimizer.state[x]["momentum_buffer"] = torch.zeros_like(x)
     device = next(model.parameters()).device
+    # A first step that is skipped would leave SGD's momentum without a value. Shards are read into tensors that are
+    # there, so AdamW's are made here too, as its first step would make them.
+    adamw = config.optimizer == "adamw"
+    for x in (x for group in groups for x in group["params"]):
+        moments = ("exp_avg", "exp_avg_sq") if adamw else ("momentum_buffer",)
+        count = {"step": torch.zeros((), device=device)} if adamw else {}
+        optimizer.state[x] = {**count, **{name: torch.zeros_like(x) for name in moments}}
     for group in optimizer.param_groups:
         group["lr"] = torch.zeros((), device=device)
     return optimizer

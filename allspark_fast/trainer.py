@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from allspark_fast.checkpoint import CheckpointWriter, load_latest_checkpoint, require_room
+from allspark_fast.checkpoint import load_latest_checkpoint, require_room
+from allspark_fast.checkpoint_writer import CheckpointWriter, ShardedCheckpointWriter
 from allspark_fast.config import Config
 from allspark_fast.cuda_graph import GraphedSteps
 from allspark_fast.data.loader import SemiBatch, SemiLoader, evaluation_loader
@@ -29,7 +30,7 @@ from allspark_fast.metrics import Scores
 from allspark_fast.prepare import build_model, build_state, claim_folder, describe_batch, lock_folder, refuse_bad_data
 from allspark_fast.pretrained import ModelSpec, save_model
 from allspark_fast.report import MetricsLog, Record, draw_curves, draw_predictions, score_table
-from allspark_fast.sharding import gather_state
+from allspark_fast.sharded_checkpoint import read_any_checkpoint
 from allspark_fast.step import TrainState, pseudo_pass, train_step
 from allspark_fast.stopping import stop_signals
 
@@ -76,9 +77,7 @@ class Trainer:
         self.state = self._build_state()
         graphed = self.device.type == "cuda" and world_size() == 1 and config.train.cuda_graph
         self.train_step = GraphedSteps(self.state) if graphed else functools.partial(train_step, self.state)
-        self._writer = CheckpointWriter(
-            folder / "checkpoints", keep=config.run.keep, background=config.run.save_in_background
-        )
+        self._writer = self._build_writer()
         self.step = 0
         self.best = -1.0
         self._resume()
@@ -137,7 +136,7 @@ class Trainer:
                 self._save()
             if stopping:
                 break
-        on_rank0(self._writer.wait)
+        self._writer.wait()
         bar.close()
         if log is not None:
             log.close()
@@ -206,8 +205,14 @@ class Trainer:
         return scores
 
     def _save(self) -> None:
-        state = gather_state(self._state())
-        on_rank0(lambda: self._writer.save(self.step, state))
+        self._writer.save(self.step, self._state())
+
+    def _build_writer(self) -> CheckpointWriter:
+        run, folder = self.config.run, self.folder / "checkpoints"
+        if not run.sharded_checkpoints:
+            return CheckpointWriter(folder, keep=run.keep, background=run.save_in_background)
+        timeout = timedelta(minutes=run.timeout)
+        return ShardedCheckpointWriter(folder, keep=run.keep, background=run.save_in_background, timeout=timeout)
 
     def _score(self) -> Scores:
         config = self.config
@@ -269,10 +274,8 @@ class Trainer:
         }
 
     def _resume(self) -> None:
-        state = load_latest_checkpoint(self.folder / "checkpoints")
-        steps = gather_batch(torch.tensor([-1 if state is None else int(state["step"])])).tolist()
-        if len(set(steps)) > 1:
-            raise ValueError(f"{self.folder}: ranks find checkpoints of steps {steps}; they must share this folder")
+        read = functools.partial(read_any_checkpoint, state=self._state())
+        state = load_latest_checkpoint(self.folder / "checkpoints", read)
         if state is None:
             return
         self.state.load_state_dict(state)

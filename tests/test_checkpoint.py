@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from allspark_fast.checkpoint import CheckpointWriter, load_latest_checkpoint, save_checkpoint
+from allspark_fast.checkpoint import load_latest_checkpoint, save_checkpoint
+from allspark_fast.checkpoint_writer import CheckpointWriter
 
 
 def test_the_background_writes_what_was_there_and_tells_what_failed(tmp_path: Path) -> None:
