@@ -43,10 +43,9 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         # Below 32 pixels the deepest map has no token left.
-        _at_least(self, "data", crop=32, workers=0)
-        _expect(0 < self.scale[0] <= self.scale[1], "data.scale", self.scale, "0 < low <= high")
-        _expect(min(self.scenes) > 0, "data.scenes", self.scenes, "three counts of at least 1")
-        _expect(min(self.std) > 0, "data.std", self.std, "three numbers above 0")
+        _within(self, "data", crop=(32, 10_000), scale=(0.01, 100), scenes=(1, 100_000), workers=(0, 1000))
+        _within(self, "data", mean=(0, 1), std=(0.001, 10))
+        _expect(self.scale[0] <= self.scale[1], "data.scale", self.scale, "low <= high")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +77,7 @@ class ModelConfig:
     reset: bool = False
 
     def __post_init__(self) -> None:
-        _at_least(self, "model", embedding_dim=1, num_heads=1)
+        _within(self, "model", embedding_dim=(1, 10_000), num_heads=(1, 100))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +113,8 @@ class TrainConfig:
         sharding: with several processes, split weights, gradients and optimizer state over them (fsdp, FSDP2), or keep
             all on each (replicate).
         deterministic: on a GPU, use only operations that give the same bits every time, or stop at one that cannot.
-        max_skipped: steps whose loss or gradient is not finite are skipped; with more than so many, training stops.
+        max_skipped: steps whose loss or gradient is not finite are skipped; with more than so many, or more than half
+            of all, training stops.
         seed: of weights, order, augmentation and dropout.
     """
 
@@ -144,11 +144,12 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _at_least(self, "train", epochs=1, batch_size=1, warmup_epochs=0, pseudo_from_epoch=0, ohem_min_kept=0)
-        _at_least(self, "train", lr=0, lr_multi=0, weight_decay=0)
-        _expect(0 <= self.ema < 1, "train.ema", self.ema, "0 <= ema < 1")
-        _expect(0 <= self.ohem_threshold <= 1, "train.ohem_threshold", self.ohem_threshold, "a probability")
-        _at_least(self, "train", accumulate=1, max_skipped=0)
+        epochs = 1_000_000
+        _within(self, "train", epochs=(1, epochs), warmup_epochs=(0, epochs), pseudo_from_epoch=(0, epochs))
+        _within(self, "train", batch_size=(1, 100_000), accumulate=(1, 100_000), lr=(0, 100), lr_multi=(0, 1000))
+        _within(self, "train", weight_decay=(0, 10), ohem_threshold=(0, 1), ohem_min_kept=(0, 10**9), ema=(0, 1))
+        _within(self, "train", max_skipped=(0, 10**9), seed=(0, 2**63 - 1))
+        _expect(self.ema < 1, "train.ema", self.ema, "a number below 1: at 1 the average would never move")
         divides = self.batch_size % self.accumulate == 0
         _expect(divides, "train.accumulate", self.accumulate, f"a divisor of train.batch_size = {self.batch_size}")
 
@@ -168,7 +169,7 @@ class EvalConfig:
     workers: int = 0
 
     def __post_init__(self) -> None:
-        _at_least(self, "eval", every=1, workers=0)
+        _within(self, "eval", every=(1, 1_000_000), workers=(0, 1000))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,8 +202,7 @@ class RunConfig:
     timeout: float = 10.0
 
     def __post_init__(self) -> None:
-        _at_least(self, "run", log_every=1, save_every=1, keep=1)
-        _expect(0 < self.timeout < float("inf"), "run.timeout", self.timeout, "a number of minutes above 0")
+        _within(self, "run", log_every=(1, 10**9), save_every=(1, 10**9), keep=(1, 10**6), timeout=(0.001, 100_000))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -260,10 +260,12 @@ def changed_fields(old: Config, new: Config) -> list[str]:
     ]
 
 
-def _at_least(settings: object, group: str, **bounds: int) -> None:
-    for name, bound in bounds.items():
+def _within(settings: object, group: str, **ranges: tuple[float, float]) -> None:
+    """Refuse numbers, alone or in tuples, outside of ranges that include both ends; NaN is in none."""
+    for name, (low, high) in ranges.items():
         value = getattr(settings, name)
-        _expect(bound <= value < float("inf"), f"{group}.{name}", value, f"a number of at least {bound}")
+        numbers = value if isinstance(value, tuple) else (value,)
+        _expect(all(low <= x <= high for x in numbers), f"{group}.{name}", value, f"{low} to {high}")
 
 
 def _expect(holds: bool, name: str, value: object, expected: str) -> None:

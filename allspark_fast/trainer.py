@@ -160,12 +160,13 @@ class Trainer:
         position = {"step": self.step, "epoch": self.step / self.loader.steps_per_epoch}
         if log is not None:
             log.write({**position, **metrics, "images_per_s": images_per_s})
-        limit = self.config.train.max_skipped
+        # A run may be shorter than max_skipped.
+        limit = min(self.config.train.max_skipped, self.total_steps // 2)
         if metrics["skipped_steps"] > limit:
             raise RuntimeError(
                 f"{metrics['skipped_steps']} steps had a loss or gradient that is not finite by step {self.step}, more "
-                f"than train.max_skipped = {limit}: start again in another --run.folder with a lower train.lr or with "
-                "train.amp False, and look at the starting weights if the first steps were among them"
+                f"than train.max_skipped or half of the run, {limit}: start again in another --run.folder with a lower "
+                "train.lr or with train.amp False, and look at the starting weights if the first steps were among them"
             )
         return {"images/s": f"{images_per_s:.0f}"} | {
             name.removeprefix("loss_"): f"{x:.3f}" for name, x in metrics.items() if name.startswith("loss_")

@@ -296,11 +296,18 @@ class TestSkippedSteps:
     def test_too_many_stop_the_run(self, tmp_path: Path) -> None:
         trainer = Trainer(tiny_config(max_skipped=2), tmp_path)
         trainer.state.model.backbone.norm4.weight.data.fill_(float("nan"))
-        with pytest.raises(RuntimeError, match=r"3 steps .* by step 3, more than train\.max_skipped = 2: .* train\.lr"):
+        with pytest.raises(RuntimeError, match=r"3 steps .* step 3, more than train\.max_skipped .*, 2: .* train\.lr"):
             trainer.run()
         (record,) = read_metrics(tmp_path)
         assert record["skipped_steps"] == 3
         assert "loss" not in record
+
+    def test_a_run_shorter_than_max_skipped_does_not_succeed_without_a_step(self, tmp_path: Path) -> None:
+        trainer = Trainer(tiny_config(), tmp_path)
+        assert trainer.total_steps < trainer.config.train.max_skipped
+        trainer.state.model.backbone.norm4.weight.data.fill_(float("nan"))
+        with pytest.raises(RuntimeError, match=r"9 steps .* by step 9, more than .* half of the run, 6"):
+            trainer.run()
 
     def test_a_few_are_counted(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         step = 0

@@ -1,7 +1,12 @@
 """Bad input of what is public: the documented error or the right result. Operators have theirs in tests/kernels."""
 
+import dataclasses
+import math
+import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
@@ -11,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from allspark_fast.__main__ import main
+from allspark_fast.config import Config, DataConfig, ModelConfig, TrainConfig
 from allspark_fast.data.datasets import Entry
 from allspark_fast.data.info import DATASETS
 from allspark_fast.data.splits import make_split, parse_amount
@@ -19,6 +25,7 @@ from allspark_fast.evaluate import predict_labels
 from allspark_fast.metrics import ConfusionMatrix
 from allspark_fast.model import AllSpark, Segmentor, build_segmentor
 from allspark_fast.report import draw_curves, draw_predictions, score_table
+from allspark_fast.trainer import Trainer
 from allspark_fast.weights import load_weights, save_weights
 
 SIZES = st.integers(0, 5)
@@ -246,6 +253,57 @@ class TestPictures:
         info = DATASETS["camvid"]
         table = score_table(ConfusionMatrix(len(info.classes)).compute(), info)
         assert table.count("(in no label)") == len(info.classes)
+
+
+NUMBERS = [
+    (group.name, name, hint)
+    for group in dataclasses.fields(Config)
+    for name, hint in get_type_hints(group.default_factory).items()
+    if {hint, *get_args(hint)} & {int, float}
+]
+# Larger ones are right, but need the memory, processors or images that they ask for.
+COSTLY = {"crop", "scenes", "workers", "embedding_dim", "num_heads", "batch_size", "accumulate"}
+EXTREMES = [0, 1, -1, 10**9, 2**31, 2**63 - 1, 2**63, 2**64, 10**30]
+
+
+@st.composite
+def numbers(draw: st.DrawFn) -> tuple[str, str, object]:
+    group, name, hint = draw(st.sampled_from(NUMBERS))
+    integers = st.integers() | st.sampled_from(EXTREMES)
+    kinds = {int: integers, float: st.floats() | integers.map(float)}
+    return group, name, draw(st.tuples(*(kinds[x] for x in get_args(hint))) if get_args(hint) else kinds[hint])
+
+
+class TestSettings:
+    """Any number for any setting is refused by the setting's name, or trains."""
+
+    @settings(max_examples=60, deadline=None)
+    @given(numbers())
+    def test_any_number(self, number: tuple[str, str, object]) -> None:
+        group, name, value = number
+        config = Config(
+            data=DataConfig(crop=64, scenes=(2, 2, 1), workers=0),
+            model=ModelConfig(backbone="mit_tiny", embedding_dim=8),
+            train=TrainConfig(batch_size=2, epochs=1),
+        )
+        try:
+            config = replace(config, **{group: replace(getattr(config, group), **{name: value})})
+        except ValueError as error:
+            assert f"{group}.{name} is" in str(error)  # noqa: PT017 both outcomes are right
+            return
+        if name in COSTLY:
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            trainer = Trainer(config, Path(folder))
+            trainer._take_step(next(trainer.loader.iterate(0, 1)))
+            assert trainer.state.read_metrics()["skipped_steps"] == 0
+
+    @pytest.mark.parametrize(("group", "name", "hint"), NUMBERS)
+    def test_every_number_has_a_range(self, group: str, name: str, hint: type) -> None:
+        kind = next(x.default_factory for x in dataclasses.fields(Config) if x.name == group)
+        for wrong in (-1e30, 1e30, math.nan):
+            with pytest.raises(ValueError, match=rf"{group}\.{name} is .*expected"):
+                kind(**{name: tuple(wrong for _ in get_args(hint)) or wrong})
 
 
 class TestCommands:
