@@ -93,6 +93,18 @@ class Predictor:
         return [Prediction(*pair) for pair in pairs]
 
 
+class ImageFile(NamedTuple):
+    """An image to label.
+
+    Attributes:
+        path: of the file.
+        name: of its predictions, without suffix: where it lies below the folder that was given.
+    """
+
+    path: Path
+    name: Path
+
+
 @dataclass(frozen=True)
 class OutputFolder:
     """Where the predictions of files go: ``labels/NAME.png``, ``overlays/NAME.jpg``, ``confidence/NAME.png``.
@@ -107,27 +119,28 @@ class OutputFolder:
     info: DatasetInfo
     confidence: bool = False
 
-    def claim(self, images: Sequence[Path], *, overwrite: bool = False) -> None:
-        """Make the folder for the predictions of ``images``.
+    def claim(self, images: Sequence[ImageFile], *, overwrite: bool = False) -> None:
+        """Make the folders for the predictions of ``images``.
 
         Raises:
             ValueError: two images would share a file, or a file is there and ``overwrite`` is False.
         """
-        name, count = Counter(image.stem for image in images).most_common(1)[0]
+        name, count = Counter(image.name for image in images).most_common(1)[0]
         if count > 1:
-            shared = ", ".join(str(image) for image in images if image.stem == name)
+            shared = ", ".join(str(image.path) for image in images if image.name == name)
             raise ValueError(f"{shared}: these would share one file {name}.png; predict them into different folders")
-        existing = [file for image in images for file in self._files(image).values() if file.exists()]
+        files = [file for image in images for file in self._files(image.name).values()]
+        existing = [file for file in files if file.exists()]
         if existing and not overwrite:
             raise ValueError(
                 f"{existing[0]} is there already, as are {len(existing) - 1} others: "
                 "pass --overwrite, or write to another folder (--out)"
             )
-        for file in self._files(images[0]).values():
-            file.parent.mkdir(parents=True, exist_ok=True)
+        for folder in {file.parent for file in files}:
+            folder.mkdir(parents=True, exist_ok=True)
 
-    def write(self, path: Path, image: Image.Image, prediction: Prediction) -> None:
-        """Write the prediction of the image that was read from ``path``."""
+    def write(self, name: Path, image: Image.Image, prediction: Prediction) -> None:
+        """Write the prediction of ``image`` under the name of its ImageFile."""
         labels = Image.fromarray(prediction.labels)
         labels.putpalette([part for color in self.info.palette for part in color])
         pictures = {
@@ -135,62 +148,79 @@ class OutputFolder:
             "overlays": Image.blend(image, labels.convert("RGB"), _OVERLAY),
             "confidence": Image.fromarray((255 * prediction.confidence).round().astype(np.uint8)),
         }
-        for kind, file in self._files(path).items():
+        for kind, file in self._files(name).items():
             write_atomically(file, pictures[kind].save)
 
-    def _files(self, image: Path) -> dict[str, Path]:
+    def _files(self, name: Path) -> dict[str, Path]:
         suffixes = {"labels": ".png", "overlays": ".jpg"} | ({"confidence": ".png"} if self.confidence else {})
-        return {kind: self.path / kind / f"{image.stem}{suffix}" for kind, suffix in suffixes.items()}
+        return {kind: self.path / kind / f"{name}{suffix}" for kind, suffix in suffixes.items()}
 
 
-def find_images(arguments: Iterable[str]) -> list[Path]:
-    """Images that files, folders (what lies directly in them) and patterns (``**`` for any folders) name.
+def find_images(arguments: Iterable[str], *, skip: Path | None = None) -> list[ImageFile]:
+    """Images that files, folders (with all folders in them) and patterns (``**`` for any folders) name.
+
+    Their names are paths below the folder, or below what stands before the first wildcard of a pattern; for a file, its
+    own. Hidden files and folders are left out.
+
+    Args:
+        arguments: of the command line.
+        skip: folder whose images do not count, such as that of earlier predictions, unless they are named one by one.
 
     Raises:
         FileNotFoundError: one of them names none.
     """
-    found: dict[Path, None] = {}
+    found: dict[Path, ImageFile] = {}
     for argument in arguments:
-        if Path(argument).is_file():
-            paths = [Path(argument)]
-        else:
-            pattern = f"{glob.escape(argument)}/*" if Path(argument).is_dir() else argument
-            names = sorted(glob.glob(pattern, recursive=True))
-            paths = [Path(name) for name in names if name.lower().endswith(IMAGE_SUFFIXES)]
-        if not paths:
+        path = Path(argument)
+        files = [ImageFile(path, Path(path.stem))] if path.is_file() else list(_search(argument, skip))
+        if not files:
             raise FileNotFoundError(f"{argument}: no image, no folder with images, and no pattern that matches any")
-        found |= dict.fromkeys(paths)
-    return list(found)
+        for file in files:
+            found.setdefault(file.path, file)
+    return list(found.values())
+
+
+def _search(argument: str, skip: Path | None) -> Iterator[ImageFile]:
+    """Images of a folder or a pattern, in alphabetical order."""
+    is_folder = Path(argument).is_dir()
+    parts = Path(argument).parts
+    fixed = parts if is_folder else itertools.takewhile(lambda part: not glob.has_magic(part), parts)
+    base = Path(*fixed)
+    for file in sorted(glob.glob(f"{glob.escape(argument)}/**/*" if is_folder else argument, recursive=True)):
+        path = Path(file)
+        skipped = skip is not None and path.resolve().is_relative_to(skip.resolve())
+        if file.lower().endswith(IMAGE_SUFFIXES) and path.is_file() and not skipped:
+            yield ImageFile(path, path.relative_to(base).with_suffix(""))
 
 
 def predict_files(
-    predictor: Predictor, paths: Iterable[Path], output: OutputFolder, *, batch: int = 1
+    predictor: Predictor, files: Iterable[ImageFile], output: OutputFolder, *, batch: int = 1
 ) -> Iterator[DataError | None]:
     """Predict files into a folder; yields None, or what is wrong with the file, for each of them as it is done.
 
     Args:
         predictor: labels images.
-        paths: of the images.
+        files: the images.
         output: where to write.
         batch: as many consecutive images of equal size are predicted together.
     """
-    for size, group in itertools.groupby(map(_read, paths), key=_size):
+    for size, group in itertools.groupby(map(_read, files), key=_size):
         while part := list(itertools.islice(group, batch)):
             images = [image for _, image in part if isinstance(image, Image.Image)]
             predictions = iter(predictor(images) if size else [])
-            for path, image in part:
+            for name, image in part:
                 if isinstance(image, Image.Image):
-                    output.write(path, image, next(predictions))
+                    output.write(name, image, next(predictions))
                     yield None
                 else:
                     yield image
 
 
-def _read(path: Path) -> tuple[Path, Image.Image | DataError]:
+def _read(file: ImageFile) -> tuple[Path, Image.Image | DataError]:
     try:
-        return path, read_image(path)
+        return file.name, read_image(file.path)
     except DataError as error:
-        return path, error
+        return file.name, error
 
 
 def _size(read: tuple[Path, Image.Image | DataError]) -> tuple[int, int] | None:

@@ -239,10 +239,23 @@ class TestCommand:
         assert not (tmp_path / "out").exists()
 
     def test_files_folders_and_patterns(self, photos: Path, tmp_path: Path) -> None:
-        assert [path.name for path in find_images([str(photos / "c.png"), str(photos / "[ab].png")])] == [
-            "c.png", "a.png", "b.png",
-        ]  # fmt: skip
+        files = find_images([str(photos / "c.png"), str(photos / "[ab].png")])
+        assert [file.path.name for file in files] == ["c.png", "a.png", "b.png"]
         assert len(find_images([str(photos), str(photos / "a.png")])) == 8
         assert len(find_images([str(tmp_path / "**" / "*.png")])) == 7
         with pytest.raises(FileNotFoundError, match=r"nowhere\.png"):
             find_images([str(photos), str(photos / "nowhere.png")])
+
+    def test_folders_in_a_folder_are_mirrored(self, weights: Path, photos: Path, tmp_path: Path) -> None:
+        for folder in ("site_a/deep", "site_b", ".hidden"):
+            (photos / folder).mkdir(parents=True)
+            picture(64, 64).save(photos / folder / "a.png")
+        out = photos / "predictions"
+        for _ in range(2):  # the second time, the first predictions are there too
+            assert main(["predict", str(weights), str(photos), "--out", str(out), "--overwrite"]) == 0
+            labels = {path.relative_to(out / "labels").as_posix() for path in (out / "labels").rglob("*.png")}
+            assert len(labels) == 10
+            assert {"a.png", "site_a/deep/a.png", "site_b/a.png"} < labels
+            assert (out / "overlays/site_a/deep/a.jpg").is_file()
+        by_pattern = find_images([str(photos / "site_*" / "**" / "a.png")])
+        assert {file.name for file in by_pattern} == {Path("site_a/deep/a"), Path("site_b/a")}

@@ -14,12 +14,15 @@ def run(arguments: list[str]) -> int:
     """Label images; 1 if one of them could not be read."""
     parser = command_parser("predict")
     parser.add_argument("weights", metavar="WEIGHTS", help="a run folder, or a file such as its best.safetensors")
-    parser.add_argument("images", metavar="IMAGE", nargs="+", help="files, folders, patterns like 'photos/**/*.jpg'")
+    parser.add_argument(
+        "images", metavar="IMAGE", nargs="+", help="files, folders with all folders in them, patterns like 'a/**/*.jpg'"
+    )
     parser.add_argument(
         "--out",
         type=Path,
         default=Path("predictions"),
-        help="folder for labels/NAME.png (class indices, with colours) and overlays/NAME.jpg; %(default)s if not given",
+        help="folder for labels/NAME.png (class indices, with colours) and overlays/NAME.jpg, NAME being the path "
+        "below a folder that IMAGE is; %(default)s if not given; images in it are not labeled",
     )
     parser.add_argument("--confidence", action="store_true", help="also write confidence/NAME.png, 255 for certain")
     parser.add_argument("--overwrite", action="store_true", help="replace predictions that are there already")
@@ -49,7 +52,7 @@ def run(arguments: list[str]) -> int:
         parser.error(f"--batch must be at least 1, got {options.batch}")
     model, spec = load_model(options.weights)
     predictor = Predictor(model, spec, device=options.device, mode=options.mode, half=options.half)
-    images = find_images(options.images)
+    images = find_images(options.images, skip=options.out)
     output = OutputFolder(options.out, spec.info, confidence=options.confidence)
     output.claim(images, overwrite=options.overwrite)
     failed = 0
