@@ -1,11 +1,19 @@
 """Command line: ``python -m allspark_fast COMMAND``; ``train.py`` is its train command."""
 
+import errno
 import importlib
 import logging
 import os
 import sys
 
 from allspark_fast.commands import COMMANDS
+
+# What takes less memory, by command.
+_LESS_MEMORY = {
+    "train": "--train.accumulate 2 or more, --model.checkpointing True, a smaller --data.crop or --train.batch-size; "
+    "for validation --eval.mode sliding; with several processes --train.sharding fsdp",
+    "predict": "--window, --batch 1, or a smaller image",
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -22,13 +30,25 @@ def main(arguments: list[str] | None = None) -> int:
     name, *rest = arguments
     try:
         return importlib.import_module(f"allspark_fast.commands.{name}").run(rest)
-    except (ValueError, OSError, ImportError, RuntimeError) as error:
+    except (ValueError, OSError, ImportError, RuntimeError, MemoryError) as error:
         print(f"{prefix}error: {error}", file=sys.stderr)
+        if _is_out_of_memory(error):
+            advice = _LESS_MEMORY.get(name, "ending other programs, or a machine with more of it")
+            print(f"{prefix}out of memory; what takes less: {advice}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         goes_on = "; the same command goes on from the last checkpoint" if name == "train" else ""
         print(f"interrupted{goes_on}", file=sys.stderr)
         return 130
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether Python, the operating system, a GPU or torch's CPU allocator has no more."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    # By its name, because torch may not be loaded.
+    of_torch = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+    return isinstance(error, MemoryError) or of_torch
 
 
 def _usage() -> str:

@@ -1,12 +1,15 @@
 """The command line as such, and ``info``."""
 
+import errno
+import importlib
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
 from allspark_fast.__main__ import main
-from allspark_fast.commands import COMMANDS, info
+from allspark_fast.commands import COMMANDS, info, train
 from allspark_fast.pretrained import ModelSpec, save_model
 
 
@@ -54,3 +57,39 @@ def test_info_of_weights(tmp_path: Path, tiny_spec: ModelSpec, capsys: pytest.Ca
         assert part in printed
     assert "1 of 3 classes filled" in printed
     assert f"{sum(x.numel() for x in model.parameters()) / 1e6:.1f} M" in printed
+
+
+@pytest.mark.parametrize(
+    ("command", "allocate", "advice"),
+    [
+        ("train", lambda _: torch.empty(2**60), "--train.accumulate 2"),
+        ("predict", lambda _: bytearray(2**62), "--window"),
+        ("export", lambda _: _raise(OSError(errno.ENOMEM, "Cannot allocate memory")), "ending other"),
+        ("train", lambda _: _raise(torch.OutOfMemoryError("CUDA out of memory")), "--model.checkpointing True"),
+    ],
+)
+def test_out_of_memory_is_told_with_what_takes_less(
+    command: str,
+    allocate: Callable[[list[str]], object],
+    advice: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(importlib.import_module(f"allspark_fast.commands.{command}"), "run", allocate)
+    assert main([command]) == 1
+    first, *_, last = capsys.readouterr().err.splitlines()
+    assert first.startswith("error:")
+    assert last.startswith("out of memory; what takes less: ")
+    assert advice in last
+
+
+def test_other_errors_say_nothing_of_memory(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(train, "run", lambda _: _raise(OSError(errno.ENOSPC, "No space left on device")))
+    assert main(["train"]) == 1
+    assert "memory" not in capsys.readouterr().err
+
+
+def _raise(error: Exception) -> None:
+    raise error
