@@ -172,7 +172,7 @@ class TestAccumulation:
             assert torch.equal(torch.cat(pieces), whole)
 
     @pytest.mark.parametrize(
-        ("accumulate", "expected"), [(0, "train.accumulate"), (3, "divisor of train.batch_size = 8")]
+        ("accumulate", "expected"), [(0, "expected 1 to"), (3, "divisor of train.batch_size = 8")]
     )
     def test_a_batch_that_cannot_be_split_is_refused(self, accumulate: int, expected: str) -> None:
         with pytest.raises(ValueError, match=rf"train.accumulate is {accumulate}, expected .*{expected}"):
