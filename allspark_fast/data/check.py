@@ -93,7 +93,7 @@ class _FileChecks:
     def _read_label(self, entry: Entry) -> Image.Image | Problem:
         if entry.label is None:
             return Problem("missing_label", entry.image, "has no label, but is in a list that needs them")
-        return self._read(entry.label, read_label)
+        return self._read(entry.label, lambda path: read_label(path, self.info.label_colors()))
 
     def _check_label(
         self, entry: Entry, label: Image.Image, values: list[int], size: tuple[int, int] | None

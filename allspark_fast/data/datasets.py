@@ -163,7 +163,7 @@ class SegmentationDataset(Dataset[tuple[Image.Image, Image.Image | None]]):
     Args:
         root: Folder that the paths of the entries are relative to.
         entries: What to read, in order.
-        info: What the values of label files mean, to refuse any other; None takes labels as they are.
+        info: What the values and colours of label files mean, to refuse any other; None takes labels as they are.
         allow_outside: Accept paths that leave `root`.
     """
 
@@ -195,12 +195,12 @@ class SegmentationDataset(Dataset[tuple[Image.Image, Image.Image | None]]):
         """Reads the label alone (mode L, 255 ignored), None where the entry has none.
 
         Raises:
-            DataError: The file is missing, unreadable or outside the root, or holds a value that is no class.
+            DataError: The file is missing, unreadable or outside the root, or holds a value or colour that is no class.
         """
         path = self.entries[index].label
         if path is None:
             return None
-        label = read_label(self._path(path))
+        label = read_label(self._path(path), None if self.info is None else self.info.label_colors())
         if self.info is None:
             return label
         wrong = wrong_values(values_of(label), self.info)

@@ -1,13 +1,16 @@
 """Reading images and labels from disk, whatever mode they were saved in."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 from PIL import ExifTags, Image
 
 from allspark_fast.data.errors import DataError
+
+Color = tuple[int, int, int]
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
@@ -106,32 +109,55 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def read_label(path: str | Path) -> Image.Image:
+def read_label(path: str | Path, colors: Mapping[Color, int] | None = None) -> Image.Image:
     """Reads a label as class indices, pixel for pixel as stored (no EXIF rotation).
 
-    Palette images give their indices; grey, 1-bit and 16-bit grey images their values.
+    Palette images give their indices; grey, 1-bit and 16-bit grey images their values; RGB images, and RGBA images
+    whose alpha does not count, what `colors` says.
 
     Args:
         path: Label file of a lossless format.
+        colors: What each colour of a colour image stands for; None refuses such images.
 
     Returns:
         PIL image of mode L holding class indices.
 
     Raises:
-        DataError: No such file, not an image, truncated, JPEG, a colour image, or values outside 0..255.
+        DataError: No such file, not an image, truncated, JPEG, a colour that is not in `colors`, or values outside
+            0..255.
     """
-    return _decode(Path(path), _to_indices)
+    return _decode(Path(path), lambda image: _to_indices(image, colors))
 
 
-def _to_indices(image: Image.Image) -> Image.Image:
+def _to_indices(image: Image.Image, colors: Mapping[Color, int] | None) -> Image.Image:
     if image.format == "JPEG":
         raise DataError("JPEG changes class indices; save labels as PNG")
+    if image.mode in ("RGB", "RGBA") and colors is not None:
+        return _indices_of_colors(np.asarray(image.convert("RGB")), colors)
     if image.mode not in ("1", "L", "P", "I") and not image.mode.startswith("I;16"):
         raise DataError(
             f"labels must hold one class index per pixel (grey or palette image), this one has mode {image.mode};"
-            f" convert its colours to class indices"
+            f" convert it to class indices, or, if its colours stand for classes, to RGB, and give them as 'palette' in"
+            f" meta.json"
         )
     values = np.asarray(image)
     if values.min() < 0 or values.max() > 255:
         raise DataError(f"class indices must lie in 0..255, found {values.min()}..{values.max()}")
     return Image.fromarray(values.astype(np.uint8))
+
+
+def _indices_of_colors(pixels: npt.NDArray[np.uint8], colors: Mapping[Color, int]) -> Image.Image:
+    codes = pixels.astype(np.int32) @ np.array([1 << 16, 1 << 8, 1], np.int32)
+    known = np.array([[(red << 16) + (green << 8) + blue, index] for (red, green, blue), index in colors.items()])
+    known = known[known[:, 0].argsort()]
+    position = known[:, 0].searchsorted(codes).clip(max=len(known) - 1)
+    strange = codes != known[position, 0]
+    if strange.any():
+        unknown = [[code >> 16, code >> 8 & 255, code & 255] for code in np.unique(codes[strange]).tolist()]
+        shown = f"{unknown[:5]}" + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else "")
+        raise DataError(
+            f"holds colours that are not those of one class: {shown}; known are {sorted(map(list, colors))}. Correct"
+            " 'palette' in meta.json (the colours of the classes, in their order), or repaint these pixels; many like"
+            " colours come of smoothing or of JPEG"
+        )
+    return Image.fromarray(known[position, 1].astype(np.uint8))

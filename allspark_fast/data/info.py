@@ -1,6 +1,7 @@
 """What is known about a data set besides its files: class names, colours, the ignored index."""
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -8,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from allspark_fast.data.errors import DataError
-from allspark_fast.data.images import IMAGE_SUFFIXES, read_label
+from allspark_fast.data.images import IMAGE_SUFFIXES, Color, read_label
 
-Color = tuple[int, int, int]
 Palette = tuple[Color, ...]
 
 IGNORE_INDEX = 255
@@ -40,6 +40,19 @@ class DatasetInfo:
         if self.values is None:
             return {index: index for index in range(len(self.classes))} | ignored
         return ignored | {value: index for index, value in enumerate(self.values)}
+
+    def label_colors(self) -> dict[Color, int]:
+        """Value that every colour of a label in RGB stands for; colours that classes share are left out.
+
+        Pixels of the colour of `ignore_index`, which is black if the palette does not go so far, are ignored, unless
+        that is the colour of a class.
+        """
+        values = range(len(self.classes)) if self.values is None else self.values
+        colors = self.palette[: len(values)]
+        count = Counter(colors)
+        ignored = {} if self.ignore_index in values else {self.palette[self.ignore_index]: self.ignore_index}
+        ignored = {color: value for color, value in ignored.items() if color not in count}
+        return ignored | {color: value for color, value in zip(colors, values, strict=True) if count[color] == 1}
 
 
 def _voc_color(index: int) -> Color:

@@ -4,7 +4,7 @@ from PIL import ExifTags, Image
 
 from allspark_fast.data.check import check_dataset
 from allspark_fast.data.datasets import Entry, read_split
-from allspark_fast.data.info import DATASETS, VOC_PALETTE, DatasetInfo
+from allspark_fast.data.info import DATASETS, VOC_PALETTE, DatasetInfo, hex_palette
 
 INFO = DatasetInfo("toy", ("a", "b", "c"), VOC_PALETTE)
 
@@ -35,7 +35,7 @@ def test_unreadable_files(tmp_path, lists):
     (tmp_path / "images/00.png").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "images/03.png").write_bytes(b"")
     (tmp_path / "labels/06.png").write_bytes(b"text")
-    Image.new("RGB", (50, 40)).save(tmp_path / "labels/07.png")
+    Image.new("RGB", (50, 40), "white").save(tmp_path / "labels/07.png")  # no colour of VOC
     expected = ["images/00.png", "images/03.png", "labels/06.png", "labels/07.png"]
     assert found(tmp_path, lists) == [("unreadable", file) for file in expected]
 
@@ -62,6 +62,20 @@ def test_label_values(tmp_path, lists):
     assert "holds [3, 200], but the 3 classes of toy have the indices 0..2" in problems[0].message
     other = DatasetInfo("toy", INFO.classes, VOC_PALETTE, ignore_index=200)
     assert "holds [3]," in check_dataset(tmp_path, other, lists, 32)[0].message
+
+
+def test_colours_of_labels(tmp_path, lists):
+    info = DatasetInfo("toy", INFO.classes, hex_palette("ff0000 00ff00 0000ff"))
+    colors = np.array(info.palette[:4], np.uint8)  # the fourth, black, is ignored
+    rng = np.random.default_rng(0)
+    for entry in (*lists["labeled"], *lists["val"]):
+        Image.fromarray(colors[rng.integers(4, size=(40, 50))]).save(tmp_path / entry.label)
+    assert check_dataset(tmp_path, info, lists, 32) == []
+    Image.new("RGB", (50, 40), (0, 255, 1)).save(tmp_path / "labels/01.png")
+    (problem,) = check_dataset(tmp_path, info, lists, 32)
+    assert (problem.kind, problem.file, problem.is_warning) == ("unreadable", "labels/01.png", False)
+    assert "not those of one class: [[0, 255, 1]]; known are [[0, 0, 0], [0, 0, 255]," in problem.message
+    assert "Correct 'palette' in meta.json" in problem.message
 
 
 def test_black_and_white_masks_without_values(tmp_path, lists):

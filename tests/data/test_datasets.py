@@ -6,7 +6,7 @@ from PIL import ExifTags, Image
 
 from allspark_fast.data.datasets import Entry, SegmentationDataset, read_split, scan_folder
 from allspark_fast.data.errors import DataError
-from allspark_fast.data.info import VOC_PALETTE, DatasetInfo
+from allspark_fast.data.info import VOC_PALETTE, DatasetInfo, hex_palette
 
 
 def write(path, text):
@@ -86,6 +86,27 @@ def test_values_stand_for_classes(tmp_path):
     assert np.asarray(dataset.label(0)).tolist() == [[0, 1, 255]]
     dataset.info = replace(info, ignore_index=255)
     with pytest.raises(DataError, match=r"a\.png: holds \[9\], but the 2 classes of toy have the values \[0, 255\]"):
+        dataset.label(0)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA"])
+def test_colours_stand_for_classes(tmp_path, mode):
+    colors = np.array([[[255, 200, 0], [0, 0, 0], [9, 9, 9], [255, 200, 0]]], np.uint8)
+    Image.fromarray(colors).convert(mode).save(tmp_path / "a.png")
+    info = DatasetInfo("toy", ("a", "b"), hex_palette("090909 ffc800"))
+    dataset = SegmentationDataset(tmp_path, [Entry("a.jpg", "a.png")], info=info)
+    assert np.asarray(dataset.label(0)).tolist() == [[1, 255, 0, 1]]
+    dataset.info = replace(info, values=(7, 0))
+    assert np.asarray(dataset.label(0)).tolist() == [[1, 255, 0, 1]]
+    for palette, unknown in (
+        ("000000 ffc800", r"\[\[9, 9, 9\]\]"),
+        ("090909 090909", r"\[\[9, 9, 9\], \[255, 200, 0\]\]"),
+    ):
+        dataset.info = replace(info, palette=hex_palette(palette))
+        with pytest.raises(DataError, match=rf"a\.png: holds colours .* of one class: {unknown}; known are"):
+            dataset.label(0)
+    dataset.info = replace(info, values=(0, 255))  # then 255 is not ignored, and black stands for nothing
+    with pytest.raises(DataError, match=r"one class: \[\[0, 0, 0\]\]"):
         dataset.label(0)
 
 

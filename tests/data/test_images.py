@@ -112,7 +112,7 @@ def test_16_bit_label(tmp_path):
 
 
 def test_colour_label_is_refused_with_advice(tmp_path):
-    with pytest.raises(DataError, match="mode RGB; convert its colours to class indices"):
+    with pytest.raises(DataError, match=r"mode RGB; convert it to class indices.*'palette'"):
         read_label(save(tmp_path / "a.png", np.stack([GRADIENT] * 3, -1)))
 
 
