@@ -174,7 +174,7 @@ def find_images(arguments: Iterable[str], *, skip: Path | None = None) -> list[I
         path = Path(argument)
         files = [ImageFile(path, Path(path.stem))] if path.is_file() else list(_search(argument, skip))
         if not files:
-            raise FileNotFoundError(f"{argument}: no image, no folder with images, and no pattern that matches any")
+            raise FileNotFoundError(f"{argument!r}: no image, no folder with images, and no pattern that matches any")
         for file in files:
             found.setdefault(file.path, file)
     return list(found.values())
@@ -182,7 +182,7 @@ def find_images(arguments: Iterable[str], *, skip: Path | None = None) -> list[I
 
 def _search(argument: str, skip: Path | None) -> Iterator[ImageFile]:
     """Images of a folder or a pattern, in alphabetical order."""
-    is_folder = Path(argument).is_dir()
+    is_folder = argument != "" and Path(argument).is_dir()
     parts = Path(argument).parts
     fixed = parts if is_folder else itertools.takewhile(lambda part: not glob.has_magic(part), parts)
     base = Path(*fixed)

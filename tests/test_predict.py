@@ -245,6 +245,8 @@ class TestCommand:
         assert len(find_images([str(tmp_path / "**" / "*.png")])) == 7
         with pytest.raises(FileNotFoundError, match=r"nowhere\.png"):
             find_images([str(photos), str(photos / "nowhere.png")])
+        with pytest.raises(FileNotFoundError, match="'': no image"):  # of a shell variable that is not set, say
+            find_images([""])
 
     def test_folders_in_a_folder_are_mirrored(self, weights: Path, photos: Path, tmp_path: Path) -> None:
         for folder in ("site_a/deep", "site_b", ".hidden"):

@@ -44,7 +44,7 @@ def run(arguments: list[str]) -> int:
         aside = set(make_split([entry for entry in entries if entry.label], kept, options.seed, classes).unlabeled)
         val = [entry for entry in entries if entry in aside]
         entries = [entry for entry in entries if entry not in aside]
-    amount = parse_amount(options.amount or "1/1", _labeled(entries))
+    amount = parse_amount("1/1" if options.amount is None else options.amount, _labeled(entries))
     split = make_split(entries, amount, options.seed, classes)
     out = options.out or options.root / "splits" / (options.amount or "").replace("/", "_")
     write_split(out, split, val)

@@ -324,6 +324,15 @@ class TestCommands:
         assert option.replace("-", "_") in capsys.readouterr().err.replace("\n", "")
         assert not (tmp_path / "run").exists()
 
+    def test_an_empty_amount_of_labels(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        for folder in ("images", "labels"):
+            (tmp_path / folder).mkdir()
+            Image.new("L", (40, 40)).save(tmp_path / folder / "a.png")
+        (tmp_path / "meta.json").write_text('{"classes": ["one", "two"]}')
+        assert main(["splits", str(tmp_path), ""]) == 1  # of a shell variable that is not set, say
+        assert "expected a fraction such as 1/16" in capsys.readouterr().err
+        assert not (tmp_path / "splits").exists()
+
     @pytest.mark.parametrize(
         "write",
         [
