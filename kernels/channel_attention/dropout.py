@@ -58,19 +58,21 @@ def keep_mask(row_key: Tensor, column_key: Tensor, dropout_p: float) -> Tensor:
         dropout_p: probability of dropping an entry, in [0, 1).
 
     Returns:
-        bool (..., rows, columns), True where the entry is kept.
+        int32 (..., rows, columns), 1 where the entry is kept, else 0: on a CPU a product with booleans takes twice as
+        long, and so does their comparison.
     """
-    # The finaliser's last xor-shift is left out: it leaves the high bits alone, and those decide the comparison.
-    x = row_key[..., None] ^ column_key
-    x ^= _logical_shift(x, 16)
+    # Shift and xor work on bits one by one, so the first step is taken on the keys, before there is a map.
+    x = _xor_shift(row_key, 16)[..., None] ^ _xor_shift(column_key, 16)
     x *= _MULTIPLIER_1
-    x ^= _logical_shift(x, 15)
+    x = _xor_shift(x, 15)
     x *= _signed(_MULTIPLIER_2)
-    return x >= round(dropout_p * 2**32) - 2**31
+    # The finaliser's last step is left out: it leaves the high bits alone, and those decide the comparison.
+    return x.ge_(round(dropout_p * 2**32) - 2**31)
 
 
-def _logical_shift(x: Tensor, bits: int) -> Tensor:
-    """Right shift of int32 that brings in zeros, where torch's brings in the sign."""
+def _xor_shift(x: Tensor, bits: int) -> Tensor:
+    """Xor of int32 with itself, shifted right by a shift that brings in zeros, where torch's brings in the sign."""
     shifted = x >> bits
     shifted &= (1 << (32 - bits)) - 1
+    shifted ^= x
     return shifted
