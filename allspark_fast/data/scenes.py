@@ -7,6 +7,7 @@ index).
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -25,6 +26,8 @@ SCENES = DatasetInfo(
     ("background", *SHAPES),
     hex_palette("202430 e6475b c98a3c 7f9fd1 f58b2a d67bd0 4fae5a 9b9b8e"),
 )
+
+_KEPT_BYTES = 64 * 2**20
 
 
 class _Placement(NamedTuple):
@@ -144,7 +147,9 @@ def render_scene(seed: int, index: int, size: int | tuple[int, int]) -> tuple[ND
 
 
 class ScenesDataset(Dataset[tuple[Image.Image, Image.Image]]):
-    """Scenes first, first + 1, ... of a seed, in place of a data set on disk; rendered anew at every access.
+    """Scenes first, first + 1, ... of a seed, in place of a data set on disk.
+
+    Each process keeps up to 64 MiB of the scenes that it has rendered.
 
     Args:
         indices: Numbers of the scenes. Parts of one data set are disjoint ranges of one seed.
@@ -157,6 +162,8 @@ class ScenesDataset(Dataset[tuple[Image.Image, Image.Image]]):
         self.size = size
         self.seed = seed
         self.entries = [Entry(f"scene {index}", f"label of scene {index}") for index in indices]
+        height, width = (size, size) if isinstance(size, int) else size
+        self._render = lru_cache(_KEPT_BYTES // (4 * height * width))(render_scene)
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -167,5 +174,5 @@ class ScenesDataset(Dataset[tuple[Image.Image, Image.Image]]):
 
     def __getitem__(self, index: int) -> tuple[Image.Image, Image.Image]:
         """Renders one scene: an RGB image and its label (mode L)."""
-        image, label = render_scene(self.seed, self.indices[index], self.size)
+        image, label = self._render(self.seed, self.indices[index], self.size)
         return Image.fromarray(image), Image.fromarray(label)
