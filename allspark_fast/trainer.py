@@ -65,9 +65,10 @@ class Trainer:
         on_rank0(self._claim_folder)
         self.device = choose_device(config.run.device)
         if self.device.type == "cpu":
-            # Threads that wait for a core which a loading process has are slower than fewer threads.
+            # Threads that wait for a core which a loading process has are slower than fewer threads. OMP_NUM_THREADS,
+            # or whoever set torch's number, may have asked for still fewer.
             cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-            torch.set_num_threads(max(1, cores - config.data.workers))
+            torch.set_num_threads(min(torch.get_num_threads(), max(1, cores - config.data.workers)))
         on_gpu = self.device.type == "cuda"
         self.replaced_kernels = select_kernels(config.run.kernels, self.device) if on_gpu else {}
         torch.manual_seed(config.train.seed)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import settings
 
+from allspark_fast import trainer
 from allspark_fast.data.info import DatasetInfo, hex_palette
 from allspark_fast.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from allspark_fast.pretrained import ModelSpec
@@ -29,6 +30,13 @@ def data_dir() -> Path:
     if "ALLSPARK_DATA_DIR" not in os.environ:
         pytest.skip("needs real images: set ALLSPARK_DATA_DIR")
     return Path(os.environ["ALLSPARK_DATA_DIR"])
+
+
+@pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs in this process draw nothing: most of the time of a tiny run goes there."""
+    for name in ("draw_curves", "draw_predictions"):
+        monkeypatch.setattr(trainer, name, lambda *_: None)
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """The benchmarks run, check parity and write what their tables show."""
 
 import copy
+import dataclasses
 import json
 from pathlib import Path
 
@@ -153,7 +154,9 @@ def test_channel_attention_speed(benchmark: object, name: str) -> None:
 @pytest.mark.slow
 def test_attention_on_cpu_is_within_its_time_budget() -> None:
     """At most 1.2 times the naive attention, forward and backward, and a quarter of its peak memory."""
-    records = {record["variant"]: record for record in run(cases("pascal")[0], repeats=5)}
+    (case, *_) = cases("pascal")
+    case = dataclasses.replace(case, variants={name: case.variants[name] for name in ("naive", "chunked")})
+    records = {record["variant"]: record for record in run(case, repeats=5)}
     assert records["chunked"]["ratio"] <= 1.2
     assert records["chunked"]["saved_mb"] <= records["naive"]["saved_mb"] / 8
     assert records["chunked"]["peak_mb"] <= records["naive"]["peak_mb"] / 4

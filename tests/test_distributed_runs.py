@@ -123,7 +123,6 @@ def test_after_a_killed_rank_the_same_ranks_go_on_bit_for_bit(tmp_path: Path) ->
 def test_signals_and_other_numbers_of_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """SIGTERM to one of two ranks stops both; one goes on. SIGUSR1 stops one; two go on."""
     monkeypatch.setattr(trainer, "build_model", lambda *x: without_dropout(build_model(*x)))
-    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
     alone, two_one, one_two = tmp_path / "alone", tmp_path / "two_one", tmp_path / "one_two"
     assert main(["train", *arguments(alone)]) == 0
     processes = start([*WITHOUT_DROPOUT, *arguments(two_one)], 2)
@@ -145,7 +144,6 @@ def test_signals_and_other_numbers_of_ranks(tmp_path: Path, monkeypatch: pytest.
 @pytest.mark.slow
 def test_after_a_killed_rank_one_process_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trainer, "build_model", lambda *x: without_dropout(build_model(*x)))
-    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
     alone, broken = tmp_path / "alone", tmp_path / "broken"
     assert main(["train", *arguments(alone)]) == 0
     processes = start([*WITHOUT_DROPOUT, *arguments(broken)], 2)

@@ -160,6 +160,7 @@ def test_the_background_writes_what_was_there_and_tells_what_failed(tmp_path: Pa
     writer.wait()  # told once
 
 
+@pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_a_run_resumes_from_shards_and_may_change_the_kind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str

@@ -102,6 +102,7 @@ class TestRun:
         )
         assert Image.open(tmp_path / "out" / "labels" / "photo.png").size == (70, 50)
 
+    @pytest.mark.usefixtures("no_pictures")
     def test_pseudo_labels_count_from_their_epoch_on(self, tmp_path: Path) -> None:
         train(tiny_config(pseudo_from_epoch=1), tmp_path)
         for record in (record for record in read_metrics(tmp_path) if "loss" in record and record["step"] != 6):
@@ -109,6 +110,7 @@ class TestRun:
             expected = record["loss_labeled"] if record["step"] <= 4 else mean
             assert record["loss"] == pytest.approx(expected, rel=1e-5)
 
+    @pytest.mark.usefixtures("no_pictures")
     def test_learns(self, tmp_path: Path) -> None:
         config = tiny_config(method="supervised")
         config = dataclasses.replace(config, train=dataclasses.replace(config.train, epochs=12, lr=0.02))
@@ -123,6 +125,8 @@ class TestRun:
         assert build_model(config, 3).backbone.checkpoint_blocks
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("no_pictures")
 def test_compiled_blocks_train_and_validation_compiles_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     counter = CompileCounterWithBackend("eager")
     monkeypatch.setattr(prepare, "compile_blocks", lambda model, _: compile_blocks(model, counter))
@@ -152,6 +156,7 @@ def test_a_run_on_a_gpu_resumes(method: str, tmp_path: Path, monkeypatch: pytest
     assert (tmp_path / "predictions.png").exists()
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_supervised_loads_logs_and_counts_labeled_images_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = []
 
@@ -193,6 +198,7 @@ def run_and_die(config: Config, folder: Path, step: int, monkeypatch: pytest.Mon
             Trainer(config, folder).run()
 
 
+@pytest.mark.usefixtures("no_pictures")
 class TestResume:
     """N steps = k steps + death + the rest, bit for bit."""
 
@@ -290,6 +296,7 @@ class TestResume:
         assert json.loads((tmp_path / "config.json").read_text())["train"]["lr"] == 0.005
 
 
+@pytest.mark.usefixtures("no_pictures")
 class TestSkippedSteps:
     """Losses that are not finite."""
 

@@ -51,8 +51,6 @@ def start(folder: Path, phase: mmap.mmap) -> int:
         os.dup2(output, 2)
         for (module, name), label in PHASES.items():
             setattr(module, name, marked(getattr(module, name), NAMES.index(label), phase))
-        # The trainer would take all cores, for steps that are too small for more than one.
-        torch.set_num_threads = lambda _: None
         options = [str(x) for name, value in ARGUMENTS.items() for x in (f"--{name}", value)]
         scenes = ["--data.scenes", "3", "8", "2"]
         status = command_line(["train", "scenes", *scenes, *options, "--run.folder", str(folder)])

@@ -20,7 +20,6 @@ def final_weights(folder: Path, workers: int, seed: int = 0, deterministic: bool
         run=RunConfig(device="cpu"),
     )
     trainer = Trainer(config, folder)
-    torch.set_num_threads(1)
     trainer.run()
     return load_latest_checkpoint(folder / "checkpoints")["model"]
 

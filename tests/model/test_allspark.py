@@ -127,6 +127,25 @@ class TestMemory:
         with forbid_sync():
             module(*batch(), crop_size=(48, 48), use_memory=True).sum().backward()
 
+    @pytest.mark.slow
+    def test_compiled_by_inductor(self) -> None:
+        """The operators keep the strides that they promise: generated code relies on them."""
+        torch._dynamo.reset()
+        module = bottleneck(memory_init="empty")
+        compiled_module = copy.deepcopy(module)
+        compiled = torch.compile(compiled_module, fullgraph=True, dynamic=False)
+        for use_memory in (False, True):
+            features, class_logits = batch()
+            results = []
+            for function in (module, compiled):
+                inputs = features.clone().requires_grad_()
+                output = function(inputs, class_logits, use_memory=use_memory)
+                parameters = list((module if function is module else compiled_module).parameters())
+                gradients = torch.autograd.grad(output.square().sum(), [inputs, *parameters], allow_unused=True)
+                results.append((output, *gradients))
+            torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(compiled_module.state_dict(), module.state_dict(), rtol=1e-4, atol=1e-5)
+
 
 class TestSwitches:
     """memory_init, class_map, attend."""
