@@ -2,6 +2,7 @@
 
 import logging
 import os
+import pickle
 import shutil
 import zipfile
 import zlib
@@ -107,12 +108,20 @@ def read_torch_file(path: Path) -> Any:
             with zipfile.ZipFile(path) as archive:
                 if (damaged := archive.testzip()) is not None:
                     raise ValueError(f"the checksum of {damaged} is wrong")
+        elif not _begins_like_weights(path):
+            raise ValueError("it does not begin like a file of torch.save")
         return torch.load(path, map_location="cpu", weights_only=True)
     # Damaged files raise almost anything: BadZipFile, UnpicklingError, RuntimeError, EOFError, KeyError and more.
     except Exception as error:
         raise ValueError(
             f"{path} cannot be read, it is damaged or holds more than weights ({reason(error)})"
         ) from error
+
+
+def _begins_like_weights(path: Path) -> bool:
+    """Whether this may be a damaged archive, or what torch wrote before 1.6: else torch advises to allow more."""
+    with path.open("rb") as file:
+        return file.read(2).startswith((b"PK", pickle.PROTO))
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:

@@ -24,8 +24,6 @@ class PretrainedSegmentor(Segmentor, ModelHubMixin, library_name="allspark-fast"
         self.spec = spec
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        # The Hub counts downloads by this file, and shows it; what loading reads is in the weights.
-        (save_directory / "config.json").write_text(self.spec.to_json(), encoding="utf-8")
         save_model(self, self.spec, save_directory)
 
     @classmethod

@@ -198,8 +198,8 @@ def save_model(model: Segmentor, spec: ModelSpec, path: Path) -> None:
     Args:
         model: what to save.
         spec: what must be known to use it.
-        path: ``.safetensors``; or a folder, which gets ``model.safetensors`` and, if it has no README.md, a model card,
-            ready for the Hugging Face Hub.
+        path: ``.safetensors``; or a folder, which gets ``model.safetensors``, ``config.json`` and, if it has no
+            README.md, a model card, ready for the Hugging Face Hub.
     """
     if path.suffix == ".safetensors":
         metadata = {_KEY: spec.to_json()}
@@ -207,6 +207,8 @@ def save_model(model: Segmentor, spec: ModelSpec, path: Path) -> None:
         return
     path.mkdir(parents=True, exist_ok=True)
     save_model(model, spec, path / "model.safetensors")
+    # The Hub counts downloads by this file, and shows it; what loading reads is in the weights.
+    write_atomically(path / "config.json", lambda temporary: temporary.write_text(spec.to_json(), encoding="utf-8"))
     card = path / "README.md"
     if not card.exists():
         write_atomically(card, lambda temporary: temporary.write_text(model_card(spec), encoding="utf-8"))

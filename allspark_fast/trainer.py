@@ -17,6 +17,7 @@ from allspark_fast.checkpoint import load_latest_checkpoint, require_room
 from allspark_fast.checkpoint_writer import CheckpointWriter, ShardedCheckpointWriter
 from allspark_fast.config import Config
 from allspark_fast.cuda_graph import GraphedSteps
+from allspark_fast.data.info import IGNORE_INDEX
 from allspark_fast.data.loader import SemiBatch, SemiLoader, evaluation_loader
 from allspark_fast.data.seeding import mix_seed
 from allspark_fast.data.sources import open_sources
@@ -241,7 +242,8 @@ class Trainer:
             prediction, _ = predict_labels(self.state.evaluated_model().eval(), batch.unlabeled_image)
         measured = pseudo_label_record(class_logits, pseudo_label, batch)
         assert batch.unlabeled_label is not None
-        labels = {"truth": batch.unlabeled_label, "pseudo label": pseudo_label, "prediction": prediction}
+        known = {"truth": batch.unlabeled_label} if (batch.unlabeled_label != IGNORE_INDEX).any() else {}
+        labels = {**known, "pseudo label": pseudo_label, "prediction": prediction}
         pictured = {name: x[:_PICTURED] for name, x in labels.items()}
         return batch.unlabeled_image[:_PICTURED], pictured, measured
 

@@ -6,6 +6,8 @@ import statistics
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -50,7 +52,8 @@ class Case:
         moved: bytes that inputs, outputs and their gradients make, each read or written once.
         dtype: of the matrix product whose rate they are compared with.
         parity: by name, the same computations without randomness, if ``variants`` are random.
-        tolerance: largest difference of any variant's output to the baseline's, relative to its largest entry.
+        tolerance: largest difference of any variant's output and gradients to the baseline's, relative to the largest
+            entry of each.
     """
 
     op: str
@@ -106,14 +109,26 @@ def _unavailable(case: Case) -> dict[str, str]:
     return reasons
 
 
-def _check_parity(case: Case, names: Collection[str]) -> None:
+def _check_parity(case: Case, names: Iterable[str]) -> None:
     computations = case.parity or case.variants
-    with torch.no_grad():
-        outputs = {name: computations[name]() for name in names}
-    baseline, expected = next(iter(outputs.items()))
-    for name, output in outputs.items():
-        error = ((output - expected).abs().max() / expected.abs().max()).item()
-        assert error <= case.tolerance, f"{case.op} {case.size}: {name} differs from {baseline} by {error:.1e}"
+    baseline, *others = names
+    expected = _results(case, computations[baseline])
+    for name in others:
+        for (what, x), (_, y) in zip(_results(case, computations[name]), expected, strict=True):
+            error = ((x - y).abs().max() / y.abs().max()).item()
+            assert error <= case.tolerance, (
+                f"{case.op} {case.size}: {what} of {name} differs from {baseline} by {error:.1e}"
+            )
+
+
+def _results(case: Case, computation: Callable[[], Tensor]) -> list[tuple[str, Tensor]]:
+    """The output and, by noise that is the same for all, the gradients of the inputs."""
+    output = computation()
+    if not case.inputs:
+        return [("output", output)]
+    noise = torch.randn(output.shape, generator=torch.Generator().manual_seed(0)).to(output)
+    gradients = torch.autograd.grad(output, case.inputs, noise)
+    return [("output", output.detach()), *((f"gradient {i}", x) for i, x in enumerate(gradients))]
 
 
 def _time(case: Case, variant: Callable[[], Tensor]) -> tuple[float, float]:
@@ -196,7 +211,9 @@ def conditions() -> str:
         device = torch.cuda.get_device_name()
     else:
         device = f"CPU {_cpu_name()}, {torch.get_num_threads()} threads"
-    return f"{device}; torch {torch.__version__}, Python {platform.python_version()}; {datetime.now(UTC):%Y-%m-%d}"
+    versions = [f"torch {torch.__version__}"]
+    versions += [f"{name} {version(name)}" for name in ("triton", "xformers") if find_spec(name)]
+    return f"{device}; {', '.join(versions)}, Python {platform.python_version()}; {datetime.now(UTC):%Y-%m-%d}"
 
 
 def _cpu_name() -> str:

@@ -3,6 +3,8 @@
 import copy
 import dataclasses
 import json
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ from allspark_fast.kernels.channel_attention import channel_attention
 from bench import bench_channel_attention, bench_data, bench_train_step, footprint, step_variants
 from bench.__main__ import main
 from bench.bench_channel_attention import cases
-from bench.harness import Case, cell, run, saved_bytes, table
+from bench.harness import Case, cell, conditions, run, saved_bytes, table
 from bench.naive import naive_channel_attention
 from bench.step_cost import FORMULAS, count_saved_bytes, fake_variant
 from bench.step_variants import SIZES, StepSize, make_variant, without_dropout
@@ -102,8 +104,21 @@ def test_every_operator_that_multiplies_has_a_formula() -> None:
 
 def test_a_wrong_variant_gets_no_number() -> None:
     x = torch.randn(3)
-    with pytest.raises(AssertionError, match="b differs from a"):
+    with pytest.raises(AssertionError, match="output of b differs from a"):
         run(Case(op="op", size="size", variants={"a": lambda: x, "b": lambda: x + 1}))
+
+
+def test_a_wrong_gradient_gets_no_number() -> None:
+    x, y = (torch.randn(3, requires_grad=True) for _ in range(2))
+    variants = {"a": lambda: x * y, "b": lambda: x * y.detach() + 0 * y}
+    with pytest.raises(AssertionError, match="gradient 1 of b differs from a"):
+        run(Case(op="op", size="size", variants=variants, inputs=(x, y)))
+
+
+def test_conditions_name_the_device_and_all_versions() -> None:
+    for name in ("torch", "triton", "xformers"):
+        if find_spec(name):
+            assert f"{name} {version(name)}" in conditions()
 
 
 def test_what_a_comparator_raises_is_its_reason() -> None:

@@ -430,6 +430,21 @@ class TestOnesOwnData:
         assert [entry.image for entry in sources.labeled.entries] == [f"images/{i}.png" for i in range(3)]
         assert [entry.image for entry in sources.unlabeled.entries] == ["images/4.png", "images/5.png"]
 
+    @pytest.mark.parametrize("hidden", [True, False])
+    def test_a_picture_shows_hidden_labels_where_there_are_some(self, hidden: bool, tmp_path: Path) -> None:
+        root = tmp_path / "data"
+        make_folder(root)
+        for i in (4, 5) if hidden else ():
+            Image.new("L", (96, 80), 1).save(root / f"labels/{i}.png")
+        for part, ids in (("labeled", (0, 1)), ("unlabeled", (4, 5)), ("val", (3,))):
+            (root / f"{part}.txt").write_text("".join(f"images/{i}.png labels/{i}.png\n" for i in ids))
+        config = tiny_config()
+        names = {part: Path(f"{part}.txt") for part in ("labeled", "unlabeled", "val")}
+        data = dataclasses.replace(config.data, dataset="folder", root=root, **names)
+        _, pictured, measured = Trainer(dataclasses.replace(config, data=data), tmp_path / "run")._pseudo_labels()
+        assert list(pictured) == ["truth"] * hidden + ["pseudo label", "prediction"]
+        assert ("pseudo_label_accuracy" in measured) == hidden
+
     def test_bad_data_is_listed_before_training(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         root = tmp_path / "data"
         make_folder(root)

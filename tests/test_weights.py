@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from allspark_fast.model import AllSpark, Decoder, MiTConfig, MixTransformer, SegFormerHead, Segmentor
 from allspark_fast.weights import load_weights, read_state_dict, save_weights
@@ -171,6 +172,12 @@ def test_bad_files_are_refused_by_name(
     with pytest.raises(ValueError, match=re.escape(f"bad{suffix}")):
         read_state_dict(path)
     assert not (tmp_path / "pwned").exists()
+
+
+def test_a_photograph_is_no_reason_to_allow_more(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "photo.jpg")
+    with pytest.raises(ValueError, match=r"photo\.jpg cannot be read.* does not begin like a file of torch\.save"):
+        read_state_dict(tmp_path / "photo.jpg")
 
 
 def test_missing_file() -> None:
