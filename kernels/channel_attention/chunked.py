@@ -18,7 +18,7 @@ from allspark_fast.kernels.channel_attention.similarity_norm import accumulation
 CHUNK = 256
 
 # Exponentials and logarithms have base 2, and rows this factor: exp2 takes half of the time of exp on a CPU.
-LOG2E = math.log2(math.e)
+_LOG2E = math.log2(math.e)
 
 
 def _rows_first(x: Tensor, shared_key: bool) -> Tensor:
@@ -115,7 +115,7 @@ def forward(
     """
     shared_key = key.shape[0] == 1
     chunks = _Chunks(key, value, key_mean, query.shape, column_mask, dropout_p, seed)
-    rows = _rows_first(query * scale * LOG2E, shared_key)
+    rows = _rows_first(query * scale * _LOG2E, shared_key)
     output = torch.zeros_like(rows.mT, memory_format=torch.contiguous_format)
     total = rows.new_zeros((*rows.shape[:2], 1))
     # Finite, so that rows with no column yet (all masked) give exp2(-inf - max) = 0 rather than NaN.
@@ -131,7 +131,7 @@ def forward(
             probability *= keep
         output.mul_(rescale.mT).baddbmm_(chunks.values(chunk), probability.mT)
         maximum = new_maximum
-    lse = (maximum + total.log2()) / LOG2E
+    lse = (maximum + total.log2()) / _LOG2E
     output /= (total * (1 - dropout_p)).masked_fill_(total == 0, 1).mT
     return (
         _samples_first(output.to(key.dtype), query.shape, shared_key),
@@ -177,7 +177,7 @@ def backward(
     # Row sums of P * dP, with or without dropout (FlashAttention-2, sec. 3.1).
     delta = (grad_output * _rows_first(output, shared_key)).sum(-1, keepdim=True)
     grad_output = grad_output / (1 - dropout_p)
-    rows_2, lse_2 = rows * LOG2E, _rows_first(lse, shared_key) * LOG2E
+    rows_2, lse_2 = rows * _LOG2E, _rows_first(lse, shared_key) * _LOG2E
     lse_2 = lse_2.masked_fill(lse_2.isneginf(), 0)
     grad_rows = torch.zeros_like(rows.mT, memory_format=torch.contiguous_format)
     grad_key, grad_value = torch.empty_like(chunks.key), torch.empty_like(chunks.value)
