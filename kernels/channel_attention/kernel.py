@@ -142,12 +142,12 @@ def _merge_kernel(
 
     p_probability = probability + (i_map * R + o_r[:, None]) * W + o_w[None, :]
     p_value = pointers(value, i_map, N, L, o_n[None, :], (start + o_w)[:, None])
-    p_tile_maximum = tile_maximum + i_map * tiles * R + o_r
     b_output = tl.zeros([BLOCK_R, BLOCK_N], tl.float32)
     for w in range(0, tiles * TILE_L, BLOCK_L):
         b_probability = tl.load(p_probability, mask=m_r[:, None], other=0.0)  # [BR, BL]
         b_value = tl.load(p_value, mask=(start + w + o_w < L)[:, None] & m_n[None, :], other=0.0)  # [BL, BN]
-        b_relative = tl.load(p_tile_maximum + (w // TILE_L) * R, mask=m_r, other=float("-inf")) - b_maximum
+        p_tile_maximum = tile_maximum + (i_map * tiles + w // TILE_L) * R + o_r
+        b_relative = tl.load(p_tile_maximum, mask=m_r, other=float("-inf")) - b_maximum
         b_probability = b_probability * tl.exp2(b_relative)[:, None]
         b_output = tl.dot(b_probability.to(b_value.dtype), b_value, b_output, input_precision="ieee")
         p_probability += BLOCK_L

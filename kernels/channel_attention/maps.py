@@ -42,8 +42,10 @@ def keep_mask(seed, i_map, o_r, o_l, C, threshold):
     row = (i_map + (o_r // C) * tl.num_programs(2)) * C + o_r % C
     row_key = _lowbias32(stream ^ _lowbias32(row.to(tl.uint32)))
     column_key = _lowbias32(_lowbias32(stream) ^ _lowbias32(o_l.to(tl.uint32)))
-    x = row_key[:, None] ^ column_key[None, :]
-    x = (x ^ (x >> 16)) * 0x7FEB352D
+    # The hash's first step is linear in xor, so the keys take it, not every entry.
+    row_key ^= row_key >> 16
+    column_key ^= column_key >> 16
+    x = (row_key[:, None] ^ column_key[None, :]) * 0x7FEB352D
     x = (x ^ (x >> 15)) * 0x846CA68B
     return x.to(tl.int32, bitcast=True) >= threshold  # [BR, BL]
 

@@ -89,7 +89,7 @@ def _one_pass_kernel(
         b_output = b_new_output
 
     b_divisor = tl.where(b_total == 0.0, 1.0, b_total)
-    i_output = (i_part * tl.num_programs(2) + i_map).to(tl.int64)
+    i_output = i_part.to(tl.int64) * tl.num_programs(2) + i_map
     for c in tl.static_range(len(CHUNKS)):
         o_n = tl.constexpr(OFFSETS[c]) + tl.arange(0, tl.constexpr(CHUNKS[c]))
         p_output = pointers(output, i_output, N, R, o_n[None, :], o_r[:, None])
@@ -126,11 +126,12 @@ def _combine_kernel(
     b_total = tl.sum(tl.exp2(b_lse - b_maximum[None, :]), 0)
     b_divisor = tl.where(b_total == 0.0, 1.0, b_total)
     b_output = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
-    for part in range(parts):
-        i_part = part * maps + i_map
+    i_part = i_map
+    for _ in range(parts):
         b_weight = tl.exp2(tl.load(part_lse + i_part * R + o_r, mask=m_r, other=float("-inf")) - b_maximum) / b_divisor
         p_part = pointers(part_output, i_part, N, R, o_n[:, None], o_r[None, :])
         b_output += b_weight[None, :] * tl.load(p_part, mask=m_output, other=0.0)
+        i_part += maps
     tl.store(pointers(output, i_map, N, R, o_n[:, None], o_r[None, :]), b_output, mask=m_output)
     b_lse = tl.where(b_total == 0.0, float("-inf"), b_maximum + tl.log2(b_divisor))
     tl.store(lse + i_map * R + o_r, b_lse, mask=m_r & (i_n == 0))

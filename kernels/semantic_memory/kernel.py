@@ -87,7 +87,7 @@ def _route_kernel(
     stride_ptr,
     BLOCK_E: tl.constexpr,
 ):
-    i_k = tl.program_id(0)
+    i_k = tl.program_id(0).to(tl.int64)
     arrivals = 0
     for e in range(0, E, BLOCK_E):
         o_e = e + tl.arange(0, BLOCK_E)
@@ -100,7 +100,7 @@ def _route_kernel(
         b_rank = rank_before + tl.cumsum(m_member.to(tl.int32), 0) - 1
         # Of more than S arrivals the last S stay, so no slot is written twice.
         m_kept = m_member & (b_rank >= arrivals - S)
-        tl.store(source + i_k.to(tl.int64) * S + (first + b_rank) % S, o_e, mask=m_kept)
+        tl.store(source + i_k * S + (first + b_rank) % S, o_e, mask=m_kept)
         rank_before += tl.sum(m_member.to(tl.int32), 0)
     tl.store(queue_ptr + i_k * stride_ptr, (first + arrivals) % S)
 

@@ -24,11 +24,15 @@ from tests.kernels.triton_checks import checked_memory, exact_bfloat16, uninitia
 
 # isort: split
 from allspark_fast.kernels.channel_attention import kernel as attention_kernel
+from allspark_fast.kernels.channel_attention import one_pass as one_pass_kernel
+from allspark_fast.kernels.channel_attention.configs import OnePassTile
+from allspark_fast.kernels.channel_attention.maps import Maps
 from allspark_fast.kernels.semantic_memory import kernel as memory_kernel
 from allspark_fast.kernels.upsample_argmax import kernel as argmax_kernel
 from allspark_fast.kernels.upsample_cross_entropy import kernel as loss_kernel
 
 POISON = -77.0
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
 def inside_margins(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, poison: float = torch.nan) -> Tensor:
@@ -48,7 +52,7 @@ def margins_are_untouched(view: Tensor) -> bool:
 def attention(source: random.Random) -> None:
     batch, heads, groups = source.randint(1, 3), source.randint(1, 2), source.randint(1, 3)
     tokens, channels, columns = source.randint(1, 40), source.randint(1, 40), groups * source.randint(1, 60)
-    dtype = source.choice([torch.float32, torch.bfloat16])
+    dtype = source.choice(DTYPES)
     keys = source.choice([1, batch])
     query = inside_margins((batch, heads, tokens, channels), dtype).requires_grad_()
     key, value = (inside_margins((keys, heads, tokens, columns), dtype).requires_grad_() for _ in range(2))
@@ -59,9 +63,39 @@ def attention(source: random.Random) -> None:
     assert all(x.isfinite().all() for x in (output, *grads))
 
 
+def one_pass(source: random.Random) -> None:
+    """The forward pass of sm_90 and later, with small tiles; rows of its keys are multiples of 16 bytes."""
+    batch, heads = source.randint(1, 3), source.randint(1, 2)
+    tile = OnePassTile(
+        source.choice([16, 32]),
+        source.choice([16, 32]),
+        source.choice([(16,), (32, 16), (32, 16, 16)]),
+        num_warps=4,
+        num_stages=1,
+    )
+    tokens, channels, columns = source.randint(1, sum(tile.chunks)), source.randint(1, 40), 8 * source.randint(1, 30)
+    dtype = source.choice([torch.float16, torch.bfloat16])
+    keys = source.choice([1, batch])
+    query = inside_margins((batch, heads, tokens, channels), dtype)
+    key, value = (inside_margins((keys, heads, tokens, columns), dtype) for _ in range(2))
+    maps = Maps(
+        query,
+        key,
+        value,
+        torch.rand(batch, heads, 1, 1),
+        key.float().mean(-1, keepdim=True),
+        torch.rand(columns) < 0.7,
+        source.choice([0.0, 0.3]),
+        torch.tensor(source.randint(0, 99)),
+    )
+    assert one_pass_kernel.can_address(maps)
+    output, _ = one_pass_kernel.forward(maps, tile)
+    assert output.isfinite().all()
+
+
 def grouping(source: random.Random) -> None:
     batch, classes, tokens = source.randint(1, 3), source.randint(1, 40), source.randint(1, 40)
-    features = inside_margins((batch, tokens, source.randint(1, 70)))
+    features = inside_margins((batch, tokens, source.randint(1, 70)), source.choice(DTYPES))
     channel_class = memory_kernel.channel_semantic_grouping(features, inside_margins((batch, classes, tokens)))
     assert ((channel_class >= 0) & (channel_class < classes)).all()
 
@@ -70,7 +104,7 @@ def enqueue(source: random.Random) -> None:
     batch, classes, slots = source.randint(1, 3), source.randint(1, 5), source.randint(1, 70)
     tokens, channels = source.randint(1, 20), source.randint(1, 70)
     queue = inside_margins((classes, slots, tokens), poison=POISON)
-    features = inside_margins((batch, tokens, channels))
+    features = inside_margins((batch, tokens, channels), source.choice(DTYPES))
     channel_class = torch.randint(-2, classes + 2, (batch, channels))
     memory_kernel.semantic_memory_enqueue(queue, torch.randint(slots, (classes,)), features, channel_class)
     assert queue.isfinite().all()
@@ -79,9 +113,7 @@ def enqueue(source: random.Random) -> None:
 
 def loss(source: random.Random) -> None:
     batch, classes = source.randint(1, 2), source.randint(1, 20)
-    logits = inside_margins(
-        (batch, classes, source.randint(1, 5), source.randint(1, 40)), source.choice([torch.float32, torch.bfloat16])
-    )
+    logits = inside_margins((batch, classes, source.randint(1, 5), source.randint(1, 40)), source.choice(DTYPES))
     target = torch.randint(classes, (batch, source.randint(1, 9), source.randint(1, 80)))
     target[torch.rand(target.shape) < 0.2] = 255
     pixel_loss, lse = loss_kernel.forward(logits, target, 255)
@@ -91,9 +123,7 @@ def loss(source: random.Random) -> None:
 
 def argmax(source: random.Random) -> None:
     batch, classes = source.randint(1, 2), source.randint(1, 20)
-    logits = inside_margins(
-        (batch, classes, source.randint(1, 5), source.randint(1, 40)), source.choice([torch.float32, torch.bfloat16])
-    )
+    logits = inside_margins((batch, classes, source.randint(1, 5), source.randint(1, 40)), source.choice(DTYPES))
     labels, confidence = argmax_kernel.upsample_argmax(logits, (source.randint(1, 9), source.randint(1, 80)))
     assert ((labels >= 0) & (labels < classes)).all()
     assert confidence.isfinite().all()
@@ -101,6 +131,7 @@ def argmax(source: random.Random) -> None:
 
 OPS: dict[str, Callable[[random.Random], None]] = {
     "attention": attention,
+    "one_pass": one_pass,
     "grouping": grouping,
     "enqueue": enqueue,
     "loss": loss,
