@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from allspark_fast.data.loader import EvalSample
 from allspark_fast.kernels.arguments import check_choice
+from allspark_fast.kernels.bilinear import UpsampledBands
 from allspark_fast.kernels.upsample_argmax import upsample_argmax
 from allspark_fast.metrics import ConfusionMatrix, Scores
 from allspark_fast.model import Segmentor
@@ -94,17 +95,28 @@ def _sliding_bands(model: Segmentor, images: Tensor, crop: int) -> Iterator[tupl
         for columns in _windows(width, crop):
             window = images[:, :, rows, columns]
             logits = model(window, attend="image").float()
-            probability = F.interpolate(logits, window.shape[2:], mode="bilinear", align_corners=False).softmax(1)
             if total is None:
-                total = probability.new_zeros((*probability.shape[:3], width))
+                total = logits.new_zeros((*logits.shape[:2], window.shape[2], width))
                 if unfinished is not None:
                     total[:, :, : unfinished.shape[2]] = unfinished
-            total[..., columns] += probability
+            _add_softmax(total[..., columns], logits)
         assert total is not None
         finished = total[:, :, : stop - rows.start]
         unfinished = total[:, :, stop - rows.start :].clone()  # a view would keep the rest
         top, labels = finished.max(1)
         yield labels, top / finished.sum(1)
+
+
+def _add_softmax(total: Tensor, logits: Tensor) -> None:
+    """Add the softmax of logits upsampled to the size of ``total``; on a CPU in bands that stay in its cache."""
+    if total.is_cuda:
+        total += F.interpolate(logits, total.shape[2:], mode="bilinear", align_corners=False).softmax(1)
+        return
+    bands = UpsampledBands(logits, (total.shape[2], total.shape[3]))
+    for image, image_total in zip(bands.images(), total, strict=True):
+        for rows in bands:
+            band = bands.upsample_for_reduction(image, rows).softmax(bands.class_axis)
+            image_total[:, rows] += band.movedim(bands.class_axis, 0)
 
 
 def _windows(length: int, crop: int) -> Iterator[slice]:

@@ -13,10 +13,11 @@ from bench.harness import peak_bytes
 
 
 class Threshold(nn.Module):
-    """Logits of three classes at a quarter of the resolution, from the first channel; remembers what it saw."""
+    """Logits at a quarter of the resolution, from the first channel; remembers what it saw."""
 
-    def __init__(self) -> None:
+    def __init__(self, classes: int = 3) -> None:
         super().__init__()
+        self.factors = 1 + torch.arange(classes - 3.0)
         self.seen: list[tuple[int, ...]] = []
 
     def forward(self, images: Tensor, *, attend: str) -> Tensor:
@@ -25,7 +26,8 @@ class Threshold(nn.Module):
         self.seen.append(tuple(images.shape[2:]))
         size = tuple(-(-side // 4) for side in images.shape[2:])
         x = F.interpolate(images[:, :1], size, mode="bilinear", align_corners=False)
-        return torch.cat([-x, x, 0.1 * x + images.mean()], 1)
+        more = torch.sin(self.factors[:, None, None] * x)
+        return torch.cat([-x, x, 0.1 * x + images.mean(), more], 1)
 
 
 def sample(height: int, width: int) -> EvalSample:
@@ -42,11 +44,12 @@ def test_whole_images_of_any_size() -> None:
     assert 0 < scores.mean_iou < correct.float().mean() + 0.5
 
 
-def test_sliding_windows_are_those_of_the_public_code() -> None:
+@pytest.mark.parametrize("classes", [3, 40])
+def test_sliding_windows_are_those_of_the_public_code(classes: int) -> None:
     """Stride int(2/3 crop), windows cut at the border, softmax summed, argmax."""
     image, crop, stride = torch.randn(1, 3, 150, 190), 90, 60
-    model = Threshold().eval()
-    total = torch.zeros(1, 3, 150, 190)
+    model = Threshold(classes).eval()
+    total = torch.zeros(1, classes, 150, 190)
     windows = []
     for top in (0, stride, 2 * stride - 2):  # 120 leaves 30 pixels, less than a MiT can take: it starts at 118
         for left in (0, stride, 2 * stride, 158):
