@@ -165,8 +165,8 @@ def _enqueue(device: torch.device, dtype: torch.dtype, triton: bool) -> tuple[Se
 
 def _loss(device: torch.device, dtype: torch.dtype, triton: bool) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
     """Every pixel's loss and the gradient of the logits; some pixels are ignored."""
-    logits, grad = _random(2, 21, 17, 13, seed=6).to(dtype), _random(2, 65, 49, seed=7)
-    target = torch.arange(2 * 65 * 49).view(2, 65, 49) % 22
+    logits, grad = _random(2, 21, 5, 13, seed=6).to(dtype), _random(2, 17, 49, seed=7)
+    target = torch.arange(2 * 17 * 49).view(2, 17, 49) % 22
     module = _module("upsample_cross_entropy", "chunked", triton)
     logits_there, target_there = logits.to(device), target.to(device)
     loss, lse = module.forward(logits_there, target_there, 21)
@@ -177,9 +177,9 @@ def _loss(device: torch.device, dtype: torch.dtype, triton: bool) -> tuple[Seque
 
 def _argmax(device: torch.device, dtype: torch.dtype, triton: bool) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
     """The probability of the labels chosen, their confidence, and for both the largest there is: ties do not matter."""
-    logits = _random(2, 21, 17, 13, seed=8).to(dtype)
-    labels, confidence = _module("upsample_argmax", "chunked", triton).upsample_argmax(logits.to(device), (65, 49))
-    full = torch.nn.functional.interpolate(logits.double(), (65, 49), mode="bilinear", align_corners=False).softmax(1)
+    logits = _random(2, 21, 5, 13, seed=8).to(dtype)
+    labels, confidence = _module("upsample_argmax", "chunked", triton).upsample_argmax(logits.to(device), (17, 49))
+    full = torch.nn.functional.interpolate(logits.double(), (17, 49), mode="bilinear", align_corners=False).softmax(1)
     largest = full.amax(1)
     return [full.gather(1, labels.cpu()[:, None])[:, 0], confidence], [largest, largest]
 

@@ -1,6 +1,4 @@
-"""The public code's numbers once more, with every operator's kernels, interpreted, in the place of plain torch."""
-
-from collections.abc import Iterator
+"""The public code's numbers once more, with the operators' kernels, interpreted, in the place of plain torch."""
 
 import pytest
 import torch
@@ -8,49 +6,44 @@ from torch import Tensor
 
 from allspark_fast.kernels.channel_attention import op as attention_op
 from allspark_fast.kernels.semantic_memory import op as memory_op
-from allspark_fast.kernels.triton_support import TRITON_OPS
 from allspark_fast.kernels.upsample_argmax import op as argmax_op
 from allspark_fast.kernels.upsample_cross_entropy import op as cross_entropy_op
 from tests import test_golden
 from tests.kernels.triton_checks import uninitialized_memory_is_nan
 
 MEMORY = {"channel_semantic_grouping", "semantic_memory_enqueue"}
-LOSS = {"upsample_cross_entropy"}
-# By the first letters of a file: its test, and the operators that take part.
+BOTTLENECK = {*MEMORY, "channel_attention"}
+# By the first letters of a file: its test, and the operators whose kernels take part; those of the loss, which take the
+# interpreter longest, not in the three steps of a trajectory.
 TESTS = {
-    "a_": (test_golden.test_cross_attention, MEMORY | {"channel_attention"}),
-    "b_allspark": (test_golden.test_bottleneck, MEMORY | {"channel_attention"}),
-    "b_semidecoder": (test_golden.test_decoder, MEMORY | {"channel_attention"}),
-    "c_": (test_golden.test_model, MEMORY | LOSS | {"channel_attention"}),
-    "d_": (test_golden.test_trajectory, set(TRITON_OPS)),
-    "x_": (test_golden.test_losses_and_metric, LOSS),
+    "a_": (test_golden.test_cross_attention, BOTTLENECK),
+    "b_allspark": (test_golden.test_bottleneck, BOTTLENECK),
+    "b_semidecoder": (test_golden.test_decoder, BOTTLENECK),
+    "c_": (test_golden.test_model, {*BOTTLENECK, "upsample_cross_entropy"}),
+    "d_": (test_golden.test_trajectory, {*BOTTLENECK, "upsample_argmax"}),
+    "x_": (test_golden.test_losses_and_metric, {"upsample_cross_entropy"}),
 }
 
 
-@pytest.fixture
-def ran(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[str]]:
-    """The operators whose kernels ran: of float32 tensors all, of the float64 ones that estimate the noise none."""
-    names = set()
-
-    def prefers_triton(name: str, x: Tensor) -> bool:
-        if x.dtype == torch.float32:
-            names.add(name)
-        return x.dtype == torch.float32
-
-    for op in (attention_op, memory_op, argmax_op, cross_entropy_op):
-        monkeypatch.setattr(op, "prefers_triton", prefers_triton)
-    with uninitialized_memory_is_nan():
-        yield names
-
-
 def _case(name: str) -> object:
-    """Interpreting whole models takes a minute or two."""
+    """Interpreting whole models takes a minute."""
     return pytest.param(name, marks=pytest.mark.slow if name.startswith(("c_", "d_")) else ())
 
 
 @pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")  # how numpy announces log(0) and 1 / 0
 @pytest.mark.parametrize("name", map(_case, test_golden.FILES))
-def test_golden(name: str, ran: set[str]) -> None:
+def test_golden(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ((test, operators),) = (entry for start, entry in TESTS.items() if name.startswith(start))
-    test(name)
+    ran = set()
+
+    def prefers_triton(operator: str, x: Tensor) -> bool:
+        """The float64 tensors that estimate the noise have no kernels."""
+        runs = operator in operators and x.dtype == torch.float32
+        ran.update({operator} if runs else ())
+        return runs
+
+    for op in (attention_op, memory_op, argmax_op, cross_entropy_op):
+        monkeypatch.setattr(op, "prefers_triton", prefers_triton)
+    with uninitialized_memory_is_nan():
+        test(name)
     assert ran == operators
