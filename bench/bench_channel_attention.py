@@ -9,7 +9,7 @@ from torch.nn.attention.flex_attention import flex_attention
 
 from allspark_fast.kernels.channel_attention import channel_attention
 from allspark_fast.kernels.channel_attention.similarity_norm import similarity_rstd
-from bench.harness import Case
+from bench.harness import UNAVAILABLE, Case
 from bench.naive import naive_channel_attention
 
 # Batch, tokens, channels, heads and classes of the training steps; ViT/14 at 518 pixels on Pascal.
@@ -22,8 +22,7 @@ SIZES = {
 }
 DROPOUT = 0.1
 _UNAVAILABLE_ON_CPU = {
-    "naive, compiled": "compiling takes a minute on a CPU, and gains little there",
-    "triton": "needs a GPU",
+    **UNAVAILABLE,
     "xformers, no dropout": "has CUDA kernels only",
     "FlexAttention, no dropout": "has no backward on a CPU",
 }

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from allspark_fast.kernels.semantic_memory import channel_semantic_grouping, semantic_memory_enqueue
 from bench.bench_channel_attention import SIZES
-from bench.harness import Case
+from bench.harness import UNAVAILABLE, Case
 from bench.naive import naive_enqueue, naive_grouping
 
 
@@ -19,6 +19,11 @@ def cases(size: str) -> list[Case]:
     stored = torch.zeros(tokens, classes, channels, device=device)
     pointer = torch.zeros(classes, dtype=torch.int64, device=device)
 
+    compiled_grouping = torch.compile(naive_grouping)
+
+    def grouping() -> Tensor:
+        return channel_semantic_grouping(features, class_map).float()
+
     def naive() -> Tensor:
         queue = stored.permute(1, 2, 0).contiguous()
         naive_enqueue(queue, pointer.clone(), features, channel_class)
@@ -29,6 +34,7 @@ def cases(size: str) -> list[Case]:
         semantic_memory_enqueue(queue, pointer.clone(), features, channel_class)
         return queue
 
+    unavailable = {name.replace("chunked", "vectorized"): reason for name, reason in UNAVAILABLE.items()}
     name = f"{size}: B={batch} N={tokens} C={channels} K={classes}"
     return [
         Case(
@@ -36,8 +42,12 @@ def cases(size: str) -> list[Case]:
             size=name,
             variants={
                 "naive": lambda: naive_grouping(features, class_map).float(),
-                "ours": lambda: channel_semantic_grouping(features, class_map).float(),
+                "naive, compiled": lambda: compiled_grouping(features, class_map).float(),
+                "vectorized": grouping,
+                "triton": grouping,
             },
+            comparators=() if "naive, compiled" in UNAVAILABLE else ("naive, compiled",),
+            unavailable=unavailable,
             flops=(2.0 * batch * classes * tokens * channels, 0.0),
             moved=4.0 * (features.numel() + class_map.numel()),
         ),
@@ -45,7 +55,8 @@ def cases(size: str) -> list[Case]:
         Case(
             op="semantic_memory_enqueue",
             size=name,
-            variants={"naive": naive, "ours": ours},
+            variants={"naive": naive, "vectorized": ours, "triton": ours},
+            unavailable={**unavailable, "naive, compiled": "asks the device for the classes, so it is no graph"},
             moved=2 * 4.0 * (stored.numel() + features.numel()),
         ),
     ]

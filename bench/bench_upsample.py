@@ -1,11 +1,16 @@
 """Upsampling + cross-entropy, and upsampling + argmax, of a batch of pseudo labels."""
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from allspark_fast.kernels.upsample_argmax import upsample_argmax
 from allspark_fast.kernels.upsample_cross_entropy import upsample_cross_entropy
-from bench.harness import Case
+from bench.harness import UNAVAILABLE, Case
 
 # Batch, classes, crop in pixels.
 SIZES = {
@@ -29,27 +34,37 @@ def cases(size: str) -> list[Case]:
     # Classes last in memory, as our head returns them.
     logits = torch.randn(batch, side, side, classes, device=device).permute(0, 3, 1, 2).requires_grad_()
     target = torch.randint(classes, (batch, crop, crop), device=device)
+    pixels = batch * crop * crop
+    interpolation = 6.0 * pixels * classes  # three of two numbers each
 
-    def upsampled() -> torch.Tensor:
+    def case(op: str, naive: Callable[[Tensor], Tensor], ours: Callable[[Tensor], Tensor], **counts: Any) -> Case:
+        functions = {"naive": naive, "naive, compiled": torch.compile(naive), "chunked": ours, "triton": ours}
+        return Case(
+            op=op,
+            size=f"{size}: B={batch} K={classes} {side} -> {crop} pixels",
+            variants={name: functools.partial(function, logits) for name, function in functions.items()},
+            comparators=() if "naive, compiled" in UNAVAILABLE else ("naive, compiled",),
+            unavailable=UNAVAILABLE,
+            **counts,
+        )
+
+    def upsampled(logits: Tensor) -> Tensor:
         return F.interpolate(logits, (crop, crop), mode="bilinear", align_corners=False)
 
-    name = f"{size}: B={batch} K={classes} {side} -> {crop} pixels"
     return [
-        Case(
-            op="upsample_cross_entropy",
-            size=name,
-            variants={
-                "naive": lambda: F.cross_entropy(upsampled(), target),
-                "ours": lambda: upsample_cross_entropy(logits, target),
-            },
+        case(
+            "upsample_cross_entropy",
+            lambda logits: F.cross_entropy(upsampled(logits), target),
+            lambda logits: upsample_cross_entropy(logits, target),
             inputs=(logits,),
+            flops=(interpolation, interpolation),
+            moved=3.0 * logits.nbytes + 2.0 * target.nbytes,  # backward reads both again and writes a gradient
         ),
-        Case(
-            op="upsample_argmax",
-            size=name,
-            variants={
-                "naive": lambda: upsampled().detach().softmax(1).max(1).values,
-                "ours": lambda: upsample_argmax(logits, (crop, crop))[1],
-            },
+        case(
+            "upsample_argmax",
+            lambda logits: upsampled(logits).detach().softmax(1).max(1).values,
+            lambda logits: upsample_argmax(logits, (crop, crop))[1],
+            flops=(interpolation, 0.0),
+            moved=logits.nbytes + 12.0 * pixels,  # labels and confidence
         ),
     ]

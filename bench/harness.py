@@ -37,6 +37,14 @@ COLUMNS = {
 }
 
 
+# Why variants that every operator's table has cannot run where the table is made.
+UNAVAILABLE = (
+    {"chunked": "is for CPUs"}
+    if torch.cuda.is_available()
+    else {"naive, compiled": "compiling takes a minute on a CPU, and gains little there", "triton": "needs a GPU"}
+)
+
+
 @dataclass(frozen=True)
 class Case:
     """Variants of one computation at one size.
