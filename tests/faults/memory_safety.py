@@ -77,7 +77,8 @@ def one_pass(source: random.Random) -> None:
     dtype = source.choice([torch.float16, torch.bfloat16])
     keys = source.choice([1, batch])
     query = inside_margins((batch, heads, tokens, channels), dtype)
-    key, value = (inside_margins((keys, heads, tokens, columns), dtype) for _ in range(2))
+    # Descriptors need aligned tensors, and know their bounds.
+    key, value = (torch.randn(keys, heads, tokens, columns).to(dtype) for _ in range(2))
     maps = Maps(
         query,
         key,
