@@ -28,14 +28,16 @@ class MetricsLog:
     Args:
         folder: the run folder.
         step: steps taken before; later records, of steps that will be taken again, are removed.
+        evaluated: whether the last of them needs no evaluation any more; otherwise a record of one is removed too.
     """
 
-    def __init__(self, folder: Path, step: int) -> None:
+    def __init__(self, folder: Path, step: int, *, evaluated: bool = True) -> None:
         # Here, because these imports take a second that a library user need not spend.
         from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415
 
         self.path = folder / "metrics.jsonl"
-        self.records = [record for record in read_metrics(folder) if record["step"] <= step]
+        earlier = [record for record in read_metrics(folder) if record["step"] <= step]
+        self.records = [x for x in earlier if evaluated or x["step"] < step or "miou" not in x]
         lines = "".join(f"{json.dumps(record)}\n" for record in self.records)
         write_atomically(self.path, lambda temporary: temporary.write_text(lines, encoding="utf-8"))
         self._events = SummaryWriter(str(folder), purge_step=step + 1)

@@ -1,6 +1,7 @@
 """A run: training from data to checkpoints, evaluation, pictures, and exact resume."""
 
 import functools
+import itertools
 import logging
 import os
 import time
@@ -82,6 +83,7 @@ class Trainer:
         self._writer = self._build_writer()
         self.step = 0
         self.best = -1.0
+        self.evaluation_due = False
         self._resume()
         state = self._state()
         on_rank0(lambda: require_room(folder / "checkpoints", state, keep=config.run.keep))
@@ -99,8 +101,8 @@ class Trainer:
 
     @property
     def finished(self) -> bool:
-        """Whether all steps are taken."""
-        return self.step >= self.total_steps
+        """Whether all steps are taken and the last one is evaluated."""
+        return self.step >= self.total_steps and not self.evaluation_due
 
     @property
     def _labeled_only(self) -> bool:
@@ -109,35 +111,38 @@ class Trainer:
     def run(self) -> Scores | None:
         """Train to the end, evaluating and saving on the way, and return the last scores.
 
-        Returns None if a signal asked to stop: the step in hand was finished, on all ranks, and saved.
+        Returns None if a signal asked to stop: the step in hand was finished, an evaluation broken off to be made by
+        whoever resumes, and all was saved, on all ranks.
         """
         with stop_signals() as asked:
             return self._run(asked)
 
     def _run(self, asked: Callable[[], bool]) -> Scores | None:
-        log = MetricsLog(self.folder, self.step) if rank() == 0 else None
+        log = MetricsLog(self.folder, self.step, evaluated=not self.evaluation_due) if rank() == 0 else None
         if log is not None and self.replaced_kernels:
             log.write({"step": self.step, "replaced_kernels": self.replaced_kernels})
         scores: Scores | None = None
         bar = tqdm(total=self.total_steps, initial=self.step, unit="step", dynamic_ncols=True, disable=rank() > 0)
+        batches = self.loader.iterate(self.step, self.total_steps)
         started, logged = time.perf_counter(), self.step
-        for batch in self.loader.iterate(self.step, self.total_steps):
-            self._take_step(batch)
-            stopping = any_rank(asked()) and not self.finished
-            bar.update()
-            if self.step % self.config.run.log_every == 0 or self.finished:
-                images = self.config.train.batch_size * (1 if self._labeled_only else 2) * (self.step - logged)
-                bar.set_postfix(self._log_losses(log, images / (time.perf_counter() - started)))
-                started, logged = time.perf_counter(), self.step
-            if self._evaluation_is_due():
-                scores = self._evaluate(log)
-                if rank() == 0:  # also a disabled bar writes
+        stopping = False
+        while not stopping and not self.finished:
+            if not self.evaluation_due:
+                self._take_step(next(batches))
+                stopping = any_rank(asked())
+                bar.update()
+                if self.step % self.config.run.log_every == 0 or self.step == self.total_steps:
+                    images = self.config.train.batch_size * (1 if self._labeled_only else 2) * (self.step - logged)
+                    bar.set_postfix(self._log_losses(log, images / (time.perf_counter() - started)))
+                    started, logged = time.perf_counter(), self.step
+            if self.evaluation_due and not stopping:
+                scores = self._evaluate(log, asked)
+                stopping = scores is None
+                if rank() == 0 and scores is not None:  # also a disabled bar writes
                     bar.write(f"step {self.step}: mIoU {100 * scores.mean_iou:.1f}")
                 started, logged = time.perf_counter(), self.step
             elif stopping or self.step % self.config.run.save_every == 0:
                 self._save()
-            if stopping:
-                break
         self._writer.wait()
         bar.close()
         if log is not None:
@@ -155,6 +160,8 @@ class Trainer:
             use_pseudo=epoch >= train.pseudo_from_epoch,
         )
         self.step += 1
+        period = self.config.eval.every * self.loader.steps_per_epoch
+        self.evaluation_due = self.step == self.total_steps or self.step % period == 0
 
     def _log_losses(self, log: MetricsLog | None, images_per_s: float) -> dict[str, str]:
         """Write the metrics since the last line; this is where the device is waited for."""
@@ -174,12 +181,16 @@ class Trainer:
             name.removeprefix("loss_"): f"{x:.3f}" for name, x in metrics.items() if name.startswith("loss_")
         }
 
-    def _evaluation_is_due(self) -> bool:
-        return self.finished or self.step % (self.config.eval.every * self.loader.steps_per_epoch) == 0
+    def _evaluate(self, log: MetricsLog | None, asked: Callable[[], bool]) -> Scores | None:
+        """Score, log, draw, and save: the best weights first, then the checkpoint that makes all of it final.
 
-    def _evaluate(self, log: MetricsLog | None) -> Scores:
-        """Score, log, draw, and save: the best weights first, then the checkpoint that makes all of it final."""
-        scores = self._score()
+        Returns None if a signal asked to stop meanwhile: then all that is saved is that the evaluation is due.
+        """
+        scores = self._score(asked)
+        if any_rank(asked()):
+            self._save()
+            return None
+        self.evaluation_due = False
         images, labels, measured = self._pseudo_labels()
         model = self.state.evaluated_model()
         best, self.best = self.best, max(self.best, scores.mean_iou)
@@ -217,7 +228,8 @@ class Trainer:
         timeout = timedelta(minutes=run.timeout)
         return ShardedCheckpointWriter(folder, keep=run.keep, background=run.save_in_background, timeout=timeout)
 
-    def _score(self) -> Scores:
+    def _score(self, asked: Callable[[], bool] = lambda: False) -> Scores:
+        """Scores of the validation images, or of those before a signal asked to stop."""
         config = self.config
         samples = evaluation_loader(
             self.sources.val,
@@ -230,7 +242,8 @@ class Trainer:
         model = self.state.evaluated_model()
         classes = len(self.sources.info.classes)
         with torch.compiler.set_stance("force_eager"):  # compiling for every size of image would take longer
-            return evaluate(model, samples, classes, mode=config.eval.mode, crop=config.data.crop, device=self.device)
+            seen = itertools.takewhile(lambda _: not asked(), samples)
+            return evaluate(model, seen, classes, mode=config.eval.mode, crop=config.data.crop, device=self.device)
 
     @torch.no_grad()
     def _pseudo_labels(self) -> tuple[Tensor, dict[str, Tensor], Record]:
@@ -272,6 +285,7 @@ class Trainer:
         return {
             **self.state.state_dict(),
             "best": self.best,
+            "evaluation_due": self.evaluation_due,
             # One after the other, for all ranks.
             "rng": gather_batch(torch.get_rng_state()),
             "cuda_rng": gather_batch(torch.cuda.get_rng_state()) if self.device.type == "cuda" else None,
@@ -283,7 +297,7 @@ class Trainer:
         if state is None:
             return
         self.state.load_state_dict(state)
-        self.step, self.best = int(state["step"]), state["best"]
+        self.step, self.best, self.evaluation_due = int(state["step"]), state["best"], state["evaluation_due"]
         saved = state["rng"].numel() // torch.get_rng_state().numel()
         if saved == world_size():
             # Copies, because torch crashes on a part of a larger tensor.

@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 import json
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -243,30 +242,6 @@ class TestResume:
         assert 11 <= read_metrics(broken)[-1]["step"] < 80
         subprocess.run([*command, "--run.folder", broken], check=True, capture_output=True)
         assert_same_run(whole, broken)
-
-    def test_after_signals_that_ask_to_stop(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """SIGTERM and SIGUSR1, to loading processes too: the step in hand is finished and saved."""
-        config = tiny_config()
-        config = dataclasses.replace(config, data=dataclasses.replace(config.data, workers=1))
-        Trainer(config, tmp_path / "whole").run()
-        signals = {3: signal.SIGTERM, 5: signal.SIGUSR1}
-
-        def signaled_step(state: TrainState, *args: object, **kwargs: object) -> object:
-            if (number := signals.pop(int(state.step) + 1, None)) is not None:
-                loading = multiprocessing.active_children()
-                assert loading
-                for process in (*(child.pid for child in loading), os.getpid()):
-                    os.kill(process, number)
-                time.sleep(0.2)
-                assert all(child.is_alive() for child in loading)
-            return train_step(state, *args, **kwargs)
-
-        monkeypatch.setattr(trainer_module, "train_step", signaled_step)
-        for step in (3, 5):
-            assert not train(config, tmp_path / "broken")
-            assert load_latest_checkpoint(tmp_path / "broken" / "checkpoints")["step"] == step
-        assert train(config, tmp_path / "broken")
-        assert_same_run(tmp_path / "whole", tmp_path / "broken")
 
     def test_a_second_run_in_the_same_folder_is_refused(self, tmp_path: Path) -> None:
         """As long as the first one lives: it ends here without any cleaning up."""
