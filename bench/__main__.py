@@ -81,14 +81,20 @@ BENCHMARKS = {
 }
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Run the benchmarks named on the command line."""
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the command line."""
     sizes = sorted({size for benchmark in BENCHMARKS.values() for size in benchmark.sizes})
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("benchmark", nargs="?", default="all", choices=[*BENCHMARKS, "all"])
     parser.add_argument("--size", choices=sizes, help="default: the benchmark's own; `all` skips those without it")
     parser.add_argument("--repeats", type=int, default=7, help="rounds, at least 5 for figures to quote")
     parser.add_argument("--json", type=Path, help="write the records of the tables to this file")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the benchmarks named on the command line."""
+    parser = build_parser()
     options = parser.parse_args(arguments)
     chosen = list(BENCHMARKS.values()) if options.benchmark == "all" else [BENCHMARKS[options.benchmark]]
     runs = [

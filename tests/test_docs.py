@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from PIL import Image, ImageDraw
 from allspark_fast.__main__ import main
 from allspark_fast.commands import COMMANDS
 from allspark_fast.commands.recipe import parse_config
+from bench.__main__ import build_parser
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = {path.name: path.read_text("utf-8") for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
@@ -102,6 +104,32 @@ def test_commands_and_their_settings_exist(document: str) -> None:
                 parse_config(words[3:], words[2])
         else:
             assert not is_run(command)
+
+
+def commands_in_sentences() -> list[str]:
+    """Commands in single backquotes, anywhere; those of the tables are among them."""
+    pages = [*DOCUMENTS.values(), *(path.read_text("utf-8") for path in (ROOT / "bench/results").glob("*.md"))]
+    spans = re.findall(r"`([^`\n]+)`", "".join(pages))
+    stripped = [re.sub(r"^([A-Z_]+=\S+ )+", "", span) for span in spans]
+    return sorted({x for x in stripped if x.startswith(("python ", "torchrun --nproc", "pytest "))})
+
+
+@pytest.mark.parametrize("command", commands_in_sentences())
+def test_commands_in_sentences_exist(command: str) -> None:
+    """What they name: settings, benchmarks and their sizes, modules, files of tests."""
+    _, *words = shlex.split(command)
+    if "train.py" in words:
+        parse_config(words[words.index("train.py") + 1 :], "train")
+    elif words[:2] == ["-m", "bench"]:
+        build_parser().parse_args(["tiny" if word == "SIZE" else word for word in words[2:]])
+    elif words[:2] == ["-m", "allspark_fast"]:
+        assert words[2] in COMMANDS
+    elif command.startswith("pytest"):
+        assert all((ROOT / word).exists() for word in words if word.startswith("tests"))
+        if "-k" in words:
+            assert f"class Test{words[-1]}" in (ROOT / words[0]).read_text("utf-8")
+    else:
+        assert find_spec(words[1]) is not None
 
 
 def test_own_data_before_the_training(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
