@@ -118,7 +118,7 @@ def draw_confusion(path: Path, scores: Scores, info: DatasetInfo) -> None:
         if round(100 * value):
             color = "white" if value < 0.6 else "black"
             axes.text(column, row, f"{100 * value:.0f}", ha="center", va="center", fontsize=7, color=color)
-    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=110))
+    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=110, bbox_inches="tight"))
 
 
 def draw_curves(folder: Path, records: Sequence[Record], info: DatasetInfo) -> None:
@@ -210,4 +210,4 @@ def draw_predictions(
         for name, color in zip(info.classes, info.palette, strict=False)
     ]
     figure.legend(handles=patches, loc="outside lower center", ncols=min(len(patches), 8), fontsize=8, frameon=False)
-    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=110))
+    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=110, bbox_inches="tight"))
