@@ -33,40 +33,21 @@ class Gpu(NamedTuple):
 
 
 KIB = 1024
+
+
+def _nvidia(capability: tuple[int, int], shared_kib: int, warps: int, peaks: Peaks) -> Gpu:
+    """The system takes 1 KiB of each SM's shared memory for a block."""
+    major, minor = capability
+    target = GPUTarget("cuda", 10 * major + minor, 32)
+    return Gpu(target, capability, (shared_kib - 1) * KIB, shared_kib * KIB, warps, peaks)
+
+
 # Peaks by the data sheets of A100 (40 GB, SXM), RTX A6000, H100 (SXM), B200 and MI300X.
 GPUS = {
-    "sm_80": Gpu(
-        GPUTarget("cuda", 80, 32),
-        (8, 0),
-        163 * KIB,
-        164 * KIB,
-        64,
-        Peaks(312e12, 19.5e12, 1555e9, 108 * 1.41e9),
-    ),
-    "sm_86": Gpu(
-        GPUTarget("cuda", 86, 32),
-        (8, 6),
-        99 * KIB,
-        100 * KIB,
-        48,
-        Peaks(154.8e12, 38.7e12, 768e9, 84 * 1.80e9),
-    ),
-    "sm_90": Gpu(
-        GPUTarget("cuda", 90, 32),
-        (9, 0),
-        227 * KIB,
-        228 * KIB,
-        64,
-        Peaks(989e12, 67e12, 3350e9, 132 * 1.98e9),
-    ),
-    "sm_100": Gpu(
-        GPUTarget("cuda", 100, 32),
-        (10, 0),
-        227 * KIB,
-        228 * KIB,
-        64,
-        Peaks(2250e12, 75e12, 8000e9, 148 * 1.97e9),
-    ),
+    "sm_80": _nvidia((8, 0), 164, 64, Peaks(312e12, 19.5e12, 1555e9, 108 * 1.41e9)),
+    "sm_86": _nvidia((8, 6), 100, 48, Peaks(154.8e12, 38.7e12, 768e9, 84 * 1.80e9)),
+    "sm_90": _nvidia((9, 0), 228, 64, Peaks(989e12, 67e12, 3350e9, 132 * 1.98e9)),
+    "sm_100": _nvidia((10, 0), 228, 64, Peaks(2250e12, 75e12, 8000e9, 148 * 1.97e9)),
     "gfx942": Gpu(
         GPUTarget("hip", "gfx942", 64),
         (9, 4),

@@ -14,7 +14,7 @@ from bench.launches import Call
 # On every device here an SM or CU takes so many exponentials and integer operations in a clock.
 _EXPONENTIALS = 16
 _INTEGERS = 64
-# For each entry of a map: two multiplications, three exclusive ors and shifts, comparison and selection.
+# For each entry of a map: two exclusive ors, two multiplications, a shift, a comparison and a selection.
 _DROPOUT_INTEGERS = 7
 
 

@@ -100,10 +100,26 @@ def assert_close_runs(a: Path, b: Path) -> None:
 TRAIN, WITHOUT_DROPOUT = ["train.py"], ["-m", "tests.test_distributed_runs"]
 
 
+def process_of_rank(rank: int, torchrun: subprocess.Popen[str]) -> int:
+    children = Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text().split()
+    (process,) = (x for x in children if f"\0RANK={rank}\0".encode() in Path(f"/proc/{x}/environ").read_bytes())
+    return int(process)
+
+
 @pytest.mark.slow
-def test_after_a_killed_rank_the_same_ranks_go_on_bit_for_bit(tmp_path: Path) -> None:
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py"]
+def test_the_same_ranks_go_on_bit_for_bit(tmp_path: Path) -> None:
+    """After one of them was killed, after torchrun was stopped, and when torchrun starts all again by itself."""
+    whole, broken, restarted = tmp_path / "whole", tmp_path / "broken", tmp_path / "restarted"
+    torchrun = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "--max-restarts",
+        "1",
+        "train.py",
+    ]
     (printed,) = finish(start([*torchrun, *arguments(whole, ema=0.9)], 1))
     assert "2 processes, 1 micro-batches each, of 1 + 1" in printed
     assert printed.count("mIoU  ") == printed.count("step 8: mIoU") == 1
@@ -117,6 +133,19 @@ def test_after_a_killed_rank_the_same_ranks_go_on_bit_for_bit(tmp_path: Path) ->
     assert load_latest_checkpoint(broken / "checkpoints")["step"] in (2, 4, 6)
     assert "resumed at step" in finish(start([*TRAIN, *arguments(broken, ema=0.9)], 2))[0]
     assert_same_run(whole, broken)
+
+    (agent,) = start([*torchrun, *arguments(restarted, ema=0.9)], 1)
+    wait_for_step(restarted, 1, [agent])
+    agent.send_signal(signal.SIGTERM)
+    printed, _ = agent.communicate(timeout=100)
+    assert agent.returncode != 0
+    assert "stopped by a signal at step" in printed
+    (agent,) = start([*torchrun, *arguments(restarted, ema=0.9)], 1)
+    wait_for_step(restarted, 4, [agent])
+    os.kill(process_of_rank(1, agent), signal.SIGKILL)
+    (printed,) = finish([agent])
+    assert printed.count("resumed at step") == 2
+    assert_same_run(whole, restarted)
 
 
 @pytest.mark.slow
