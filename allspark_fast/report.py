@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from PIL import Image
 from torch import Tensor
 
 from allspark_fast.checkpoint import write_atomically
@@ -55,6 +56,11 @@ class MetricsLog:
                 for index, x in enumerate(value):
                     self._events.add_scalar(f"{name}/{index}", x, step)
         self._events.flush()
+
+    def add_picture(self, path: Path, step: int) -> None:
+        """Show a picture of the run folder in TensorBoard too, under its name."""
+        pixels = np.asarray(Image.open(path).convert("RGB"))
+        self._events.add_image(path.stem, pixels, step, dataformats="HWC")
 
     def close(self) -> None:
         """Close the TensorBoard file."""

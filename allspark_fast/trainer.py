@@ -39,6 +39,8 @@ from allspark_fast.stopping import stop_signals
 logger = logging.getLogger(__name__)
 
 _PICTURED = 4
+# Drawing takes a second.
+_SECONDS_BETWEEN_CURVES = 60
 
 
 class Trainer:
@@ -84,6 +86,7 @@ class Trainer:
         self.step = 0
         self.best = -1.0
         self.evaluation_due = False
+        self._curves_drawn = time.monotonic()
         self._resume()
         state = self._state()
         on_rank0(lambda: require_room(folder / "checkpoints", state, keep=config.run.keep))
@@ -164,11 +167,13 @@ class Trainer:
         self.evaluation_due = self.step == self.total_steps or self.step % period == 0
 
     def _log_losses(self, log: MetricsLog | None, images_per_s: float) -> dict[str, str]:
-        """Write the metrics since the last line; this is where the device is waited for."""
+        """Write the metrics since the last line, and draw them now and then; this is where the device is waited for."""
         metrics = self.state.read_metrics()
         position = {"step": self.step, "epoch": self.step / self.loader.steps_per_epoch}
         if log is not None:
             log.write({**position, **metrics, "images_per_s": images_per_s})
+            if time.monotonic() - self._curves_drawn >= _SECONDS_BETWEEN_CURVES:
+                self._draw_curves(log)
         # A run may be shorter than max_skipped.
         limit = min(self.config.train.max_skipped, self.total_steps // 2)
         if metrics["skipped_steps"] > limit:
@@ -208,15 +213,20 @@ class Trainer:
                     **memory_record(self.state.received, log.records),
                 }
             )
-            draw_curves(self.folder, log.records, self.sources.info)
-            data = self.config.data
-            draw_predictions(self.folder / "predictions.png", images, labels, self.sources.info, data.mean, data.std)
+            self._draw_curves(log)
+            data, picture = self.config.data, self.folder / "predictions.png"
+            draw_predictions(picture, images, labels, self.sources.info, data.mean, data.std)
+            log.add_picture(picture, self.step)
             if self.best > best:
                 save_model(model, ModelSpec.of_run(self.config, self.sources.info), self.folder / "best.safetensors")
 
         on_rank0(report)
         self._save()
         return scores
+
+    def _draw_curves(self, log: MetricsLog) -> None:
+        draw_curves(self.folder, log.records, self.sources.info)
+        self._curves_drawn = time.monotonic()
 
     def _save(self) -> None:
         self._writer.save(self.step, self._state())

@@ -37,6 +37,7 @@ def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs in this process draw nothing: most of the time of a tiny run goes there."""
     for name in ("draw_curves", "draw_predictions"):
         monkeypatch.setattr(trainer, name, lambda *_: None)
+    monkeypatch.setattr(trainer.MetricsLog, "add_picture", lambda *_: None)
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from allspark_fast import prepare
@@ -73,6 +74,7 @@ class TestRun:
         assert [record["step"] for record in records if "miou" in record] == [8, 12]
         for picture in ("curves.png", "predictions.png"):
             assert len(Image.open(tmp_path / "run" / picture).convert("RGB").getcolors(1 << 20)) > 100
+        assert EventAccumulator(str(tmp_path / "run")).Reload().Tags()["images"] == ["predictions"]
         printed = capsys.readouterr().out
         assert "3 labeled, 8 unlabeled, 2 validation images" in printed
         assert "mIoU" in printed
@@ -108,6 +110,17 @@ class TestRun:
             mean = (record["loss_labeled"] + record["loss_unlabeled"]) / 2
             expected = record["loss_labeled"] if record["step"] <= 4 else mean
             assert record["loss"] == pytest.approx(expected, rel=1e-5)
+
+    @pytest.mark.usefixtures("no_pictures")
+    @pytest.mark.parametrize(("seconds", "expected"), [(0, [3, 6, 8, 9, 12, 12]), (60, [8, 12])])
+    def test_curves_are_drawn_meanwhile(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: int, expected: list[int]
+    ) -> None:
+        drawn = []
+        monkeypatch.setattr(trainer_module, "_SECONDS_BETWEEN_CURVES", seconds)
+        monkeypatch.setattr(trainer_module, "draw_curves", lambda _, records, __: drawn.append(records[-1]["step"]))
+        train(tiny_config(), tmp_path)
+        assert drawn == expected
 
     @pytest.mark.usefixtures("no_pictures")
     def test_learns(self, tmp_path: Path) -> None:
