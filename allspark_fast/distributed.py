@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import _functional_collectives as functional
+from torch.distributed.rendezvous import rendezvous
 
 from allspark_fast.device import DeviceName, choose_device
 
@@ -31,7 +32,7 @@ def process_group(device: DeviceName, timeout: timedelta) -> Iterator[None]:
 
     Raises:
         RuntimeError: another rank has ended, or kept this one waiting for too long.
-        ValueError: this host has fewer GPUs than processes.
+        ValueError: this host has fewer GPUs than processes, or torchrun would restart on several hosts what cannot be.
     """
     if "RANK" not in os.environ:
         yield
@@ -43,7 +44,10 @@ def process_group(device: DeviceName, timeout: timedelta) -> Iterator[None]:
             raise ValueError(f"process {index} of this host has no GPU, there are {gpus}: lower --nproc-per-node")
         torch.cuda.set_device(index)
         backend += ",cuda:nccl"
-    dist.init_process_group(backend, timeout=timeout)
+    restarts = _restarts()
+    store, index, size = next(rendezvous("env://", timeout=timeout))
+    store = dist.distributed_c10d.PrefixStore(f"after {restarts} restarts", store)
+    dist.init_process_group(backend, timeout=timeout, store=store, rank=index, world_size=size)
     try:
         yield
     except RuntimeError as error:
@@ -54,6 +58,22 @@ def process_group(device: DeviceName, timeout: timedelta) -> Iterator[None]:
             f"checkpoint ({str(error).splitlines()[0]})"
         ) from error
     dist.destroy_process_group()
+
+
+def _restarts() -> int:
+    """How often ``torchrun --max-restarts`` has started these processes again; 0 without it.
+
+    The processes of all its attempts share one store (https://github.com/pytorch/pytorch/issues/135712), where they
+    would find the addresses of those that have died; on several hosts each counts for itself.
+    """
+    shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    several_hosts = int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1
+    if shared and several_hosts and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0:
+        raise ValueError(
+            "torchrun --max-restarts on several hosts fails or hangs when it restarts, since torch hands the addresses "
+            "of dead processes on: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun, or leave --max-restarts out"
+        )
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) if shared else 0
 
 
 def new_gloo_group(timeout: timedelta) -> dist.ProcessGroup | None:
