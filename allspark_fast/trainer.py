@@ -307,7 +307,8 @@ class Trainer:
         if state is None:
             return
         self.state.load_state_dict(state)
-        self.step, self.best, self.evaluation_due = int(state["step"]), state["best"], state["evaluation_due"]
+        self.step, self.best = int(state["step"]), state["best"]
+        self.evaluation_due = state.get("evaluation_due", False)  # earlier versions evaluated before they saved
         saved = state["rng"].numel() // torch.get_rng_state().numel()
         if saved == world_size():
             # Copies, because torch crashes on a part of a larger tensor.
