@@ -44,7 +44,7 @@ class TestCommandLine:
         [
             (["train", "imagenet"], "there is no recipe 'imagenet'; recipes are scenes, camvid, folder, pascal"),
             (["train", "pascal", "--data.root", "nowhere"], "there is no folder nowhere"),
-            (["evaluate", "nowhere"], "nowhere: no run folder"),
+            (["evaluate", "nowhere"], "nowhere: no run folder, there is no config.json in it"),
             (["check", "pascal", "--data.root", "."], "split file splits/pascal/1_8/labeled.txt: not found"),
             (["train", "--run.device", "cuda"], "no GPU is there"),
             (["train", "--model.weights", "nowhere.pth"], "nowhere.pth: no such file"),

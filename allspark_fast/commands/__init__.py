@@ -5,7 +5,7 @@ import argparse
 # Each is imported only when it runs.
 COMMANDS = {
     "train": "train [RECIPE] [--group.field value ...]: train, or go on with a run",
-    "evaluate": "evaluate RUN: score the best weights of a run, or others, on its validation images",
+    "evaluate": "evaluate WEIGHTS [RECIPE ...]: score weights on the validation images of their run, or of a recipe",
     "predict": "predict WEIGHTS IMAGE|FOLDER|PATTERN ...: label images",
     "convert": "convert SRC DST: convert weights of the public code or of Hugging Face SegFormer to ours, and back",
     "export": "export WEIGHTS OUT: write a model as one graph, for torch.export (.pt2) or ONNX (.onnx)",

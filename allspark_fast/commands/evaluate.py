@@ -4,47 +4,62 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+from tqdm import tqdm
+
 from allspark_fast.checkpoint import write_atomically
 from allspark_fast.commands import command_parser
+from allspark_fast.commands.recipe import parse_config
 from allspark_fast.config import Config
 from allspark_fast.data.loader import evaluation_loader
-from allspark_fast.data.sources import open_sources
+from allspark_fast.data.sources import open_val
 from allspark_fast.device import choose_device
 from allspark_fast.evaluate import evaluate
-from allspark_fast.prepare import build_model
+from allspark_fast.pretrained import find_weights, load_model
 from allspark_fast.report import draw_confusion, score_record, score_table
-from allspark_fast.weights import load_weights
 
 
 def run(arguments: list[str]) -> int:
-    """Score weights on the validation images of a run, or on others; writes confusion.png into its folder."""
+    """Score weights on the validation images of their run, or of a recipe; writes confusion.png beside them."""
     parser = command_parser("evaluate")
-    parser.add_argument("run", metavar="RUN", type=Path, help="folder of a run; confusion.png is written into it")
-    parser.add_argument("--weights", metavar="FILE", type=Path, help="weights to score, if not the best of the run")
-    parser.add_argument(
-        "--split", type=Path, metavar="FILE", help="images to score, if not the run's validation images"
+    parser.usage = "%(prog)s WEIGHTS [--split FILE] [--json FILE] [RECIPE [--group.field value ...]]"
+    parser.epilog = (
+        "RECIPE and its settings, as `check` takes them, say where the images are and whether they are taken whole; "
+        "without, WEIGHTS is the folder of a run, whose images are scored. Crop and normalisation are the weights'."
     )
+    parser.add_argument(
+        "weights", metavar="WEIGHTS", type=Path, help="folder of a run, or a file; confusion.png goes beside them"
+    )
+    parser.add_argument("--split", type=Path, metavar="FILE", help="images to score, if not the validation images")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all scores to this file")
-    options = parser.parse_args(arguments)
-    config_file = options.run / "config.json"
-    if not config_file.is_file():
-        raise FileNotFoundError(f"{options.run}: no run folder, there is no config.json in it")
-    config = Config.read(config_file)
+    options, settings = parser.parse_known_args(arguments)
+    if settings and settings[0].startswith("-"):
+        parser.error(f"unrecognized arguments: {' '.join(settings)} (settings come after a RECIPE)")
+    config = parse_config(settings, "evaluate WEIGHTS")[1] if settings else _config_of_run(options.weights)
     if options.split is not None:
         if config.data.dataset == "scenes":
             raise ValueError("--split: rendered scenes have no split files; leave it out")
         config = replace(config, data=replace(config.data, val=options.split))
     device = choose_device(config.run.device)
-    sources = open_sources(config.data)
-    classes = len(sources.info.classes)
-    # Those it started from are replaced, and may be gone.
-    model = build_model(replace(config, model=replace(config.model, weights=None)), classes).to(device)
-    load_weights(model, options.weights or options.run / "best.safetensors")
-    samples = evaluation_loader(sources.val, mean=config.data.mean, std=config.data.std)
-    scores = evaluate(model, samples, classes, mode=config.eval.mode, crop=config.data.crop, device=device)
-    print(score_table(scores, sources.info))
-    draw_confusion(options.run / "confusion.png", scores, sources.info)
+    info, images = open_val(config.data)
+    model, spec = load_model(options.weights)
+    classes = len(info.classes)
+    if len(spec.info.classes) != classes:
+        known = len(spec.info.classes)
+        raise ValueError(f"{options.weights} knows {known} classes, the labels of {info.name} are of {classes}")
+    samples = evaluation_loader(images, mean=spec.mean, std=spec.std, num_workers=config.eval.workers)
+    seen = tqdm(samples, total=len(images.entries), unit="image", dynamic_ncols=True)
+    scores = evaluate(model.to(device), seen, classes, mode=config.eval.mode, crop=spec.crop, device=device)
+    print(score_table(scores, info))
     if options.json is not None:
-        record = json.dumps(score_record(scores, sources.info), indent=2)
+        record = json.dumps(score_record(scores, info), indent=2)
         write_atomically(options.json, lambda temporary: temporary.write_text(record, encoding="utf-8"))
+    draw_confusion(find_weights(options.weights).parent / "confusion.png", scores, info)
     return 0
+
+
+def _config_of_run(folder: Path) -> Config:
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(
+            f"{folder}: no run folder, there is no config.json in it; to score other weights name a RECIPE after them"
+        )
+    return Config.read(folder / "config.json")

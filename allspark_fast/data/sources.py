@@ -1,7 +1,7 @@
 """Opens what a configuration names: classes, and the labeled, unlabeled and validation images."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,6 +48,18 @@ def open_sources(config: DataConfig) -> Sources:
     return Sources(info, datasets["labeled"], datasets["unlabeled"], datasets["val"])
 
 
+def open_val(config: DataConfig) -> tuple[DatasetInfo, ImageSource]:
+    """Open the validation images alone, and what their classes are; the lists for training need not be there.
+
+    Raises:
+        DataError: as ``open_sources``.
+    """
+    if config.dataset == "scenes":
+        return SCENES, _open_scenes(config).val
+    root, info, splits = _locate(config, ("val",))
+    return info, SegmentationDataset(root, splits["val"], info=info)
+
+
 def check_sources(config: DataConfig, *, sample: int | None = None) -> list[Problem]:
     """Problems of the files that a configuration names; reads ``sample`` entries of each list, or all."""
     if config.dataset == "scenes":
@@ -66,10 +78,12 @@ def _open_scenes(config: DataConfig) -> Sources:
     return Sources(SCENES, scenes(0, labeled), scenes(labeled, unlabeled), scenes(_FIRST_VAL_SCENE, val))
 
 
-def _locate(config: DataConfig) -> tuple[Path, DatasetInfo, Mapping[str, list[Entry]]]:
+def _locate(
+    config: DataConfig, names: Sequence[str] = ("labeled", "unlabeled", "val")
+) -> tuple[Path, DatasetInfo, Mapping[str, list[Entry]]]:
     root = _root(config)
     info = DATASETS[config.dataset] if config.dataset in DATASETS else read_info(root)
-    files = {"labeled": config.labeled, "unlabeled": config.unlabeled, "val": config.val}
+    files = {name: getattr(config, name) for name in names}
     splits = {name: _read(root, file) for name, file in files.items() if file is not None}
     if config.dataset == "folder":
         splits = _complete(root, splits)
