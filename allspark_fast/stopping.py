@@ -1,5 +1,6 @@
-"""Signals that ask a run to save and stop."""
+"""What asks a run to save and stop: signals, and the end of the torchrun that started it."""
 
+import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,8 +13,12 @@ STOPPED = 75
 
 @contextmanager
 def stop_signals() -> Iterator[Callable[[], bool]]:
-    """Note the signals instead of dying of them; yields a function that tells whether one has come."""
+    """Note the signals instead of dying of them; yields a function that tells whether one has come.
+
+    It does so too once the ``torchrun`` that started this process is gone: nobody would end it with the other ranks.
+    """
     come = False
+    torchrun = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
 
     def note(*_: object) -> None:
         nonlocal come
@@ -21,7 +26,7 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
 
     before = [signal.signal(number, note) for number in STOP_SIGNALS]
     try:
-        yield lambda: come
+        yield lambda: come or (torchrun is not None and os.getppid() != torchrun)
     finally:
         for number, handler in zip(STOP_SIGNALS, before, strict=True):
             signal.signal(number, handler)

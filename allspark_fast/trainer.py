@@ -114,8 +114,8 @@ class Trainer:
     def run(self) -> Scores | None:
         """Train to the end, evaluating and saving on the way, and return the last scores.
 
-        Returns None if a signal asked to stop: the step in hand was finished, an evaluation broken off to be made by
-        whoever resumes, and all was saved, on all ranks.
+        Returns None if it was asked to stop (``stop_signals``): the step in hand was finished, an evaluation broken off
+        to be made by whoever resumes, and all was saved, on all ranks.
         """
         with stop_signals() as asked:
             return self._run(asked)
@@ -189,7 +189,7 @@ class Trainer:
     def _evaluate(self, log: MetricsLog | None, asked: Callable[[], bool]) -> Scores | None:
         """Score, log, draw, and save: the best weights first, then the checkpoint that makes all of it final.
 
-        Returns None if a signal asked to stop meanwhile: then all that is saved is that the evaluation is due.
+        Returns None if it was asked to stop meanwhile: then all that is saved is that the evaluation is due.
         """
         scores = self._score(asked)
         if any_rank(asked()):
@@ -331,7 +331,7 @@ def train(config: Config, folder: Path) -> bool:
     Under ``torchrun``, this process is one of those that train together.
 
     Returns:
-        whether the run is finished, rather than stopped by a signal.
+        whether the run is finished, rather than stopped by a signal or by the end of torchrun.
 
     Raises:
         DataError: something is wrong with the data.
@@ -352,7 +352,7 @@ def train(config: Config, folder: Path) -> bool:
         )
         scores = trainer.run()
         if scores is None:
-            tell(f"{folder}: stopped by a signal at step {trainer.step}; the same command goes on from there")
+            tell(f"{folder}: stopped as asked at step {trainer.step}; the same command goes on from there")
             return False
         tell(score_table(scores, sources.info))
         return True
