@@ -3,9 +3,11 @@
 import copy
 import dataclasses
 import json
+from collections.abc import Callable
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +15,15 @@ from torch.nn.attention.flex_attention import flex_attention
 from torch.utils.flop_counter import FlopCounterMode
 
 from allspark_fast.kernels.channel_attention import channel_attention
-from bench import bench_channel_attention, bench_data, bench_train_step, footprint, step_variants
+from bench import (
+    bench_channel_attention,
+    bench_data,
+    bench_semantic_memory,
+    bench_train_step,
+    bench_upsample,
+    footprint,
+    step_variants,
+)
 from bench.__main__ import main
 from bench.bench_channel_attention import cases
 from bench.harness import Case, cell, conditions, run, saved_bytes, table
@@ -157,13 +167,26 @@ def test_saved_bytes_counts_storages_once() -> None:
     assert saved_bytes(lambda: (x * x) * x.view(10, 10).flatten()) == 800  # x, and its square
 
 
-@pytest.mark.benchmark(group="channel_attention")
-@pytest.mark.parametrize("name", ["naive", "chunked"])
-def test_channel_attention_speed(benchmark: object, name: str) -> None:
-    (case,) = cases("tiny")
-    output = benchmark(case.variants[name])
-    assert output.shape == case.variants["chunked"]().shape
+@pytest.mark.parametrize("variant", ["naive", "ours"])
+@pytest.mark.parametrize(
+    ("cases", "index"),
+    [
+        (bench_channel_attention.cases, 0),
+        (bench_semantic_memory.cases, 0),
+        (bench_semantic_memory.cases, 1),
+        (bench_upsample.cases, 0),
+        (bench_upsample.cases, 1),
+    ],
+    ids=["attention", "grouping", "enqueue", "loss", "argmax"],
+)
+def test_speed(benchmark: Any, cases: Callable[[str], list[Case]], index: int, variant: str) -> None:
+    """The forward pass; at Pascal's size with ``pytest --benchmark-enable``."""
+    case = cases("tiny" if benchmark.disabled else "pascal")[index]
+    ours = next(x for x in ("triton", "chunked", "vectorized") if x in case.variants and x not in case.unavailable)
+    benchmark.group = case.op
     benchmark.extra_info["size"] = case.size
+    output = benchmark(case.variants["naive" if variant == "naive" else ours])
+    assert output.shape == case.variants["naive"]().shape
 
 
 @pytest.mark.slow
