@@ -18,6 +18,9 @@ from torch.distributed.rendezvous import rendezvous
 
 from allspark_fast.device import DeviceName, choose_device
 
+# torch 2.14 has another name for it, and warns of the old one.
+_all_gather = getattr(functional, "all_gather_single", None) or functional.all_gather_tensor
+
 
 @contextmanager
 def process_group(device: DeviceName, timeout: timedelta) -> Iterator[None]:
@@ -103,7 +106,7 @@ def start_gather(x: Tensor) -> Tensor:
     if world_size() == 1:
         return x
     assert dist.group.WORLD is not None
-    return functional.all_gather_tensor(x.contiguous(), 0, dist.group.WORLD)
+    return _all_gather(x.contiguous(), 0, dist.group.WORLD)
 
 
 def gather_batch(x: Tensor) -> Tensor:

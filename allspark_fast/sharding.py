@@ -30,13 +30,17 @@ def shard(model: Segmentor, *, amp: bool) -> None:
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     device = next(model.parameters()).device.type
     mesh = init_device_mesh(device, (world_size(),))
-    policy = MixedPrecisionPolicy()
-    if amp and device == "cuda":
-        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     for module in model.modules():
         if isinstance(module, Block):
-            fully_shard(module, mesh=mesh, mp_policy=policy)
+            fully_shard(module, mesh=mesh, mp_policy=block_policy(amp, device))
     fully_shard(model, mesh=mesh)
+
+
+def block_policy(amp: bool, device: str) -> MixedPrecisionPolicy:
+    """The dtypes in which the blocks of a sharded model are gathered and their gradients added."""
+    if amp and device == "cuda":
+        return MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+    return MixedPrecisionPolicy()
 
 
 def local(x: Tensor) -> Tensor:

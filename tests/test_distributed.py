@@ -22,10 +22,10 @@ from allspark_fast.evaluate import evaluate
 from allspark_fast.kernels.semantic_memory import channel_semantic_grouping, semantic_memory_enqueue
 from allspark_fast.model import build_segmentor
 from allspark_fast.model.cross_attention import CrossAttention
-from allspark_fast.model.mit import compile_blocks
+from allspark_fast.model.mit import Block, compile_blocks
 from allspark_fast.model.semantic_memory import Arriving, SemanticMemory
 from allspark_fast.prepare import build_state, describe_batch
-from allspark_fast.sharding import gather_state
+from allspark_fast.sharding import block_policy, gather_state
 from allspark_fast.step import TrainState, compute_losses, train_step
 from bench.step_variants import without_dropout
 from tests.test_evaluate import Threshold, sample
@@ -301,6 +301,44 @@ def test_a_replicated_step_is_one_graph_with_its_collectives(tmp_path: Path) -> 
     """A graph break would be an error."""
     for losses in run_on_ranks(_one_graph, 2, tmp_path):
         torch.testing.assert_close(losses[1::2], losses[::2])
+
+
+def _layer_norm_in_float32(x: Tensor, shape: list[int], weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """As autocast calls it on a GPU; a CPU's does not cast."""
+    return torch.native_layer_norm(x.float(), shape, weight.float(), bias.float(), eps)[0]
+
+
+def _bfloat16() -> tuple[Tensor, set[torch.dtype]]:
+    """Losses of a GPU's mixed precision, taken to the CPU, and the dtypes of the weights that blocks compute with."""
+    dtypes = set()
+
+    def note(block: torch.nn.Module, *_: object) -> None:
+        dtypes.update(x.dtype for x in block.parameters())
+
+    autocast = torch.autocast
+
+    def as_on_a_gpu(device: str, dtype: torch.dtype | None = None, enabled: bool = True) -> torch.autocast:
+        return autocast(device, dtype, enabled=enabled or dtype == torch.bfloat16)
+
+    with (
+        patch("allspark_fast.sharding.block_policy", lambda *_: block_policy(True, "cuda")),
+        patch("torch.autocast", as_on_a_gpu),
+        patch("torch.nn.functional.layer_norm", _layer_norm_in_float32),
+    ):
+        state = make_state(sharding="fsdp")
+        for block in (x for x in state.model.modules() if isinstance(x, Block)):
+            block.register_forward_pre_hook(note)
+        return train_steps(2, state)["losses"], dtypes
+
+
+@pytest.mark.slow
+def test_blocks_gathered_in_bfloat16(tmp_path: Path) -> None:
+    """As autocast rounds the matrices of one process; sums of gradients are ordered otherwise."""
+    expected, whole = _bfloat16()
+    (losses, sharded), _ = run_on_ranks(_bfloat16, 2, tmp_path)
+    assert (whole, sharded) == ({torch.float32}, {torch.bfloat16})
+    assert torch.equal(losses[0], expected[0])
+    torch.testing.assert_close(losses, expected, rtol=2e-3, atol=0)
 
 
 def _compiled_blocks(sharding: str) -> dict[str, Tensor]:
