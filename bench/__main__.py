@@ -11,6 +11,7 @@ import torch
 from bench import (
     bench_channel_attention,
     bench_data,
+    bench_mix_ffn,
     bench_semantic_memory,
     bench_train_step,
     bench_upsample,
@@ -38,7 +39,9 @@ class Benchmark(NamedTuple):
 
 
 def _operator(
-    cases: Callable[[str], list[Case]], sizes: Collection[str] = tuple(bench_channel_attention.SIZES)
+    cases: Callable[[str], list[Case]],
+    sizes: Collection[str] = tuple(bench_channel_attention.SIZES),
+    default: Collection[str] | None = None,
 ) -> Benchmark:
     def measure(size: str, repeats: int) -> Iterator[tuple[list[Record], str]]:
         for case in cases(size):
@@ -47,7 +50,8 @@ def _operator(
             measured = f"{case.dtype} product {rates.flops / 1e12:.3g} TFLOP/s, copy {rates.bytes / 1e9:.3g} GB/s"
             yield records, f"{table(records, COLUMNS)}\n\nMeasured in this run: {measured}."
 
-    default = ["pascal", "cityscapes", "coco", "vit14"] if torch.cuda.is_available() else ["pascal"]
+    if default is None:
+        default = ["pascal", "cityscapes", "coco", "vit14"] if torch.cuda.is_available() else ["pascal"]
     return Benchmark(measure, sizes, default)
 
 
@@ -64,15 +68,15 @@ def _static(target: str, _: int) -> Iterator[tuple[list[Record], str]]:
 
 
 _FULL_STEPS = ["pascal", "cityscapes", "coco"]
+_TIMED_STEPS = _FULL_STEPS if torch.cuda.is_available() else ["pascal_b0"]
 _TARGETS = ["sm_80", "sm_86", "sm_90", "sm_100", "gfx942"]
 BENCHMARKS = {
     "attention": _operator(bench_channel_attention.cases),
     "memory": _operator(bench_semantic_memory.cases),
     "loss": _operator(lambda size: bench_upsample.cases(size)[:1], bench_upsample.SIZES),
     "argmax": _operator(lambda size: bench_upsample.cases(size)[1:], bench_upsample.SIZES),
-    "step": Benchmark(
-        bench_train_step.measure, STEP_SIZES, _FULL_STEPS if torch.cuda.is_available() else ["pascal_b0"]
-    ),
+    "ffn": _operator(bench_mix_ffn.cases, STEP_SIZES, _TIMED_STEPS),
+    "step": Benchmark(bench_train_step.measure, STEP_SIZES, _TIMED_STEPS),
     "flops": Benchmark(step_cost.measure, STEP_SIZES, _FULL_STEPS),
     "ranks": Benchmark(rank_cost.measure, STEP_SIZES, _FULL_STEPS),
     "footprint": Benchmark(footprint.measure, footprint.SIZES, list(footprint.SIZES)),

@@ -41,6 +41,7 @@ def test_every_benchmark_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         "semantic_memory_enqueue",
         "upsample_cross_entropy",
         "upsample_argmax",
+        "mix_ffn",
         "train_step",
         "train_step_cost",
         "rank_cost",
