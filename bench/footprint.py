@@ -1,14 +1,15 @@
 """Memory that a training step holds on a GPU, counted on fake CUDA tensors: nothing runs."""
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 
-from allspark_fast.model import build_segmentor
+from allspark_fast.model import MIT_CONFIGS, build_segmentor
 from bench.harness import Record, table
 from bench.step_cost import count_saved_bytes, fake_tensors
 from bench.step_variants import StepSize, make_variant
 
-# timm's encoders cannot be built of fake tensors.
-SIZES = ("mit_b0", "mit_b2", "mit_b5")
+# The encoder of the recipe ``folder`` is timm's.
+SIZES = (*(["timm/tf_efficientnet_lite0"] if find_spec("timm") else []), "mit_b0", "mit_b2", "mit_b5")
 # Weights, gradients, both moments of AdamW and averaged weights, all float32.
 _COPIES = 5
 _CROPS = (321, 513)
@@ -32,7 +33,8 @@ def measure(backbone: str, _: int) -> Iterator[tuple[list[Record], str]]:
         for batch in _BATCHES:
             size = StepSize(backbone, batch, _CLASSES, crop)
             state, saved = count_bytes(size, checkpointing=False)
-            _, checkpointed = count_bytes(size, checkpointing=True)
+            # Only MiT can compute its blocks again.
+            checkpointed = count_bytes(size, checkpointing=True)[1] if backbone in MIT_CONFIGS else None
             records.append(
                 {
                     "op": "footprint",
@@ -42,7 +44,7 @@ def measure(backbone: str, _: int) -> Iterator[tuple[list[Record], str]]:
                     "state_bytes": state,
                     "saved_bytes": saved,
                     "bytes": state + saved,
-                    "checkpointed_bytes": state + checkpointed,
+                    "checkpointed_bytes": None if checkpointed is None else state + checkpointed,
                 }
             )
     yield records, table(records, _COLUMNS)

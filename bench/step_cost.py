@@ -115,7 +115,7 @@ def _fused_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
 def fake_tensors(device: str = "cpu") -> Iterator[None]:
     """New tensors have shapes but no numbers; ``cuda`` needs no GPU, but there autograd can only go forward."""
     with (
-        FakeTensorMode(),
+        FakeTensorMode(allow_non_fake_inputs=True),  # timm tries encoders on meta tensors
         torch.device(device),
         patch.object(F, "scaled_dot_product_attention", _fused_attention) if device == "cuda" else nullcontext(),
         # Initialisation and the official memory look at numbers; neither counts.
