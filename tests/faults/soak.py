@@ -5,10 +5,12 @@ python -m tests.faults.soak --minutes 60
 
 import argparse
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,10 +41,25 @@ def read(process: int, folder: Path, started: float) -> Reading:
     return Reading(time.monotonic() - started, resident / 1e6, descriptors, max(steps, default=0))
 
 
+def leaks(readings: Sequence[Reading]) -> list[str]:
+    """What grew: the last quarter of the readings against the second one; the first warms up."""
+    quarter = len(readings) // 4
+    early, late = readings[quarter : 2 * quarter], readings[-quarter:]
+    found = []
+    growth = statistics.mean(x.resident_mb for x in late) / statistics.mean(x.resident_mb for x in early)
+    if growth > 1.03:
+        found.append(f"resident memory grew by {growth - 1:.1%}")
+    if min(x.descriptors for x in late) > max(x.descriptors for x in early):
+        found.append("file descriptors were never again as few as before")
+    return found
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--minutes", type=int, default=60)
+    parser.add_argument("--minutes", type=int, default=60, help="at least 4")
     minutes = parser.parse_args().minutes
+    if minutes < 4:
+        parser.error(f"--minutes must be at least 4, got {minutes}")
     options = [str(x) for name, value in ARGUMENTS.items() for x in (f"--{name}", value)]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "run"
@@ -51,19 +68,21 @@ def main() -> int:
             process = subprocess.Popen([*command, "--run.folder", str(folder)], stdout=log, stderr=log)
         started = time.monotonic()
         print("minute  resident MB  descriptors  steps/s", flush=True)
-        before = Reading(0.0, 0.0, 0, 0)
+        readings = [Reading(0.0, 0.0, 0, 0)]
         for minute in range(1, minutes + 1):
             time.sleep(max(0.0, started + 60 * minute - time.monotonic()))
             if process.poll() is not None:
                 print((Path(name) / "log").read_text(), file=sys.stderr)
                 return 1
             now = read(process.pid, folder, started)
-            speed = (now.step - before.step) / (now.seconds - before.seconds)
+            speed = (now.step - readings[-1].step) / (now.seconds - readings[-1].seconds)
             print(f"{minute:6}  {now.resident_mb:11.1f}  {now.descriptors:11}  {speed:7.2f}", flush=True)
-            before = now
+            readings.append(now)
         process.kill()
         process.wait()
-    return 0
+    found = leaks(readings[1:])
+    print("\n".join(found) or "nothing grew")
+    return int(bool(found))
 
 
 if __name__ == "__main__":
