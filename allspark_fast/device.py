@@ -1,9 +1,11 @@
 """The device that work runs on."""
 
 import os
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
+
+from allspark_fast.kernels.arguments import check_choice
 
 DeviceName = Literal["auto", "cpu", "cuda"]
 
@@ -12,8 +14,9 @@ def choose_device(name: DeviceName) -> torch.device:
     """The device of a name; ``auto`` is a GPU where there is one.
 
     Raises:
-        ValueError: there is no GPU, but ``cuda`` was asked for.
+        ValueError: the name is none of these, or there is no GPU, but ``cuda`` was asked for.
     """
+    check_choice("device", name, get_args(DeviceName))
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name == "cuda" and not torch.cuda.is_available():

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from allspark_fast.distributed import sum_over_ranks
+from allspark_fast.kernels.arguments import check_count
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,7 @@ class ConfusionMatrix:
     """
 
     def __init__(self, num_classes: int, *, ignore_index: int = 255, device: torch.device | str = "cpu") -> None:
-        if num_classes < 1:
-            raise ValueError(f"num_classes must be at least 1, got {num_classes}")
+        check_count("num_classes", num_classes)
         self.num_classes = num_classes
         self.ignore_index = ignore_index
         # One bin more takes the ignored pixels.

@@ -20,6 +20,7 @@ from allspark_fast.data.info import DatasetInfo
 from allspark_fast.data.transforms import normalize_image
 from allspark_fast.device import DeviceName, choose_device
 from allspark_fast.evaluate import predict_labels
+from allspark_fast.kernels.arguments import check_choice
 from allspark_fast.model import Segmentor
 from allspark_fast.pretrained import ModelSpec
 
@@ -54,7 +55,7 @@ class Predictor:
         half: bfloat16 autocast, on a GPU.
 
     Raises:
-        ValueError: there is no GPU, but it was asked for.
+        ValueError: ``device`` or ``mode`` is unknown, or there is no GPU, but it was asked for.
     """
 
     def __init__(
@@ -66,6 +67,8 @@ class Predictor:
         mode: Literal["whole", "sliding"] | None = None,
         half: bool = False,
     ) -> None:
+        if mode is not None:
+            check_choice("mode", mode, ("whole", "sliding"))
         self.device = choose_device(device)
         if half and self.device.type != "cuda":
             raise ValueError("half precision needs a GPU: leave it out")
@@ -79,8 +82,15 @@ class Predictor:
         """Label RGB images of equal size, as ``read_image`` returns them, together.
 
         Raises:
-            ValueError: their sizes differ, or there is none.
+            TypeError: one is no image of Pillow.
+            ValueError: one is not RGB, their sizes differ, or there is none.
         """
+        for image in images:
+            if not isinstance(image, Image.Image):
+                kind = type(image).__name__
+                raise TypeError(f"expected images of Pillow, got {kind}: see Image.fromarray, or read_image(path)")
+            if image.mode != "RGB":
+                raise ValueError(f"expected RGB images, got mode {image.mode}: convert('RGB') makes one of it")
         sizes = {image.size for image in images}
         if len(sizes) != 1:
             raise ValueError(f"the images of a batch must have one size, got {sorted(sizes)}")

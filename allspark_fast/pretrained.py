@@ -192,7 +192,7 @@ def load_model(path: str | Path) -> tuple[Segmentor, ModelSpec]:
     return model.eval(), spec
 
 
-def save_model(model: Segmentor, spec: ModelSpec, path: Path) -> None:
+def save_model(model: Segmentor, spec: ModelSpec, path: str | Path) -> None:
     """Write a model that ``load_model`` loads, whole or not at all.
 
     Args:
@@ -200,7 +200,13 @@ def save_model(model: Segmentor, spec: ModelSpec, path: Path) -> None:
         spec: what must be known to use it.
         path: ``.safetensors``; or a folder, which gets ``model.safetensors``, ``config.json`` and, if it has no
             README.md, a model card, ready for the Hugging Face Hub.
+
+    Raises:
+        ValueError: the path is that of a file of weights of another kind.
     """
+    path = Path(path)
+    if path.suffix in (".pth", ".pt", ".bin"):
+        raise ValueError(f"{path}: must be .safetensors or a folder; `convert` writes the public code's .pth")
     if path.suffix == ".safetensors":
         metadata = {_KEY: spec.to_json()}
         write_atomically(path, lambda temporary: save_weights(model, temporary, metadata))

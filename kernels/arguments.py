@@ -57,6 +57,44 @@ def check_not_empty(name: str, value: Tensor, axes: dict[str, int]) -> None:
             raise ValueError(f"{name} has {axis} = 0 in shape {tuple(value.shape)}, expected at least 1")
 
 
+def check_number(name: str, value: object) -> None:
+    """Check that ``value`` is an integer or a float.
+
+    Raises:
+        TypeError: it is neither.
+    """
+    if not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+
+
+def check_count(name: str, value: object) -> None:
+    """Check that ``value`` is an integer of at least 1.
+
+    Raises:
+        TypeError: it is no integer.
+        ValueError: it is less.
+    """
+    if not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def check_size(name: str, value: object) -> None:
+    """Check that ``value`` is a height and a width, of at least 1 pixel each.
+
+    Raises:
+        TypeError: it is no sequence of integers.
+        ValueError: it has not two of them, or a side is less.
+    """
+    if not isinstance(value, (tuple, list)):
+        raise TypeError(f"{name} must be a pair (H, W), got {value!r}")
+    if len(value) != 2:
+        raise ValueError(f"{name} must be a pair (H, W), got {value}")
+    for axis, side in zip("HW", value, strict=True):
+        check_count(f"{axis} of {name}", side)
+
+
 def check_choice(name: str, value: object, choices: Collection[str]) -> None:
     """Check that ``value`` is one of ``choices``.
 

@@ -92,6 +92,11 @@ class TestSpec:
         with pytest.raises(ValueError, match=rf"odd\.safetensors: .*{message}"):
             load_model(tmp_path / "odd.safetensors")
 
+    def test_a_file_of_another_kind_is_not_written(self, tmp_path: Path, tiny_spec: ModelSpec) -> None:
+        with pytest.raises(ValueError, match=r"model\.pth: must be \.safetensors or a folder"):
+            save_model(tiny_spec.build(), tiny_spec, str(tmp_path / "model.pth"))
+        assert not list(tmp_path.iterdir())
+
     def test_a_folder_without_weights(self, tmp_path: Path) -> None:
         with pytest.raises(FileNotFoundError, match=r"none of best\.safetensors"):
             load_model(tmp_path)
@@ -144,6 +149,27 @@ class TestPredictor:
     def test_images_of_unequal_size_are_refused(self, weights: Path) -> None:
         with pytest.raises(ValueError, match=r"one size, got \[\(64, 70\), \(64, 80\)\]"):
             Predictor(*load_model(weights))([picture(64, 80), picture(64, 70)])
+
+    @pytest.mark.parametrize(
+        ("image", "error", "message"),
+        [
+            (np.zeros((64, 64, 3), np.uint8), TypeError, "expected images of Pillow, got ndarray"),
+            ("photo.jpg", TypeError, "expected images of Pillow, got str"),
+            (Image.new("L", (64, 64)), ValueError, "got mode L"),
+            (Image.new("RGBA", (64, 64)), ValueError, "got mode RGBA"),
+        ],
+        ids=["array", "path", "grey", "alpha"],
+    )
+    def test_what_is_no_rgb_image_is_refused(
+        self, weights: Path, image: object, error: type[Exception], message: str
+    ) -> None:
+        with pytest.raises(error, match=message):
+            Predictor(*load_model(weights))([image])
+
+    @pytest.mark.parametrize("options", [{"mode": "slide"}, {"device": "tpu"}])
+    def test_unknown_options_are_refused(self, weights: Path, options: dict) -> None:
+        with pytest.raises(ValueError, match=f"{next(iter(options))} must be one of"):
+            Predictor(*load_model(weights), **options)
 
     def test_half_needs_a_gpu(self, weights: Path) -> None:
         with pytest.raises(ValueError, match="needs a GPU"):

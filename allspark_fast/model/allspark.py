@@ -3,7 +3,14 @@
 import torch
 from torch import Tensor, nn
 
-from allspark_fast.kernels.arguments import FLOATING, check_choice, check_not_empty, check_tensor
+from allspark_fast.kernels.arguments import (
+    FLOATING,
+    check_choice,
+    check_count,
+    check_not_empty,
+    check_number,
+    check_tensor,
+)
 
 from .cross_attention import Attend, CrossAttention
 from .semantic_memory import ClassMap, MemoryInit, MemorySync, token_class_map
@@ -31,6 +38,7 @@ class AllSpark(nn.Module):
         class_map: see token_class_map.
 
     Raises:
+        TypeError: a number is none.
         ValueError: a number is less than 1, ``dropout`` is outside [0, 1), or an option is unknown.
     """
 
@@ -50,8 +58,8 @@ class AllSpark(nn.Module):
         check_choice("class_map", class_map, ("logits", "softmax"))
         sizes = {"channels": channels, "num_classes": num_classes, "tokens": tokens, "num_heads": num_heads}
         for name, size in sizes.items():
-            if size < 1:
-                raise ValueError(f"{name} must be at least 1, got {size}")
+            check_count(name, size)
+        check_number("dropout", dropout)
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {dropout}")
         self.class_map = class_map

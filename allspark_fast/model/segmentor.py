@@ -4,6 +4,8 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from allspark_fast.kernels.arguments import check_count, check_size
+
 from .allspark import AllSpark
 from .cross_attention import Attend
 from .mit import MIT_CONFIGS, MixTransformer
@@ -112,11 +114,12 @@ def build_segmentor(
 
     Raises:
         ImportError: the backbone is one of timm, which is not installed.
+        TypeError: a number is no integer, or ``crop_size`` no pair of them.
         ValueError: the backbone is unknown or does not fit, a number is less than 1, or the crops are too small.
     """
-    for name, number in (("num_classes", num_classes), ("embedding_dim", embedding_dim)):
-        if number < 1:
-            raise ValueError(f"{name} must be at least 1, got {number}")
+    check_count("num_classes", num_classes)
+    check_count("embedding_dim", embedding_dim)
+    check_size("crop_size", crop_size)
     encoder = _build_backbone(backbone, crop_size, checkpoint_blocks=checkpoint_blocks)
     height, width = encoder.deepest_size(crop_size)
     bottleneck = None

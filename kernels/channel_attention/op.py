@@ -9,7 +9,14 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from allspark_fast.kernels.arguments import FLOATING, check_choice, check_not_empty, check_shape, check_tensor
+from allspark_fast.kernels.arguments import (
+    FLOATING,
+    check_choice,
+    check_not_empty,
+    check_number,
+    check_shape,
+    check_tensor,
+)
 from allspark_fast.kernels.channel_attention import chunked, reference
 from allspark_fast.kernels.channel_attention.similarity_norm import accumulation_dtype, similarity_rstd
 from allspark_fast.kernels.triton_support import check_triton_runs, prefers_triton
@@ -62,10 +69,10 @@ def channel_attention(
         half precision is computed in float32 throughout. Inputs that are not finite give results that are not finite.
 
     Raises:
-        TypeError: an argument is no tensor, or its dtype is wrong.
-        ValueError: a shape, device, ``dropout_p`` or ``backend`` is wrong, or the backend cannot do what is asked.
+        TypeError: an argument is no tensor, its dtype is wrong, or ``eps`` or ``dropout_p`` is no number.
+        ValueError: a shape, device, number or ``backend`` is wrong, or the backend cannot do what is asked.
     """
-    _check_arguments(query, key, value, group_mask, dropout_p, seed, backend)
+    _check_arguments(query, key, value, group_mask, eps, dropout_p, seed, backend)
     if dropout_p > 0 and seed is None:
         seed = torch.randint(2**63 - 1, (), dtype=torch.int64, device=query.device)
     dtype = query.dtype
@@ -207,6 +214,7 @@ def _check_arguments(
     key: Tensor,
     value: Tensor,
     group_mask: Tensor | None,
+    eps: float,
     dropout_p: float,
     seed: Tensor | None,
     backend: str,
@@ -225,6 +233,10 @@ def _check_arguments(
         groups = group_mask.shape[0]
         if groups == 0 or key.shape[-1] % groups:
             raise ValueError(f"group_mask has {groups} groups, which do not divide the key's L = {key.shape[-1]}")
+    check_number("eps", eps)
+    if not eps >= 0:
+        raise ValueError(f"eps must be at least 0, got {eps}")
+    check_number("dropout_p", dropout_p)
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
     if seed is not None:

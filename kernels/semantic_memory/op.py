@@ -48,10 +48,12 @@ def semantic_memory_enqueue(queue: Tensor, queue_ptr: Tensor, features: Tensor, 
 
     Raises:
         TypeError: an argument is no tensor or has another dtype.
-        ValueError: shapes do not fit, or the devices differ.
+        ValueError: shapes do not fit, the devices differ, or slots of the queue share memory.
     """
     check_tensor("queue", queue, "(K, S, N)", FLOATING)
     check_not_empty("queue", queue, {"K": 0, "S": 1, "N": 2})
+    if any(stride == 0 and side > 1 for stride, side in zip(queue.stride(), queue.shape, strict=True)):
+        raise ValueError(f"queue has strides {queue.stride()}: slots share memory, as after expand(); clone() it first")
     classes, _, tokens = queue.shape
     check_tensor("queue_ptr", queue_ptr, "(K,)", (torch.int64,), like=queue)
     check_shape("queue_ptr", queue_ptr, "(K,)", (classes,))

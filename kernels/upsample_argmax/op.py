@@ -5,7 +5,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from allspark_fast.kernels.arguments import FLOATING, check_not_empty, check_tensor
+from allspark_fast.kernels.arguments import FLOATING, check_not_empty, check_size, check_tensor
 from allspark_fast.kernels.triton_support import prefers_triton
 from allspark_fast.kernels.upsample_argmax import chunked
 
@@ -28,8 +28,7 @@ def upsample_argmax(logits: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tens
     """
     check_tensor("logits", logits, "(B, K, h, w)", FLOATING)
     check_not_empty("logits", logits, {"K": 1, "h": 2, "w": 3})
-    if len(size) != 2 or min(size) < 1:
-        raise ValueError(f"size must be (H, W) of at least 1 pixel each, got {size}")
+    check_size("size", size)
     return _upsample_argmax(logits.detach(), list(size))
 
 

@@ -6,7 +6,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from allspark_fast.kernels.arguments import FLOATING, check_choice, check_not_empty, check_shape, check_tensor
+from allspark_fast.kernels.arguments import (
+    FLOATING,
+    check_choice,
+    check_not_empty,
+    check_number,
+    check_shape,
+    check_tensor,
+)
 from allspark_fast.kernels.triton_support import prefers_triton
 from allspark_fast.kernels.upsample_cross_entropy import chunked
 
@@ -47,6 +54,7 @@ def upsample_cross_entropy(
         ValueError: a shape, device, option or, on the CPU, a target is wrong. On a GPU, where looking at it would wait
             for the device, a wrong target gives a NaN loss; float64 stops the process by a device assertion.
     """
+    check_number("ignore_index", ignore_index)
     _check_arguments(logits, target, reduction, ohem_threshold, ohem_min_kept)
     loss, _ = _upsample_cross_entropy(logits, target, ignore_index)
     counts = target != ignore_index
@@ -78,8 +86,10 @@ def _check_arguments(
     check_shape("target", target, "(B, H, W)", (logits.shape[0], *target.shape[1:]))
     check_not_empty("target", target, {"H": 1, "W": 2})
     check_choice("reduction", reduction, _REDUCTIONS)
+    check_number("ohem_threshold", 0 if ohem_threshold is None else ohem_threshold)
     if ohem_threshold is not None and not 0 <= ohem_threshold <= 1:
         raise ValueError(f"ohem_threshold must be a probability in [0, 1] or None, got {ohem_threshold}")
+    check_number("ohem_min_kept", ohem_min_kept)
     if ohem_min_kept < 0:
         raise ValueError(f"ohem_min_kept must be at least 0, got {ohem_min_kept}")
 

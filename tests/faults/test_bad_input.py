@@ -116,6 +116,21 @@ class TestModel:
         with pytest.raises(error, match="images"):
             tiny().eval()(images)
 
+    @pytest.mark.parametrize(
+        ("make", "message"),
+        [
+            (lambda: build_segmentor("mit_tiny", 3.0, (64, 64)), "num_classes must be an integer, got 3.0"),
+            (lambda: build_segmentor("mit_tiny", 3, 64), r"crop_size must be a pair \(H, W\), got 64"),
+            (lambda: build_segmentor("mit_tiny", 3, ("64", 64)), "H of crop_size must be an integer, got '64'"),
+            (lambda: AllSpark(4, 3, 4.0), "tokens must be an integer, got 4.0"),
+            (lambda: AllSpark(4, 3, 4, dropout="0"), "dropout must be a number, got '0'"),
+            (lambda: ConfusionMatrix(3.5), "num_classes must be an integer, got 3.5"),
+        ],
+    )
+    def test_numbers_that_are_none(self, make: Callable[[], object], message: str) -> None:
+        with pytest.raises(TypeError, match=message):
+            make()
+
     @pytest.mark.parametrize("options", [{"mode": "slide"}, {"mode": "sliding", "crop": 1}])
     def test_predictions_that_cannot_be(self, options: dict) -> None:
         with pytest.raises(ValueError, match=list(options)[-1]):

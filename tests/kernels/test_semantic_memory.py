@@ -177,6 +177,7 @@ BAD_GROUPING = {
 BAD_ENQUEUE = {
     "queue dtype": ({"queue": torch.ones(3, 4, 5).int()}, TypeError, "queue must have dtype"),
     "no slots": ({"queue": torch.ones(3, 0, 5)}, ValueError, "queue has S = 0"),
+    "shared slots": ({"queue": torch.ones(3, 1, 5).expand(3, 4, 5)}, ValueError, "queue has strides .* clone"),
     "pointer dtype": ({"queue_ptr": torch.zeros(3)}, TypeError, "queue_ptr must have dtype int64"),
     "pointer length": ({"queue_ptr": torch.zeros(4).long()}, ValueError, r"queue_ptr must have shape .* \(3,\)"),
     "tokens": ({"features": torch.ones(2, 4, 6)}, ValueError, r"features must have shape .* \(2, 5, 6\)"),

@@ -242,6 +242,8 @@ BAD = {
     "class too large": ({"target": torch.full((2, 7, 9), 3)}, ValueError, r"target holds class 3, expected \[0, 3\)"),
     "negative class": ({"target": torch.full((2, 7, 9), -1)}, ValueError, "target holds class -1"),
     "reduction": ({"reduction": "avg"}, ValueError, "reduction must be one of mean, sum, none"),
+    "ignore_index": ({"ignore_index": "255"}, TypeError, "ignore_index must be a number, got '255'"),
+    "threshold type": ({"ohem_threshold": "0.5"}, TypeError, "ohem_threshold must be a number"),
     "threshold": ({"ohem_threshold": 1.5}, ValueError, "ohem_threshold must be a probability"),
     "min_kept": ({"ohem_threshold": 0.5, "ohem_min_kept": -1}, ValueError, "ohem_min_kept must be at least 0"),
 }
