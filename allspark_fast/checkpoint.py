@@ -144,6 +144,28 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         raise failure from error
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder, and those that it is in, unless it is there.
+
+    Raises:
+        NotADirectoryError: one of them is a file.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise NotADirectoryError(f"{path} is to be a folder, but it is a file, or in one: give another name") from error
+
+
+def require_parent(path: Path) -> None:
+    """Check that there is a folder to write a file into, before work starts.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path}: there is no folder {path.parent}, make it first")
+
+
 def not_written(path: Path, why: str) -> OSError:
     """The error of a file or folder that could not be written; tells the free space before anything is removed."""
     free = shutil.disk_usage(path.parent).free

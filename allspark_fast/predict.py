@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 
-from allspark_fast.checkpoint import write_atomically
+from allspark_fast.checkpoint import make_folder, write_atomically
 from allspark_fast.data.errors import DataError
 from allspark_fast.data.images import IMAGE_SUFFIXES, read_image
 from allspark_fast.data.info import DatasetInfo
@@ -133,6 +133,7 @@ class OutputFolder:
         """Make the folders for the predictions of ``images``.
 
         Raises:
+            NotADirectoryError: one is a file.
             ValueError: two images would share a file, or a file is there and ``overwrite`` is False.
         """
         name, count = Counter(image.name for image in images).most_common(1)[0]
@@ -147,7 +148,7 @@ class OutputFolder:
                 "pass --overwrite, or write to another folder (--out)"
             )
         for folder in {file.parent for file in files}:
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(folder)
 
     def write(self, name: Path, image: Image.Image, prediction: Prediction) -> None:
         """Write the prediction of ``image`` under the name of its ImageFile."""

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import IO
 
-from allspark_fast.checkpoint import newest_first, write_atomically
+from allspark_fast.checkpoint import make_folder, newest_first, write_atomically
 from allspark_fast.config import Config, RunConfig, TrainConfig, changed_fields
 from allspark_fast.data.sources import check_sources
 from allspark_fast.distributed import world_size
@@ -50,6 +50,7 @@ def claim_folder(folder: Path, config: Config) -> None:
     Where and on how many ranks it runs may change, and the kind of its checkpoints.
 
     Raises:
+        NotADirectoryError: it is a file.
         ValueError: the folder holds a run with other settings; they are listed.
     """
     free = ("folder", "device", "kernels", "timeout", "sharded_checkpoints")
@@ -58,7 +59,7 @@ def claim_folder(folder: Path, config: Config) -> None:
     path = folder / "config.json"
     # Settings that led nowhere, not even to a checkpoint, may be mended in the same folder.
     if not (path.is_file() and newest_first(folder / "checkpoints")):
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         write_atomically(path, lambda temporary: temporary.write_text(config.to_json(), encoding="utf-8"))
         return
     changed = changed_fields(Config.read(path), config)
@@ -78,7 +79,7 @@ def lock_folder(folder: Path) -> IO[str] | None:
     Raises:
         ValueError: another process trains there.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     if fcntl is None:
         return None
     file = (folder / "lock").open("a+", encoding="utf-8")

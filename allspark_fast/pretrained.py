@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from allspark_fast.checkpoint import write_atomically
+from allspark_fast.checkpoint import make_folder, write_atomically
 from allspark_fast.config import Config
 from allspark_fast.data.info import DatasetInfo, parse_meta
 from allspark_fast.model import Segmentor, build_segmentor
@@ -183,7 +183,7 @@ def load_model(path: str | Path) -> tuple[Segmentor, ModelSpec]:
     spec = read_spec(path)
     if spec is None:
         raise ValueError(
-            f"{path} holds weights, but not what their model is (classes, colours, sizes): "
+            f"{path} does not say what its model is (classes, colours, sizes): if it holds weights, "
             f"`python -m allspark_fast convert {path} model.safetensors` finds that out and writes it down"
         )
     model = spec.build()
@@ -211,7 +211,7 @@ def save_model(model: Segmentor, spec: ModelSpec, path: str | Path) -> None:
         metadata = {_KEY: spec.to_json()}
         write_atomically(path, lambda temporary: save_weights(model, temporary, metadata))
         return
-    path.mkdir(parents=True, exist_ok=True)
+    make_folder(path)
     save_model(model, spec, path / "model.safetensors")
     # The Hub counts downloads by this file, and shows it; what loading reads is in the weights.
     write_atomically(path / "config.json", lambda temporary: temporary.write_text(spec.to_json(), encoding="utf-8"))

@@ -73,6 +73,8 @@ def test_what_cannot_be_scored(
     recipe = ["folder", "--data.root", str(data), "--data.val"]
     assert main(["evaluate", str(weights), *recipe, "nowhere.txt"]) == 1
     assert "split file nowhere.txt: not found" in capsys.readouterr().err
+    assert main(["evaluate", str(weights), "--json", str(data / "new" / "scores.json"), *recipe, "val.txt"]) == 1
+    assert "there is no folder" in capsys.readouterr().err
     spec = replace(tiny_spec, info=DatasetInfo("two", CLASSES[:2], tiny_spec.info.palette))
     save_model(spec.build(), spec, weights)
     assert main(["evaluate", str(weights), *recipe, "val.txt"]) == 1

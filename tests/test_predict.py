@@ -64,7 +64,7 @@ class TestSpec:
     def test_weights_without_it_are_refused_with_the_remedy(self, tmp_path: Path, tiny_spec: ModelSpec) -> None:
         for name in ("old.safetensors", "old.pth"):
             save_weights(tiny_spec.build(), tmp_path / name)
-            with pytest.raises(ValueError, match=rf"{name} holds weights, but not .* allspark_fast convert"):
+            with pytest.raises(ValueError, match=rf"{name} does not say what its model is .* allspark_fast convert"):
                 load_model(tmp_path / name)
 
     def test_weights_of_part_of_the_model_are_refused(self, tmp_path: Path, tiny_spec: ModelSpec) -> None:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from allspark_fast.checkpoint import write_atomically
+from allspark_fast.checkpoint import require_parent, write_atomically
 from allspark_fast.commands import command_parser
 from allspark_fast.commands.info import describe_model
 from allspark_fast.convert import read_model
@@ -37,6 +37,8 @@ def run(arguments: list[str]) -> int:
         parser.error(f"DST must be .safetensors, .pth or a folder, got {target}")
     if target.exists() and not options.overwrite:
         raise ValueError(f"{target} is there already: pass --overwrite to replace it")
+    if target.suffix:
+        require_parent(target)
     model, spec = read_model(options.source, options.classes)
     if target.suffix == ".pth" and spec.backbone.startswith("timm/"):
         raise ValueError(f"{target}: the public code has MiT encoders only, this is {spec.backbone}; take .safetensors")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from allspark_fast.checkpoint import write_atomically
+from allspark_fast.checkpoint import require_parent, write_atomically
 from allspark_fast.commands import command_parser
 from allspark_fast.commands.recipe import parse_config
 from allspark_fast.config import Config
@@ -39,6 +39,8 @@ def run(arguments: list[str]) -> int:
         if config.data.dataset == "scenes":
             raise ValueError("--split: rendered scenes have no split files; leave it out")
         config = replace(config, data=replace(config.data, val=options.split))
+    if options.json is not None:
+        require_parent(options.json)
     device = choose_device(config.run.device)
     info, images = open_val(config.data)
     model, spec = load_model(options.weights)

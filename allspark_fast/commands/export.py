@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from allspark_fast.checkpoint import require_parent
 from allspark_fast.commands import command_parser
 from allspark_fast.export import MIN_SIDE, export_model
 from allspark_fast.pretrained import load_model
@@ -22,6 +23,7 @@ def run(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     if options.out.exists() and not options.overwrite:
         raise ValueError(f"{options.out} is there already: pass --overwrite to replace it")
+    require_parent(options.out)
     error = export_model(*load_model(options.weights), options.out)
     print(f"{options.out}: logits within {error:.0e} of the model's, relative to the largest")
     return 0

@@ -24,6 +24,7 @@ from allspark_fast.data.transforms import CropTransform
 from allspark_fast.evaluate import predict_labels
 from allspark_fast.metrics import ConfusionMatrix
 from allspark_fast.model import AllSpark, Segmentor, build_segmentor
+from allspark_fast.pretrained import ModelSpec, save_model
 from allspark_fast.report import draw_curves, draw_predictions, score_table
 from allspark_fast.trainer import Trainer
 from allspark_fast.weights import load_weights, save_weights
@@ -347,6 +348,33 @@ class TestCommands:
         assert main(["splits", str(tmp_path), ""]) == 1  # of a shell variable that is not set, say
         assert "expected a fraction such as 1/16" in capsys.readouterr().err
         assert not (tmp_path / "splits").exists()
+
+    @pytest.mark.parametrize(
+        ("command", "message"),
+        [
+            ("train --run.folder file", "file is to be a folder"),
+            ("train --run.folder file/run", "file/run is to be a folder"),
+            ("predict model.safetensors photo.png --out file", " is to be a folder"),
+            ("convert model.safetensors nowhere/a.safetensors", "there is no folder nowhere"),
+            ("export model.safetensors nowhere/a.onnx", "there is no folder nowhere"),
+            ("predict photo.png photo.png", "photo.png does not say what its model is"),
+        ],
+    )
+    def test_files_that_cannot_be_where_they_are_meant(
+        self,
+        command: str,
+        message: str,
+        tmp_path: Path,
+        tiny_spec: ModelSpec,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        save_model(tiny_spec.build(), tiny_spec, "model.safetensors")
+        Image.new("RGB", (64, 64)).save("photo.png")
+        Path("file").touch()
+        assert main(command.split()) == 1
+        assert message in capsys.readouterr().err
 
     @pytest.mark.parametrize(
         "write",
