@@ -17,6 +17,7 @@ from allspark_fast.__main__ import main
 from allspark_fast.commands import COMMANDS
 from allspark_fast.commands.recipe import parse_config
 from allspark_fast.pretrained import ModelSpec, save_model
+from allspark_fast.recipes import RECIPES
 from bench.__main__ import build_parser
 
 ROOT = Path(__file__).parents[1]
@@ -127,6 +128,8 @@ def test_commands_in_sentences_exist(command: str) -> None:
         build_parser().parse_args(["tiny" if word == "SIZE" else word for word in words[2:]])
     elif words[:2] == ["-m", "allspark_fast"]:
         assert words[2] in COMMANDS
+        if words[2] == "evaluate" and len(words) > 4 and words[4] in RECIPES:
+            parse_config(words[4:], "evaluate")
     elif command.startswith("pytest"):
         assert all((ROOT / word).exists() for word in words if word.startswith("tests"))
         if "-k" in words:
