@@ -238,7 +238,7 @@ class TestResume:
         command = [sys.executable, "-m", "allspark_fast", "train", "--data.scenes", "3", "8", "2"]
         options = {
             "data.crop": 64, "data.workers": 1, "model.backbone": "mit_tiny", "model.embedding-dim": 16,
-            "train.method": method, "train.epochs": 20, "train.batch-size": 2, "eval.every": 5,
+            "train.method": method, "train.epochs": 10, "train.batch-size": 2, "eval.every": 5,
             "run.log-every": 1, "run.save-every": 7,
         }  # fmt: skip
         command += [str(x) for name, value in options.items() for x in (f"--{name}", value)]
@@ -252,7 +252,7 @@ class TestResume:
             time.sleep(0.005)
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-        assert 11 <= read_metrics(broken)[-1]["step"] < 80
+        assert 11 <= read_metrics(broken)[-1]["step"] < 40
         subprocess.run([*command, "--run.folder", broken], check=True, capture_output=True)
         assert_same_run(whole, broken)
 
