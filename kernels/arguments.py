@@ -1,6 +1,7 @@
 """Checks of operator arguments: every message names the argument, what came and what was expected."""
 
 from collections.abc import Collection
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,23 +59,23 @@ def check_not_empty(name: str, value: Tensor, axes: dict[str, int]) -> None:
 
 
 def check_number(name: str, value: object) -> None:
-    """Check that ``value`` is an integer or a float.
+    """Check that ``value`` is a number, of Python, NumPy or a graph that is traced.
 
     Raises:
-        TypeError: it is neither.
+        TypeError: it is none.
     """
-    if not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
+    if not (isinstance(value, (int, float, torch.SymInt, torch.SymFloat)) or hasattr(value, "__float__")):
         raise TypeError(f"{name} must be a number, got {value!r}")
 
 
-def check_count(name: str, value: object) -> None:
-    """Check that ``value`` is an integer of at least 1.
+def check_count(name: str, value: Any) -> None:
+    """Check that ``value`` is an integer of at least 1, of Python, NumPy or a graph that is traced.
 
     Raises:
         TypeError: it is no integer.
         ValueError: it is less.
     """
-    if not isinstance(value, (int, torch.SymInt)):
+    if not (isinstance(value, (int, torch.SymInt)) or hasattr(value, "__index__")):
         raise TypeError(f"{name} must be an integer, got {value!r}")
     if value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}")

@@ -38,7 +38,7 @@ class AllSpark(nn.Module):
         class_map: see token_class_map.
 
     Raises:
-        TypeError: a number is none.
+        TypeError: a size is no integer, or ``dropout`` no number.
         ValueError: a number is less than 1, ``dropout`` is outside [0, 1), or an option is unknown.
     """
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import get_args, get_type_hints
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -116,6 +117,9 @@ class TestModel:
     def test_images_that_no_model_takes(self, images: Tensor, error: type[Exception]) -> None:
         with pytest.raises(error, match="images"):
             tiny().eval()(images)
+
+    def test_numbers_of_numpy(self) -> None:
+        assert AllSpark(np.int64(4), np.int64(3), 4, dropout=np.float32(0.1)).eval()(torch.ones(1, 4, 2, 2)).shape
 
     @pytest.mark.parametrize(
         ("make", "message"),
