@@ -341,7 +341,7 @@ class TestOnesOwnData:
         make_folder(root)
         (root / "val.txt").write_text("images/3.png labels/3.png\n")
         (root / "train.txt").write_text("".join(f"images/{i}.png labels/{i}.png\n" for i in range(3)))
-        assert main(["splits", str(root), "1/3", "--list", str(root / "train.txt"), "--out", str(root)]) == 0
+        assert main(["splits", str(root), "1/3", "--list", "train.txt", "--out", str(root)]) == 0
         assert "1 labeled, 2 unlabeled" in capsys.readouterr().out
         shared = ["scenes", "--data.dataset", "folder", "--data.root", str(root), "--data.val", "val.txt"]
         shared += ["--data.labeled", "labeled.txt", "--data.unlabeled", "unlabeled.txt", "--data.crop", "64"]

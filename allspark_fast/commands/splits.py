@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from allspark_fast.commands import command_parser
-from allspark_fast.data.datasets import Entry, SegmentationDataset, read_split, scan_folder
+from allspark_fast.data.datasets import Entry, SegmentationDataset, find_split, scan_folder
 from allspark_fast.data.errors import DataError
 from allspark_fast.data.info import read_info
 from allspark_fast.data.splits import classes_of, make_split, parse_amount, write_split
@@ -23,13 +23,18 @@ def run(arguments: list[str]) -> int:
     parser.add_argument(
         "--val", metavar="AMOUNT", help="first set so many of the images with a label aside for validation, in val.txt"
     )
-    parser.add_argument("--list", type=Path, metavar="FILE", help="split file to divide; all of images/ if not given")
+    parser.add_argument(
+        "--list",
+        type=Path,
+        metavar="FILE",
+        help="split file to divide, below ROOT or here; all of images/ if not given",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the choice; 0 if not given")
     parser.add_argument(
         "--out", type=Path, metavar="FOLDER", help="where to write; ROOT/splits, or ROOT/splits/AMOUNT, if not given"
     )
     options = parser.parse_args(arguments)
-    entries = scan_folder(options.root) if options.list is None else read_split(options.list)
+    entries = scan_folder(options.root) if options.list is None else find_split(options.root, options.list)
     if not any(entry.label for entry in entries):
         raise DataError(f"{options.root}: no image has a label; labels/a.png belongs to images/a.jpg (or .png, ...)")
     named = options.list is None or (options.root / "meta.json").is_file()

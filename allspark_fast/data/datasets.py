@@ -93,6 +93,21 @@ def _files_by_stem(folder: Path) -> dict[str, Path]:
     return files
 
 
+def find_split(root: Path, file: Path) -> list[Entry]:
+    """Read a split file whose path is relative to the data root or to the working directory, or absolute.
+
+    Raises:
+        DataError: it is in neither place, or malformed.
+    """
+    for candidate in (root / file, file):
+        if candidate.is_file():
+            return read_split(candidate)
+    raise DataError(
+        f"split file {file}: not found below {root} nor here; check the folder of the data and the split's name"
+        " (`python -m allspark_fast splits` makes lists out of a folder)"
+    )
+
+
 def scan_folder(root: str | Path) -> list[Entry]:
     """Lists a folder of one's own: `images/` and `labels/`, nested alike on both sides.
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from allspark_fast.config import DataConfig
 from allspark_fast.data.check import Problem, check_dataset
-from allspark_fast.data.datasets import Entry, ImageSource, SegmentationDataset, read_split, scan_folder
+from allspark_fast.data.datasets import Entry, ImageSource, SegmentationDataset, find_split, scan_folder
 from allspark_fast.data.errors import DataError
 from allspark_fast.data.info import DATASETS, DatasetInfo, read_info
 from allspark_fast.data.scenes import SCENES, ScenesDataset
@@ -84,7 +84,7 @@ def _locate(
     root = _root(config)
     info = DATASETS[config.dataset] if config.dataset in DATASETS else read_info(root)
     files = {name: getattr(config, name) for name in names}
-    splits = {name: _read(root, file) for name, file in files.items() if file is not None}
+    splits = {name: find_split(root, file) for name, file in files.items() if file is not None}
     if config.dataset == "folder":
         splits = _complete(root, splits)
     missing = [name for name in files if name not in splits]
@@ -109,17 +109,6 @@ def _root(config: DataConfig) -> Path:
     if not root.is_dir():
         raise DataError(f"data.root: there is no folder {root}")
     return root
-
-
-def _read(root: Path, file: Path) -> list[Entry]:
-    candidates = [root / file, file]
-    for candidate in candidates:
-        if candidate.is_file():
-            return read_split(candidate)
-    raise DataError(
-        f"split file {file}: not found below {root} nor here; check data.root and the split's name"
-        " (`python -m allspark_fast splits` makes lists out of a folder)"
-    )
 
 
 def _complete(root: Path, splits: Mapping[str, list[Entry]]) -> dict[str, list[Entry]]:
