@@ -18,9 +18,6 @@ from torch.distributed.rendezvous import rendezvous
 
 from allspark_fast.device import DeviceName, choose_device
 
-# torch 2.14 has another name for it, and warns of the old one.
-_all_gather = getattr(functional, "all_gather_single", None) or functional.all_gather_tensor
-
 
 @contextmanager
 def process_group(device: DeviceName, timeout: timedelta) -> Iterator[None]:
@@ -98,29 +95,22 @@ def rank() -> int:
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
-def start_gather(x: Tensor) -> Tensor:
-    """Concatenate a tensor of equal shape (B, ...) on every rank along the batch, in order of ranks.
-
-    Returns at once; whatever first uses the result waits for it.
-    """
+def gather_batch(x: Tensor) -> Tensor:
+    """Concatenate a tensor of equal shape (B, ...) on every rank along the batch, in order of ranks."""
     if world_size() == 1:
         return x
-    assert dist.group.WORLD is not None
-    return _all_gather(x.contiguous(), 0, dist.group.WORLD)
-
-
-def gather_batch(x: Tensor) -> Tensor:
-    """As ``start_gather``, but wait for it."""
-    return x if world_size() == 1 else functional.wait_tensor(start_gather(x))
+    parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(world_size())]
+    dist.all_gather(parts, x.contiguous())
+    return torch.cat(parts)
 
 
 @torch.no_grad()
-def start_broadcast(x: Tensor) -> Tensor:
-    """Rank 0's tensor of the shape and strides of x, contiguous; returns at once, whatever first uses it waits."""
-    if world_size() == 1:
-        return x
-    assert dist.group.WORLD is not None
-    return functional.broadcast(x, 0, dist.group.WORLD)
+def broadcast_from_rank0(x: Tensor) -> None:
+    """Overwrite a contiguous tensor with rank 0's."""
+    if world_size() > 1:
+        assert dist.group.WORLD is not None
+        # dist.broadcast would need no copy, but cannot be compiled.
+        x.copy_(functional.broadcast(x, 0, dist.group.WORLD))
 
 
 def mean_over_ranks(x: Tensor) -> Tensor:

@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
-from torch.distributed._functional_collectives import AsyncCollectiveTensor
 
 from allspark_fast import distributed, prepare
 from allspark_fast.config import TrainConfig
@@ -21,9 +20,8 @@ from allspark_fast.distributed import any_rank, mean_over_ranks, on_rank0, rank,
 from allspark_fast.evaluate import evaluate
 from allspark_fast.kernels.semantic_memory import channel_semantic_grouping, semantic_memory_enqueue
 from allspark_fast.model import build_segmentor
-from allspark_fast.model.cross_attention import CrossAttention
 from allspark_fast.model.mit import Block, compile_blocks
-from allspark_fast.model.semantic_memory import Arriving, SemanticMemory
+from allspark_fast.model.semantic_memory import SemanticMemory
 from allspark_fast.prepare import build_state, describe_batch
 from allspark_fast.sharding import block_policy, gather_state
 from allspark_fast.step import TrainState, compute_losses, train_step
@@ -106,7 +104,6 @@ def on_two_ranks() -> dict[str, Any]:
     results["accumulated"] = train_steps(4, make_state(sharding="fsdp", accumulate=2))["losses"]
     results["rank0"] = train_steps(2, state := make_state("rank0", sharding="fsdp"))
     results["enqueued from rank 0"] = enqueue_from_rank0()
-    results["overlap"] = [overlap("all"), overlap("rank0")]
     results["skipped"] = skip_a_step()
     results["resumed"] = resume_as_shards()
     samples = [sample(30, 40 + i) for i in range(3)] if torch.manual_seed(1) else []
@@ -152,26 +149,6 @@ def enqueue_from_rank0() -> list[dict[str, Tensor]]:
         inputs = {"features": features, "channel_class": channel_semantic_grouping(features, class_map)}
         steps.append({**inputs, "queue": memory.kv_queue.clone(), "queue_ptr": memory.queue_ptr.clone()})
     return steps
-
-
-def overlap(memory_sync: str) -> list[str]:
-    """What a forward pass does while ranks exchange channels, and which of them it has not waited for when it ends."""
-    module = CrossAttention(8, 1, 3, 4, memory_init="empty", memory_sync=memory_sync)
-    attend, store, events = module._self_attention, module.store, []
-
-    def watched_attend(unlabeled: Tensor) -> Tensor:
-        events.append("self-attention")
-        return attend(unlabeled)
-
-    def watched_store(arriving: Arriving) -> None:
-        sent = {"features": arriving.features, "classes": arriving.channel_class}
-        sent |= {f"memory {i}": x for i, x in enumerate(arriving.memory)}
-        events.extend(name for name, x in sent.items() if isinstance(x, AsyncCollectiveTensor) and not x.completed)
-        store(arriving)
-
-    with patch.object(module, "_self_attention", watched_attend), patch.object(module, "store", watched_store):
-        module(torch.randn(1, 4, 8), torch.randn(1, 4, 8), torch.randn(1, 3, 4), use_memory=True)
-    return events
 
 
 def gradient_of_mean() -> tuple[float, float]:
@@ -241,10 +218,6 @@ class TestTwoRanks:
                 assert torch.equal(actual["queue_ptr"], after[1])
             assert not torch.equal(steps[0][step]["queue"], steps[1][step]["queue"])
             before = steps[0][step]["queue"], steps[0][step]["queue_ptr"]
-
-    def test_channels_travel_during_the_self_attention(self, results: list[dict[str, Any]]) -> None:
-        expected = [["self-attention", "features", "classes"], ["self-attention", "memory 0", "memory 1", "memory 2"]]
-        assert [result["overlap"] for result in results] == [expected] * 2
 
     def test_means_over_pixels_of_each_rank(self, results: list[dict[str, Any]]) -> None:
         """The public code's: pixels count more on the rank that has fewer."""

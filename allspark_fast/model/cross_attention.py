@@ -68,17 +68,15 @@ class CrossAttention(SemanticMemory):
         Returns:
             labeled and unlabeled features, (B, N, C) each.
         """
-        arriving = None if class_map is None else self.exchange(unlabeled, class_map)
-        refined = self._self_attention(unlabeled)  # while ranks send each other channels
-        if arriving is not None:
-            self.store(arriving)
+        if class_map is not None:
+            self.enqueue(unlabeled, class_map)
         if use_memory:
             memory = self.stored_channels()[None].to(unlabeled.dtype)
             rebuilt = self._cross_attention(labeled, memory, self.queue_filled)
             self.expect_no_enqueue_before_backward(rebuilt)
         else:
             rebuilt = self._cross_attention(labeled, unlabeled.transpose(0, 1)[None], None)
-        return rebuilt, refined
+        return rebuilt, self._self_attention(unlabeled)
 
     def infer(self, features: Tensor, *, attend: Attend) -> Tensor:
         """Rebuild features from their own channels, as labeled features at test time.

@@ -1,31 +1,17 @@
 """The Semantic Memory: class-wise ring buffers of unlabeled channels, and the class maps that sort channels."""
 
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from allspark_fast.distributed import start_broadcast, start_gather, world_size
+from allspark_fast.distributed import broadcast_from_rank0, gather_batch
 from allspark_fast.kernels.bilinear import linear_matrix
 from allspark_fast.kernels.semantic_memory import channel_semantic_grouping, semantic_memory_enqueue
 
 MemoryInit = Literal["randn", "empty"]
 MemorySync = Literal["rank0", "all"]
 ClassMap = Literal["logits", "softmax"]
-
-
-class Arriving(NamedTuple):
-    """What ``SemanticMemory.store`` needs, of other ranks too: their part may still be on its way; its first use waits.
-
-    Attributes:
-        features: (B, N, C), or those of all ranks, (ranks · B, N, C).
-        channel_class: (B, C) int64, or of all ranks.
-        memory: rank 0's buffers under ``memory_sync="rank0"`` with several ranks, else empty.
-    """
-
-    features: Tensor
-    channel_class: Tensor
-    memory: tuple[Tensor, ...]
 
 
 class SemanticMemory(nn.Module):
@@ -76,6 +62,7 @@ class SemanticMemory(nn.Module):
         self.register_buffer("received", torch.zeros(num_classes, dtype=torch.int64), persistent=False)
         self.register_load_state_dict_pre_hook(_assume_filled)
 
+    @torch.no_grad()
     def enqueue(self, features: Tensor, class_map: Tensor) -> None:
         """Sort the channels of unlabeled features into classes and put them into the ring buffers.
 
@@ -86,11 +73,6 @@ class SemanticMemory(nn.Module):
         Raises:
             ValueError: N is not the memory's, or K not its number of classes.
         """
-        self.store(self.exchange(features, class_map))
-
-    @torch.no_grad()
-    def exchange(self, features: Tensor, class_map: Tensor) -> Arriving:
-        """The first half of ``enqueue``, which sorts the channels and starts, but does not await, what ranks send."""
         classes, _, tokens = self.kv_queue.shape
         if features.shape[1] != tokens:
             raise ValueError(
@@ -101,18 +83,11 @@ class SemanticMemory(nn.Module):
             raise ValueError(f"class_map has {class_map.shape[1]} classes, the Semantic Memory {classes}")
         channel_class = channel_semantic_grouping(features, class_map)
         if self.memory_sync == "all":
-            return Arriving(start_gather(features), start_gather(channel_class), ())
-        shared = self._shared_buffers() if world_size() > 1 else []
-        return Arriving(features, channel_class, tuple(start_broadcast(x) for x in shared))
-
-    @torch.no_grad()
-    def store(self, arriving: Arriving) -> None:
-        """The second half of ``enqueue``, which fills the ring buffers."""
-        features, channel_class, memory = arriving
-        for own, rank0s in zip(self._shared_buffers(), memory, strict=False):
-            own.copy_(rank0s)
+            features, channel_class = gather_batch(features), gather_batch(channel_class)
+        else:
+            self._take_rank0()
         semantic_memory_enqueue(self.kv_queue, self.queue_ptr, features, channel_class)
-        of_class = channel_class.flatten()[:, None] == torch.arange(len(self.kv_queue), device=channel_class.device)
+        of_class = channel_class.flatten()[:, None] == torch.arange(classes, device=channel_class.device)
         self.received += of_class.sum(0)
         if self.queue_filled is not None:
             self.queue_filled |= of_class.any(0)
@@ -135,10 +110,11 @@ class SemanticMemory(nn.Module):
         if output.requires_grad and not torch.compiler.is_compiling():
             output.register_hook(check)
 
-    def _shared_buffers(self) -> list[Tensor]:
-        """Those that ``rank0`` broadcasts, contiguous."""
-        filled = [] if self.queue_filled is None else [self.queue_filled]
-        return [self.stored_channels(), self.queue_ptr, *filled]
+    def _take_rank0(self) -> None:
+        broadcast_from_rank0(self.stored_channels())
+        broadcast_from_rank0(self.queue_ptr)
+        if self.queue_filled is not None:
+            broadcast_from_rank0(self.queue_filled)
 
 
 def _assume_filled(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: object) -> None:
