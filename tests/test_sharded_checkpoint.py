@@ -250,9 +250,9 @@ def test_a_killed_run_of_two_ranks_goes_on_bit_for_bit(tmp_path: Path) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     options = ["--run.sharded-checkpoints", "True", "--run.save-in-background", "True"]
     program = ["-m", "tests.test_sharded_checkpoint"]
-    finish(start(["train.py", *arguments(whole, ema=0.9), *options], 2))
-    finish(start([*program, *arguments(broken, ema=0.9), *options], 2), -signal.SIGKILL)
-    assert "resumed at step" in finish(start(["train.py", *arguments(broken, ema=0.9), *options], 2))[0]
+    finish(start(["train.py", *arguments(whole, ema=0.9, epochs=2), *options], 2))
+    finish(start([*program, *arguments(broken, ema=0.9, epochs=2), *options], 2), -signal.SIGKILL)
+    assert "resumed at step" in finish(start(["train.py", *arguments(broken, ema=0.9, epochs=2), *options], 2))[0]
     folders = [run / "checkpoints" / "step_00000008" for run in (whole, broken)]
     plain = [json.loads((folder / "manifest.json").read_text())["plain"] for folder in folders]
     assert plain[0] == plain[1]
