@@ -15,6 +15,8 @@ from allspark_fast.pretrained import ModelSpec
 # The same examples in every run: what fails can be repeated.
 settings.register_profile("alike", derandomize=True)
 settings.load_profile("alike")
+# Of the processes that tests start too: several tests share the cores, and threads would wait for each other.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture(autouse=True)
