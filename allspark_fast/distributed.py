@@ -97,20 +97,38 @@ def rank() -> int:
 
 def gather_batch(x: Tensor) -> Tensor:
     """Concatenate a tensor of equal shape (B, ...) on every rank along the batch, in order of ranks."""
+    return start_gather(x)()
+
+
+def start_gather(x: Tensor) -> Callable[[], Tensor]:
+    """Begin what ``gather_batch`` does; calling what this returns waits for it."""
     if world_size() == 1:
-        return x
+        return lambda: x
     parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(world_size())]
-    dist.all_gather(parts, x.contiguous())
-    return torch.cat(parts)
+    if torch.compiler.is_compiling():  # a graph has no handle to wait for: the compiler orders collectives by itself
+        dist.all_gather(parts, x.contiguous())
+        return lambda: torch.cat(parts)
+    work = dist.all_gather(parts, x.contiguous(), async_op=True)
+
+    def finish() -> Tensor:
+        work.wait()
+        return torch.cat(parts)
+
+    return finish
 
 
 @torch.no_grad()
-def broadcast_from_rank0(x: Tensor) -> None:
-    """Overwrite a contiguous tensor with rank 0's."""
-    if world_size() > 1:
+def start_broadcast(x: Tensor) -> Callable[[], object]:
+    """Begin to overwrite a contiguous tensor with rank 0's; calling what this returns waits for it."""
+    if world_size() == 1:
+        return lambda: None
+    if torch.compiler.is_compiling():  # dist.broadcast would need no copy, but cannot be compiled
         assert dist.group.WORLD is not None
-        # dist.broadcast would need no copy, but cannot be compiled.
         x.copy_(functional.broadcast(x, 0, dist.group.WORLD))
+        return lambda: None
+    work = dist.broadcast(x, 0, async_op=True)
+    assert work is not None  # this rank is in the default group
+    return work.wait
 
 
 def mean_over_ranks(x: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 import copy
 import functools
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -20,6 +21,7 @@ from allspark_fast.distributed import any_rank, mean_over_ranks, on_rank0, rank,
 from allspark_fast.evaluate import evaluate
 from allspark_fast.kernels.semantic_memory import channel_semantic_grouping, semantic_memory_enqueue
 from allspark_fast.model import build_segmentor
+from allspark_fast.model.cross_attention import CrossAttention
 from allspark_fast.model.mit import Block, compile_blocks
 from allspark_fast.model.semantic_memory import SemanticMemory
 from allspark_fast.prepare import build_state, describe_batch
@@ -104,6 +106,7 @@ def on_two_ranks() -> dict[str, Any]:
     results["accumulated"] = train_steps(4, make_state(sharding="fsdp", accumulate=2))["losses"]
     results["rank0"] = train_steps(2, state := make_state("rank0", sharding="fsdp"))
     results["enqueued from rank 0"] = enqueue_from_rank0()
+    results["overlapped"] = [attend_before_rank_0_arrives(memory_sync) for memory_sync in ("all", "rank0")]
     results["skipped"] = skip_a_step()
     results["resumed"] = resume_as_shards()
     samples = [sample(30, 40 + i) for i in range(3)] if torch.manual_seed(1) else []
@@ -149,6 +152,18 @@ def enqueue_from_rank0() -> list[dict[str, Tensor]]:
         inputs = {"features": features, "channel_class": channel_semantic_grouping(features, class_map)}
         steps.append({**inputs, "queue": memory.kv_queue.clone(), "queue_ptr": memory.queue_ptr.clone()})
     return steps
+
+
+def attend_before_rank_0_arrives(memory_sync: str) -> float:
+    """Rank 1 refines its unlabeled features before rank 0, which waits for that, has begun the same forward pass."""
+    attention = CrossAttention(8, 1, 3, 4, memory_sync=memory_sync)
+    done = torch.zeros(1)
+    if rank() == 0:
+        dist.irecv(done, 1).wait(timedelta(seconds=60))
+    else:
+        attention.out_u.register_forward_hook(lambda *_: dist.send(done + 1, 0))
+    attention(*torch.randn(2, 1, 4, 8), torch.randn(1, 3, 4), use_memory=True)
+    return done.item()
 
 
 def gradient_of_mean() -> tuple[float, float]:
@@ -229,6 +244,9 @@ class TestTwoRanks:
 
     def test_all_skip_a_step_that_is_not_finite_on_one(self, results: list[dict[str, Any]]) -> None:
         assert all(result["skipped"] for result in results)
+
+    def test_channels_travel_during_the_self_attention(self, results: list[dict[str, Any]]) -> None:
+        assert results[0]["overlapped"] == [1.0, 1.0]
 
     def test_a_state_of_whole_tensors_becomes_shards_again(self, results: list[dict[str, Any]]) -> None:
         assert all(result["resumed"] for result in results)

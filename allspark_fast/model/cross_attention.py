@@ -68,15 +68,17 @@ class CrossAttention(SemanticMemory):
         Returns:
             labeled and unlabeled features, (B, N, C) each.
         """
-        if class_map is not None:
-            self.enqueue(unlabeled, class_map)
+        enqueue = None if class_map is None else self.start_enqueue(unlabeled, class_map)
+        refined = self._self_attention(unlabeled)  # while channels travel between ranks
+        if enqueue is not None:
+            enqueue()
         if use_memory:
             memory = self.stored_channels()[None].to(unlabeled.dtype)
             rebuilt = self._cross_attention(labeled, memory, self.queue_filled)
             self.expect_no_enqueue_before_backward(rebuilt)
         else:
             rebuilt = self._cross_attention(labeled, unlabeled.transpose(0, 1)[None], None)
-        return rebuilt, self._self_attention(unlabeled)
+        return rebuilt, refined
 
     def infer(self, features: Tensor, *, attend: Attend) -> Tensor:
         """Rebuild features from their own channels, as labeled features at test time.

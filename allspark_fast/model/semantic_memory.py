@@ -1,11 +1,12 @@
 """The Semantic Memory: class-wise ring buffers of unlabeled channels, and the class maps that sort channels."""
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from allspark_fast.distributed import broadcast_from_rank0, gather_batch
+from allspark_fast.distributed import start_broadcast, start_gather
 from allspark_fast.kernels.bilinear import linear_matrix
 from allspark_fast.kernels.semantic_memory import channel_semantic_grouping, semantic_memory_enqueue
 
@@ -62,7 +63,6 @@ class SemanticMemory(nn.Module):
         self.register_buffer("received", torch.zeros(num_classes, dtype=torch.int64), persistent=False)
         self.register_load_state_dict_pre_hook(_assume_filled)
 
-    @torch.no_grad()
     def enqueue(self, features: Tensor, class_map: Tensor) -> None:
         """Sort the channels of unlabeled features into classes and put them into the ring buffers.
 
@@ -72,6 +72,15 @@ class SemanticMemory(nn.Module):
 
         Raises:
             ValueError: N is not the memory's, or K not its number of classes.
+        """
+        self.start_enqueue(features, class_map)()
+
+    @torch.no_grad()
+    def start_enqueue(self, features: Tensor, class_map: Tensor) -> Callable[[], None]:
+        """Begin ``enqueue``: sort the channels and let them travel between ranks.
+
+        Returns:
+            what has to be called before the memory is used: it waits for the other ranks, and puts the channels in.
         """
         classes, _, tokens = self.kv_queue.shape
         if features.shape[1] != tokens:
@@ -83,14 +92,16 @@ class SemanticMemory(nn.Module):
             raise ValueError(f"class_map has {class_map.shape[1]} classes, the Semantic Memory {classes}")
         channel_class = channel_semantic_grouping(features, class_map)
         if self.memory_sync == "all":
-            features, channel_class = gather_batch(features), gather_batch(channel_class)
-        else:
-            self._take_rank0()
-        semantic_memory_enqueue(self.kv_queue, self.queue_ptr, features, channel_class)
-        of_class = channel_class.flatten()[:, None] == torch.arange(classes, device=channel_class.device)
-        self.received += of_class.sum(0)
-        if self.queue_filled is not None:
-            self.queue_filled |= of_class.any(0)
+            arrived = [start_gather(features.detach()), start_gather(channel_class)]
+            return lambda: self._store(*(finish() for finish in arrived))
+        updated = [start_broadcast(x) for x in self._shared_buffers()]
+
+        def finish() -> None:
+            for wait in updated:
+                wait()
+            self._store(features, channel_class)
+
+        return finish
 
     def stored_channels(self) -> Tensor:
         """The memory as it is stored, (N, K, S): a linear layer makes keys (N, K, D) of it without a copy."""
@@ -110,11 +121,18 @@ class SemanticMemory(nn.Module):
         if output.requires_grad and not torch.compiler.is_compiling():
             output.register_hook(check)
 
-    def _take_rank0(self) -> None:
-        broadcast_from_rank0(self.stored_channels())
-        broadcast_from_rank0(self.queue_ptr)
+    @torch.no_grad()
+    def _store(self, features: Tensor, channel_class: Tensor) -> None:
+        """Enqueue channels (B, N, C) whose classes (B, C) are known."""
+        semantic_memory_enqueue(self.kv_queue, self.queue_ptr, features, channel_class)
+        of_class = channel_class.flatten()[:, None] == torch.arange(len(self.queue_ptr), device=channel_class.device)
+        self.received += of_class.sum(0)
         if self.queue_filled is not None:
-            broadcast_from_rank0(self.queue_filled)
+            self.queue_filled |= of_class.any(0)
+
+    def _shared_buffers(self) -> list[Tensor]:
+        """What ``rank0`` takes from rank 0, contiguous."""
+        return [x for x in (self.stored_channels(), self.queue_ptr, self.queue_filled) if x is not None]
 
 
 def _assume_filled(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: object) -> None:
