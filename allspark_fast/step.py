@@ -1,5 +1,6 @@
 """One training step of each method, what it changes, and the schedule: the mathematics of training, without a run."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -93,6 +94,8 @@ class TrainState:
 
     def state_dict(self) -> dict[str, Any]:
         """What ``load_state_dict`` needs to go on exactly; a sharded model's tensors are sharded too."""
+        model = self.model.state_dict()
+        # Only now are they sharded for certain: a forward pass without a backward pass leaves them gathered.
         parameters = list(self.model.parameters())
         optimizer = self.optimizer.state_dict()
         shards = {
@@ -100,7 +103,7 @@ class TrainState:
             for index, tensors in optimizer["state"].items()
         }
         return {
-            "model": self.model.state_dict(),
+            "model": model,
             "ema": None if self.ema is None else self.ema.state_dict(),
             "optimizer": {**optimizer, "state": shards},
             "step": self.step,
@@ -110,12 +113,17 @@ class TrainState:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a ``state_dict`` of whole tensors, on any device and any number of ranks."""
+        """Go on from a ``state_dict`` of whole tensors, on any device and any number of ranks.
+
+        Raises:
+            ValueError: the optimizer's state does not fit the parameters; fused optimizers would write beside them.
+        """
         for name, model in (("model", self.model), ("ema", self.ema)):
             if model is not None:
                 own = model.state_dict()
                 model.load_state_dict({key: shard_like(x, own[key]) for key, x in state[name].items()})
         parameters = list(self.model.parameters())
+        _check_moments(state["optimizer"]["state"], parameters)
         shards = {
             index: {key: local(shard_like(x, parameters[index])) for key, x in tensors.items()}
             for index, tensors in state["optimizer"]["state"].items()
@@ -125,6 +133,19 @@ class TrainState:
             group["lr"] = group["lr"].to(self.step.device)
         for name in ("step", "skipped", "window", "received"):
             getattr(self, name).copy_(state[name])
+
+
+def _check_moments(moments: dict[int, dict[str, Tensor]], parameters: Sequence[Tensor]) -> None:
+    """A count of steps is one number; whatever else an optimizer keeps has its parameter's shape."""
+    if len(moments) > len(parameters):
+        raise ValueError(f"the optimizer's state is of {len(moments)} parameters, the model has {len(parameters)}")
+    for index, tensors in moments.items():
+        for name, x in tensors.items():
+            if x.ndim and x.shape != parameters[index].shape:
+                raise ValueError(
+                    f"the optimizer's {name} of parameter {index} has shape {tuple(x.shape)}, the parameter "
+                    f"{tuple(parameters[index].shape)}: take another checkpoint"
+                )
 
 
 def train_step(state: TrainState, batch: SemiBatch, *, use_memory: bool, use_pseudo: bool = True) -> Losses:

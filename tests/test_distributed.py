@@ -26,7 +26,7 @@ from allspark_fast.model.mit import Block, compile_blocks
 from allspark_fast.model.semantic_memory import SemanticMemory
 from allspark_fast.prepare import build_state, describe_batch
 from allspark_fast.sharding import block_policy, gather_state
-from allspark_fast.step import TrainState, compute_losses, train_step
+from allspark_fast.step import TrainState, compute_losses, pseudo_pass, train_step
 from bench.step_variants import without_dropout
 from tests.test_evaluate import Threshold, sample
 
@@ -109,6 +109,7 @@ def on_two_ranks() -> dict[str, Any]:
     results["overlapped"] = [attend_before_rank_0_arrives(memory_sync) for memory_sync in ("all", "rank0")]
     results["skipped"] = skip_a_step()
     results["resumed"] = resume_as_shards()
+    results["saved"] = save_before_and_after_an_evaluation()
     samples = [sample(30, 40 + i) for i in range(3)] if torch.manual_seed(1) else []
     results["confusion"] = evaluate(Threshold(), samples[rank() :: 2], 3).confusion
     results["mean"] = gradient_of_mean()
@@ -139,6 +140,16 @@ def resume_as_shards() -> bool:
         train_step(state, make_batch(1, 2, own_part(2)), use_memory=True)
     a, b = flatten(before), flatten(after)
     return rank() > 0 or (a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a))
+
+
+def save_before_and_after_an_evaluation() -> list[dict[str, Tensor]]:
+    """What a checkpoint holds; a forward pass without backward, as pseudo labels take, leaves parameters gathered."""
+    state = make_state(sharding="fsdp")
+    batch = make_batch(0, 2, own_part(2))
+    train_step(state, batch, use_memory=True)
+    before = flatten(state)
+    pseudo_pass(state.model, batch, state.config)
+    return [before, flatten(state)]
 
 
 def enqueue_from_rank0() -> list[dict[str, Tensor]]:
@@ -250,6 +261,11 @@ class TestTwoRanks:
 
     def test_a_state_of_whole_tensors_becomes_shards_again(self, results: list[dict[str, Any]]) -> None:
         assert all(result["resumed"] for result in results)
+
+    def test_an_evaluation_changes_nothing_that_is_saved(self, results: list[dict[str, Any]]) -> None:
+        before, after = results[0]["saved"]
+        assert before.keys() == after.keys()
+        assert all(torch.equal(after[name], x) for name, x in before.items())
 
     def test_evaluation_counts_each_of_three_images_once(self, results: list[dict[str, Any]]) -> None:
         torch.manual_seed(1)

@@ -141,6 +141,19 @@ class TestLosses:
         torch.testing.assert_close(mined.unlabeled, plain.unlabeled, rtol=0.05, atol=0)
 
 
+def test_a_state_of_an_optimizer_that_does_not_fit_is_refused() -> None:
+    """A fused optimizer would read and write beside it."""
+    state = build_state()
+    train_step(state, random_batch(), use_memory=True)
+    saved = copy.deepcopy(state.state_dict())
+    saved["optimizer"]["state"][0]["momentum_buffer"] = torch.zeros(3)
+    with pytest.raises(ValueError, match=r"momentum_buffer of parameter 0 has shape \(3,\), the parameter \(.*\): take"):
+        state.load_state_dict(saved)
+    saved["optimizer"]["state"] = {index: {} for index in range(10_000)}
+    with pytest.raises(ValueError, match="is of 10000 parameters, the model has"):
+        state.load_state_dict(saved)
+
+
 class TestAccumulation:
     """Micro-batches."""
 
