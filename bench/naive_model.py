@@ -12,9 +12,9 @@ from allspark_fast.config import TrainConfig
 from allspark_fast.data.info import IGNORE_INDEX
 from allspark_fast.data.loader import SemiBatch
 from allspark_fast.model import AllSpark, MixTransformer, SegFormerHead, Segmentor
+from allspark_fast.model.batch_norm import FiniteBatchNorm2d
 from allspark_fast.model.cross_attention import Attend, CrossAttention
 from allspark_fast.model.mit import DepthwiseConv, EfficientSelfAttention, MixFFN
-from allspark_fast.model.segformer_head import FiniteBatchNorm2d
 from allspark_fast.model.tokens import to_map, to_tokens
 from allspark_fast.step import Losses
 from bench.naive import naive_channel_attention, naive_enqueue, naive_grouping

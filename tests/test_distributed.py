@@ -31,13 +31,15 @@ from bench.step_variants import without_dropout
 from tests.test_evaluate import Threshold, sample
 
 STEPS = 3
+# With BatchNorm alone, and with an activation behind it.
+TIMM = ("timm/resnet18", "timm/regnetx_002")
 MEMORY = "model.decoder.allspark.attn."
 
 
-def make_state(memory_sync: str = "all", **options: Any) -> TrainState:
+def make_state(memory_sync: str = "all", backbone: str = "mit_tiny", **options: Any) -> TrainState:
     """A tiny model without dropout, whose pseudo labels and memory treat each image alone."""
     torch.manual_seed(0)
-    model = build_segmentor("mit_tiny", 3, (64, 64), embedding_dim=16, memory_init="empty", memory_sync=memory_sync)
+    model = build_segmentor(backbone, 3, (64, 64), embedding_dim=16, memory_init="empty", memory_sync=memory_sync)
     config = TrainConfig(lr=0.01, attend="image", pseudo_padding=False, ema=0.9, **options)
     return build_state(without_dropout(model), config, total_steps=10)
 
@@ -107,6 +109,8 @@ def on_two_ranks() -> dict[str, Any]:
     results["rank0"] = train_steps(2, state := make_state("rank0", sharding="fsdp"))
     results["enqueued from rank 0"] = enqueue_from_rank0()
     results["overlapped"] = [attend_before_rank_0_arrives(memory_sync) for memory_sync in ("all", "rank0")]
+    for backbone in TIMM:
+        results[backbone] = train_steps(2, make_state(sharding="replicate", backbone=backbone))
     results["skipped"] = skip_a_step()
     results["resumed"] = resume_as_shards()
     results["saved"] = save_before_and_after_an_evaluation()
@@ -255,6 +259,11 @@ class TestTwoRanks:
 
     def test_all_skip_a_step_that_is_not_finite_on_one(self, results: list[dict[str, Any]]) -> None:
         assert all(result["skipped"] for result in results)
+
+    @pytest.mark.parametrize("backbone", TIMM)
+    def test_batch_norm_of_an_encoder_is_synchronised(self, results: list[dict[str, Any]], backbone: str) -> None:
+        expected = train_steps(2, make_state(backbone=backbone))
+        assert_close(results[0][backbone], expected)
 
     def test_channels_travel_during_the_self_attention(self, results: list[dict[str, Any]]) -> None:
         assert results[0]["overlapped"] == [1.0, 1.0]

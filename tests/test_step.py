@@ -147,7 +147,7 @@ def test_a_state_of_an_optimizer_that_does_not_fit_is_refused() -> None:
     train_step(state, random_batch(), use_memory=True)
     saved = copy.deepcopy(state.state_dict())
     saved["optimizer"]["state"][0]["momentum_buffer"] = torch.zeros(3)
-    with pytest.raises(ValueError, match=r"momentum_buffer of parameter 0 has shape \(3,\), the parameter \(.*\): take"):
+    with pytest.raises(ValueError, match=r"momentum_buffer of parameter 0 has shape \(3,\), the parameter \("):
         state.load_state_dict(saved)
     saved["optimizer"]["state"] = {index: {} for index in range(10_000)}
     with pytest.raises(ValueError, match="is of 10000 parameters, the model has"):

@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .batch_norm import FiniteBatchNorm1d, FiniteBatchNorm2d
 
 # What constructors call it: those of plain transformers, and those of Swin (in older versions of timm only so).
 _ANY_SIZE = {"dynamic_img_size": True, "strict_img_size": False}
@@ -40,6 +42,7 @@ class TimmBackbone(nn.Module):
         self.name = name
         self.features = timm.create_model(name, **_options(timm, name))
         _pad_statically(self.features, timm.layers.Conv2dSame)
+        _normalize_finitely(self.features, timm.layers.BatchNormAct2d)
         self.channels = tuple(self.features.feature_info.channels())
         self.stride = max(self.features.feature_info.reduction())
 
@@ -60,23 +63,13 @@ class TimmBackbone(nn.Module):
         images = F.interpolate(
             images, (height * self.stride, width * self.stride), mode="bilinear", align_corners=False
         )
-        return self._encode_and_track(images) if self.training else self.features(images)
+        return self.features(images)
 
     def deepest_size(self, image_size: Sequence[int]) -> tuple[int, int]:
         """(h, w) of the deepest map for images of ``image_size`` = (H, W) pixels."""
         # Exported graphs have no math.ceil, and ONNX would round -(-x // y) the other way.
         height, width = (side + self.stride - 1 for side in image_size)
         return height // self.stride, width // self.stride
-
-    def _encode_and_track(self, images: Tensor) -> list[Tensor]:
-        """Like FiniteBatchNorm2d for every BatchNorm inside: running statistics skip what is not finite."""
-        kept = {x: y for x, y in self.features.named_buffers() if x.endswith(("running_mean", "running_var"))}
-        # On copies: backward would refuse statistics that were changed after BatchNorm had saved them.
-        updated = {name: x.clone() for name, x in kept.items()}
-        maps = functional_call(self.features, updated, (images,))
-        for name, x in kept.items():
-            x.copy_(updated[name].where(updated[name].isfinite(), x))
-        return maps
 
 
 class _EvenConv2d(nn.Conv2d):
@@ -99,6 +92,31 @@ def _pad_statically(features: nn.Module, same_convolution: type[nn.Module]) -> N
     for module in features.modules():
         if type(module) is same_convolution:
             module.__class__ = _EvenConv2d
+
+
+class _FiniteBatchNormAct2d(FiniteBatchNorm2d):
+    """timm's BatchNorm with an activation behind it."""
+
+    drop: nn.Module
+    act: nn.Module
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.drop(super().forward(x)))
+
+
+def _normalize_finitely(features: nn.Module, with_activation: type[_BatchNorm]) -> None:
+    """Give every BatchNorm the statistics of all ranks, of which the running ones skip what is not finite."""
+    kinds: dict[type[_BatchNorm], type[_BatchNorm]] = {
+        nn.BatchNorm1d: FiniteBatchNorm1d,
+        nn.BatchNorm2d: FiniteBatchNorm2d,
+        with_activation: _FiniteBatchNormAct2d,
+    }
+    for name, module in features.named_modules():
+        if isinstance(module, _BatchNorm):
+            kind = type(module)
+            if kind not in kinds:
+                raise ValueError(f"{name} is a {kind.__name__}, which is not synchronised: take another backbone")
+            module.__class__ = kinds[kind]
 
 
 def _import_timm() -> ModuleType:

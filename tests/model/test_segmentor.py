@@ -12,7 +12,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from allspark_fast.model import MIT_CONFIGS, MixTransformer, SegFormerHead, build_segmentor
 from allspark_fast.model.mit import MixFFN
-from allspark_fast.model.segformer_head import FiniteBatchNorm2d
 from bench.harness import saved_bytes
 from bench.step_cost import FORMULAS
 from tests.kernels.forbid_sync import forbid_sync
@@ -109,32 +108,6 @@ class TestHead:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             actual = head(maps)
         assert (actual - expected).abs().max() < 0.03 * expected.abs().max()
-
-
-class TestFiniteBatchNorm:
-    """Running statistics survive a bad batch."""
-
-    def test_is_batch_norm(self) -> None:
-        ours, theirs = FiniteBatchNorm2d(3), torch.nn.BatchNorm2d(3)
-        for _ in range(3):
-            x = torch.randn(4, 3, 5, 5)
-            torch.testing.assert_close(ours(x), theirs(x))
-        for name, statistic in theirs.state_dict().items():
-            torch.testing.assert_close(ours.state_dict()[name], statistic)
-        torch.testing.assert_close(ours.eval()(x), theirs.eval()(x))
-
-    @pytest.mark.parametrize("bad", [math.nan, math.inf])
-    def test_skips_what_is_not_finite(self, bad: float) -> None:
-        norm = FiniteBatchNorm2d(3)
-        norm(torch.randn(4, 3, 5, 5))
-        before = {name: x.clone() for name, x in norm.state_dict().items()}
-        x = torch.randn(4, 3, 5, 5)
-        x[1, 1, 2, 2] = bad
-        norm(x)
-        for name in ("running_mean", "running_var"):
-            after = norm.state_dict()[name]
-            assert after[1] == before[name][1]
-            assert (after[[0, 2]] != before[name][[0, 2]]).all()
 
 
 class TestMixFFN:

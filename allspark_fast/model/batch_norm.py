@@ -1,0 +1,74 @@
+"""BatchNorm of one process and of several."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from allspark_fast.distributed import mean_over_ranks, world_size
+
+
+class FiniteBatchNorm(_BatchNorm):
+    """BatchNorm whose running statistics skip batches that are not finite: one bad image spoils one step only.
+
+    With several processes, the statistics of training are those of the batches of all ranks, which must be of one
+    shape (synchronised BatchNorm, on CPUs too).
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+    momentum: float
+
+    def forward(self, feature_map: Tensor) -> Tensor:
+        """(B, C, ...) -> (B, C, ...)."""
+        if not self.training:
+            return super().forward(feature_map)
+        feature_map, mean, var = self.normalize(feature_map)
+        self.update_statistics(mean, var)
+        return feature_map
+
+    def normalize(self, feature_map: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Normalise (B, C, ...) by its own statistics and leave the module as it is, so that this may run again.
+
+        Returns:
+            the normalised map, and the batch's mean and unbiased variance (C,), for ``update_statistics``.
+        """
+        if world_size() > 1:
+            return self._normalize_over_ranks(feature_map)
+        # With a momentum of 1 these become the statistics of the batch.
+        mean, var = (self.weight.new_zeros(self.num_features) for _ in range(2))
+        feature_map = F.batch_norm(feature_map, mean, var, self.weight, self.bias, True, 1.0, self.eps)
+        return feature_map, mean, var
+
+    def _normalize_over_ranks(self, feature_map: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        computed = feature_map.to(torch.promote_types(feature_map.dtype, torch.float32))
+        own_var, own_mean = torch.var_mean(computed, (0, *range(2, computed.ndim)), correction=0)
+        mean = mean_over_ranks(own_mean)
+        var = mean_over_ranks(own_var + (own_mean - mean).square())
+        scale = self.weight * torch.rsqrt(var + self.eps)
+        shape = (-1, *(1 for _ in range(2, computed.ndim)))
+        normalized = (computed - mean.view(shape)) * scale.view(shape) + self.bias.view(shape)
+        count = world_size() * feature_map.numel() // feature_map.shape[1]
+        unbiased = var.detach() * (count / max(count - 1, 1))
+        return normalized.to(feature_map.dtype), mean.detach(), unbiased
+
+    def update_statistics(self, mean: Tensor, var: Tensor) -> None:
+        """Move the running statistics towards a batch's mean and variance (C,), where these are finite."""
+        for running, batch in ((self.running_mean, mean), (self.running_var, var)):
+            running.copy_(running.lerp(batch, self.momentum).where(batch.isfinite(), running))
+        self.num_batches_tracked += 1
+
+    def scale_and_shift(self) -> tuple[Tensor, Tensor]:
+        """What eval mode multiplies each channel with and then adds, (C,) each, of the parameters' dtype."""
+        scale = self.weight * torch.rsqrt(self.running_var + self.eps)
+        shift = self.bias - self.running_mean * scale
+        return scale.to(self.weight.dtype), shift.to(self.bias.dtype)
+
+
+class FiniteBatchNorm1d(FiniteBatchNorm, nn.BatchNorm1d):
+    """Of vectors (B, C) or sequences (B, C, L)."""
+
+
+class FiniteBatchNorm2d(FiniteBatchNorm, nn.BatchNorm2d):
+    """Of maps (B, C, h, w)."""
