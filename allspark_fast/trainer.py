@@ -61,7 +61,7 @@ class Trainer:
         self.config = config
         self.folder = folder
         shares = describe_batch(config.train)
-        if world_size() > 1:
+        if world_size() * config.train.accumulate > 1:
             logger.info(shares)
         if config.train.deterministic:
             use_deterministic_operations()
@@ -117,15 +117,19 @@ class Trainer:
         Returns None if it was asked to stop (``stop_signals``): the step in hand was finished, an evaluation broken off
         to be made by whoever resumes, and all was saved, on all ranks.
         """
-        with stop_signals() as asked:
-            return self._run(asked)
+        total, done = self.total_steps, self.step
+        # An error closes the bar, so that its message has a line for itself.
+        with (
+            stop_signals() as asked,
+            tqdm(total=total, initial=done, unit="step", dynamic_ncols=True, disable=rank() > 0) as bar,
+        ):
+            return self._run(asked, bar)
 
-    def _run(self, asked: Callable[[], bool]) -> Scores | None:
+    def _run(self, asked: Callable[[], bool], bar: "tqdm[Any]") -> Scores | None:
         log = MetricsLog(self.folder, self.step, evaluated=not self.evaluation_due) if rank() == 0 else None
         if log is not None and self.replaced_kernels:
             log.write({"step": self.step, "replaced_kernels": self.replaced_kernels})
         scores: Scores | None = None
-        bar = tqdm(total=self.total_steps, initial=self.step, unit="step", dynamic_ncols=True, disable=rank() > 0)
         batches = self.loader.iterate(self.step, self.total_steps)
         started, logged = time.perf_counter(), self.step
         stopping = False
@@ -147,7 +151,6 @@ class Trainer:
             elif stopping or self.step % self.config.run.save_every == 0:
                 self._save()
         self._writer.wait()
-        bar.close()
         if log is not None:
             log.close()
         if not self.finished:

@@ -20,6 +20,7 @@ from allspark_fast.data.loader import SemiBatch
 from allspark_fast.distributed import any_rank, mean_over_ranks, on_rank0, rank, world_size
 from allspark_fast.evaluate import evaluate
 from allspark_fast.kernels.semantic_memory import channel_semantic_grouping, semantic_memory_enqueue
+from allspark_fast.kernels.upsample_cross_entropy import upsample_cross_entropy
 from allspark_fast.model import build_segmentor
 from allspark_fast.model.cross_attention import CrossAttention
 from allspark_fast.model.mit import Block, compile_blocks
@@ -107,7 +108,8 @@ def on_two_ranks() -> dict[str, Any]:
     results["mean per rank"] = train_steps(2, make_state(sharding="replicate", loss_mean="rank"))["losses"]
     results["accumulated"] = train_steps(4, make_state(sharding="fsdp", accumulate=2))["losses"]
     results["rank0"] = train_steps(2, state := make_state("rank0", sharding="fsdp"))
-    results["enqueued from rank 0"] = enqueue_from_rank0()
+    for memory_sync in ("rank0", "all"):
+        results[f"enqueued {memory_sync}"] = enqueue_on_ranks(memory_sync)
     results["overlapped"] = [attend_before_rank_0_arrives(memory_sync) for memory_sync in ("all", "rank0")]
     for backbone in TIMM:
         results[backbone] = train_steps(2, make_state(sharding="replicate", backbone=backbone))
@@ -156,10 +158,10 @@ def save_before_and_after_an_evaluation() -> list[dict[str, Tensor]]:
     return [before, flatten(state)]
 
 
-def enqueue_from_rank0() -> list[dict[str, Tensor]]:
+def enqueue_on_ranks(memory_sync: str) -> list[dict[str, Tensor]]:
     """What this rank enqueues in some steps, other channels than any other rank, and its memory after each."""
     torch.manual_seed(rank())
-    memory = SemanticMemory(3, 8, 4, memory_init="empty", memory_sync="rank0")
+    memory = SemanticMemory(3, 8, 4, memory_init="empty", memory_sync=memory_sync)
     steps = []
     for _ in range(STEPS):
         features, class_map = torch.randn(1, 4, 8), torch.randn(1, 3, 4)
@@ -238,7 +240,7 @@ class TestTwoRanks:
     def test_every_rank_enqueues_its_own_channels_into_the_memory_of_rank_0(
         self, results: list[dict[str, Any]]
     ) -> None:
-        steps = [result["enqueued from rank 0"] for result in results]
+        steps = [result["enqueued rank0"] for result in results]
         before = torch.zeros(3, 8, 4), torch.zeros(3, dtype=torch.int64)
         for step in range(STEPS):
             for of_rank in steps:
@@ -249,9 +251,27 @@ class TestTwoRanks:
             assert not torch.equal(steps[0][step]["queue"], steps[1][step]["queue"])
             before = steps[0][step]["queue"], steps[0][step]["queue_ptr"]
 
+    def test_all_is_what_one_process_enqueues_in_order_of_ranks(self, results: list[dict[str, Any]]) -> None:
+        queue, pointers = torch.zeros(3, 8, 4), torch.zeros(3, dtype=torch.int64)
+        for of_ranks in zip(*(result["enqueued all"] for result in results), strict=True):
+            channels = [torch.cat([x[name] for x in of_ranks]) for name in ("features", "channel_class")]
+            semantic_memory_enqueue(queue, pointers, *channels)
+            for x in of_ranks:
+                assert torch.equal(x["queue"], queue)
+                assert torch.equal(x["queue_ptr"], pointers)
+
     def test_means_over_pixels_of_each_rank(self, results: list[dict[str, Any]]) -> None:
         """The public code's: pixels count more on the rank that has fewer."""
-        assert (results[0]["mean per rank"][0] - results[0]["replicate"]["losses"][0]).abs().max() > 1e-4
+
+        def mean_of_images(logits: Tensor, label: Tensor, **options: Any) -> Tensor:
+            pairs = zip(logits.split(1), label.split(1), strict=True)
+            return torch.stack([upsample_cross_entropy(*pair, **options) for pair in pairs]).mean()
+
+        with patch("allspark_fast.step.upsample_cross_entropy", mean_of_images):
+            expected = train_steps(2, make_state())["losses"]
+        means = torch.stack([result["mean per rank"] for result in results]).mean(0)
+        torch.testing.assert_close(means, expected, rtol=1e-5, atol=1e-5)
+        assert (means - results[0]["replicate"]["losses"]).abs().max() > 1e-4
 
     def test_micro_batches(self, results: list[dict[str, Any]]) -> None:
         assert results[0]["accumulated"].isfinite().all()
@@ -292,12 +312,19 @@ class TestTwoRanks:
 
 @pytest.mark.slow
 def test_four_ranks_equal_one_process(tmp_path: Path) -> None:
-    work = functools.partial(_four, "fsdp")
-    assert_close(run_on_ranks(work, 4, tmp_path)[0], train_steps(4, make_state()))
+    results = run_on_ranks(_four, 4, tmp_path)
+    expected = train_steps(4, make_state())
+    for sharding in ("fsdp", "replicate"):
+        assert_close(results[0][sharding], expected)
+    for result in results:
+        for name, x in results[0]["memory"].items():
+            assert torch.equal(result["memory"][name], x), name
 
 
-def _four(sharding: str) -> dict[str, Tensor]:
-    return train_steps(4, make_state(sharding=sharding))
+def _four() -> dict[str, Any]:
+    results: dict[str, Any] = {"fsdp": train_steps(4, make_state(sharding="fsdp"))}
+    results["replicate"] = train_steps(4, state := make_state(sharding="replicate"))
+    return {**results, "memory": dict(state.model.decoder.allspark.attn.named_buffers())}
 
 
 def _one_graph() -> list[Tensor]:

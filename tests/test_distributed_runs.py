@@ -16,7 +16,7 @@ import torch
 
 from allspark_fast import trainer
 from allspark_fast.__main__ import main
-from allspark_fast.checkpoint import load_latest_checkpoint
+from allspark_fast.checkpoint import load_latest_checkpoint, read_checkpoint
 from allspark_fast.prepare import build_model
 from allspark_fast.report import read_metrics
 from allspark_fast.stopping import STOPPED
@@ -89,6 +89,14 @@ def assert_close_runs(a: Path, b: Path) -> None:
     scores = [read_metrics(folder)[-1] for folder in (a, b)]
     for name in ("miou", "pseudo_label_accuracy"):
         assert scores[0][name] == pytest.approx(scores[1][name], abs=1e-4), name
+
+
+def assert_ended_for_another_rank(rank: int, process: subprocess.Popen[str], seconds: float) -> None:
+    printed, _ = process.communicate(timeout=seconds)
+    assert process.returncode == 1
+    prefix = f"rank {rank}: " if rank else ""
+    assert f"\n{prefix}error: another rank has ended or is stuck" in f"\n{printed}", printed
+    assert "Traceback" not in printed
 
 
 WITHOUT_DROPOUT = ["-m", "tests.test_distributed_runs"]
@@ -166,13 +174,21 @@ def test_after_one_of_two_ranks_was_killed(tmp_path: Path, monkeypatch: pytest.M
         processes = start([*WITHOUT_DROPOUT, *arguments(broken)], 2)
         wait_for_step(broken, step + 3, processes)
         processes[killed].kill()
-        printed, _ = processes[1 - killed].communicate(timeout=100)
-        assert processes[1 - killed].returncode == 1
-        assert "error: another rank has ended or is stuck" in printed, printed
-        assert "Traceback" not in printed
-        assert load_latest_checkpoint(broken / "checkpoints")["step"] in range(2, STEPS, 2)
+        assert_ended_for_another_rank(1 - killed, processes[1 - killed], seconds=60)
+        newest = max((broken / "checkpoints").iterdir())
+        assert read_checkpoint(newest)["step"] in range(2, STEPS, 2)
     assert main(["train", *arguments(broken)]) == 0
     assert_close_runs(alone, broken)
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_stuck_does_not_hold_the_other_up(tmp_path: Path) -> None:
+    processes = start(["train.py", *arguments(tmp_path / "run"), "--run.timeout", "0.2"], 2)
+    wait_for_step(tmp_path / "run", 3, processes)
+    processes[1].send_signal(signal.SIGSTOP)
+    assert_ended_for_another_rank(0, processes[0], seconds=12 + 20)
+    processes[1].kill()
+    processes[1].communicate()
 
 
 if __name__ == "__main__":
