@@ -12,14 +12,14 @@ from PIL import Image
 
 from allspark_fast.data.datasets import Entry, values_of, wrong_values
 from allspark_fast.data.errors import DataError
-from allspark_fast.data.images import read_image, read_label, resolve_path
+from allspark_fast.data.images import read_image, read_label, read_orientation, resolve_path
 from allspark_fast.data.info import IGNORE_INDEX, DatasetInfo
 
 # Below this the deepest feature map (stride 32) has no pixel left.
 MIN_CROP = 32
 
 _TRAIN = ("labeled", "unlabeled")
-_WARNINGS = ("train_and_val", "crop_padding", "absent_class")
+_WARNINGS = ("train_and_val", "crop_padding", "absent_class", "turned_image")
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Problem:
     Attributes:
         kind: One of `missing_file`, `unreadable`, `outside_root`, `missing_label`, `size_mismatch`,
             `label_value`, `black_and_white`, `empty_split`, `labeled_and_unlabeled`, `crop_size`, and the
-            warnings `train_and_val`, `absent_class` and `crop_padding`.
+            warnings `train_and_val`, `turned_image`, `absent_class` and `crop_padding`.
         file: The file or list concerned, as the user named it.
         message: What was expected and how to mend it.
     """
@@ -48,11 +48,15 @@ class Problem:
 
 
 class _Found(NamedTuple):
-    """What the files of an entry told: problems, (width, height) of a readable image, values of a readable label."""
+    """What the files of an entry told: problems, (width, height) of a readable image, values of a readable label.
+
+    `turned` is whether the image is turned by its EXIF orientation, and has a label of the size that it has then.
+    """
 
     problems: list[Problem]
     size: tuple[int, int] | None
     values: frozenset[int]
+    turned: bool
 
 
 class _FileChecks:
@@ -71,16 +75,21 @@ class _FileChecks:
         else:
             problems, size = [], image.size
         if not with_label:
-            return _Found(problems, size, frozenset())
+            return _Found(problems, size, frozenset(), turned=False)
         label = self._read_label(entry)
         if isinstance(label, Problem):
-            return _Found([*problems, label], size, frozenset())
+            return _Found([*problems, label], size, frozenset(), turned=False)
         values = values_of(label)
-        return _Found([*problems, *self._check_label(entry, label, values, size)], size, frozenset(values))
+        problems.extend(self._check_label(entry, label, values, size))
+        turned = size == label.size and read_orientation(self._path(entry.image)) != 1
+        return _Found(problems, size, frozenset(values), turned)
+
+    def _path(self, file: str) -> Path:
+        return resolve_path(self.root, file, allow_outside=self.allow_outside)
 
     def _read(self, file: str, read: Callable[[Path], Image.Image]) -> Image.Image | Problem:
         try:
-            path = resolve_path(self.root, file, allow_outside=self.allow_outside)
+            path = self._path(file)
         except DataError as error:
             return Problem("outside_root", file, str(error))
         if not path.is_file():
@@ -133,6 +142,17 @@ def _check_overlaps(splits: Mapping[str, Sequence[Entry]]) -> Iterator[Problem]:
     for name in (name for name in splits if name not in _TRAIN):
         for file in sorted(_images(splits[name]) & (labeled | unlabeled)):
             yield Problem("train_and_val", file, f"is trained on and also in {name}, whose score it flatters")
+
+
+def _check_turned(name: str, turned: Sequence[str]) -> Iterator[Problem]:
+    """A label that was drawn on the pixels as stored has the right size for half of the orientations."""
+    if turned:
+        yield Problem(
+            "turned_image",
+            name,
+            f"{len(turned)} images with labels, {turned[0]} first, are turned by their EXIF orientation; make sure that"
+            " these labels were drawn on the images as viewers show them",
+        )
 
 
 def _check_classes(info: DatasetInfo, values: Set[int], *, all_read: bool) -> Iterator[Problem]:
@@ -210,6 +230,8 @@ def check_dataset(
         with ThreadPoolExecutor() as pool:
             results = list(pool.map(checks.check, drawn, with_label))
         problems.extend(problem for found in results for problem in found.problems)
+        turned = [entry.image for entry, found in zip(drawn, results, strict=True) if found.turned]
+        problems.extend(_check_turned(name, turned))
         train_sizes.extend(found.size for found in results if found.size is not None and name in _TRAIN)
         if name == "labeled":
             values = frozenset[int]().union(*(found.values for found in results))

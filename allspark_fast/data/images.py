@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -11,6 +12,7 @@ from PIL import ExifTags, Image
 from allspark_fast.data.errors import DataError
 
 Color = tuple[int, int, int]
+Result = TypeVar("Result")
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
@@ -47,7 +49,7 @@ def resolve_path(root: str | Path, relative: str, *, allow_outside: bool = False
     return Path(root) / inside
 
 
-def _decode(path: Path, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
+def _decode(path: Path, convert: Callable[[Image.Image], Result]) -> Result:
     """Opens, decodes and converts an image, so that a damaged file fails here and by name."""
     if not path.is_file():
         raise DataError(f"{path}: no such file; check the data root and the split file that lists it")
@@ -55,7 +57,6 @@ def _decode(path: Path, convert: Callable[[Image.Image], Image.Image]) -> Image.
         raise DataError(f"{path}: the file is empty (0 bytes); fetch it again")
     try:
         with Image.open(path) as image:
-            image.load()
             return convert(image)
     except DataError as error:
         raise DataError(f"{path}: {error}") from error
@@ -66,9 +67,25 @@ def _decode(path: Path, convert: Callable[[Image.Image], Image.Image]) -> Image.
         raise DataError(f"{path}: cannot be read as an image ({error}); fetch or convert it again") from error
 
 
+def read_orientation(path: str | Path) -> int:
+    """Reads the EXIF orientation of an image: 1 is upright, 2 to 8 say how `read_image` turns it.
+
+    Raises:
+        DataError: No such file, or not an image.
+    """
+    return _decode(Path(path), _orientation)
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF orientation; of TIFF only before its pixels are loaded, which turns it and removes the tag."""
+    found = image.getexif().get(ExifTags.Base.Orientation)
+    return found if found in _TURNS else 1
+
+
 def _upright(image: Image.Image) -> Image.Image:
     """Applies the EXIF orientation. ImageOps.exif_transpose also rewrites the EXIF block, which can fail."""
-    turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    image.load()
+    turn = _TURNS.get(_orientation(image))
     return image if turn is None else image.transpose(turn)
 
 
@@ -110,7 +127,10 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def read_label(path: str | Path, colors: Mapping[Color, int] | None = None) -> Image.Image:
-    """Reads a label as class indices, pixel for pixel as stored (no EXIF rotation).
+    """Reads a label as class indices, pixel for pixel as stored.
+
+    It belongs to the upright image of `read_image`. One that has itself to be turned is refused: whether its pixels
+    fit the image as stored or upright cannot be told, and half of the orientations change no size.
 
     Palette images give their indices; grey, 1-bit and 16-bit grey images their values; RGB images, and RGBA images
     whose alpha does not count, what `colors` says.
@@ -123,8 +143,8 @@ def read_label(path: str | Path, colors: Mapping[Color, int] | None = None) -> I
         PIL image of mode L holding class indices.
 
     Raises:
-        DataError: No such file, not an image, truncated, JPEG, a colour that is not in `colors`, or values outside
-            0..255.
+        DataError: No such file, not an image, truncated, JPEG, an EXIF orientation other than 1, a colour that is not
+            in `colors`, or values outside 0..255.
     """
     return _decode(Path(path), lambda image: _to_indices(image, colors))
 
@@ -132,6 +152,11 @@ def read_label(path: str | Path, colors: Mapping[Color, int] | None = None) -> I
 def _to_indices(image: Image.Image, colors: Mapping[Color, int] | None) -> Image.Image:
     if image.format == "JPEG":
         raise DataError("JPEG changes class indices; save labels as PNG")
+    if (orientation := _orientation(image)) != 1:
+        raise DataError(
+            f"its EXIF orientation is {orientation}, by which viewers turn it, but labels are read as stored; save it"
+            " without that tag, so that it lies on its image as viewers show that"
+        )
     if image.mode in ("RGB", "RGBA") and colors is not None:
         return _indices_of_colors(np.asarray(image.convert("RGB")), colors)
     if image.mode not in ("1", "L", "P", "I") and not image.mode.startswith("I;16"):

@@ -53,6 +53,22 @@ def test_sizes_that_differ(tmp_path, lists):
     assert "is 40x50, its image images/02.png 50x40 pixels" in problems[0].message
 
 
+def test_images_that_are_turned(tmp_path, lists):
+    """Orientation 3 changes no size: the label may be upside down. Unlabeled images do not matter."""
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 3
+    for index in (1, 2, 4, 6):
+        Image.new("RGB", (50, 40)).save(tmp_path / f"images/{index:02}.png", exif=exif)
+    Image.new("L", (50, 40)).save(tmp_path / "labels/07.png", exif=exif)
+    problems = check_dataset(tmp_path, INFO, lists, 32)
+    assert [(p.kind, p.file, p.is_warning) for p in problems] == [
+        ("turned_image", "labeled", True),
+        ("unreadable", "labels/07.png", False),
+        ("turned_image", "val", True),
+    ]
+    assert "2 images with labels, images/01.png first, are turned" in problems[0].message
+
+
 def test_label_values(tmp_path, lists):
     values = np.zeros((40, 50), np.uint8)
     values[:4] = np.array([[1], [3], [200], [255]])

@@ -7,7 +7,7 @@ import pytest
 from PIL import ExifTags, Image, ImageOps
 
 from allspark_fast.data.errors import DataError
-from allspark_fast.data.images import read_image, read_label, resolve_path
+from allspark_fast.data.images import read_image, read_label, read_orientation, resolve_path
 
 GRADIENT = np.arange(48, dtype=np.uint8).reshape(6, 8) * 5
 
@@ -71,6 +71,24 @@ def test_exif_orientation_is_applied(tmp_path, orientation):
     image = read_image(path)
     np.testing.assert_array_equal(np.asarray(image), np.asarray(ImageOps.exif_transpose(Image.open(path))))
     assert image.size == ((6, 8) if orientation >= 5 else (8, 6))
+
+
+@pytest.mark.parametrize("kind", ["png", "tiff", "webp"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_label_that_viewers_turn_is_refused(tmp_path, kind, orientation):
+    """Pillow turns TIFF by itself."""
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    colored = np.stack([GRADIENT] * 3, -1)
+    colors = {(x, x, x): x // 5 for x in GRADIENT.ravel().tolist()}
+    path = save(tmp_path / f"a.{kind}", colored, exif=exif, **({"lossless": True} if kind == "webp" else {}))
+    assert read_orientation(path) == orientation
+    if orientation == 1:
+        np.testing.assert_array_equal(np.asarray(read_label(path, colors)), GRADIENT // 5)
+        return
+    with pytest.raises(DataError, match=rf"a\.{kind}: its EXIF orientation is {orientation}.*save it without that tag"):
+        read_label(path, colors)
+    assert read_image(path).size == ((6, 8) if orientation >= 5 else (8, 6))
 
 
 def test_floating_point_image_is_refused(tmp_path):
