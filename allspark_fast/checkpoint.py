@@ -56,10 +56,11 @@ def load_latest_checkpoint(folder: Path, read: Callable[[Path], dict[str, Any]] 
 
     Args:
         folder: of checkpoints.
-        read: reads one checkpoint, and raises ValueError if it is damaged; ``read_checkpoint`` if not given.
+        read: reads one checkpoint, and raises ValueError if it is damaged or of another model; ``read_checkpoint``,
+            which knows no model, if not given.
 
     Returns:
-        the state, or None if there is no checkpoint. Damaged and foreign ones are named in a warning and passed over.
+        the state, or None if there is no checkpoint. Those that cannot be read are named in a warning and passed over.
 
     Raises:
         ValueError: there are checkpoints, but none can be read, or ranks find different ones.
@@ -68,16 +69,22 @@ def load_latest_checkpoint(folder: Path, read: Callable[[Path], dict[str, Any]] 
     names = ", ".join(path.name for path in paths)
     if len(gather_batch(torch.tensor([zlib.crc32(names.encode())])).unique()) > 1:
         raise ValueError(f"{folder}: ranks find different checkpoints (here: {names}); they must share this folder")
+    reasons = []
     for path in paths:
         state = None
         try:
             state = (read or read_checkpoint)(path)
         except ValueError as error:
             logger.warning("%s; trying the one before", error)
+            reasons.append(str(error))
         if not any_rank(state is None):
             return state
     if paths:
-        raise ValueError(f"{folder}: none of {len(paths)} checkpoints can be read; remove the folder to start afresh")
+        why = "; ".join(reasons) or "another rank says why"
+        raise ValueError(
+            f"{folder}: none of {len(paths)} checkpoints can be read ({why}); "
+            "remove the folder, or give another --run.folder, to start afresh"
+        )
     return None
 
 

@@ -34,6 +34,8 @@ from allspark_fast.distributed import any_rank, rank, world_size
 # Kept in every manifest: no other folder is taken for a checkpoint, nor one whose contents have changed their meaning.
 _FORMAT = "allspark_fast sharded checkpoint 1"
 _MANIFEST = "manifest.json"
+# What follows the number of ranks and the device, not the model.
+_RANDOM = ("rng", "cuda_rng")
 
 # That a single process writes alone is meant.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
@@ -116,7 +118,12 @@ class _ShardWriter(HuggingFaceStorageWriter):
 
 def read_any_checkpoint(path: Path, state: Mapping[str, Any]) -> dict[str, Any]:
     """Read a file or a folder of shards, whichever it is; arguments and errors as ``read_sharded_checkpoint``'s."""
-    return read_checkpoint(path) if path.suffix else read_sharded_checkpoint(path, state)
+    if not path.suffix:
+        return read_sharded_checkpoint(path, state)
+    found = read_checkpoint(path)
+    sizes = {name: x.shape for name, x in _flatten(found)[0].items() if isinstance(x, Tensor)}
+    _refuse_another_model(path, sizes, _flatten(state)[0])
+    return found
 
 
 def read_sharded_checkpoint(path: Path, state: Mapping[str, Any]) -> dict[str, Any]:
@@ -124,15 +131,15 @@ def read_sharded_checkpoint(path: Path, state: Mapping[str, Any]) -> dict[str, A
 
     Args:
         path: of the folder.
-        state: of the same structure as what was saved. Its tensors are overwritten, each rank reading what it holds of
-            them; those of another shape than the saved ones are left.
+        state: of the same structure and shapes as what was saved. Its tensors are overwritten, each rank reading what
+            it holds of them, but for random states of another number of ranks.
 
     Returns:
         the state that was saved: tensors of ``state``, sharded where those are, and whole ones on the CPU in place of
         those that were left.
 
     Raises:
-        ValueError: the folder is damaged or no checkpoint of such a state, on all ranks.
+        ValueError: the folder is damaged or no checkpoint of such a state, on all ranks; nothing is overwritten.
     """
     problem = None
     try:
@@ -147,7 +154,8 @@ def read_sharded_checkpoint(path: Path, state: Mapping[str, Any]) -> dict[str, A
     stored = cast(dict[str, TensorStorageMetadata], reader.read_metadata().state_dict_metadata)
     plain = manifest["plain"]
     if different := named.keys() ^ (stored.keys() | plain.keys()):
-        raise ValueError(f"{path} is a checkpoint of another model: {sorted(different)[:3]} are missing or unknown")
+        raise _another_model(path, f"{sorted(different)[:3]} are missing or unknown")
+    _refuse_another_model(path, {name: of.size for name, of in stored.items()}, named)
     tensors = {}
     for name, of in stored.items():
         x = named[name]
@@ -158,6 +166,20 @@ def read_sharded_checkpoint(path: Path, state: Mapping[str, Any]) -> dict[str, A
     except CheckpointException as error:
         raise ValueError(f"{path} cannot be read ({_reasons(error)})") from error
     return pytree.tree_unflatten([tensors[x] if x in tensors else plain[x] for x in named], structure)
+
+
+def _refuse_another_model(path: Path, sizes: Mapping[str, torch.Size], own: Mapping[str, Any]) -> None:
+    """Check names and sizes of the tensors of a checkpoint; plain values may come and go with versions of torch."""
+    expected = {name: x.shape for name, x in own.items() if isinstance(x, Tensor) and name not in _RANDOM}
+    if different := expected.keys() ^ (sizes.keys() - set(_RANDOM)):
+        raise _another_model(path, f"{sorted(different)[:3]} are missing or unknown")
+    for name, size in expected.items():
+        if sizes[name] != size:
+            raise _another_model(path, f"{name} has the shape {tuple(sizes[name])}, expected {tuple(size)}")
+
+
+def _another_model(path: Path, why: str) -> ValueError:
+    return ValueError(f"{path} is a checkpoint of another model: {why}")
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -213,6 +214,24 @@ def run_and_die(config: Config, folder: Path, step: int, monkeypatch: pytest.Mon
 @pytest.mark.usefixtures("no_pictures")
 class TestResume:
     """N steps = k steps + death + the rest, bit for bit."""
+
+    def test_a_checkpoint_of_another_model_is_passed_over(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        config = tiny_config()
+        larger = dataclasses.replace(config, model=dataclasses.replace(config.model, embedding_dim=24))
+        for name, x in (("run", config), ("larger", larger)):
+            run_and_die(x, tmp_path / name, 3, monkeypatch)
+        (saved,) = (tmp_path / "larger" / "checkpoints").iterdir()
+        checkpoints = tmp_path / "run" / "checkpoints"
+        shutil.copy(saved, checkpoints / "step_00000009.pt")
+        assert Trainer(config, tmp_path / "run").step == 3
+        assert "step_00000009.pt is a checkpoint of another model" in caplog.text
+        (checkpoints / "step_00000003.pt").unlink()
+        with pytest.raises(
+            ValueError, match=r"none of 1 checkpoints can be read \(\S+ is a checkpoint of another model"
+        ):
+            Trainer(config, tmp_path / "run")
 
     @pytest.mark.parametrize("method", METHODS)
     def test_inside_an_epoch(self, tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
