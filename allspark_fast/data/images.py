@@ -7,7 +7,7 @@ from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from allspark_fast.data.errors import DataError
 
@@ -15,6 +15,8 @@ Color = tuple[int, int, int]
 Result = TypeVar("Result")
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+# Files are read by their content, whatever they are called, and Pillow knows kinds that start other programs (EPS).
+_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -56,10 +58,14 @@ def _decode(path: Path, convert: Callable[[Image.Image], Result]) -> Result:
     if path.stat().st_size == 0:
         raise DataError(f"{path}: the file is empty (0 bytes); fetch it again")
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=_FORMATS) as image:
             return convert(image)
     except DataError as error:
         raise DataError(f"{path}: {error}") from error
+    except UnidentifiedImageError as error:
+        raise DataError(
+            f"{path}: cannot be read as an image of the kinds {', '.join(_FORMATS)}; fetch or convert it again"
+        ) from error
     except Image.DecompressionBombError as error:
         raise DataError(f"{path}: {error}; cut it into tiles of at most {Image.MAX_IMAGE_PIXELS} pixels") from error
     # Decoders raise OSError, SyntaxError, ValueError, EOFError, struct.error and more on damaged files.

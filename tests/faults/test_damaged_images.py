@@ -80,6 +80,17 @@ def test_a_decompression_bomb_is_refused_without_decoding(tmp_path: Path, read: 
         read(path)
 
 
+@pytest.mark.parametrize("read", [read_image, read_label])
+@pytest.mark.parametrize("kind", ["EPS", "PCX", "TGA"])
+def test_other_kinds_are_refused_whatever_they_are_called(tmp_path: Path, read: object, kind: str) -> None:
+    """For EPS, Pillow starts Ghostscript."""
+    path = tmp_path / "a.png"
+    Image.new("L", (8, 8)).save(path, kind)
+    assert Image.open(path).format == kind
+    with pytest.raises(DataError, match=r"a\.png: cannot be read as an image of the kinds BMP, GIF.*convert it"):
+        read(path)
+
+
 def test_an_image_of_one_pixel(tmp_path: Path) -> None:
     Image.new("RGB", (1, 1), (1, 2, 3)).save(tmp_path / "a.png")
     Image.new("L", (1, 1), 5).save(tmp_path / "b.png")
