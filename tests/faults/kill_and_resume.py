@@ -1,4 +1,6 @@
-"""Kills runs by SIGKILL at random moments, resumes them, and compares what they leave with an uninterrupted run.
+"""Kills runs by SIGKILL, resumes them, and compares what they leave with an uninterrupted run.
+
+Moments are random; every other kill then waits until the run is in a phase, in turn one of AIMS.
 
 python -m tests.faults.kill_and_resume --kills 50
 """
@@ -17,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from allspark_fast import checkpoint, trainer
+from allspark_fast import checkpoint_writer, trainer
 from allspark_fast.__main__ import main as command_line
 from allspark_fast.checkpoint import load_latest_checkpoint
 from allspark_fast.report import read_metrics
@@ -25,12 +27,15 @@ from allspark_fast.report import read_metrics
 # What a run does, by the function that does it.
 PHASES = {
     (trainer, "train_step"): "step",
-    (checkpoint, "save_checkpoint"): "checkpoint",
+    (checkpoint_writer, "save_checkpoint"): "checkpoint",
     (trainer, "evaluate"): "validation",
     (trainer, "draw_curves"): "plotting",
     (trainer, "draw_predictions"): "plotting",
 }
 NAMES = ["between", *dict.fromkeys(PHASES.values())]
+AIMS = ("checkpoint", "validation", "plotting", "step")
+# Seconds, at most, from the phase that a kill waits for to the kill: about as long as a checkpoint or validation takes.
+DELAY = 0.1
 # A checkpoint every other step and frequent validation: about as much time in each of them as in steps.
 ARGUMENTS = {
     "data.crop": 64, "data.workers": 0, "model.backbone": "mit_tiny", "model.embedding-dim": 16, "train.epochs": 4,
@@ -69,6 +74,12 @@ def marked(function: Callable[..., object], number: int, phase: mmap.mmap) -> Ca
             phase[0] = 0
 
     return call
+
+
+def wait_for(number: int, phase: mmap.mmap, process: int) -> None:
+    """Waits until a run is in a phase, or has ended."""
+    while phase[0] != number and os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+        time.sleep(0.001)
 
 
 def finish(process: int, folder: Path) -> None:
@@ -120,6 +131,10 @@ def kill_and_resume(kills: int, seed: int, folder: Path) -> Counter[str]:
         broken = folder / f"broken{number}"
         process = start(broken, phase)
         time.sleep(moments.uniform(0, seconds))
+        turn, waits = divmod(killed.total(), 2)
+        if waits:
+            wait_for(NAMES.index(AIMS[turn % len(AIMS)]), phase, process)
+            time.sleep(moments.uniform(0, DELAY))
         if os.waitpid(process, os.WNOHANG) == (0, 0):
             os.kill(process, signal.SIGSTOP)
             killed[NAMES[phase[0]]] += 1
