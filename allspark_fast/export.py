@@ -73,7 +73,7 @@ def export_model(model: Segmentor, spec: ModelSpec, path: Path) -> float:
     """
     missing = [name for name in _ONNX_PACKAGES if importlib.util.find_spec(name) is None]
     if path.suffix not in (".pt2", ".onnx"):
-        raise ValueError(f"{path}: a model is exported to .pt2 or .onnx; `convert` writes .safetensors")
+        raise ValueError(f"{path}: a graph is written to .pt2 or .onnx, weights to .safetensors")
     if path.suffix == ".onnx" and missing:
         raise ValueError(f"ONNX needs {', '.join(missing)}: pip install 'allspark-fast[export]'")
     if "swin" in spec.backbone:

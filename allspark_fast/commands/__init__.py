@@ -8,7 +8,7 @@ COMMANDS = {
     "evaluate": "evaluate WEIGHTS [RECIPE ...]: score weights on the validation images of their run, or of a recipe",
     "predict": "predict WEIGHTS IMAGE|FOLDER|PATTERN ...: label images",
     "convert": "convert SRC DST: convert weights of the public code or of Hugging Face SegFormer to ours, and back",
-    "export": "export WEIGHTS OUT: write a model as one graph, for torch.export (.pt2) or ONNX (.onnx)",
+    "export": "export WEIGHTS OUT: write a model as one graph (.pt2 or .onnx), or as weights (.safetensors)",
     "info": "info [WEIGHTS]: say what a file of weights holds, or, without one, what this machine runs",
     "selftest": "selftest: compile and check every Triton kernel on the device at hand",
     "check": "check [RECIPE] [--group.field value ...]: list every problem of the data",

@@ -5,11 +5,11 @@ from pathlib import Path
 from allspark_fast.checkpoint import require_parent
 from allspark_fast.commands import command_parser
 from allspark_fast.export import MIN_SIDE, export_model
-from allspark_fast.pretrained import load_model
+from allspark_fast.pretrained import load_model, save_model
 
 
 def run(arguments: list[str]) -> int:
-    """Export a trained model as one graph."""
+    """Export a trained model as one graph, or as weights."""
     parser = command_parser("export")
     parser.epilog = (
         f"The graph takes images (B, 3, H, W) in 0..1, any batch, at least {MIN_SIDE} pixels a side, "
@@ -18,12 +18,19 @@ def run(arguments: list[str]) -> int:
     parser.add_argument(
         "weights", metavar="WEIGHTS", type=Path, help="a run folder, or a file such as its best.safetensors"
     )
-    parser.add_argument("out", metavar="OUT", type=Path, help=".pt2 for torch.export, .onnx for ONNX")
+    parser.add_argument(
+        "out", metavar="OUT", type=Path, help=".pt2 for torch.export, .onnx for ONNX; .safetensors for weights"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it is there already")
     options = parser.parse_args(arguments)
     if options.out.exists() and not options.overwrite:
         raise ValueError(f"{options.out} is there already: pass --overwrite to replace it")
     require_parent(options.out)
-    error = export_model(*load_model(options.weights), options.out)
+    model, spec = load_model(options.weights)
+    if options.out.suffix == ".safetensors":
+        save_model(model, spec, options.out)
+        print(f"{options.out}: weights, with what `predict` and `info` must know of them")
+        return 0
+    error = export_model(model, spec, options.out)
     print(f"{options.out}: logits within {error:.0e} of the model's, relative to the largest")
     return 0
