@@ -99,12 +99,15 @@ def _sliding_bands(model: Segmentor, images: Tensor, crop: int) -> Iterator[tupl
                 total = logits.new_zeros((*logits.shape[:2], window.shape[2], width))
                 if unfinished is not None:
                     total[:, :, : unfinished.shape[2]] = unfinished
+                    unfinished = None
             _add_softmax(total[..., columns], logits)
         assert total is not None
         finished = total[:, :, : stop - rows.start]
         unfinished = total[:, :, stop - rows.start :].clone()  # a view would keep the rest
         top, labels = finished.max(1)
-        yield labels, top / finished.sum(1)
+        confidence = top / finished.sum(1)
+        del total, finished  # the next row of windows has its own
+        yield labels, confidence
 
 
 def _add_softmax(total: Tensor, logits: Tensor) -> None:

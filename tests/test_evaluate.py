@@ -64,17 +64,25 @@ def test_sliding_windows_are_those_of_the_public_code(classes: int) -> None:
     assert min(min(size) for size in windows) == MIN_WINDOW
 
 
-def test_memory_of_windows_does_not_grow_with_the_height() -> None:
+def peak_of_windows(height: int, width: int) -> float:
+    """Bytes that windows of 64 pixels and 100 classes take."""
+
     class Classes(nn.Module):
         def forward(self, images: Tensor, *, attend: str) -> Tensor:
             return F.avg_pool2d(images[:, :1], 4, ceil_mode=True) * torch.arange(100.0)[:, None, None]
 
-    def peak(height: int) -> float:
-        images = torch.randn(1, 3, height, 256)
-        return peak_bytes(lambda: predict_labels(Classes().eval(), images, mode="sliding", crop=64))
+    images = torch.randn(1, 3, height, width)
+    return peak_bytes(lambda: predict_labels(Classes().eval(), images, mode="sliding", crop=64))
 
+
+def test_memory_of_windows_does_not_grow_with_the_height() -> None:
     # The probabilities of a pixel take 400 bytes; its label and confidence 12, which are stacked once.
-    assert peak(2048) - peak(512) < 1.1 * 24 * 1536 * 256
+    assert peak_of_windows(2048, 256) - peak_of_windows(512, 256) < 1.1 * 24 * 1536 * 256
+
+
+def test_memory_of_windows_is_that_of_one_row_of_them() -> None:
+    """And of the rows of it that the next one goes on with: 22, or 30 before windows cut by the border."""
+    assert peak_of_windows(192, 1024) < 1.7 * 400 * 64 * 1024
 
 
 @pytest.mark.parametrize("mode", ["whole", "sliding"])
