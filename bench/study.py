@@ -92,8 +92,8 @@ def _mean(cells: Sequence[str | float | None]) -> str | None:
     return f"{statistics.mean(values):.1f}{deviation}" if values else None
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Run a study, or go on with it, and print its table; files hold what is finished after each run."""
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the study's own options; what it leaves is for ``parse_config``."""
     parser = argparse.ArgumentParser("python -m bench.study [RECIPE] [--group.field value ...]", description=__doc__)
     parser.add_argument("--folder", type=Path, default=Path("runs/study"), help="of the run folders: %(default)s")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -102,7 +102,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--test", type=Path, metavar="FILE", help="split file of the images to report on")
     parser.add_argument("--out", type=Path, help="write the table to this file")
     parser.add_argument("--json", type=Path, help="write a record for each run to this file")
-    options, settings = parser.parse_known_args(arguments)
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run a study, or go on with it, and print its table; files hold what is finished after each run."""
+    options, settings = build_parser().parse_known_args(arguments)
     _, config = parse_config(settings, "train")
     records: list[Record] = []
     for run in plan(config, options.folder, options.seeds, options.methods, options.every_label):

@@ -1,4 +1,7 @@
-"""Commands of ``python -m allspark_fast``: a module each, whose ``run(arguments)`` returns the exit status."""
+"""Commands of ``python -m allspark_fast``: a module each, whose ``run(arguments)`` returns the exit status.
+
+Those that take more than a recipe have ``build_parser()`` too.
+"""
 
 import argparse
 

@@ -1,5 +1,6 @@
 """``convert``."""
 
+import argparse
 from pathlib import Path
 
 from allspark_fast.checkpoint import require_parent, write_atomically
@@ -10,8 +11,8 @@ from allspark_fast.pretrained import save_model
 from allspark_fast.weights import save_weights
 
 
-def run(arguments: list[str]) -> int:
-    """Convert weights."""
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the command line."""
     parser = command_parser("convert")
     parser.add_argument(
         "source",
@@ -31,6 +32,12 @@ def run(arguments: list[str]) -> int:
         help="data set that names the classes, or a file of names; if not given, what SRC says or what has so many",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace DST if it is there already")
+    return parser
+
+
+def run(arguments: list[str]) -> int:
+    """Convert weights."""
+    parser = build_parser()
     options = parser.parse_args(arguments)
     target = options.target
     if target.suffix not in (".safetensors", ".pth", ""):

@@ -1,5 +1,6 @@
 """``evaluate``."""
 
+import argparse
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -18,8 +19,8 @@ from allspark_fast.pretrained import find_weights, load_model
 from allspark_fast.report import draw_confusion, score_record, score_table
 
 
-def run(arguments: list[str]) -> int:
-    """Score weights on the validation images of their run, or of a recipe; writes confusion.png beside them."""
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the command line."""
     parser = command_parser("evaluate")
     parser.usage = "%(prog)s WEIGHTS [--split FILE] [--json FILE] [RECIPE [--group.field value ...]]"
     parser.epilog = (
@@ -31,6 +32,12 @@ def run(arguments: list[str]) -> int:
     )
     parser.add_argument("--split", type=Path, metavar="FILE", help="images to score, if not the validation images")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all scores to this file")
+    return parser
+
+
+def run(arguments: list[str]) -> int:
+    """Score weights on the validation images of their run, or of a recipe; writes confusion.png beside them."""
+    parser = build_parser()
     options, settings = parser.parse_known_args(arguments)
     if settings and settings[0].startswith("-"):
         parser.error(f"unrecognized arguments: {' '.join(settings)} (settings come after a RECIPE)")

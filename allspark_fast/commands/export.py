@@ -1,5 +1,6 @@
 """``export``."""
 
+import argparse
 from pathlib import Path
 
 from allspark_fast.checkpoint import require_parent
@@ -8,8 +9,8 @@ from allspark_fast.export import MIN_SIDE, export_model
 from allspark_fast.pretrained import load_model, save_model
 
 
-def run(arguments: list[str]) -> int:
-    """Export a trained model as one graph, or as weights."""
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the command line."""
     parser = command_parser("export")
     parser.epilog = (
         f"The graph takes images (B, 3, H, W) in 0..1, any batch, at least {MIN_SIDE} pixels a side, "
@@ -22,7 +23,12 @@ def run(arguments: list[str]) -> int:
         "out", metavar="OUT", type=Path, help=".pt2 for torch.export, .onnx for ONNX; .safetensors for weights"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it is there already")
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def run(arguments: list[str]) -> int:
+    """Export a trained model as one graph, or as weights."""
+    options = build_parser().parse_args(arguments)
     if options.out.exists() and not options.overwrite:
         raise ValueError(f"{options.out} is there already: pass --overwrite to replace it")
     require_parent(options.out)

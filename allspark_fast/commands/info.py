@@ -1,5 +1,6 @@
 """``info``."""
 
+import argparse
 import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
@@ -16,11 +17,16 @@ from allspark_fast.pretrained import ModelSpec, find_weights, load_model
 _PACKAGES = ("torch", "torchvision", "triton", "xformers", "safetensors", "huggingface_hub", "onnx", "onnxruntime")
 
 
-def run(arguments: list[str]) -> int:
-    """Say what this machine runs, or what a file of weights holds."""
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the command line."""
     parser = command_parser("info")
     parser.add_argument("weights", metavar="WEIGHTS", nargs="?", type=Path, help="a file, or the folder of a run")
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def run(arguments: list[str]) -> int:
+    """Say what this machine runs, or what a file of weights holds."""
+    options = build_parser().parse_args(arguments)
     if options.weights is None:
         print(describe_machine())
     else:

@@ -1,5 +1,6 @@
 """``predict``."""
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -10,8 +11,8 @@ from allspark_fast.predict import MAX_WHOLE_PIXELS, OutputFolder, Predictor, fin
 from allspark_fast.pretrained import load_model
 
 
-def run(arguments: list[str]) -> int:
-    """Label images; 1 if one of them could not be read."""
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the command line."""
     parser = command_parser("predict")
     parser.add_argument("weights", metavar="WEIGHTS", help="a run folder, or a file such as its best.safetensors")
     parser.add_argument(
@@ -47,6 +48,12 @@ def run(arguments: list[str]) -> int:
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if any")
     parser.add_argument("--half", action="store_true", help="bfloat16 on a GPU: faster, and less exact")
+    return parser
+
+
+def run(arguments: list[str]) -> int:
+    """Label images; 1 if one of them could not be read."""
+    parser = build_parser()
     options = parser.parse_args(arguments)
     if options.batch < 1:
         parser.error(f"--batch must be at least 1, got {options.batch}")

@@ -1,5 +1,7 @@
 """``selftest``."""
 
+import argparse
+
 import torch
 
 from allspark_fast.commands import command_parser
@@ -8,9 +10,14 @@ from allspark_fast.kernels.selftest import passed, results_table
 from allspark_fast.kernels.triton_support import is_interpreted, why_no_triton
 
 
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the command line."""
+    return command_parser("selftest")
+
+
 def run(arguments: list[str]) -> int:
     """Check the kernels and print a table; 1 if one fails."""
-    command_parser("selftest").parse_args(arguments)
+    build_parser().parse_args(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     results = check_and_remember(device)
     print(results_table(results))

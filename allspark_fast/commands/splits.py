@@ -1,5 +1,6 @@
 """``splits``."""
 
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,8 +11,8 @@ from allspark_fast.data.info import read_info
 from allspark_fast.data.splits import classes_of, make_split, parse_amount, write_split
 
 
-def run(arguments: list[str]) -> int:
-    """Choose which images are labeled; writes labeled.txt, unlabeled.txt and, if asked for, val.txt."""
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the command line."""
     parser = command_parser("splits")
     parser.add_argument("root", metavar="ROOT", type=Path, help="folder that holds images/, labels/ and meta.json")
     parser.add_argument(
@@ -33,7 +34,12 @@ def run(arguments: list[str]) -> int:
     parser.add_argument(
         "--out", type=Path, metavar="FOLDER", help="where to write; ROOT/splits, or ROOT/splits/AMOUNT, if not given"
     )
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def run(arguments: list[str]) -> int:
+    """Choose which images are labeled; writes labeled.txt, unlabeled.txt and, if asked for, val.txt."""
+    options = build_parser().parse_args(arguments)
     entries = scan_folder(options.root) if options.list is None else find_split(options.root, options.list)
     if not any(entry.label for entry in entries):
         raise DataError(f"{options.root}: no image has a label; labels/a.png belongs to images/a.jpg (or .png, ...)")
