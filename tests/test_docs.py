@@ -1,9 +1,11 @@
 """What the documents say to type works: every Python block and every command, copied as it stands."""
 
+import importlib
 import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -12,17 +14,26 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
+from torch.distributed.run import get_args_parser
 
 from allspark_fast.__main__ import main
-from allspark_fast.commands import COMMANDS
 from allspark_fast.commands.recipe import parse_config
+from allspark_fast.config import Config
 from allspark_fast.pretrained import ModelSpec, save_model
-from allspark_fast.recipes import RECIPES
+from bench import study
 from bench.__main__ import build_parser
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = {path.name: path.read_text("utf-8") for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
-PYTHON = re.findall(r"```python\n(.*?)```", "".join(DOCUMENTS.values()), re.DOTALL)
+RESULTS = [path.read_text("utf-8") for path in (ROOT / "bench/results").glob("*.md")]
+FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+
+
+def blocks(text: str, language: str) -> list[str]:
+    return [block for tag, block in FENCED.findall(text) if tag == language]
+
+
+PYTHON = [block for text in DOCUMENTS.values() for block in blocks(text, "python")]
 # Commands that start like this are not run, and why.
 NOT_RUN = {
     "pip install": "needs the network; .ci/run installs",
@@ -33,16 +44,14 @@ NOT_RUN = {
 }
 TOO_LONG = {
     "python train.py": "takes minutes; made small here",
-    "python -m allspark_fast train folder --data.root my_data": "is for a GPU; the smoke run before it is run",
-    "python -m allspark_fast evaluate runs/folder": "scores that run",
-    "python -m allspark_fast predict runs/folder my_data/images": "uses that run",
+    "python -m allspark_fast train folder --data.root my_data": "is for a GPU; the smoke run stands for it",
 }
 
 
 def commands_of(document: str) -> list[str]:
     """Lines of ```bash blocks, and commands of this package in table cells, without their comments."""
     text = DOCUMENTS[document]
-    lines = [line for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]
+    lines = [line for block in blocks(text, "bash") for line in block.splitlines()]
     lines += re.findall(r"^\| `(python [^`]+)`", text, re.MULTILINE)
     stripped = [re.sub(r"\s+#.*", "", line).strip() for line in lines]
     return [part for line in stripped if line for part in line.split(" && ")]
@@ -94,48 +103,71 @@ def test_there_are_blocks_and_commands() -> None:
     everything = [command for commands in COMMANDS_OF.values() for command in commands]
     assert all(command in everything for command in TOO_LONG)
     assert all(any(command.startswith(start) for command in everything) for start in NOT_RUN)
+    parsed = all_commands()
+    assert set(everything) < {*parsed, *(command for command in everything if command.startswith("pip "))}
+    assert sum(command.startswith("torchrun ") for command in parsed) >= 4
+    assert sum(command.startswith("python -m bench.study ") for command in parsed) >= 3
 
 
-@pytest.mark.parametrize("document", COMMANDS_OF)
-def test_commands_and_their_settings_exist(document: str) -> None:
-    for command in COMMANDS_OF[document]:
-        _, *words = shlex.split(command)
-        if words[:1] == ["train.py"]:
-            parse_config(words[1:], "train")
-        elif words[:2] == ["-m", "allspark_fast"]:
-            assert words[2] in COMMANDS
-            if words[2] in ("train", "check"):
-                parse_config(words[3:], words[2])
-        else:
-            assert not is_run(command)
+def spans() -> set[str]:
+    """What stands in single backquotes in sentences and tables; it may go on in the next line."""
+    paragraphs = "\n\n".join(FENCED.sub("", text) for text in (*DOCUMENTS.values(), *RESULTS)).split("\n\n")
+    assert all(paragraph.count("`") % 2 == 0 for paragraph in paragraphs)
+    return {" ".join(span.split()) for paragraph in paragraphs for span in re.findall(r"`([^`]+)`", paragraph)}
 
 
-def commands_in_sentences() -> list[str]:
-    """Commands in single backquotes, anywhere; those of the tables are among them."""
-    pages = [*DOCUMENTS.values(), *(path.read_text("utf-8") for path in (ROOT / "bench/results").glob("*.md"))]
-    spans = re.findall(r"`([^`\n]+)`", "".join(pages))
-    stripped = [re.sub(r"^([A-Z_]+=\S+ )+", "", span) for span in spans]
-    return sorted({x for x in stripped if x.startswith(("python ", "torchrun --nproc", "pytest "))})
+def all_commands() -> list[str]:
+    """Commands of every kind of block and of sentences and tables, without what is set or started before them."""
+    lines = [command for commands in COMMANDS_OF.values() for command in commands]
+    for block in (block for text in DOCUMENTS.values() for block in blocks(text, "")):
+        lines += [re.sub(r"\s+#.*", "", line) for line in block.replace("\\\n", " ").splitlines()]
+    stripped = {re.sub(r"^([A-Z_]+=\S+ |srun )+", "", line) for line in [*lines, *spans()]}
+    return sorted(x for x in stripped if re.match(r"python .|pytest .|torchrun .* train\.py", x))
 
 
-@pytest.mark.parametrize("command", commands_in_sentences())
-def test_commands_in_sentences_exist(command: str) -> None:
-    """What they name: settings, benchmarks and their sizes, modules, files of tests."""
-    _, *words = shlex.split(command)
-    if "train.py" in words:
-        parse_config(words[words.index("train.py") + 1 :], "train")
+@pytest.mark.parametrize("command", all_commands())
+def test_commands_exist(command: str) -> None:
+    """What they name: options and settings, benchmarks and their sizes, modules, files of tests."""
+    program, *words = shlex.split(command)
+    if program == "torchrun":
+        options = get_args_parser().parse_args(words)
+        assert options.training_script == "train.py"
+        parse_config(options.training_script_args, "train")
+    elif words[0] == "train.py":
+        parse_config(words[1:], "train")
     elif words[:2] == ["-m", "bench"]:
         build_parser().parse_args(["tiny" if word == "SIZE" else word for word in words[2:]])
+    elif words[:2] == ["-m", "bench.study"]:
+        parse_config(study.build_parser().parse_known_args(words[2:])[1], "train")
     elif words[:2] == ["-m", "allspark_fast"]:
-        assert words[2] in COMMANDS
-        if words[2] == "evaluate" and len(words) > 4 and words[4] in RECIPES:
-            parse_config(words[4:], "evaluate")
-    elif command.startswith("pytest"):
+        parse_arguments(*words[2:])
+    elif program == "pytest":
         assert all((ROOT / word).exists() for word in words if word.startswith("tests"))
         if "-k" in words:
             assert f"class Test{words[-1]}" in (ROOT / words[0]).read_text("utf-8")
     else:
         assert find_spec(words[1]) is not None
+
+
+def parse_arguments(name: str, *arguments: str) -> None:
+    """Of a command of this package."""
+    settings = list(arguments)
+    if name not in ("train", "check"):
+        command = importlib.import_module(f"allspark_fast.commands.{name}")
+        _, settings = command.build_parser().parse_known_args(settings)
+        assert not settings or (name == "evaluate" and not settings[0].startswith("-"))
+    if settings:
+        parse_config(settings, name)
+
+
+@pytest.mark.parametrize("span", sorted(x for x in spans() if re.match(r"--[a-z]+\.", x) and "group.field" not in x))
+def test_settings_exist(span: str) -> None:
+    """With the value that they are shown with, or each of several, or none."""
+    name, *values = span.split()
+    group, field = name.removeprefix("--").replace("-", "_").split(".")
+    assert hasattr(getattr(Config(), group), field)
+    for value in values[0].split("|") if values else ():
+        parse_config([name, value, *values[1:]], "train")
 
 
 def test_own_data_before_the_training(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -163,5 +195,7 @@ def test_commands_run(document: str, place: Path) -> None:
             ["bash", "-c", python + command], cwd=place, env=environment, capture_output=True, text=True, check=False
         )
         assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
+        if command.endswith("--run.folder runs/smoke"):
+            shutil.copytree(place / "runs/smoke", place / "runs/folder")
     if document == "your-data.md":
         assert len(list((place / "predictions/smoke/labels").iterdir())) == 9
