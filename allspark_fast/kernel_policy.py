@@ -41,7 +41,7 @@ def select_kernels(mode: Kernels, device: torch.device) -> dict[str, str]:
         if mode == "strict":
             raise RuntimeError(f"kernels are strict, but none can run: {reason}; use auto or torch")
         return {}
-    results = _remembered(device)
+    results = remembered_results(device)
     if results is None:
         logger.info("checking the Triton kernels, once for this machine")
         results = check_and_remember(device)
@@ -80,7 +80,8 @@ def check_and_remember(device: torch.device) -> list[Result]:
     return results
 
 
-def _remembered(device: torch.device) -> list[Result] | None:
+def remembered_results(device: torch.device) -> list[Result] | None:
+    """What the self-test found on this machine, by the cache; None if there is nothing of this version in it."""
     path = _cache_path(device)
     if not path.is_file():
         return None

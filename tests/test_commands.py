@@ -10,6 +10,7 @@ import torch
 
 from allspark_fast.__main__ import main
 from allspark_fast.commands import COMMANDS, info, train
+from allspark_fast.kernels.selftest import Result
 from allspark_fast.pretrained import ModelSpec, save_model
 
 
@@ -44,7 +45,15 @@ def test_info_of_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert info._kernels(torch.device("cuda", 0)).endswith("compute capability 7.5, the kernels need 8.0")
     capability = (9, 0)
-    assert info._kernels(torch.device("cuda", 0)) == "kernels: Triton"
+    passed = Result("upsample_argmax", "tiny", "float32", 0.0, 1.0, "")
+    failed = passed._replace(op="channel_attention", failure="wrong by 1")
+    for results, expected in (
+        (None, "Triton, not checked yet: python -m allspark_fast selftest"),
+        ([passed], "Triton, which passed the self-test"),
+        ([failed, passed, failed], "Triton, but plain torch for channel_attention, which failed the self-test"),
+    ):
+        monkeypatch.setattr(info, "remembered_results", lambda _, results=results: results)
+        assert info._kernels(torch.device("cuda", 0)) == f"kernels: {expected}"
 
 
 def test_info_of_weights(tmp_path: Path, tiny_spec: ModelSpec, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,11 +10,24 @@ import torch
 
 from allspark_fast import __version__
 from allspark_fast.commands import command_parser
+from allspark_fast.kernel_policy import remembered_results
 from allspark_fast.kernels.triton_support import why_no_triton
 from allspark_fast.model import Segmentor
 from allspark_fast.pretrained import ModelSpec, find_weights, load_model
 
-_PACKAGES = ("torch", "torchvision", "triton", "xformers", "safetensors", "huggingface_hub", "onnx", "onnxruntime")
+_PACKAGES = (
+    "torch",
+    "torchvision",
+    "triton",
+    "xformers",
+    "safetensors",
+    "timm",
+    "transformers",
+    "huggingface_hub",
+    "onnx",
+    "onnxruntime",
+    "onnxscript",
+)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -75,7 +88,14 @@ def _kernels(device: torch.device) -> str:
     if device.type == "cpu":
         return "kernels: plain torch, because Triton has none for CPUs"
     reason = why_no_triton(device)
-    return "kernels: Triton" if reason is None else f"kernels: plain torch, because {reason}"
+    if reason is not None:
+        return f"kernels: plain torch, because {reason}"
+    results = remembered_results(device)
+    if results is None:
+        return "kernels: Triton, not checked yet: python -m allspark_fast selftest"
+    failed = ", ".join(dict.fromkeys(result.op for result in results if result.failure))
+    verdict = f"but plain torch for {failed}, which failed" if failed else "which passed"
+    return f"kernels: Triton, {verdict} the self-test"
 
 
 def _version(package: str) -> str:
