@@ -105,8 +105,9 @@ class TestSpec:
 class TestPredictor:
     """Predictions in memory."""
 
-    def test_alone_and_in_a_batch_are_equal(self, weights: Path) -> None:
-        predictor = Predictor(*load_model(weights))
+    @pytest.mark.parametrize("mode", ["whole", "sliding"])
+    def test_alone_and_in_a_batch_are_equal(self, weights: Path, mode: str) -> None:
+        predictor = Predictor(*load_model(weights), mode=mode)
         images = [picture(90, 70) for _ in range(3)]
         together = predictor(images)
         for image, prediction in zip(images, together, strict=True):
