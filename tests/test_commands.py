@@ -12,6 +12,7 @@ from allspark_fast.__main__ import main
 from allspark_fast.commands import COMMANDS, info, train
 from allspark_fast.kernels.selftest import Result
 from allspark_fast.pretrained import ModelSpec, save_model
+from allspark_fast.recipes import RECIPES
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -19,7 +20,10 @@ def test_every_command_explains_itself(name: str, capsys: pytest.CaptureFixture[
     with pytest.raises(SystemExit) as stop:
         main([name, "--help"])
     assert stop.value.code == 0
-    assert f"python -m allspark_fast {name}" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"python -m allspark_fast {name}" in printed
+    if name in ("train", "check", "evaluate"):
+        assert all(recipe in printed for recipe in RECIPES)
 
 
 @pytest.mark.parametrize(("arguments", "status"), [([], 2), (["trian"], 2), (["--help"], 0)])

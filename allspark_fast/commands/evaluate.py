@@ -16,6 +16,7 @@ from allspark_fast.data.sources import open_val
 from allspark_fast.device import choose_device
 from allspark_fast.evaluate import evaluate
 from allspark_fast.pretrained import find_weights, load_model
+from allspark_fast.recipes import RECIPES
 from allspark_fast.report import draw_confusion, score_record, score_table
 
 
@@ -24,8 +25,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser = command_parser("evaluate")
     parser.usage = "%(prog)s WEIGHTS [--split FILE] [--json FILE] [RECIPE [--group.field value ...]]"
     parser.epilog = (
-        "RECIPE and its settings, as `check` takes them, say where the images are and whether they are taken whole; "
-        "without, WEIGHTS is the folder of a run, whose images are scored. Crop and normalisation are the weights'."
+        f"RECIPE ({', '.join(RECIPES)}) and its settings, as `check` takes them, say where the images are and whether "
+        "they are taken whole; without, WEIGHTS is the folder of a run, whose images are scored. Crop and "
+        "normalisation are the weights'."
     )
     parser.add_argument(
         "weights", metavar="WEIGHTS", type=Path, help="folder of a run, or a file; confusion.png goes beside them"

@@ -44,7 +44,10 @@ def build_parser() -> argparse.ArgumentParser:
         help="slide a window as large as a training crop",
     )
     parser.add_argument(
-        "--batch", type=int, default=1, help="as many successive images of equal size together; 1 if not given"
+        "--batch",
+        type=int,
+        default=1,
+        help="as many successive images of equal size together, in as many times the memory; 1 if not given",
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if any")
     parser.add_argument("--half", action="store_true", help="bfloat16 on a GPU: faster, and less exact")
