@@ -6,6 +6,8 @@
 import argparse
 import json
 import statistics
+import sys
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,12 +18,13 @@ from allspark_fast.commands.recipe import parse_config
 from allspark_fast.config import Config, Method
 from allspark_fast.data.sources import open_sources
 from allspark_fast.report import read_metrics
+from allspark_fast.stopping import STOPPED
 from allspark_fast.trainer import train
 from bench.harness import Record, conditions, table
 
 METHODS: tuple[Method, ...] = ("supervised", "semi", "allspark")
-_SCORES = ("mIoU on val", "mIoU on test")
-_COLUMNS = {name: (name, 1.0) for name in ("method", "labels", "seeds", *_SCORES)}
+_MEANS = ("mIoU on val", "mIoU on test", "minutes")
+_COLUMNS = {name: (name, 1.0) for name in ("method", "labels", "seeds", *_MEANS)}
 
 
 class Run(NamedTuple):
@@ -62,8 +65,18 @@ def plan(
 
 
 def finish(run: Run, test: Path | None) -> Record:
-    """Train, or go on, and score the weights that are best on val on the split ``test``, once; mIoU in percent."""
-    train(run.config, run.folder)
+    """Train, or go on, and score the weights that are best on val on the split ``test``, once; mIoU in percent.
+
+    Minutes are those of the training, on the clock, of runs that went through at once; None for others.
+
+    Raises:
+        SystemExit: a signal stopped the training.
+    """
+    minutes, begun, started = run.folder / "minutes.json", run.folder.exists(), time.monotonic()
+    if not train(run.config, run.folder):
+        sys.exit(STOPPED)
+    if not begun:
+        minutes.write_text(json.dumps((time.monotonic() - started) / 60), encoding="utf-8")
     scores = run.folder / "test.json"
     if test is not None and not scores.is_file():
         evaluate.run([str(run.folder), "--split", str(test), "--json", str(scores)])
@@ -73,6 +86,7 @@ def finish(run: Run, test: Path | None) -> Record:
         "labels": len(open_sources(run.config.data).labeled.entries),
         "mIoU on val": 100 * max(line["miou"] for line in read_metrics(run.folder) if "miou" in line),
         "mIoU on test": None if test is None else 100 * json.loads(scores.read_text())["miou"],
+        "minutes": json.loads(minutes.read_text()) if minutes.is_file() else None,
     }
 
 
@@ -82,7 +96,7 @@ def summary(records: Sequence[Record]) -> str:
     for method in dict.fromkeys(record["method"] for record in records):
         of_method = [record for record in records if record["method"] == method]
         row: Record = {"method": method, "labels": of_method[0]["labels"], "seeds": len(of_method)}
-        rows.append(row | {score: _mean([record[score] for record in of_method]) for score in _SCORES})
+        rows.append(row | {name: _mean([record[name] for record in of_method]) for name in _MEANS})
     return table(rows, _COLUMNS)
 
 

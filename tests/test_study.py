@@ -10,6 +10,7 @@ from allspark_fast.commands import evaluate
 from allspark_fast.config import Config, DataConfig
 from allspark_fast.data.errors import DataError
 from allspark_fast.data.scenes import ScenesDataset
+from allspark_fast.stopping import STOPPED
 from bench import study
 
 TINY = {
@@ -82,13 +83,43 @@ def test_a_missing_split_is_found_before_any_run(folder_data: Path, tmp_path: Pa
 
 def test_mean_and_deviation_by_hand() -> None:
     records = [
-        {"method": method, "labels": 46, "mIoU on val": val, "mIoU on test": None}
-        for method, val in (("semi", 30.0), ("semi", 34.0), ("allspark", 40.0))
+        {"method": method, "labels": 46, "mIoU on val": val, "mIoU on test": None, "minutes": minutes}
+        for method, val, minutes in (("semi", 30.0, None), ("semi", 34.0, 2.5), ("allspark", 40.0, None))
     ]
     assert study.summary(records).splitlines()[2:] == [
-        "| semi | 46 | 2 | 32.0 ± 2.8 | n/a |",
-        "| allspark | 46 | 1 | 40.0 | n/a |",
+        "| semi | 46 | 2 | 32.0 ± 2.8 | n/a | 2.5 |",
+        "| allspark | 46 | 1 | 40.0 | n/a | n/a |",
     ]
+
+
+@pytest.fixture
+def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[study.Run]:
+    """Two runs, of which the second was begun; training is an evaluation only."""
+
+    def train(_: Config, folder: Path) -> bool:
+        folder.mkdir(exist_ok=True)
+        (folder / "metrics.jsonl").write_text('{"step": 1, "miou": 0.5}')
+        return True
+
+    monkeypatch.setattr(study, "train", train)
+    runs = study.plan(Config(), tmp_path, seeds=(0,), methods=("semi", "allspark"))
+    runs[1].folder.mkdir()
+    return runs
+
+
+def test_only_runs_that_went_through_at_once_have_minutes(runs: list[study.Run]) -> None:
+    whole, resumed = (study.finish(run, None) for run in runs)
+    assert whole["minutes"] > 0
+    assert resumed["minutes"] is None
+    assert [study.finish(run, None) for run in runs] == [whole, resumed]
+
+
+def test_a_study_stops_with_the_run_that_a_signal_stopped(
+    runs: list[study.Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(study, "train", lambda *_: False)
+    with pytest.raises(SystemExit, match=str(STOPPED)):
+        study.finish(runs[0], None)
 
 
 def test_scenes_have_no_split_to_evaluate(tmp_path: Path) -> None:
