@@ -75,7 +75,11 @@ class TestRun:
         assert [record["step"] for record in records if "miou" in record] == [8, 12]
         for picture in ("curves.png", "predictions.png"):
             assert len(Image.open(tmp_path / "run" / picture).convert("RGB").getcolors(1 << 20)) > 100
-        assert EventAccumulator(str(tmp_path / "run")).Reload().Tags()["images"] == ["predictions"]
+        events = EventAccumulator(str(tmp_path / "run")).Reload()
+        assert events.Tags()["images"] == ["predictions"]
+        assert [image.step for image in events.Images("predictions")] == [8, 12]
+        scored = [(record["step"], record["miou"]) for record in records if "miou" in record]
+        assert [(x.step, x.value) for x in events.Scalars("miou")] == [(step, pytest.approx(x)) for step, x in scored]
         printed = capsys.readouterr().out
         assert "3 labeled, 8 unlabeled, 2 validation images" in printed
         assert "mIoU" in printed
