@@ -121,7 +121,7 @@ def all_commands() -> list[str]:
     lines = [command for commands in COMMANDS_OF.values() for command in commands]
     for block in (block for text in DOCUMENTS.values() for block in blocks(text, "")):
         lines += [re.sub(r"\s+#.*", "", line) for line in block.replace("\\\n", " ").splitlines()]
-    stripped = {re.sub(r"^([A-Z_]+=\S+ |srun )+", "", line) for line in [*lines, *spans()]}
+    stripped = {re.sub(r"^([A-Z_]+=\S+ )+|^srun .*?(?=torchrun )", "", line) for line in [*lines, *spans()]}
     return sorted(x for x in stripped if re.match(r"python .|pytest .|torchrun .* train\.py", x))
 
 
@@ -144,7 +144,8 @@ def test_commands_exist(command: str) -> None:
     elif program == "pytest":
         assert all((ROOT / word).exists() for word in words if word.startswith("tests"))
         if "-k" in words:
-            assert f"class Test{words[-1]}" in (ROOT / words[0]).read_text("utf-8")
+            named = rf"class Test{words[-1]}\b|def test_\w*{words[-1]}"
+            assert re.search(named, "".join((ROOT / word).read_text("utf-8") for word in words if word.endswith(".py")))
     else:
         assert find_spec(words[1]) is not None
 
