@@ -27,20 +27,22 @@ logger = logging.getLogger(__name__)
 
 # Entries of each list that are read before training starts; `python -m allspark_fast check` reads all.
 _CHECKED = 16
+_LISTED = 20
 
 
 def refuse_bad_data(config: Config) -> None:
-    """Read the first entries of every list.
+    """Read some entries of every list, and look whether the files of all are there.
 
     Raises:
-        ValueError: some cannot be used; all of these are listed.
+        ValueError: some cannot be used; the first of these are listed.
     """
     # Supervised training counts the unlabeled images, but does not read them.
     harmless = {"labeled_and_unlabeled"} if config.train.method == "supervised" else set()
     problems = check_sources(config.data, sample=_CHECKED)
     errors = [problem for problem in problems if not problem.is_warning and problem.kind not in harmless]
     if errors:
-        listed = "\n".join(map(str, errors))
+        more = [f"and {len(errors) - _LISTED} more"] if len(errors) > _LISTED else []
+        listed = "\n".join([*map(str, errors[:_LISTED]), *more])
         raise ValueError(f"{len(errors)} problems in the data; `python -m allspark_fast check` lists all:\n{listed}")
 
 

@@ -4,16 +4,19 @@ import posixpath
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from PIL import Image
 
 from allspark_fast.data.datasets import Entry, values_of, wrong_values
 from allspark_fast.data.errors import DataError
-from allspark_fast.data.images import read_image, read_label, read_orientation, resolve_path
+from allspark_fast.data.images import read_image, read_label, read_orientation, require_bytes, resolve_path
 from allspark_fast.data.info import IGNORE_INDEX, DatasetInfo
+
+Read = TypeVar("Read")
 
 # Below this the deepest feature map (stride 32) has no pixel left.
 MIN_CROP = 32
@@ -84,10 +87,18 @@ class _FileChecks:
         turned = size == label.size and read_orientation(self._path(entry.image)) != 1
         return _Found(problems, size, frozenset(values), turned)
 
+    def look(self, entry: Entry, with_label: bool) -> list[Problem]:
+        """Looks whether the files of an entry are there, without reading them."""
+        files = [entry.image, *([entry.label] if with_label and entry.label is not None else [])]
+        found = [self._read(file, require_bytes) for file in files]
+        if with_label and entry.label is None:
+            found.append(_without_label(entry))
+        return [problem for problem in found if problem is not None]
+
     def _path(self, file: str) -> Path:
         return resolve_path(self.root, file, allow_outside=self.allow_outside)
 
-    def _read(self, file: str, read: Callable[[Path], Image.Image]) -> Image.Image | Problem:
+    def _read(self, file: str, read: Callable[[Path], Read]) -> Read | Problem:
         try:
             path = self._path(file)
         except DataError as error:
@@ -101,7 +112,7 @@ class _FileChecks:
 
     def _read_label(self, entry: Entry) -> Image.Image | Problem:
         if entry.label is None:
-            return Problem("missing_label", entry.image, "has no label, but is in a list that needs them")
+            return _without_label(entry)
         return self._read(entry.label, lambda path: read_label(path, self.info.label_colors()))
 
     def _check_label(
@@ -118,6 +129,15 @@ class _FileChecks:
         wrong = wrong_values(values, self.info)
         if wrong:
             yield Problem("label_value", file, wrong)
+
+
+def _reads_label(name: str, hidden_labels: bool, entry: Entry) -> bool:
+    """Whether the label of an entry in the list `name` matters."""
+    return name != "unlabeled" or (hidden_labels and entry.label is not None)
+
+
+def _without_label(entry: Entry) -> Problem:
+    return Problem("missing_label", entry.image, "has no label, but is in a list that needs them")
 
 
 def _draw(entries: Sequence[Entry], sample: int | None, seed: int) -> list[Entry]:
@@ -201,7 +221,8 @@ def check_dataset(
 ) -> list[Problem]:
     """Finds everything that would break or spoil a training, and never stops at the first.
 
-    Reads every file unless `sample` is given; lists are compared whole in any case.
+    Reads every file unless `sample` is given; that files are there and not empty is looked at, and lists are compared,
+    in any case.
 
     Args:
         root: Folder of the data set.
@@ -226,10 +247,13 @@ def check_dataset(
     train_sizes: list[tuple[int, int]] = []
     for name, entries in splits.items():
         drawn = _draw(entries, sample, seed)
-        with_label = [name != "unlabeled" or (hidden_labels and entry.label is not None) for entry in drawn]
+        others = dict.fromkeys(entries).keys() - set(drawn)
+        reads_label = partial(_reads_label, name, hidden_labels)
         with ThreadPoolExecutor() as pool:
-            results = list(pool.map(checks.check, drawn, with_label))
+            results = list(pool.map(checks.check, drawn, map(reads_label, drawn)))
+            absent = [problem for found in pool.map(checks.look, others, map(reads_label, others)) for problem in found]
         problems.extend(problem for found in results for problem in found.problems)
+        problems.extend(sorted(absent, key=str))
         turned = [entry.image for entry, found in zip(drawn, results, strict=True) if found.turned]
         problems.extend(_check_turned(name, turned))
         train_sizes.extend(found.size for found in results if found.size is not None and name in _TRAIN)

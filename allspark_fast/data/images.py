@@ -51,12 +51,21 @@ def resolve_path(root: str | Path, relative: str, *, allow_outside: bool = False
     return Path(root) / inside
 
 
-def _decode(path: Path, convert: Callable[[Image.Image], Result]) -> Result:
-    """Opens, decodes and converts an image, so that a damaged file fails here and by name."""
+def require_bytes(path: Path) -> None:
+    """Looks whether a file holds anything.
+
+    Raises:
+        DataError: No such file, or it is empty.
+    """
     if not path.is_file():
         raise DataError(f"{path}: no such file; check the data root and the split file that lists it")
     if path.stat().st_size == 0:
         raise DataError(f"{path}: the file is empty (0 bytes); fetch it again")
+
+
+def _decode(path: Path, convert: Callable[[Image.Image], Result]) -> Result:
+    """Opens, decodes and converts an image, so that a damaged file fails here and by name."""
+    require_bytes(path)
     try:
         with Image.open(path, formats=_FORMATS) as image:
             return convert(image)

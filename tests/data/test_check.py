@@ -170,12 +170,27 @@ def test_all_problems_are_found_at_once(tmp_path, lists):
 def test_samples_are_seeded_and_bounded(tmp_path, make_folder):
     lists = {"unlabeled": make_folder(20)}
     for entry in lists["unlabeled"]:
-        (tmp_path / entry.image).unlink()
+        (tmp_path / entry.image).write_text("no image")
     first = found(tmp_path, lists, sample=5)
     assert len(set(first)) == 5
     assert first == found(tmp_path, lists, sample=5)
     assert first != found(tmp_path, lists, sample=5, seed=1)
     assert len(found(tmp_path, lists, sample=50)) == 20
+
+
+def test_samples_do_not_hide_files_that_are_not_there(tmp_path, lists):
+    (tmp_path / "images/02.png").unlink()
+    (tmp_path / "labels/01.png").write_bytes(b"")
+    (tmp_path / "images/04.png").unlink()
+    lists["labeled"][0] = Entry("images/00.png", None)
+    for sample in (None, 1):
+        problems = set(found(tmp_path, lists, sample=sample))
+        assert problems >= {
+            ("missing_file", "images/02.png"),
+            ("unreadable", "labels/01.png"),
+            ("missing_file", "images/04.png"),
+            ("missing_label", "images/00.png"),
+        }
 
 
 def test_samples_do_not_hide_overlaps(tmp_path, lists):
