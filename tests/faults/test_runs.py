@@ -84,6 +84,32 @@ def test_a_limit_on_the_size_of_files(tmp_path: Path) -> None:
     assert not list((tmp_path / "run" / "checkpoints").iterdir())
 
 
+# Imports first: what a library says that cannot be mapped is another matter.
+LIMITED = """
+import resource, sys
+from pathlib import Path
+import allspark_fast.commands.train
+import torch.utils.tensorboard
+from allspark_fast.__main__ import main
+used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + {more}, used + {more}))
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc to see how much memory is used")
+@pytest.mark.parametrize("more_mb", [300, 600])
+def test_out_of_memory_names_settings_that_take_less(tmp_path: Path, more_mb: int) -> None:
+    """Batches of 8 crops of 800 pixels: with less NumPy has no room for a crop, with more torch none for a step."""
+    train = command(tmp_path / "run", data__crop=800, train__batch_size=4)[3:]
+    done = run([sys.executable, "-c", LIMITED.format(more=more_mb * 10**6), *train])
+    assert done.returncode == 1
+    assert "error: " in done.stderr
+    assert "out of memory; what takes less: --train.accumulate 2 or more, " in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 @pytest.mark.slow
 def test_a_killed_worker_is_told_and_the_run_goes_on(tmp_path: Path) -> None:
     arguments = command(tmp_path / "run", data__workers=1, train__epochs=50, eval__every=50)
