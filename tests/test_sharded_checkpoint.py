@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import signal
 import sys
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from allspark_fast.__main__ import main
 from allspark_fast.checkpoint import load_latest_checkpoint, save_checkpoint
 from allspark_fast.checkpoint_writer import ShardedCheckpointWriter
 from allspark_fast.distributed import rank, world_size
+from allspark_fast.report import read_metrics
 from allspark_fast.sharded_checkpoint import (
     read_any_checkpoint,
     read_sharded_checkpoint,
@@ -301,6 +303,7 @@ def test_a_killed_run_of_two_ranks_goes_on_bit_for_bit(tmp_path: Path) -> None:
     program = ["-m", "tests.test_sharded_checkpoint"]
     finish(start(["train.py", *arguments(whole, ema=0.9, epochs=2), *options], 2))
     finish(start([*program, *arguments(broken, ema=0.9, epochs=2), *options], 2), -signal.SIGKILL)
+    alone = shutil.copytree(broken, tmp_path / "alone")
     assert "resumed at step" in finish(start(["train.py", *arguments(broken, ema=0.9, epochs=2), *options], 2))[0]
     folders = [run / "checkpoints" / "step_00000008" for run in (whole, broken)]
     plain = [json.loads((folder / "manifest.json").read_text())["plain"] for folder in folders]
@@ -311,6 +314,9 @@ def test_a_killed_run_of_two_ranks_goes_on_bit_for_bit(tmp_path: Path) -> None:
         shards = [load_file(folder / name) for folder in folders]
         assert_equal(shards[1], shards[0])
     assert logged(whole) == logged(broken)
+
+    assert main(["train", *arguments(alone, ema=0.9, epochs=2), *options]) == 0  # one process goes on too
+    assert read_metrics(alone)[-1]["step"] == 8
 
 
 def _step_or_die(state: TrainState, *args: Any, **options: Any) -> object:
