@@ -22,6 +22,7 @@ from bench import (
     bench_train_step,
     bench_upsample,
     footprint,
+    rank_cost,
     step_variants,
 )
 from bench.__main__ import main
@@ -209,6 +210,21 @@ def test_the_step_keeps_a_quarter_of_the_bytes() -> None:
         with fake_variant("pascal_b0", name) as fake:
             saved[name] = count_saved_bytes(fake)
     assert saved["ours"] <= saved["naive"] / 4
+
+
+def test_docs_have_the_costs_of_a_rank() -> None:
+    """And those that can be worked out by hand: MiT-B5 at crop 513 has 17 x 17 tokens and 512 channels, K = 21."""
+    ((records, _),) = rank_cost.measure("pascal", 1)
+    docs = (Path(__file__).parents[1] / "docs" / "distributed.md").read_text("utf-8")
+    for record in records:
+        sharding = "" if record["ranks"] == 1 else record["sharding"]
+        cells = [record[f"{name}_bytes"] for name in ("state", "gathered", "sent", "memory_rank0", "memory_all")]
+        row = " | ".join(f"{cell / 1e6:.0f}" if cell else "" for cell in cells)
+        assert " ".join(f"| {record['ranks']} | {sharding} | {row} |".split()) in " ".join(docs.split()), row
+    of_ranks = {(record["ranks"], record["sharding"]): record for record in records}
+    assert of_ranks[4, "replicate"]["memory_rank0_bytes"] == 4 * 21 * 512 * 17 * 17
+    assert of_ranks[4, "fsdp"]["memory_all_bytes"] == 3 * 2 * 512 * (4 * 17 * 17 + 8)
+    assert of_ranks[4, "replicate"]["sent_bytes"] == 1.5 * of_ranks[4, "replicate"]["state_bytes"] / 3
 
 
 @pytest.mark.skipif(torch.version.cuda is None, reason="needs a torch built with CUDA, but no GPU")
