@@ -26,6 +26,41 @@ def test_is_batch_norm(ours: nn.Module, theirs: nn.Module, shape: tuple[int, ...
     torch.testing.assert_close(ours.eval()(x), theirs.eval()(x))
 
 
+@pytest.mark.parametrize("shape", [(4, 3, 5, 5), (4, 3)])
+def test_over_ranks_is_that_of_the_whole_batch(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two ranks in one process: this one, and one whose mean and variance are told when they are asked for."""
+    own, other = torch.randn(shape), 2 * torch.randn(shape) + 1
+    kind = (FiniteBatchNorm2d, nn.BatchNorm2d) if len(shape) == 4 else (FiniteBatchNorm1d, nn.BatchNorm1d)
+    ours, theirs = (x(3) for x in kind)
+    for norm in (ours, theirs):
+        nn.init.constant_(norm.weight, 3.0)
+        nn.init.constant_(norm.bias, 0.5)
+    var, mean = torch.var_mean(other, [axis for axis in range(len(shape)) if axis != 1], correction=0)
+    means = []
+
+    def mean_over_ranks(x: torch.Tensor) -> torch.Tensor:
+        means.append((x + (var + (mean - means[0]).square() if means else mean)) / 2)
+        return means[-1]
+
+    monkeypatch.setattr("allspark_fast.model.batch_norm.world_size", lambda: 2)
+    monkeypatch.setattr("allspark_fast.model.batch_norm.mean_over_ranks", mean_over_ranks)
+    expected = theirs(torch.cat([own, other]))[: len(own)]
+    actual = ours(own)
+    torch.testing.assert_close(actual, expected)
+    for name, statistic in theirs.state_dict().items():
+        torch.testing.assert_close(ours.state_dict()[name], statistic)
+
+
+def test_eval_mode_is_a_scale_and_a_shift() -> None:
+    norm = FiniteBatchNorm2d(3)
+    for x in norm.parameters():
+        nn.init.uniform_(x, 1.0, 2.0)
+    x = 2 * torch.randn(4, 3, 5, 5) + 1
+    norm(x)
+    scale, shift = norm.eval().scale_and_shift()
+    torch.testing.assert_close(x * scale[:, None, None] + shift[:, None, None], norm(x))
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_running_statistics_skip_what_is_not_finite(bad: float) -> None:
     norm = FiniteBatchNorm2d(3)
