@@ -247,13 +247,14 @@ def check_dataset(
     train_sizes: list[tuple[int, int]] = []
     for name, entries in splits.items():
         drawn = _draw(entries, sample, seed)
-        others = dict.fromkeys(entries).keys() - set(drawn)
+        read = set(drawn)
+        others = [entry for entry in dict.fromkeys(entries) if entry not in read]
         reads_label = partial(_reads_label, name, hidden_labels)
         with ThreadPoolExecutor() as pool:
             results = list(pool.map(checks.check, drawn, map(reads_label, drawn)))
             absent = [problem for found in pool.map(checks.look, others, map(reads_label, others)) for problem in found]
         problems.extend(problem for found in results for problem in found.problems)
-        problems.extend(sorted(absent, key=str))
+        problems.extend(absent)
         turned = [entry.image for entry, found in zip(drawn, results, strict=True) if found.turned]
         problems.extend(_check_turned(name, turned))
         train_sizes.extend(found.size for found in results if found.size is not None and name in _TRAIN)
