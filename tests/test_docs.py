@@ -22,6 +22,7 @@ from allspark_fast.config import Config
 from allspark_fast.pretrained import ModelSpec, save_model
 from bench import study
 from bench.__main__ import build_parser
+from tests.test_convert import official_checkpoint
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = {path.name: path.read_text("utf-8") for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
@@ -40,7 +41,6 @@ NOT_RUN = {
     "pytest": "would run this test",
     "python train.py pascal": "needs Pascal VOC and weights",
     "python train.py --train.method": "takes minutes; tests/test_trainer.py trains every method",
-    "python -m allspark_fast convert allspark_pascal.pth": "needs a checkpoint; tests/test_convert.py makes one",
 }
 TOO_LONG = {
     "python train.py": "takes minutes; made small here",
@@ -66,7 +66,7 @@ COMMANDS_OF = {document: commands for document in DOCUMENTS if (commands := comm
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working directory with the folder of docs/your-data.md, train.py and the photographs that README names."""
+    """A working directory with train.py, the folder of docs/your-data.md, and the photographs and weights of README."""
     (tmp_path / "train.py").symlink_to(ROOT / "train.py")
     for folder in ("my_data/images", "my_data/labels", "more_photos", "others/deep"):
         (tmp_path / folder).mkdir(parents=True)
@@ -85,6 +85,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     image.save(tmp_path / "others/deep/two.png")
     (meta,) = re.findall(r"meta\.json +(\{.*\})", DOCUMENTS["your-data.md"])
     (tmp_path / "my_data/meta.json").write_text(meta)
+    official_checkpoint(tmp_path / "allspark_pascal.pth")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
