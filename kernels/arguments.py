@@ -1,6 +1,7 @@
 """Checks of operator arguments: every message names the argument, what came and what was expected."""
 
 from collections.abc import Collection
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ def check_tensor(
 
     Raises:
         TypeError: ``value`` is no tensor or has another dtype.
-        ValueError: the number of axes or the device is wrong.
+        ValueError: the number of axes, the layout or the device is wrong.
     """
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor of shape {layout}, got {type(value).__name__}")
@@ -33,6 +34,8 @@ def check_tensor(
     axes = 0 if layout == "()" else layout.count(",") + (not layout.endswith(",)"))
     if value.ndim != axes:
         raise ValueError(f"{name} must have shape {layout}, got {tuple(value.shape)}")
+    if value.layout != torch.strided:
+        raise ValueError(f"{name} has layout {value.layout}, expected a dense tensor: to_dense() makes one")
     if like is not None and value.device != like.device:
         raise ValueError(f"{name} is on {value.device}, expected {like.device} like the other arguments")
 
@@ -64,19 +67,31 @@ def check_number(name: str, value: object) -> None:
     Raises:
         TypeError: it is none.
     """
-    if not (isinstance(value, (int, float, torch.SymInt, torch.SymFloat)) or hasattr(value, "__float__")):
+    if not isinstance(value, (Real, torch.SymInt, torch.SymFloat)):
         raise TypeError(f"{name} must be a number, got {value!r}")
 
 
-def check_count(name: str, value: Any) -> None:
-    """Check that ``value`` is an integer of at least 1, of Python, NumPy or a graph that is traced.
+def check_integer(name: str, value: object) -> None:
+    """Check that ``value`` is an integer that an int64 holds, of Python, NumPy or a graph that is traced.
 
     Raises:
         TypeError: it is no integer.
-        ValueError: it is less.
+        ValueError: it is too large.
     """
-    if not (isinstance(value, (int, torch.SymInt)) or hasattr(value, "__index__")):
+    if not isinstance(value, (Integral, torch.SymInt)):
         raise TypeError(f"{name} must be an integer, got {value!r}")
+    if isinstance(value, Integral) and not -(2**63) <= int(value) < 2**63:
+        raise ValueError(f"{name} must be in [-2^63, 2^63), got {value}")
+
+
+def check_count(name: str, value: Any) -> None:
+    """Check that ``value`` is an integer of at least 1, as ``check_integer`` takes them.
+
+    Raises:
+        TypeError: it is no integer.
+        ValueError: it is less, or too large.
+    """
+    check_integer(name, value)
     if value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}")
 
@@ -102,5 +117,5 @@ def check_choice(name: str, value: object, choices: Collection[str]) -> None:
     Raises:
         ValueError: it is not.
     """
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")

@@ -56,7 +56,7 @@ def channel_attention(
         value: the shape and dtype of ``key``.
         group_mask: bool (G,) on the query's device; L = G · Ck, group-major. Groups that are False leave the softmax
             and the norm's statistics; if all are, the output is zero.
-        eps: added to the variance of the map.
+        eps: above 0, added to the variance of the map.
         dropout_p: probability of dropping an entry of the attention map, in [0, 1).
         seed: int64 tensor of shape () on the query's device, from which the dropout mask is hashed, equal for all
             backends; None draws one from torch's generator there.
@@ -234,8 +234,8 @@ def _check_arguments(
         if groups == 0 or key.shape[-1] % groups:
             raise ValueError(f"group_mask has {groups} groups, which do not divide the key's L = {key.shape[-1]}")
     check_number("eps", eps)
-    if not eps >= 0:
-        raise ValueError(f"eps must be at least 0, got {eps}")
+    if not eps > 0:  # at 0 a constant map is 0/0
+        raise ValueError(f"eps must be above 0, got {eps}")
     check_number("dropout_p", dropout_p)
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")

@@ -92,7 +92,8 @@ def _route_kernel(
     for e in range(0, E, BLOCK_E):
         o_e = e + tl.arange(0, BLOCK_E)
         arrivals += tl.sum((tl.load(channel_class + o_e, mask=o_e < E, other=-1) == i_k).to(tl.int32), 0)
-    first = tl.load(queue_ptr + i_k * stride_ptr)
+    # A pointer that lies beside the memory must not write there; the remainder of a negative one is negative.
+    first = (tl.load(queue_ptr + i_k * stride_ptr) % S + S) % S
     rank_before = 0
     for e in range(0, E, BLOCK_E):
         o_e = e + tl.arange(0, BLOCK_E)

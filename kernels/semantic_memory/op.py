@@ -48,12 +48,12 @@ def semantic_memory_enqueue(queue: Tensor, queue_ptr: Tensor, features: Tensor, 
 
     Raises:
         TypeError: an argument is no tensor or has another dtype.
-        ValueError: shapes do not fit, the devices differ, or slots of the queue share memory.
+        ValueError: shapes do not fit, the devices differ, entries of the queue or of its pointers share memory, or, on
+            the CPU, a pointer is wrong. A GPU, which would have to be waited for, takes a wrong one modulo S.
     """
     check_tensor("queue", queue, "(K, S, N)", FLOATING)
     check_not_empty("queue", queue, {"K": 0, "S": 1, "N": 2})
-    if any(stride == 0 and side > 1 for stride, side in zip(queue.stride(), queue.shape, strict=True)):
-        raise ValueError(f"queue has strides {queue.stride()}: slots share memory, as after expand(); clone() it first")
+    _check_no_overlap("queue", queue)
     classes, _, tokens = queue.shape
     check_tensor("queue_ptr", queue_ptr, "(K,)", (torch.int64,), like=queue)
     check_shape("queue_ptr", queue_ptr, "(K,)", (classes,))
@@ -62,8 +62,28 @@ def semantic_memory_enqueue(queue: Tensor, queue_ptr: Tensor, features: Tensor, 
     check_shape("features", features, "(B, N, C)", (batch, tokens, channels))
     check_tensor("channel_class", channel_class, "(B, C)", (torch.int64,), like=queue)
     check_shape("channel_class", channel_class, "(B, C)", (batch, channels))
+    _check_no_overlap("queue_ptr", queue_ptr)
     if channel_class.numel():
         _semantic_memory_enqueue(queue, queue_ptr, features.detach(), channel_class)
+
+
+def _check_no_overlap(name: str, value: Tensor) -> None:
+    """Each stride must step over all that the smaller ones reach."""
+    reach = 1
+    for stride, side in sorted(
+        (stride, side) for stride, side in zip(value.stride(), value.shape, strict=True) if side > 1
+    ):
+        if stride < reach:
+            raise ValueError(
+                f"{name} has strides {value.stride()}: entries share memory, as after expand(); clone() it first"
+            )
+        reach = stride * (side - 1) + reach
+
+
+def _check_pointers(queue_ptr: Tensor, slots: int) -> None:
+    wrong = queue_ptr[(queue_ptr < 0) | (queue_ptr >= slots)]
+    if wrong.numel():
+        raise ValueError(f"queue_ptr holds {wrong[0].item()}, expected slots in [0, {slots})")
 
 
 def _implementation(op: str, *tensors: Tensor) -> ModuleType:
@@ -89,6 +109,8 @@ def _(features: Tensor, class_map: Tensor) -> Tensor:
 
 @torch.library.custom_op("allspark_fast::semantic_memory_enqueue", mutates_args=("queue", "queue_ptr"))
 def _semantic_memory_enqueue(queue: Tensor, queue_ptr: Tensor, features: Tensor, channel_class: Tensor) -> None:
+    if queue.device.type == "cpu":
+        _check_pointers(queue_ptr, queue.shape[1])
     with torch.cuda.device_of(queue):
         implementation = _implementation("semantic_memory_enqueue", queue, features)
         implementation.semantic_memory_enqueue(queue, queue_ptr, features, channel_class)

@@ -15,12 +15,13 @@ def channel_semantic_grouping(features: Tensor, class_map: Tensor) -> Tensor:
     Returns:
         (B, C) int64; -1 for all channels of an image in which anything is not finite.
     """
-    classes = []
-    for image, scores in zip(features, class_map, strict=True):
-        similarity = normalize(scores.float(), dim=1) @ normalize(image.float(), dim=0)
-        finite = image.isfinite().all() and scores.isfinite().all()
-        classes.append(similarity.argmax(0) if finite else similarity.new_full(image.shape[1:], -1).long())
-    return torch.stack(classes)
+    batch, _, channels = features.shape
+    channel_class = torch.full((batch, channels), -1, device=features.device)
+    for image, scores, assigned in zip(features, class_map, channel_class, strict=True):
+        if image.isfinite().all() and scores.isfinite().all():
+            similarity = normalize(scores.float(), dim=1) @ normalize(image.float(), dim=0)
+            assigned.copy_(similarity.argmax(0))
+    return channel_class
 
 
 def semantic_memory_enqueue(queue: Tensor, queue_ptr: Tensor, features: Tensor, channel_class: Tensor) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 from allspark_fast.kernels.arguments import (
     FLOATING,
     check_choice,
+    check_integer,
     check_not_empty,
     check_number,
     check_shape,
@@ -54,7 +55,7 @@ def upsample_cross_entropy(
         ValueError: a shape, device, option or, on the CPU, a target is wrong. On a GPU, where looking at it would wait
             for the device, a wrong target gives a NaN loss; float64 stops the process by a device assertion.
     """
-    check_number("ignore_index", ignore_index)
+    check_integer("ignore_index", ignore_index)
     _check_arguments(logits, target, reduction, ohem_threshold, ohem_min_kept)
     loss, _ = _upsample_cross_entropy(logits, target, ignore_index)
     counts = target != ignore_index
@@ -89,7 +90,7 @@ def _check_arguments(
     check_number("ohem_threshold", 0 if ohem_threshold is None else ohem_threshold)
     if ohem_threshold is not None and not 0 <= ohem_threshold <= 1:
         raise ValueError(f"ohem_threshold must be a probability in [0, 1] or None, got {ohem_threshold}")
-    check_number("ohem_min_kept", ohem_min_kept)
+    check_integer("ohem_min_kept", ohem_min_kept)
     if ohem_min_kept < 0:
         raise ValueError(f"ohem_min_kept must be at least 0, got {ohem_min_kept}")
 

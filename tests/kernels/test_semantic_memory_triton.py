@@ -66,6 +66,17 @@ class TestEnqueue:
     def test_more_channels_than_one_block(self) -> None:
         assert_equals_the_loop(*enqueue_inputs(3, 2, 700, 2, 700))
 
+    @pytest.mark.parametrize("wrong", [-1, -9, 3, 2**63 - 1, -(2**63)])
+    def test_a_pointer_beside_the_memory_is_taken_modulo_its_slots(self, wrong: int) -> None:
+        queue, queue_ptr, features, channel_class = enqueue_inputs(2, 4, 3, 5, 9)
+        queue_ptr[1] = wrong
+        expected = queue.clone(), queue_ptr.remainder(3)
+        reference.semantic_memory_enqueue(*expected, features, channel_class)
+        with checked_memory():
+            kernel.semantic_memory_enqueue(queue, queue_ptr, features, channel_class)
+        assert torch.equal(queue, expected[0])
+        assert torch.equal(queue_ptr, expected[1])
+
     @pytest.mark.parametrize("queue_dtype", [torch.float16, torch.bfloat16, torch.float32])
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
     def test_casts_as_torch_does(self, dtype: torch.dtype, queue_dtype: torch.dtype) -> None:

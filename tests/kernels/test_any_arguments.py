@@ -1,0 +1,201 @@
+"""Anything in place of any argument of an operator: the documented error, which names it, or the right result."""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn.functional import interpolate, normalize
+
+from allspark_fast.kernels.channel_attention import channel_attention
+from allspark_fast.kernels.channel_attention import reference as attention_reference
+from allspark_fast.kernels.semantic_memory import channel_semantic_grouping, semantic_memory_enqueue
+from allspark_fast.kernels.semantic_memory import reference as memory_reference
+from allspark_fast.kernels.upsample_argmax import upsample_argmax
+from allspark_fast.kernels.upsample_cross_entropy import reference as loss_reference
+from allspark_fast.kernels.upsample_cross_entropy import upsample_cross_entropy
+
+DTYPES = [
+    torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.complex64,
+    torch.bool, torch.uint8, torch.int32, torch.int64,
+]  # fmt: skip
+NO_TENSORS = st.sampled_from([
+    None, True, 0, 1, -1, 3, 255, 2**40, 2**63, 0.5, -0.0, 1.5, math.nan, math.inf, "1", "auto", "chunked", "reference",
+    "triton", "sdpa", "mean", "none", b"mean", [], [1.0], (2, 3), (2, -3), (2.0, 3), ("2", 3), (1, 2, 3), {}, object(),
+    np.float32(0.5), np.int64(2), np.ones((2, 1, 5, 4), np.float32), torch.Size((4, 5)),
+])  # fmt: skip
+
+
+class Operator(NamedTuple):
+    """A public function, arguments that it takes, and what it should give for others that it takes."""
+
+    run: Callable[..., Any]
+    arguments: dict[str, Any]
+    expected: Callable[..., Any]
+
+
+def expected_attention(
+    query: Tensor, key: Tensor, value: Tensor, group_mask: Tensor | None, eps: float, dropout_p: float, seed: Tensor,
+    backend: str,
+) -> Tensor:  # fmt: skip
+    mask = None if group_mask is None else group_mask.repeat_interleave(key.shape[-1] // len(group_mask))
+    wide = (x.double() for x in (query, key, value))
+    return attention_reference.channel_attention(*wide, mask, eps, dropout_p, seed).to(query.dtype)
+
+
+def reached(features: Tensor, class_map: Tensor, channel_class: Tensor) -> Tensor:
+    """Cosine similarity of every channel with its class: of classes that are equally similar any is right."""
+    similarity = normalize(class_map.double(), dim=2) @ normalize(features.double(), dim=1)
+    return similarity.gather(1, channel_class[:, None])
+
+
+def run_grouping(features: Tensor, class_map: Tensor) -> Tensor:
+    return reached(features, class_map, channel_semantic_grouping(features, class_map))
+
+
+def expected_grouping(features: Tensor, class_map: Tensor) -> Tensor:
+    return reached(features, class_map, memory_reference.channel_semantic_grouping(features, class_map))
+
+
+def run_enqueue(queue: Tensor, queue_ptr: Tensor, features: Tensor, channel_class: Tensor) -> tuple[Tensor, Tensor]:
+    semantic_memory_enqueue(queue, queue_ptr, features, channel_class)
+    return queue, queue_ptr
+
+
+def expected_enqueue(
+    queue: Tensor, queue_ptr: Tensor, features: Tensor, channel_class: Tensor
+) -> tuple[Tensor, Tensor]:
+    memory_reference.semantic_memory_enqueue(queue, queue_ptr, features, channel_class)
+    return queue, queue_ptr
+
+
+def expected_loss(
+    logits: Tensor, target: Tensor, ignore_index: int, reduction: str, ohem_threshold: float | None, ohem_min_kept: int
+) -> Tensor:
+    pixels = loss_reference.forward(logits.double(), target, int(ignore_index))
+    counts = target != ignore_index
+    if ohem_threshold is not None and 0 < ohem_min_kept <= counts.sum():
+        # Ignored pixels stand among the others as certain ones.
+        probability = torch.exp(-pixels).where(counts, 1)
+        hardest = probability.flatten().sort().values[ohem_min_kept - 1]
+        counts &= probability <= max(hardest.item(), ohem_threshold)
+    pixels = pixels * counts
+    loss = {"none": pixels, "sum": pixels.sum(), "mean": pixels.sum() / counts.sum().clamp(min=1)}[reduction]
+    return loss.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def expected_argmax(logits: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    wide = interpolate(logits.double(), tuple(size), mode="bilinear").softmax(1)
+    confidence, labels = wide.max(1)
+    return labels, confidence.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def random(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+OPERATORS = {
+    "channel_attention": Operator(
+        channel_attention,
+        {
+            "query": random(2, 1, 5, 4), "key": random(1, 1, 5, 6), "value": random(1, 1, 5, 6),
+            "group_mask": torch.tensor([True, False, True]), "eps": 1e-5, "dropout_p": 0.25, "seed": torch.tensor(3),
+            "backend": "chunked",
+        },
+        expected_attention,
+    ),
+    "channel_semantic_grouping": Operator(
+        run_grouping, {"features": random(2, 5, 6), "class_map": random(2, 3, 5)}, expected_grouping
+    ),
+    "semantic_memory_enqueue": Operator(
+        run_enqueue,
+        {
+            "queue": random(3, 4, 5), "queue_ptr": torch.tensor([0, 2, 3]), "features": random(2, 5, 6),
+            "channel_class": torch.tensor([[0, 1, -1, 2, 2, 0], [1, 1, 1, 7, 1, 1]]),
+        },
+        expected_enqueue,
+    ),
+    "upsample_cross_entropy": Operator(
+        upsample_cross_entropy,
+        {
+            "logits": random(2, 3, 4, 5), "target": torch.arange(2 * 7 * 9).remainder(3).view(2, 7, 9),
+            "ignore_index": 1, "reduction": "mean", "ohem_threshold": 0.2, "ohem_min_kept": 40,
+        },
+        expected_loss,
+    ),
+    "upsample_argmax": Operator(upsample_argmax, {"logits": random(2, 3, 4, 5), "size": (7, 9)}, expected_argmax),
+}  # fmt: skip
+
+
+@st.composite
+def tensors_like(draw: st.DrawFn, tensor: Tensor) -> Tensor:
+    """Other sides, axes, dtype, strides, layout or device; most draws change one of them."""
+    change = draw(st.sampled_from(["shape", "axes", "dtype", "strides", "layout", "device", "gradient"]))
+    shape = list(tensor.shape)
+    if change == "shape" and shape:
+        shape[draw(st.integers(0, len(shape) - 1))] = draw(st.integers(0, 7))
+    elif change == "axes":
+        shape = draw(st.lists(st.integers(0, 3), max_size=5))
+    dtype = draw(st.sampled_from(DTYPES)) if change == "dtype" else tensor.dtype
+    values = (tensor if shape == list(tensor.shape) else random(*shape)).to(dtype)
+    if change == "strides":
+        return draw(st.sampled_from(views(values)))
+    if change == "layout":
+        return values.to_sparse()
+    if change == "device":
+        return values.to("meta")
+    return values.clone().requires_grad_(change == "gradient" and values.is_floating_point())
+
+
+def views(x: Tensor) -> list[Tensor]:
+    """The same shape in other strides; expanded ones hold one number many times."""
+    if x.ndim == 0:
+        return [torch.stack([x, x])[1]]
+    transposed = x.transpose(0, -1).contiguous().transpose(0, -1)
+    padded = torch.stack([x, x], -1)[..., 0]
+    return [transposed, padded, x[:1].expand_as(x), x[..., :1].expand_as(x)]
+
+
+@st.composite
+def arguments_of(draw: st.DrawFn, operator: Operator) -> dict[str, Any]:
+    """Its arguments, one or two of them replaced."""
+    arguments = dict(operator.arguments)
+    for name in draw(st.lists(st.sampled_from(sorted(arguments)), min_size=1, max_size=2, unique=True)):
+        value = arguments[name]
+        arguments[name] = draw(st.one_of(tensors_like(value), NO_TENSORS) if isinstance(value, Tensor) else NO_TENSORS)
+    return arguments
+
+
+def plain(value: object) -> object:
+    """Of tensors, a dense copy without gradients."""
+    return (
+        value.detach().to_dense().clone(memory_format=torch.contiguous_format) if isinstance(value, Tensor) else value
+    )
+
+
+def results(value: Tensor | tuple[Tensor, ...]) -> Iterable[Tensor]:
+    return (value,) if isinstance(value, Tensor) else value
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+@settings(max_examples=200, deadline=None)
+@given(data=st.data())
+def test_any_arguments(name: str, data: st.DataObject) -> None:
+    operator = OPERATORS[name]
+    arguments = data.draw(arguments_of(operator))
+    copies = {key: plain(value) for key, value in arguments.items()}
+    try:
+        actual = operator.run(**arguments)
+    except (TypeError, ValueError) as error:
+        assert any(key in str(error) for key in arguments)  # noqa: PT017 both outcomes are right
+        return
+    if any(x.is_meta for x in results(actual)):
+        return
+    for result, expected in zip(results(actual), results(operator.expected(**copies)), strict=True):
+        tolerance = {} if result.dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
+        torch.testing.assert_close(result, expected, equal_nan=True, **tolerance)
