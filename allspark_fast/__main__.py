@@ -2,6 +2,7 @@
 
 import errno
 import importlib
+import io
 import logging
 import os
 import sys
@@ -19,6 +20,9 @@ _LESS_MEMORY = {
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; returns the exit status."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names of files need not be text
     rank = int(os.environ.get("RANK", "0"))  # of torchrun
     prefix = f"rank {rank}: " if rank else ""
     logging.basicConfig(format=f"{prefix}%(message)s")

@@ -135,8 +135,9 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let ``write`` make a file beside ``path``, flush it to disk and rename it: ``path`` is never half written.
 
     Raises:
-        OSError: the disk is full, or the folder read-only; ``path`` is as it was before.
+        OSError: there is no such folder, the disk is full, or the folder read-only; ``path`` is as it was before.
     """
+    require_parent(path)
     temporary = path.with_name(f".{path.name}.tmp{path.suffix}")
     try:
         write(temporary)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from allspark_fast.checkpoint import load_latest_checkpoint, save_checkpoint
+from allspark_fast.checkpoint import load_latest_checkpoint, save_checkpoint, write_atomically
 from allspark_fast.checkpoint_writer import CheckpointWriter
 
 
@@ -39,3 +39,8 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(
     (tmp_path / "step_00000001.pt").write_bytes(b"")
     with pytest.raises(ValueError, match="none of 2 checkpoints can be read"):
         load_latest_checkpoint(tmp_path)
+
+
+def test_a_folder_that_is_missing_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"there is no folder .*nowhere, make it first"):
+        write_atomically(tmp_path / "nowhere" / "a.txt", lambda path: path.write_text("a"))

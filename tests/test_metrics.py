@@ -8,17 +8,19 @@ from tests.kernels.forbid_sync import forbid_sync
 
 
 def test_counts_and_iou_by_hand() -> None:
-    target = torch.tensor([[0, 0, 1, 1, 255, 3]])
-    prediction = torch.tensor([[0, 1, 1, 1, 2, 0]])
-    confusion = ConfusionMatrix(4)
+    target = torch.tensor([[0, 0, 1, 1, 255, 3, 4]])
+    prediction = torch.tensor([[0, 1, 1, 1, 2, 0, 4]])
+    confusion = ConfusionMatrix(5)
     confusion.update(prediction, target)
-    assert confusion.matrix.tolist() == [[1, 1, 0, 0], [0, 2, 0, 0], [0, 0, 0, 0], [1, 0, 0, 0]]
+    assert confusion.matrix.tolist() == [
+        [1, 1, 0, 0, 0], [0, 2, 0, 0, 0], [0, 0, 0, 0, 0], [1, 0, 0, 0, 0], [0, 0, 0, 0, 1]
+    ]  # fmt: skip
     scores = confusion.compute()
     # Class 2 occurs nowhere that counts: 0 in the official mean over all classes. Class 3 was missed.
-    assert scores.iou.tolist() == pytest.approx([1 / 3, 2 / 3, 0, 0])
-    assert scores.present.tolist() == [True, True, False, True]
-    assert scores.mean_iou == pytest.approx(1 / 4)
-    assert scores.mean_iou_present == pytest.approx(1 / 3)
+    assert scores.iou.tolist() == pytest.approx([1 / 3, 2 / 3, 0, 0, 1])
+    assert scores.present.tolist() == [True, True, False, True, True]
+    assert scores.mean_iou == pytest.approx(2 / 5)
+    assert scores.mean_iou_present == pytest.approx(1 / 2)
 
 
 def test_updates_add_up_in_any_dtype() -> None:

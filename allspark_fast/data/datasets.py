@@ -48,6 +48,23 @@ def _parse_line(line: str) -> Entry:
     return pairs[0] if pairs else Entry(line, None)
 
 
+def split_line(entry: Entry) -> str:
+    """The line of a split file from which ``read_split`` gets the entry back.
+
+    Raises:
+        DataError: there is none, since a path is no UTF-8, holds an end of line, or reads like two paths.
+    """
+    line = entry.image if entry.label is None else f"{entry.image} {entry.label}"
+    try:
+        line.encode()
+        comes_back = line.splitlines() == [line.strip()] and _parse_line(line) == entry
+    except ValueError:
+        comes_back = False
+    if not comes_back:
+        raise DataError(f"{line!r}: names like this cannot stand in a split file, rename it")
+    return line
+
+
 def read_split(path: str | Path) -> list[Entry]:
     """Reads a split file as the public code of AllSpark, UniMatch and their like writes them.
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from allspark_fast.data.datasets import Entry, SegmentationDataset
+from allspark_fast.data.datasets import Entry, SegmentationDataset, split_line
 from allspark_fast.data.errors import DataError
 from allspark_fast.data.info import IGNORE_INDEX
 from allspark_fast.data.seeding import mix_seed
@@ -112,10 +112,13 @@ def write_split(folder: str | Path, split: Split, val: Sequence[Entry] = ()) -> 
     """Writes `labeled.txt`, `unlabeled.txt` and, unless it is empty, `val.txt` in the official format into a folder.
 
     The folder is made if need be.
+
+    Raises:
+        DataError: a path cannot stand in a split file; nothing is written.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     lists = {"labeled": split.labeled, "unlabeled": split.unlabeled, **({"val": val} if val else {})}
-    for name, entries in lists.items():
-        lines = [entry.image if entry.label is None else f"{entry.image} {entry.label}" for entry in entries]
-        (folder / f"{name}.txt").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    texts = {name: "".join(f"{split_line(entry)}\n" for entry in entries) for name, entries in lists.items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in texts.items():
+        (folder / f"{name}.txt").write_text(text, encoding="utf-8")

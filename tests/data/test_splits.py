@@ -8,7 +8,7 @@ from allspark_fast.commands.splits import run
 from allspark_fast.data.datasets import Entry, SegmentationDataset, read_split
 from allspark_fast.data.errors import DataError
 from allspark_fast.data.info import VOC_PALETTE, DatasetInfo
-from allspark_fast.data.splits import classes_of, make_split, parse_amount, write_split
+from allspark_fast.data.splits import Split, classes_of, make_split, parse_amount, write_split
 
 ENTRIES = [Entry(f"{index}.jpg", f"{index}.png") for index in range(40)]
 # Class 0 is everywhere, class 1 in every second entry, classes 2 to 5 in one entry each.
@@ -127,3 +127,10 @@ def test_camvid_split_covers_all_classes(camvid):
     part = make_split(train, 11, 0, classes_of(dataset))
     assert part.uncovered == []
     assert len(part.labeled) == 11
+
+
+@pytest.mark.parametrize("name", ["b\udce4r.png", "two\nlines.png", "next\x85line.png", " blank.png", "a.png b.png"])
+def test_names_that_no_split_file_can_hold_are_refused_before_anything_is_written(tmp_path, name):
+    with pytest.raises(DataError, match="rename it"):
+        write_split(tmp_path / "splits", Split([Entry("a.png", "b.png")], [Entry(name, None)], []))
+    assert not (tmp_path / "splits").exists()

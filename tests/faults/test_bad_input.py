@@ -193,8 +193,9 @@ class TestMetrics:
         confusion, labels = ConfusionMatrix(2), torch.zeros(4, 4, dtype=torch.int64)
         with pytest.raises(ValueError, match="expected one shape"):
             confusion.update(labels, labels[None])
-        with pytest.raises(TypeError, match="expected integer classes"):
-            confusion.update(labels.float(), labels)
+        for floats in ((labels.float(), labels), (labels, labels.float())):
+            with pytest.raises(TypeError, match="expected integer classes"):
+                confusion.update(*floats)
         with pytest.raises(ValueError, match="num_classes must be at least 1"):
             ConfusionMatrix(0)
         confusion.update(labels[:0], labels[:0])

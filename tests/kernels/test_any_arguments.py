@@ -30,6 +30,8 @@ NO_TENSORS = st.sampled_from([
     np.float32(0.5), np.int64(2), np.ones((2, 1, 5, 4), np.float32), torch.Size((4, 5)),
 ])  # fmt: skip
 
+CHANGES = ["shape", "axes", "dtype", "layout", "device", "strides", "strides", "strides", "gradient", "gradient"]
+
 
 class Operator(NamedTuple):
     """A public function, arguments that it takes, and what it should give for others that it takes."""
@@ -40,10 +42,13 @@ class Operator(NamedTuple):
 
 
 def expected_attention(
-    query: Tensor, key: Tensor, value: Tensor, group_mask: Tensor | None, eps: float, dropout_p: float, seed: Tensor,
+    query: Tensor, key: Tensor, value: Tensor, group_mask: Tensor | None, eps: float, dropout_p: float,
+    seed: Tensor | None,
     backend: str,
 ) -> Tensor:  # fmt: skip
     mask = None if group_mask is None else group_mask.repeat_interleave(key.shape[-1] // len(group_mask))
+    if seed is None:  # drawn as the operator draws it
+        seed = torch.randint(2**63 - 1, ())
     wide = (x.double() for x in (query, key, value))
     return attention_reference.channel_attention(*wide, mask, eps, dropout_p, seed).to(query.dtype)
 
@@ -135,7 +140,7 @@ OPERATORS = {
 @st.composite
 def tensors_like(draw: st.DrawFn, tensor: Tensor) -> Tensor:
     """Other sides, axes, dtype, strides, layout or device; most draws change one of them."""
-    change = draw(st.sampled_from(["shape", "axes", "dtype", "strides", "layout", "device", "gradient"]))
+    change = draw(st.sampled_from(CHANGES))
     shape = list(tensor.shape)
     if change == "shape" and shape:
         shape[draw(st.integers(0, len(shape) - 1))] = draw(st.integers(0, 7))
@@ -158,7 +163,7 @@ def views(x: Tensor) -> list[Tensor]:
         return [torch.stack([x, x])[1]]
     transposed = x.transpose(0, -1).contiguous().transpose(0, -1)
     padded = torch.stack([x, x], -1)[..., 0]
-    return [transposed, padded, x[:1].expand_as(x), x[..., :1].expand_as(x)]
+    return [transposed, padded, x[:1].expand_as(x)]
 
 
 @st.composite
@@ -189,6 +194,7 @@ def test_any_arguments(name: str, data: st.DataObject) -> None:
     operator = OPERATORS[name]
     arguments = data.draw(arguments_of(operator))
     copies = {key: plain(value) for key, value in arguments.items()}
+    torch.manual_seed(0)
     try:
         actual = operator.run(**arguments)
     except (TypeError, ValueError) as error:
@@ -196,6 +202,7 @@ def test_any_arguments(name: str, data: st.DataObject) -> None:
         return
     if any(x.is_meta for x in results(actual)):
         return
+    torch.manual_seed(0)
     for result, expected in zip(results(actual), results(operator.expected(**copies)), strict=True):
         tolerance = {} if result.dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
         torch.testing.assert_close(result, expected, equal_nan=True, **tolerance)
