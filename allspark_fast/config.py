@@ -283,6 +283,13 @@ def _from_plain(kind: Any, value: Any, where: str) -> Any:
         return kind(**{name: _from_plain(hint, value[name], f"{where}.{name}") for name, hint in hints.items()})
     if get_origin(kind) is UnionType:
         return None if value is None else _from_plain(get_args(kind)[0], value, where)
-    if kind is Path:
-        return Path(value)
-    return tuple(value) if get_origin(kind) is tuple else value
+    if get_origin(kind) is tuple:
+        kinds = get_args(kind)
+        _expect(isinstance(value, list) and len(value) == len(kinds), where, value, f"{len(kinds)} numbers")
+        return tuple(_from_plain(x, part, where) for x, part in zip(kinds, value, strict=True))
+    if get_origin(kind) is Literal:
+        _expect(value in get_args(kind), where, value, f"one of {', '.join(get_args(kind))}")
+        return value
+    written = {Path: str, float: int | float}.get(kind, kind)
+    _expect(isinstance(value, written) and (kind is bool or not isinstance(value, bool)), where, value, kind.__name__)
+    return Path(value) if kind is Path else value

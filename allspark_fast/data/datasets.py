@@ -57,7 +57,7 @@ def split_line(entry: Entry) -> str:
     line = entry.image if entry.label is None else f"{entry.image} {entry.label}"
     try:
         line.encode()
-        comes_back = line.splitlines() == [line.strip()] and _parse_line(line) == entry
+        comes_back = line.splitlines() == [line.strip().lstrip("\ufeff")] and _parse_line(line) == entry
     except ValueError:
         comes_back = False
     if not comes_back:
