@@ -1,0 +1,272 @@
+"""Depthwise 3x3 convolution + GELU in Triton: each pass over the tokens reads and writes them once.
+
+    _depthwise_gelu_kernel            the output
+    _depthwise_gelu_backward_kernel   the gradient of what enters GELU, which is computed again, and of the weights, in
+                                      parts: one for each program
+    _depthwise_transposed_kernel      the gradient of the tokens, from what the kernel before wrote
+
+A program has a tile of pixels of a row and of channels and walks down the map, so that a token is loaded from afar for
+one program, and three times by it: as a left neighbour, for itself and as a right one. Every address is written by one
+program, and parts are added in a fixed order, so results are deterministic.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from allspark_fast.kernels.depthwise_gelu.configs import Tile
+
+_TAPS = 9
+
+
+@triton.jit
+def _place(h, w, C, BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Image, first row and the row behind the last, columns, channels: what a program computes."""
+    # Blocks of channels and of columns share the first axis, which alone may be long.
+    blocks = tl.cdiv(C, BLOCK_C)
+    i_c, i_x = tl.program_id(0) % blocks, tl.program_id(0) // blocks
+    first = tl.program_id(1).to(tl.int64) * BLOCK_Y
+    o_x = i_x * BLOCK_X + tl.arange(0, BLOCK_X)
+    o_c = i_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    return tl.program_id(2).to(tl.int64), first, tl.minimum(first + BLOCK_Y, h), o_x, o_c
+
+
+@triton.jit
+def _load_taps(weight, row, o_c, C):
+    """A row of the window: its weights, each [BC]."""
+    p_weight = weight + o_c.to(tl.int64) * 9 + 3 * row
+    m_c = o_c < C
+    b_left = tl.load(p_weight, mask=m_c, other=0.0).to(tl.float32)
+    b_here = tl.load(p_weight + 1, mask=m_c, other=0.0).to(tl.float32)
+    b_right = tl.load(p_weight + 2, mask=m_c, other=0.0).to(tl.float32)
+    return b_left, b_here, b_right
+
+
+@triton.jit
+def _load_row(p_image, y, o_x, o_c, h, w, C):
+    """Tokens of row y, each at the place of its right neighbour, its own and that of its left one: [BX, BC]."""
+    p_here = p_image + y * w * C + (o_x.to(tl.int64)[:, None] * C + o_c[None, :])
+    m_here = ((o_x < w) & (y >= 0) & (y < h))[:, None] & (o_c < C)[None, :]
+    b_left = tl.load(p_here - C, mask=m_here & (o_x > 0)[:, None], other=0.0)
+    b_here = tl.load(p_here, mask=m_here, other=0.0)
+    b_right = tl.load(p_here + C, mask=m_here & (o_x < w - 1)[:, None], other=0.0)
+    return b_left.to(tl.float32), b_here.to(tl.float32), b_right.to(tl.float32)
+
+
+@triton.jit
+def _weigh(b_sum, b_left, b_here, b_right, b_weight_left, b_weight_here, b_weight_right):
+    """The sum with a row of tokens under a row of the window."""
+    b_sum += b_left * b_weight_left[None, :]
+    b_sum += b_here * b_weight_here[None, :]
+    return b_sum + b_right * b_weight_right[None, :]
+
+
+@triton.jit
+def _normal_tail(b_x):
+    """The standard normal distribution's tail beyond |x|, which is erfc(|x| / √2) / 2."""
+    b_a = tl.abs(b_x)
+    b_log2 = -2.33494893e-06 * b_a + 3.37378151e-05
+    b_log2 = b_log2 * b_a - 1.61293836e-04
+    b_log2 = b_log2 * b_a - 1.91703541e-04
+    b_log2 = b_log2 * b_a + 7.12686498e-03
+    b_log2 = b_log2 * b_a - 5.25336117e-02
+    b_log2 = b_log2 * b_a - 4.59198296e-01
+    b_log2 = b_log2 * b_a - 1.15110600e00
+    return tl.exp2(b_log2 * b_a - 1.0)
+
+
+@triton.jit
+def _convolve(
+    tokens,
+    weight,
+    bias,
+    result,
+    h,
+    w,
+    C,
+    TRANSPOSED: tl.constexpr,
+    BLOCK_Y: tl.constexpr,
+    BLOCK_X: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """With GELU, or transposed and without."""
+    i_b, first, last, o_x, o_c = _place(h, w, C, BLOCK_Y, BLOCK_X, BLOCK_C)
+    if TRANSPOSED:
+        b_w22, b_w21, b_w20 = _load_taps(weight, 0, o_c, C)
+        b_w12, b_w11, b_w10 = _load_taps(weight, 1, o_c, C)
+        b_w02, b_w01, b_w00 = _load_taps(weight, 2, o_c, C)
+        b_bias = tl.zeros([BLOCK_C], tl.float32)
+    else:
+        b_w00, b_w01, b_w02 = _load_taps(weight, 0, o_c, C)
+        b_w10, b_w11, b_w12 = _load_taps(weight, 1, o_c, C)
+        b_w20, b_w21, b_w22 = _load_taps(weight, 2, o_c, C)
+        b_bias = tl.load(bias + o_c, mask=o_c < C, other=0.0).to(tl.float32)
+    p_image = tokens + i_b * h * w * C
+    o_result = i_b * h * w * C + (o_x.to(tl.int64)[:, None] * C + o_c[None, :])
+    m_result = (o_x < w)[:, None] & (o_c < C)[None, :]
+    # A row of tokens takes part in three rows of the result; sums of two of them are under way.
+    b_zero = tl.zeros([BLOCK_X, BLOCK_C], tl.float32) + b_bias[None, :]
+    b_left, b_here, b_right = _load_row(p_image, first - 1, o_x, o_c, h, w, C)
+    b_sum = _weigh(b_zero, b_left, b_here, b_right, b_w00, b_w01, b_w02)
+    b_left, b_here, b_right = _load_row(p_image, first, o_x, o_c, h, w, C)
+    b_sum = _weigh(b_sum, b_left, b_here, b_right, b_w10, b_w11, b_w12)
+    b_next = _weigh(b_zero, b_left, b_here, b_right, b_w00, b_w01, b_w02)
+    for y in range(first, last):
+        b_left, b_here, b_right = _load_row(p_image, y + 1, o_x, o_c, h, w, C)
+        b_sum = _weigh(b_sum, b_left, b_here, b_right, b_w20, b_w21, b_w22)
+        if not TRANSPOSED:
+            b_sum = tl.maximum(b_sum, 0.0) - tl.abs(b_sum) * _normal_tail(b_sum)
+        tl.store(result + y * w * C + o_result, b_sum.to(result.dtype.element_ty), mask=m_result)
+        b_sum = _weigh(b_next, b_left, b_here, b_right, b_w10, b_w11, b_w12)
+        b_next = _weigh(b_zero, b_left, b_here, b_right, b_w00, b_w01, b_w02)
+
+
+@triton.jit
+def _depthwise_gelu_kernel(
+    tokens,  # (B, h·w, C)
+    weight,  # (C, 3, 3)
+    bias,  # (C,)
+    output,  # (B, h·w, C)
+    h,
+    w,
+    C,
+    BLOCK_Y: tl.constexpr,
+    BLOCK_X: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    _convolve(tokens, weight, bias, output, h, w, C, False, BLOCK_Y, BLOCK_X, BLOCK_C)
+
+
+@triton.jit
+def _depthwise_transposed_kernel(
+    grad_convolved,  # (B, h·w, C)
+    weight,  # (C, 3, 3)
+    grad_tokens,  # (B, h·w, C)
+    h,
+    w,
+    C,
+    BLOCK_Y: tl.constexpr,
+    BLOCK_X: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    _convolve(grad_convolved, weight, None, grad_tokens, h, w, C, True, BLOCK_Y, BLOCK_X, BLOCK_C)
+
+
+@triton.jit
+def _depthwise_gelu_backward_kernel(
+    tokens,  # (B, h·w, C)
+    grad,  # (B, h·w, C)
+    weight,  # (C, 3, 3)
+    bias,  # (C,)
+    grad_convolved,  # (B, h·w, C)
+    parts,  # (programs, 10, C) float32: gradients of the nine weights and of the bias
+    h,
+    w,
+    C,
+    BLOCK_Y: tl.constexpr,
+    BLOCK_X: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    i_b, first, last, o_x, o_c = _place(h, w, C, BLOCK_Y, BLOCK_X, BLOCK_C)
+    b_w00, b_w01, b_w02 = _load_taps(weight, 0, o_c, C)
+    b_w10, b_w11, b_w12 = _load_taps(weight, 1, o_c, C)
+    b_w20, b_w21, b_w22 = _load_taps(weight, 2, o_c, C)
+    b_bias = tl.load(bias + o_c, mask=o_c < C, other=0.0).to(tl.float32)
+    p_image = tokens + i_b * h * w * C
+    o_grad = i_b * h * w * C + (o_x.to(tl.int64)[:, None] * C + o_c[None, :])
+    m_grad = (o_x < w)[:, None] & (o_c < C)[None, :]
+    b_zero = tl.zeros([BLOCK_X, BLOCK_C], tl.float32) + b_bias[None, :]
+    b_g00 = tl.zeros([BLOCK_X, BLOCK_C], tl.float32)
+    b_g01, b_g02, b_g10, b_g11, b_g12, b_g20, b_g21, b_g22, b_g = b_g00, b_g00, b_g00, b_g00, b_g00, b_g00, b_g00, b_g00, b_g00
+    # The window, of tokens: rows above, here and below.
+    b_00, b_01, b_02 = _load_row(p_image, first - 1, o_x, o_c, h, w, C)
+    b_10, b_11, b_12 = _load_row(p_image, first, o_x, o_c, h, w, C)
+    for y in range(first, last):
+        b_20, b_21, b_22 = _load_row(p_image, y + 1, o_x, o_c, h, w, C)
+        b_x = _weigh(b_zero, b_00, b_01, b_02, b_w00, b_w01, b_w02)
+        b_x = _weigh(b_x, b_10, b_11, b_12, b_w10, b_w11, b_w12)
+        b_x = _weigh(b_x, b_20, b_21, b_22, b_w20, b_w21, b_w22)
+        b_grad = tl.load(grad + y * w * C + o_grad, mask=m_grad, other=0.0).to(tl.float32)
+        b_tail = _normal_tail(b_x)
+        b_density = 0.3989422804014327 * tl.exp2(-0.7213475204444817 * b_x * b_x)
+        b_grad *= tl.where(b_x < 0.0, b_tail, 1.0 - b_tail) + b_x * b_density
+        tl.store(grad_convolved + y * w * C + o_grad, b_grad.to(grad_convolved.dtype.element_ty), mask=m_grad)
+        b_g += b_grad
+        b_g00 += b_grad * b_00
+        b_g01 += b_grad * b_01
+        b_g02 += b_grad * b_02
+        b_g10 += b_grad * b_10
+        b_g11 += b_grad * b_11
+        b_g12 += b_grad * b_12
+        b_g20 += b_grad * b_20
+        b_g21 += b_grad * b_21
+        b_g22 += b_grad * b_22
+        b_00, b_01, b_02 = b_10, b_11, b_12
+        b_10, b_11, b_12 = b_20, b_21, b_22
+    program = (i_b * tl.num_programs(1) + tl.program_id(1)) * tl.cdiv(w, BLOCK_X) + tl.program_id(0) // tl.cdiv(C, BLOCK_C)
+    p_parts = parts + program * 10 * C + o_c
+    m_c = o_c < C
+    tl.store(p_parts, tl.sum(b_g00, 0), mask=m_c)
+    tl.store(p_parts + C, tl.sum(b_g01, 0), mask=m_c)
+    tl.store(p_parts + 2 * C, tl.sum(b_g02, 0), mask=m_c)
+    tl.store(p_parts + 3 * C, tl.sum(b_g10, 0), mask=m_c)
+    tl.store(p_parts + 4 * C, tl.sum(b_g11, 0), mask=m_c)
+    tl.store(p_parts + 5 * C, tl.sum(b_g12, 0), mask=m_c)
+    tl.store(p_parts + 6 * C, tl.sum(b_g20, 0), mask=m_c)
+    tl.store(p_parts + 7 * C, tl.sum(b_g21, 0), mask=m_c)
+    tl.store(p_parts + 8 * C, tl.sum(b_g22, 0), mask=m_c)
+    tl.store(p_parts + 9 * C, tl.sum(b_g, 0), mask=m_c)
+
+
+def forward(tokens: Tensor, weight: Tensor, bias: Tensor, size: tuple[int, int], tile: Tile) -> Tensor:
+    """As in ``reference``, for float16, bfloat16 and float32, with the weights as they are."""
+    output = torch.empty(tokens.shape, dtype=tokens.dtype, device=tokens.device)
+    if output.numel():
+        _depthwise_gelu_kernel[_grid(output, size, tile)](
+            tokens.contiguous(),
+            weight.contiguous(),
+            bias.contiguous(),
+            output,
+            *size,
+            output.shape[2],
+            **tile.options(),
+        )
+    return output
+
+
+def backward(
+    grad: Tensor, tokens: Tensor, weight: Tensor, bias: Tensor, size: tuple[int, int], tile: Tile
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As in ``reference``, for float16, bfloat16 and float32, with the weights as they are."""
+    batch, _, channels = tokens.shape
+    grad_convolved = torch.empty(tokens.shape, dtype=tokens.dtype, device=tokens.device)
+    grad_tokens = torch.empty_like(grad_convolved)
+    if not grad_tokens.numel():
+        return grad_tokens, torch.zeros_like(weight), torch.zeros_like(bias)
+    blocks = batch * triton.cdiv(size[0], tile.rows) * triton.cdiv(size[1], tile.pixels)
+    parts = torch.empty((blocks, _TAPS + 1, channels), dtype=torch.float32, device=tokens.device)
+    grid = _grid(tokens, size, tile)
+    weight = weight.contiguous()
+    _depthwise_gelu_backward_kernel[grid](
+        tokens.contiguous(),
+        grad.contiguous(),
+        weight,
+        bias.contiguous(),
+        grad_convolved,
+        parts,
+        *size,
+        channels,
+        **tile.options(),
+    )
+    _depthwise_transposed_kernel[grid](grad_convolved, weight, grad_tokens, *size, channels, **tile.options())
+    sums = parts.sum(0)
+    grad_weight = sums[:_TAPS].mT.to(weight.dtype, memory_format=torch.contiguous_format).view(weight.shape)
+    return grad_tokens, grad_weight, sums[_TAPS].to(bias.dtype)
+
+
+def _grid(tokens: Tensor, size: tuple[int, int], tile: Tile) -> tuple[int, int, int]:
+    batch, _, channels = tokens.shape
+    height, width = size
+    tiles = triton.cdiv(channels, tile.channels) * triton.cdiv(width, tile.pixels)
+    return tiles, triton.cdiv(height, tile.rows), batch
