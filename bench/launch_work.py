@@ -1,5 +1,6 @@
 """The least time of a kernel's launch, from its arithmetic and published rates, for GPUs that need not be there."""
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -107,6 +108,12 @@ def _upsampled_backward(call: Call) -> Arithmetic:
     return Arithmetic(4 * once.flops, 4 * once.exponentials)
 
 
+def _depthwise(call: Call, *, passes: int, exponentials: int) -> Arithmetic:
+    """Products with the nine weights of a channel, for every token."""
+    entries = float(call.arguments["h"] * call.arguments["w"] * call.arguments["C"] * call.grid[2])
+    return Arithmetic(18 * passes * entries, exponentials * entries)
+
+
 _PRODUCTS = {"probability", "merge", "gradient", "one_pass"}
 _ARITHMETIC: dict[str, Callable[[Call], Arithmetic]] = {
     "probability": _probability,
@@ -117,4 +124,7 @@ _ARITHMETIC: dict[str, Callable[[Call], Arithmetic]] = {
     "cross_entropy": _upsampled,
     "cross_entropy_backward": _upsampled_backward,
     "argmax": _upsampled,
+    "depthwise_gelu": functools.partial(_depthwise, passes=1, exponentials=1),
+    "depthwise_gelu_backward": functools.partial(_depthwise, passes=2, exponentials=2),
+    "depthwise_transposed": functools.partial(_depthwise, passes=1, exponentials=0),
 }

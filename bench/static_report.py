@@ -20,6 +20,7 @@ from bench.launches import (
     Launch,
     Launches,
     channel_attention_launches,
+    depthwise_gelu_launches,
     semantic_memory_launches,
     upsample_launches,
 )
@@ -171,3 +172,4 @@ def _parts(
             yield channel_attention_launches(device, dtype, tokens, dropout_p)
         yield semantic_memory_launches(device, dtype, 289)
         yield upsample_launches(device, dtype)
+        yield depthwise_gelu_launches(device, dtype)

@@ -53,6 +53,16 @@ def _convolution_backward(grad: Shape, _: Shape, weight: Shape, *arguments: obje
     return sum(needed[:2]) * 2 * grad[0] * math.prod(grad[2:]) * math.prod(weight)
 
 
+def _depthwise(tokens: Shape, *_: object, **__: object) -> int:
+    """Nine products for each of the tokens' numbers (B, N, C)."""
+    return 2 * 9 * math.prod(tokens)
+
+
+def _depthwise_backward(grad: Shape, *_: object, **__: object) -> int:
+    """The convolution again, and gradients of tokens and weights."""
+    return 3 * 2 * 9 * math.prod(grad)
+
+
 # What torch has no formula for: our operators, and its own attention on a CPU. Its formula for the backward pass of a
 # convolution overlooks groups.
 FORMULAS: dict[object, Callable[..., int]] = {
@@ -60,6 +70,8 @@ FORMULAS: dict[object, Callable[..., int]] = {
     torch.ops.allspark_fast.softmax_attention_backward: _attention_backward,
     torch.ops.allspark_fast.covariance: _covariance,
     torch.ops.allspark_fast.channel_semantic_grouping: _grouping,
+    torch.ops.allspark_fast.depthwise_gelu: _depthwise,
+    torch.ops.allspark_fast.depthwise_gelu_backward: _depthwise_backward,
     torch.ops.aten.convolution_backward: _convolution_backward,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from allspark_fast.kernels.channel_attention import channel_attention
 from allspark_fast.kernels.channel_attention.configs import MAX_CHOICES
+from allspark_fast.kernels.depthwise_gelu import reference as depthwise_reference
+from allspark_fast.kernels.depthwise_gelu.configs import BACKWARD_TILES, FORWARD_TILES
 from allspark_fast.kernels.semantic_memory import reference as memory_reference
 from allspark_fast.kernels.triton_support import is_interpreted, why_no_triton
 from allspark_fast.kernels.tuning import fixed
@@ -184,6 +186,25 @@ def _argmax(device: torch.device, dtype: torch.dtype, triton: bool) -> tuple[Seq
     return [full.gather(1, labels.cpu()[:, None])[:, 0], confidence], [largest, largest]
 
 
+def _depthwise(device: torch.device, dtype: torch.dtype, triton: bool) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """Output and gradients on a map that fills no tile, with float32 weights, as under autocast."""
+    size, channels = (19, 11), 80
+    tokens, grad = (_random(2, 19 * 11, channels, seed=seed).to(dtype) for seed in (9, 10))
+    weight, bias = _random(channels, 1, 3, 3, seed=11).float(), _random(channels, seed=12).float()
+    exact = [x.double() for x in (grad, tokens, weight, bias)]
+    expected = [depthwise_reference.forward(*exact[1:], size), *depthwise_reference.backward(*exact, size)]
+    module = _module("depthwise_gelu", "reference", triton)
+    there = [x.to(device) for x in (grad, tokens, weight, bias)]
+    if not triton:
+        return [module.forward(*there[1:], size), *module.backward(*there, size)], expected
+    actual: list[Tensor] = []
+    # Any of these may be the fastest at the size of a training step.
+    choices = list(zip(FORWARD_TILES, BACKWARD_TILES, strict=True))[: 1 if is_interpreted() else None]
+    for forward_tile, backward_tile in choices:
+        actual += [module.forward(*there[1:], size, forward_tile), *module.backward(*there, size, backward_tile)]
+    return actual, len(choices) * expected
+
+
 def _module(folder: str, plain: str, triton: bool) -> ModuleType:
     """An operator's kernels, or what takes their place; imported only then, since triton is optional."""
     return importlib.import_module(f"allspark_fast.kernels.{folder}.{'kernel' if triton else plain}")
@@ -202,6 +223,7 @@ CASES = [
     ),
     Case("upsample_cross_entropy", "forward and backward, ignored pixels", _loss),
     Case("upsample_argmax", "21 classes", _argmax),
+    Case("depthwise_gelu", "forward and backward, float32 weights", _depthwise),
     Case("channel_semantic_grouping", "21 classes", _grouping),
     Case("semantic_memory_enqueue", "classes that overflow", _enqueue),
 ]

@@ -18,6 +18,7 @@ TRITON_OPS = (
     "semantic_memory_enqueue",
     "upsample_cross_entropy",
     "upsample_argmax",
+    "depthwise_gelu",
 )
 _disabled: set[str] = set()
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from allspark_fast.kernels.arguments import FLOATING, check_tensor
+from allspark_fast.kernels.depthwise_gelu import depthwise_gelu
 
 from .recompute import recompute
 from .tokens import to_map, to_tokens
@@ -251,7 +252,14 @@ class MixFFN(nn.Module):
         return recompute(self._mix, self.fc1(tokens), size)
 
     def _mix(self, hidden: Tensor, size: tuple[int, int]) -> Tensor:
-        return self.fc2(F.gelu(self.dwconv(hidden, size)))
+        return self.fc2(self._activate(hidden, size))
+
+    def _activate(self, hidden: Tensor, size: tuple[int, int]) -> Tensor:
+        # By the device alone, which tracing and exporting know: the operator itself decides what it runs there.
+        if hidden.is_cuda:
+            convolution = self.dwconv.dwconv
+            return depthwise_gelu(hidden, convolution.weight, convolution.bias, size)
+        return F.gelu(self.dwconv(hidden, size))
 
 
 class DepthwiseConv(nn.Module):

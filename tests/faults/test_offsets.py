@@ -15,13 +15,16 @@ pytest.importorskip("triton")
 SCRIPT = """
 import json, torch, triton
 from bench.gpus import GPUS
-from bench.launches import channel_attention_launches, semantic_memory_launches, upsample_launches
+from bench.launches import (
+    channel_attention_launches, depthwise_gelu_launches, semantic_memory_launches, upsample_launches
+)
 from triton.compiler import ASTSource
 launches = {
     **channel_attention_launches("sm_90", torch.bfloat16, 289, 0.1),
     **channel_attention_launches("sm_90", torch.bfloat16, 676, 0.1),
     **semantic_memory_launches("sm_90", torch.bfloat16, 289),
     **upsample_launches("sm_90", torch.bfloat16),
+    **depthwise_gelu_launches("sm_90", torch.bfloat16),
 }
 found = []
 for launch in launches:
@@ -138,4 +141,5 @@ def test_offsets_do_not_overflow() -> None:
         *("probability", "merge", "gradient", "one_pass", "combine"),
         *("grouping", "route", "write"),
         *("cross_entropy", "cross_entropy_backward", "argmax"),
+        *("depthwise_gelu", "depthwise_gelu_backward", "depthwise_transposed"),
     }

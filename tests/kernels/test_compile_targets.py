@@ -33,6 +33,7 @@ def check_compiled(target: str, *, full: bool) -> None:
     records = json.loads(result.stdout)
     kernels = {"probability", "merge", "gradient", "grouping", "route", "write"}
     kernels |= {"cross_entropy", "cross_entropy_backward", "argmax"}
+    kernels |= {"depthwise_gelu", "depthwise_gelu_backward", "depthwise_transposed"}
     one_pass = {"one_pass", "combine"} if target in ("sm_90", "sm_100") else set()
     assert {record["kernel"] for record in records} == kernels | one_pass
     for record in records:
