@@ -1,8 +1,8 @@
 """Depthwise 3x3 convolution + GELU in Triton: each kernel reads and writes the tokens once.
 
     _depthwise_gelu_kernel            the output
-    _depthwise_gelu_backward_kernel   the gradient of what enters GELU, which is computed again; of it those of weight and
-                                      bias, in parts, one for each program
+    _depthwise_gelu_backward_kernel   the gradient of what enters GELU, which is computed again, and those of weight and
+                                      bias in parts, one for each program
     _depthwise_transposed_kernel      the gradient of the tokens, from that of what enters GELU
 
 A program has a tile of columns and channels and walks down the map. It loads each token three times, as a left
@@ -46,7 +46,7 @@ def _load_weights(weight, row, o_c, C):
 
 @triton.jit
 def _load_row(p_image, y, end, o_x, o_c, w, C):
-    """The left neighbours of the tokens of a row, these, and the right ones, each [BX, BC]; zero outside, from end on."""
+    """The left neighbours of the tokens of a row, these, and the right ones, [BX, BC]; rows from end are zero."""
     p_row = p_image + y * w * C + (o_x.to(tl.int64)[:, None] * C + o_c[None, :])
     m_row = ((o_x < w) & (y >= 0) & (y < end))[:, None] & (o_c < C)[None, :]
     b_left = tl.load(p_row - C, mask=m_row & (o_x > 0)[:, None], other=0.0)
@@ -72,8 +72,8 @@ def _weigh(b_sum, b_left, b_here, b_right, b_w0, b_w1, b_w2):
 def _normal_tail(b_x):
     """The normal distribution's tail beyond |x|, erfc(|x| / √2) / 2, whose logarithm is nearly a parabola.
 
-    The polynomial is a weighted minimax fit on [0, 6.5], beyond which the tail is below 1e-10. GELU by it is off by 2.5e-7
-    at most, torch's float32 by 3.7e-7, and erf takes three times as many instructions.
+    The polynomial is a weighted minimax fit on [0, 6.5], beyond which the tail is below 1e-10. GELU by it is off by
+    2.5e-7 at most, torch's float32 by 3.7e-7, and erf takes three times as many instructions.
     """
     b_a = tl.abs(b_x)
     b_log2 = -2.33494893e-6 * b_a + 3.37378151e-5
@@ -182,6 +182,14 @@ def _depthwise_transposed_kernel(
 
 
 @triton.jit
+def _store_sums(p_parts, b_0, b_1, b_2, m_c, C):
+    """Sums over columns, for a row of the window."""
+    tl.store(p_parts, tl.sum(b_0, 0), mask=m_c)
+    tl.store(p_parts + C, tl.sum(b_1, 0), mask=m_c)
+    tl.store(p_parts + 2 * C, tl.sum(b_2, 0), mask=m_c)
+
+
+@triton.jit
 def _depthwise_gelu_backward_kernel(
     tokens,  # (B, h·w, C)
     grad,  # (B, h·w, C)
@@ -241,15 +249,9 @@ def _depthwise_gelu_backward_kernel(
     i_yx = (i_b * tl.num_programs(1) + tl.program_id(1)) * tl.cdiv(w, BLOCK_X) + tl.program_id(0) // tl.cdiv(C, BLOCK_C)
     p_parts = parts + i_yx * 10 * C + o_c
     m_c = o_c < C
-    tl.store(p_parts, tl.sum(b_g00, 0), mask=m_c)
-    tl.store(p_parts + C, tl.sum(b_g01, 0), mask=m_c)
-    tl.store(p_parts + 2 * C, tl.sum(b_g02, 0), mask=m_c)
-    tl.store(p_parts + 3 * C, tl.sum(b_g10, 0), mask=m_c)
-    tl.store(p_parts + 4 * C, tl.sum(b_g11, 0), mask=m_c)
-    tl.store(p_parts + 5 * C, tl.sum(b_g12, 0), mask=m_c)
-    tl.store(p_parts + 6 * C, tl.sum(b_g20, 0), mask=m_c)
-    tl.store(p_parts + 7 * C, tl.sum(b_g21, 0), mask=m_c)
-    tl.store(p_parts + 8 * C, tl.sum(b_g22, 0), mask=m_c)
+    _store_sums(p_parts, b_g00, b_g01, b_g02, m_c, C)
+    _store_sums(p_parts + 3 * C, b_g10, b_g11, b_g12, m_c, C)
+    _store_sums(p_parts + 6 * C, b_g20, b_g21, b_g22, m_c, C)
     tl.store(p_parts + 9 * C, tl.sum(b_g, 0), mask=m_c)
 
 

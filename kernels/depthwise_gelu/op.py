@@ -91,9 +91,7 @@ def _depthwise_gelu_backward(
 
 
 @_depthwise_gelu_backward.register_fake
-def _(
-    grad: Tensor, tokens: Tensor, weight: Tensor, bias: Tensor, size: list[int]
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(grad: Tensor, tokens: Tensor, weight: Tensor, bias: Tensor, size: list[int]) -> tuple[Tensor, Tensor, Tensor]:
     return tokens.new_empty(tokens.shape), weight.new_empty(weight.shape), bias.new_empty(bias.shape)
 
 

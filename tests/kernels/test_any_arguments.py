@@ -14,6 +14,8 @@ from torch.nn.functional import interpolate, normalize
 
 from allspark_fast.kernels.channel_attention import channel_attention
 from allspark_fast.kernels.channel_attention import reference as attention_reference
+from allspark_fast.kernels.depthwise_gelu import depthwise_gelu
+from allspark_fast.kernels.depthwise_gelu import reference as depthwise_reference
 from allspark_fast.kernels.semantic_memory import channel_semantic_grouping, semantic_memory_enqueue
 from allspark_fast.kernels.semantic_memory import reference as memory_reference
 from allspark_fast.kernels.upsample_argmax import upsample_argmax
@@ -100,6 +102,11 @@ def expected_argmax(logits: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tens
     return labels, confidence.to(torch.promote_types(logits.dtype, torch.float32))
 
 
+def expected_depthwise(tokens: Tensor, weight: Tensor, bias: Tensor, size: tuple[int, int]) -> Tensor:
+    wide = (x.double() for x in (tokens, weight, bias))
+    return depthwise_reference.forward(*wide, tuple(size)).to(tokens.dtype)
+
+
 def random(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
 
@@ -134,6 +141,11 @@ OPERATORS = {
         expected_loss,
     ),
     "upsample_argmax": Operator(upsample_argmax, {"logits": random(2, 3, 4, 5), "size": (7, 9)}, expected_argmax),
+    "depthwise_gelu": Operator(
+        depthwise_gelu,
+        {"tokens": random(2, 20, 3), "weight": random(3, 1, 3, 3), "bias": random(3), "size": (4, 5)},
+        expected_depthwise,
+    ),
 }  # fmt: skip
 
 

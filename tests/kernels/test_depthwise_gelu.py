@@ -1,4 +1,4 @@
-"""Depthwise convolution + GELU of tokens against torch's two functions on maps; test_depthwise_gelu_triton.py: kernels."""
+"""Depthwise convolution + GELU of tokens, by plain torch, against torch's two functions on maps."""
 
 import pytest
 import torch
@@ -92,9 +92,12 @@ class TestNumbers:
         expected = expected_output(tokens.expand(3, -1, -1), weight, bias[:1].expand(4), (3, 5))
         leaves = [tokens, weight, bias]
         torch.testing.assert_close(output_and_grads(actual, leaves), output_and_grads(expected, leaves))
-        torch.testing.assert_close(*(torch.autograd.grad(x.sum(), tokens)[0] for x in (
-            depthwise_gelu(tokens, weight, bias, (3, 5)), expected_output(tokens, weight, bias, (3, 5))
-        )))
+        torch.testing.assert_close(
+            *(
+                torch.autograd.grad(x.sum(), tokens)[0]
+                for x in (depthwise_gelu(tokens, weight, bias, (3, 5)), expected_output(tokens, weight, bias, (3, 5)))
+            )
+        )
 
     def test_nan_shows_where_it_is_and_around(self) -> None:
         tokens, weight, bias = (x.detach() for x in example(1, (5, 6)))

@@ -17,7 +17,7 @@ from allspark_fast.kernels.depthwise_gelu.configs import BACKWARD_TILES, FORWARD
 from allspark_fast.model import mit
 from allspark_fast.model.mit import MixFFN
 from tests.kernels.test_depthwise_gelu import example, expected_output, output_and_grads
-from tests.kernels.triton_checks import KernelMemoryError, checked_memory, exact_bfloat16, uninitialized_memory_is_nan
+from tests.kernels.triton_checks import checked_memory, exact_bfloat16, uninitialized_memory_is_nan
 
 from allspark_fast.kernels.depthwise_gelu import kernel  # isort: skip  (skipped above where triton is missing)
 
@@ -124,39 +124,38 @@ def test_gelu_is_as_exact_as_that_of_torch() -> None:
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_what_is_not_finite_shows(bad: float) -> None:
-    leaves = example(1, (5, 9), 3, torch.float32)
+    leaves = example(1, (4, 5), 3, torch.float32)
     with torch.no_grad():
-        leaves[0][0, 2 * 9 + 4, 1] = bad
-    output, grad_tokens, grad_weight, grad_bias = run(leaves, (5, 9))
-    wrong = torch.zeros(1, 5, 9, 3, dtype=torch.bool)
-    wrong[:, 1:4, 3:6, 1] = True
-    assert output.unflatten(1, (5, 9))[~wrong].isfinite().all()
-    assert not output.unflatten(1, (5, 9))[0, 1:4, 3:6, 1].isfinite().all()
+        leaves[0][0, 2 * 5 + 3, 1] = bad
+    output, grad_tokens, grad_weight, grad_bias = run(leaves, (4, 5))
+    reached = torch.zeros(1, 4, 5, 3, dtype=torch.bool)
+    reached[:, 1:4, 2:5, 1] = True
+    assert output.unflatten(1, (4, 5))[~reached].isfinite().all()
+    assert not output.unflatten(1, (4, 5))[reached].isfinite().all()
     assert not grad_tokens.isfinite().all()
     for x in (grad_weight, grad_bias):
         assert (x.isfinite().flatten(1).all(1) if x.ndim > 1 else x.isfinite()).tolist() == [True, False, True]
 
 
 def test_strides_do_not_matter() -> None:
-    tokens, weight, bias = (x.detach() for x in example(2, (3, 5), 6, torch.float32))
-    expected = run([tokens, weight, bias], (3, 5))
+    tokens, weight, bias = (x.detach() for x in example(1, (2, 5), 6, torch.float32))
+    expected = run([tokens, weight, bias], (2, 5))
     for other in (torch.stack([tokens, tokens], -1)[..., 0], tokens.mT.contiguous().mT):
-        actual = run([other, weight.mT.contiguous().mT, torch.stack([bias, bias], -1)[:, 0]], (3, 5))
+        actual = run([other, weight.mT.contiguous().mT, torch.stack([bias, bias], -1)[:, 0]], (2, 5))
         assert all(torch.equal(x, y) for x, y in zip(actual, expected, strict=True))
 
 
-@pytest.mark.parametrize(("size", "channels"), [((5, 9), 17), ((1, 1), 1), ((4, 8), 16)])
+@pytest.mark.parametrize(("size", "channels"), [((3, 5), 17), ((1, 1), 1), ((4, 8), 16)])
 def test_bounds_and_races(size: tuple[int, int], channels: int) -> None:
     with checked_memory():
-        run(example(2, size, channels, torch.float32), size)
+        run(example(1, size, channels, torch.float32), size)
 
 
 def test_the_checks_notice_a_map_of_another_size() -> None:
     """One row more than there is."""
     leaves = [x.detach() for x in example(1, (3, 5), 4, torch.float32)]
-    with checked_memory(), pytest.raises(Exception, match="out of bounds") as caught:
+    with checked_memory(), pytest.raises(Exception, match=r"KernelMemoryError.*load out of bounds"):
         kernel.forward(*leaves, (4, 5), SMALL)
-    assert isinstance(caught.value.__cause__ or caught.value, KernelMemoryError)
 
 
 class TestDispatch:

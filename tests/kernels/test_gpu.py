@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from allspark_fast.kernels.channel_attention import channel_attention, chunked
+from allspark_fast.kernels.depthwise_gelu import depthwise_gelu
 from allspark_fast.kernels.selftest import TOLERANCE, check_kernels, passed, results_table
 from allspark_fast.kernels.semantic_memory import channel_semantic_grouping, reference, semantic_memory_enqueue
 from allspark_fast.kernels.triton_support import is_interpreted, prefers_triton
+from allspark_fast.kernels.tuning import fixed
 
 pytestmark = pytest.mark.gpu
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -207,6 +209,63 @@ class TestSemanticMemory:
         assert torch.equal(written, features[0].mT)
         assert not queue[0, -1].any()
         assert queue_ptr[-1] == channels // 2
+
+
+class TestDepthwiseGelu:
+    """Against torch's convolution and GELU in float64."""
+
+    def leaves(
+        self, device: torch.device, dtype: torch.dtype, batch: int, size: tuple[int, int], channels: int
+    ) -> list:
+        """Tokens, and float32 weights as under autocast."""
+        tokens = torch.randn(batch, size[0] * size[1], channels, device=device).to(dtype)
+        shapes = (channels, 1, 3, 3), (channels,)
+        return [x.requires_grad_() for x in (tokens, *(torch.randn(shape, device=device) for shape in shapes))]
+
+    # 0 and 1 are the tiles, 2 is torch's form.
+    @pytest.mark.parametrize("choice", [0, 1, 2])
+    @pytest.mark.parametrize(("size", "channels"), [((129, 129), 256), ((17, 17), 2048), ((33, 31), 130), ((1, 7), 5)])
+    def test_every_choice(
+        self, device: torch.device, dtype: torch.dtype, size: tuple[int, int], channels: int, choice: int
+    ) -> None:
+        if INTERPRETED:
+            size, channels = (min(size[0], 3), min(size[1], 9)), min(channels, 66)
+        leaves = self.leaves(device, dtype, 2, size, channels)
+        exact = [x.detach().double().requires_grad_() for x in leaves]
+        with fixed(choice):
+            actual = output_and_grads(leaves, lambda *x: depthwise_gelu(*x, size))
+        expected = output_and_grads(exact, lambda *x: depthwise_gelu(*x, size))
+        # Convolutions of float32 may multiply in TF32, unlike our kernels.
+        assert_close(actual, expected, 1e-2 if choice == 2 else 2 * TOLERANCE[dtype])
+
+    def test_waits_for_nothing(self, cuda: torch.device, dtype: torch.dtype) -> None:
+        leaves = self.leaves(cuda, dtype, 2, (33, 33), 128)
+        assert_no_sync(lambda: output_and_grads(leaves, lambda *x: depthwise_gelu(*x, (33, 33))))
+
+    def test_is_the_same_every_time(self, cuda: torch.device, dtype: torch.dtype) -> None:
+        leaves = self.leaves(cuda, dtype, 2, (65, 65), 128)
+        with fixed(0):
+            first, *others = (output_and_grads(leaves, lambda *x: depthwise_gelu(*x, (65, 65))) for _ in range(10))
+        for other in others:
+            assert all(torch.equal(x, y) for x, y in zip(other, first, strict=True))
+
+    def test_offsets_beyond_2_to_the_31(self, cuda: torch.device) -> None:
+        """The end of a map of more than 2^31 numbers, against that of a map that begins a row before it."""
+        need_bytes(24e9)
+        size, channels, rows = (2050, 1024), 1024, 4
+        tokens = torch.zeros(1, size[0] * size[1], channels, dtype=torch.bfloat16, device=cuda)
+        assert tokens.numel() > 2**31
+        tokens[:, -rows * size[1] :].normal_()
+        end = tokens[:, -rows * size[1] :].detach().clone()
+        _, weight, bias = (x.detach() for x in self.leaves(cuda, torch.bfloat16, 1, (1, 1), channels))
+        outputs = []
+        for x in (tokens, end):
+            leaf = x.requires_grad_()
+            with fixed(0):
+                output = depthwise_gelu(leaf, weight, bias, (leaf.shape[1] // size[1], size[1]))
+                (grad,) = torch.autograd.grad(output, leaf, output.detach())
+            outputs.append([y[:, -(rows - 2) * size[1] :].double() for y in (output, grad)])
+        assert_close(outputs[0], outputs[1], TOLERANCE[torch.bfloat16])
 
 
 def test_selftest_passes(device: torch.device) -> None:
