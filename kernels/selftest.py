@@ -191,17 +191,17 @@ def _depthwise(device: torch.device, dtype: torch.dtype, triton: bool) -> tuple[
     size, channels = (19, 11), 80
     tokens, grad = (_random(2, 19 * 11, channels, seed=seed).to(dtype) for seed in (9, 10))
     weight, bias = _random(channels, 1, 3, 3, seed=11).float(), _random(channels, seed=12).float()
-    exact = [x.double() for x in (grad, tokens, weight, bias)]
-    expected = [depthwise_reference.forward(*exact[1:], size), *depthwise_reference.backward(*exact, size)]
+    wide = tokens.double(), weight.double(), bias.double()
+    expected = [depthwise_reference.forward(*wide, size), *depthwise_reference.backward(grad.double(), *wide, size)]
     module = _module("depthwise_gelu", "reference", triton)
-    there = [x.to(device) for x in (grad, tokens, weight, bias)]
+    grad, there = grad.to(device), [x.to(device) for x in (tokens, weight, bias)]
     if not triton:
-        return [module.forward(*there[1:], size), *module.backward(*there, size)], expected
+        return [module.forward(*there, size), *module.backward(grad, *there, size)], expected
     actual: list[Tensor] = []
     # Any of these may be the fastest at the size of a training step.
     choices = list(zip(FORWARD_TILES, BACKWARD_TILES, strict=True))[: 1 if is_interpreted() else None]
     for forward_tile, backward_tile in choices:
-        actual += [module.forward(*there[1:], size, forward_tile), *module.backward(*there, size, backward_tile)]
+        actual += [module.forward(*there, size, forward_tile), *module.backward(grad, *there, size, backward_tile)]
     return actual, len(choices) * expected
 
 

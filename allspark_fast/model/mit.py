@@ -258,6 +258,7 @@ class MixFFN(nn.Module):
         # By the device alone, which tracing and exporting know: the operator itself decides what it runs there.
         if hidden.is_cuda:
             convolution = self.dwconv.dwconv
+            assert convolution.bias is not None
             return depthwise_gelu(hidden, convolution.weight, convolution.bias, size)
         return F.gelu(self.dwconv(hidden, size))
 
