@@ -107,6 +107,13 @@ class TestMemory:
             first.sum().backward()
         second.sum().backward()
 
+    def test_training_mode_without_gradients(self) -> None:
+        """As when a model is only looked at: it answers, and the memory fills."""
+        module = bottleneck(memory_init="empty")
+        with torch.no_grad():
+            assert not module(*batch(), use_memory=True).requires_grad
+        assert module.attn.queue_filled.any()
+
     def test_second_backward_is_a_clear_error(self) -> None:
         output = bottleneck()(*batch(), use_memory=True).sum()
         output.backward()
