@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from allspark_fast.config import TrainConfig
 from allspark_fast.data.loader import SemiBatch
 from allspark_fast.evaluate import predict_labels
+from allspark_fast.kernels.semantic_memory import op as semantic_memory
 from allspark_fast.kernels.upsample_cross_entropy import op as upsample_cross_entropy
 from allspark_fast.model import build_segmentor
 from allspark_fast.step import TrainState, compute_losses, poly_lr, pseudo_pass, train_step
@@ -252,20 +253,21 @@ class TestNoSync:
     """Nothing in a step waits for the device: neither in torch nor inside our operators."""
 
     @pytest.fixture
-    def unchecked_labels(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """On CPU tensors, and only there, the loss looks for labels that are no class."""
+    def unchecked(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """On CPU tensors, and only there, operators look for labels that are no class and for wrong pointers."""
         monkeypatch.setattr(upsample_cross_entropy, "_check_classes", lambda *_, **__: None)
+        monkeypatch.setattr(semantic_memory, "_check_pointers", lambda *_, **__: None)
 
     @pytest.mark.parametrize("options", [{}, {"optimizer": "adamw", "ema": 0.9, "accumulate": 2}], ids=str)
     @pytest.mark.parametrize("method", METHODS)
-    def test_on_cpu_tensors(self, method: str, options: dict, unchecked_labels: None) -> None:
+    def test_on_cpu_tensors(self, method: str, options: dict, unchecked: None) -> None:
         state, data = build_state(method=method, **options), random_batch()
         with forbid_sync(inside_operators=True):
             train_step(state, data, use_memory=False)
             train_step(state, data, use_memory=True)
         assert state.step == 2
 
-    def test_ohem_and_own_padding(self, unchecked_labels: None) -> None:
+    def test_ohem_and_own_padding(self, unchecked: None) -> None:
         state, data = build_state(loss="ohem", pseudo_padding=False, attend="image"), random_batch()
         with forbid_sync(inside_operators=True):
             train_step(state, data, use_memory=True)
