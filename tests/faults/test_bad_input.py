@@ -303,7 +303,7 @@ def with_one_change(draw: st.DrawFn, right: dict) -> object:
 class TestFilesThatPeopleWrite:
     """Split files, meta.json, and the settings that a run or a file of weights holds."""
 
-    @settings(max_examples=300, deadline=None)
+    @settings(max_examples=100, deadline=None)
     @given(
         st.booleans(),
         st.lists(
@@ -321,7 +321,7 @@ class TestFilesThatPeopleWrite:
             Path(file.name).write_text("\n".join(map(split_line, entries)), encoding="utf-8")
             assert read_split(file.name) == entries
 
-    @settings(max_examples=300, deadline=None)
+    @settings(max_examples=100, deadline=None)
     @given(
         st.one_of(
             JSON, with_one_change({"classes": ["a", "b"], "values": [0, 255], "ignore_index": 9, "palette": [0] * 6})
@@ -337,7 +337,7 @@ class TestFilesThatPeopleWrite:
                 return
             assert len(info.classes) == len(meta["classes"])
 
-    @settings(max_examples=300, deadline=None)
+    @settings(max_examples=100, deadline=None)
     @given(with_one_change(json.loads(Config().to_json())))
     def test_any_settings_of_a_run(self, fields: object) -> None:
         with tempfile.TemporaryDirectory() as folder:
@@ -350,7 +350,7 @@ class TestFilesThatPeopleWrite:
                 return
             assert Config.from_json(config.to_json()) == config
 
-    @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
     @given(data=st.data())
     def test_any_description_of_a_model(self, tiny_spec: ModelSpec, data: st.DataObject) -> None:
         text = json.dumps(data.draw(st.one_of(JSON, with_one_change(json.loads(tiny_spec.to_json())))))

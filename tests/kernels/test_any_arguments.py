@@ -200,7 +200,7 @@ def results(value: Tensor | tuple[Tensor, ...]) -> Iterable[Tensor]:
 
 
 @pytest.mark.parametrize("name", OPERATORS)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(data=st.data())
 def test_any_arguments(name: str, data: st.DataObject) -> None:
     operator = OPERATORS[name]
