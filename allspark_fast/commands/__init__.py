@@ -4,6 +4,8 @@ Those that take more than a recipe have ``build_parser()`` too.
 """
 
 import argparse
+import sys
+from typing import Any
 
 # Each is imported only when it runs.
 COMMANDS = {
@@ -19,7 +21,15 @@ COMMANDS = {
 }
 
 
+class _Parser(argparse.ArgumentParser):
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        # For a positional argument that is a second one, argparse before Python 3.12 gives an empty list.
+        if list(sys.argv[1:] if args is None else args).count("--") > 1:
+            self.error("-- can stand there once only")
+        return super().parse_known_args(args, namespace)
+
+
 def command_parser(name: str) -> argparse.ArgumentParser:
     """A parser for a command's arguments that says what the command is for."""
     _, _, description = COMMANDS[name].partition(": ")
-    return argparse.ArgumentParser(prog=f"python -m allspark_fast {name}", description=description)
+    return _Parser(prog=f"python -m allspark_fast {name}", description=description)
