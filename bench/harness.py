@@ -218,7 +218,8 @@ def conditions() -> str:
     if torch.cuda.is_available():
         device = torch.cuda.get_device_name()
     else:
-        device = f"CPU {_cpu_name()}, {torch.get_num_threads()} threads"
+        threads = torch.get_num_threads()
+        device = f"CPU {_cpu_name()}, {threads} thread{'s' * (threads > 1)}"
     versions = [f"torch {torch.__version__}"]
     versions += [f"{name} {version(name)}" for name in ("triton", "xformers") if find_spec(name)]
     return f"{device}; {', '.join(versions)}, Python {platform.python_version()}; {datetime.now(UTC):%Y-%m-%d}"
