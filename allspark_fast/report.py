@@ -197,7 +197,7 @@ def draw_predictions(
     pixels = images.cpu().numpy().transpose(0, 2, 3, 1) * np.asarray(std) + np.asarray(mean)
     palette = np.array(info.palette, dtype=np.uint8)
     palette[info.ignore_index] = _IGNORED_COLOR
-    columns = {"image": np.rint(255 * pixels.clip(0, 1)).astype(np.uint8)}
+    columns = {"image": np.rint(255 * np.nan_to_num(pixels).clip(0, 1)).astype(np.uint8)}
     columns |= {name: palette[x.cpu().numpy()] for name, x in labels.items()}
     rows, height, width = pixels.shape[:3]
     gap = 1 + width // 32

@@ -31,7 +31,7 @@ def _case(name: str) -> object:
 
 
 @pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")  # how numpy announces log(0) and 1 / 0
-@pytest.mark.parametrize("name", map(_case, test_golden.FILES))
+@pytest.mark.parametrize("name", [_case(name) for name in test_golden.FILES])
 def test_golden(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ((test, operators),) = (entry for start, entry in TESTS.items() if name.startswith(start))
     ran = set()
