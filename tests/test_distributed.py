@@ -2,7 +2,6 @@
 
 import copy
 import functools
-from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 
 from allspark_fast import distributed, prepare
@@ -29,6 +27,7 @@ from allspark_fast.prepare import build_state, describe_batch
 from allspark_fast.sharding import block_policy, gather_state
 from allspark_fast.step import TrainState, compute_losses, pseudo_pass, train_step
 from bench.step_variants import without_dropout
+from tests.ranks import run_on_ranks
 from tests.test_evaluate import Threshold, sample
 
 STEPS = 3
@@ -75,19 +74,6 @@ def train_steps(size: int, state: TrainState) -> dict[str, Tensor]:
     """What some steps on this rank's part of the same images leave, and their losses."""
     losses = [train_step(state, make_batch(step, size, own_part(size)), use_memory=True) for step in range(STEPS)]
     return {**flatten(state), "losses": torch.stack([torch.stack(x) for x in losses])}
-
-
-def run_on_ranks(work: Callable[[], Any], ranks: int, folder: Path) -> list[Any]:
-    """Call a picklable function on every rank and return what each call returned."""
-    mp.spawn(_run_on_rank, (work, ranks, folder), nprocs=ranks)
-    return [torch.load(folder / f"{index}.pt", weights_only=False) for index in range(ranks)]
-
-
-def _run_on_rank(index: int, work: Callable[[], Any], ranks: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=index, world_size=ranks)
-    torch.save(work(), folder / f"{index}.pt")
-    dist.destroy_process_group()
 
 
 def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:

@@ -33,7 +33,8 @@ from allspark_fast.sharded_checkpoint import (
 from allspark_fast.step import TrainState, train_step
 from allspark_fast.trainer import Trainer
 from tests.faults.test_damaged_checkpoints import flip
-from tests.test_distributed import flatten, make_batch, make_state, own_part, run_on_ranks
+from tests.ranks import run_on_ranks
+from tests.test_distributed import flatten, make_batch, make_state, own_part
 from tests.test_distributed_runs import arguments, finish, start
 from tests.test_trainer import assert_same_run, logged, run_and_die, tiny_config
 

@@ -1,19 +1,20 @@
 """The bottleneck and its memory: use in a model of one's own, switches, mistakes, several processes."""
 
 import copy
+import functools
 import math
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from allspark_fast.distributed import rank
 from allspark_fast.model import AllSpark
 from allspark_fast.model.semantic_memory import token_class_map
 from tests.kernels.forbid_sync import forbid_sync
+from tests.ranks import run_on_ranks
 
 K, C, SIDE = 4, 8, 3
 
@@ -248,52 +249,48 @@ class TestMistakes:
             bottleneck()(batch()[0], torch.randn(2, 5, 5, 5))
 
 
-def _train_on_rank(rank: int, folder: Path, memory_sync: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+def _states(memory_sync: str) -> list[dict[str, Tensor]]:
+    """This rank's weights and memory after each of two steps on its half of the images."""
     torch.manual_seed(0)
     module = bottleneck(memory_sync=memory_sync, memory_init="empty")
     features, class_logits = batch(2)
+    mine = slice(rank(), rank() + 1)
+    states = []
     for step in range(2):
-        mine = slice(rank, rank + 1)
         labeled, unlabeled = (features + step).chunk(2)
         module(torch.cat([labeled[mine], unlabeled[mine]]), class_logits[mine])
-        torch.save(module.state_dict(), folder / f"rank{rank}step{step}.pt")
-    dist.destroy_process_group()
-
-
-def _states(folder: Path, memory_sync: str) -> dict[str, dict[str, Tensor]]:
-    mp.spawn(_train_on_rank, (folder, memory_sync), nprocs=2)
-    return {path.stem: torch.load(path) for path in folder.glob("rank*.pt")}
+        states.append(copy.deepcopy(module.state_dict()))
+    return states
 
 
 @pytest.mark.slow
 def test_memory_sync_all_equals_one_process(tmp_path: Path) -> None:
-    states = _states(tmp_path, "all")
+    states = run_on_ranks(functools.partial(_states, "all"), 2, tmp_path)
     torch.manual_seed(0)
     module = bottleneck(memory_init="empty")
     features, class_logits = batch(2)
     for step in range(2):
         module(features + step, class_logits)
-        for rank in range(2):
+        for index in range(2):
             for name in ("queue_ptr", "queue_filled"):
-                assert torch.equal(states[f"rank{rank}step{step}"][f"attn.{name}"], getattr(module.attn, name))
-            torch.testing.assert_close(states[f"rank{rank}step{step}"]["attn.kv_queue"], module.attn.kv_queue)
-        assert torch.equal(states[f"rank0step{step}"]["attn.kv_queue"], states[f"rank1step{step}"]["attn.kv_queue"])
+                assert torch.equal(states[index][step][f"attn.{name}"], getattr(module.attn, name))
+            torch.testing.assert_close(states[index][step]["attn.kv_queue"], module.attn.kv_queue)
+        assert torch.equal(states[0][step]["attn.kv_queue"], states[1][step]["attn.kv_queue"])
 
 
 @pytest.mark.slow
 def test_memory_sync_rank0_starts_each_step_from_rank_0(tmp_path: Path) -> None:
-    states = _states(tmp_path, "rank0")
+    states = run_on_ranks(functools.partial(_states, "rank0"), 2, tmp_path)
     torch.manual_seed(0)
     start = bottleneck(memory_init="empty")
     features, class_logits = batch(2)
     for step in range(2):
-        for rank in (1, 0):  # rank 0 last: its memory is what the next step starts from
+        for index in (1, 0):  # rank 0 last: its memory is what the next step starts from
             module = copy.deepcopy(start)
-            mine = slice(rank, rank + 1)
+            mine = slice(index, index + 1)
             labeled, unlabeled = (features + step).chunk(2)
             module(torch.cat([labeled[mine], unlabeled[mine]]), class_logits[mine])
             for name in ("queue_ptr", "queue_filled", "kv_queue"):
-                saved = states[f"rank{rank}step{step}"][f"attn.{name}"]
+                saved = states[index][step][f"attn.{name}"]
                 assert torch.equal(saved, getattr(module.attn, name))
         start = module
