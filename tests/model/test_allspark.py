@@ -181,6 +181,14 @@ class TestSwitches:
         outputs = [x(features, class_logits, use_memory=True)[:2] for x in (module, other)]
         assert not torch.allclose(*outputs)
 
+    def test_defaults_are_those_of_the_paper(self) -> None:
+        """Two heads; the memory is not used before one says so."""
+        assert bottleneck().attn.num_heads == 2
+        inputs = batch()
+        module = bottleneck()
+        outputs = [copy.deepcopy(module)(*inputs, **options) for options in ({}, {"use_memory": False})]
+        assert torch.equal(*outputs)
+
     def test_attend_batch_sees_batch_mates_and_image_does_not(self) -> None:
         module = bottleneck().eval()
         features = batch()[0]
@@ -236,9 +244,22 @@ class TestMistakes:
             bottleneck().eval()(*batch())
 
     def test_unequal_halves(self) -> None:
-        features, class_logits = batch()
-        with pytest.raises(ValueError, match="holds 3 images, expected 2B = 4"):
-            bottleneck()(features[:3], class_logits)
+        features, class_logits = batch(3)
+        with pytest.raises(ValueError, match="holds 5 images, expected 2B = 6"):
+            bottleneck()(features[:5], class_logits)
+
+    def test_other_channels(self) -> None:
+        with pytest.raises(ValueError, match="feature_map has 5 channels, expected 8"):
+            bottleneck().eval()(torch.randn(1, 5, 3, 4))
+
+    @pytest.mark.parametrize(("shape", "axis"), [((0, K, 5, 6), "B"), ((2, K, 0, 6), "h'"), ((2, K, 5, 0), "w'")])
+    def test_no_class_logits(self, shape: tuple[int, ...], axis: str) -> None:
+        with pytest.raises(ValueError, match=f"class_logits has {axis} = 0"):
+            bottleneck()(batch()[0], torch.randn(shape))
+
+    def test_everything_dropped(self) -> None:
+        with pytest.raises(ValueError, match=r"dropout must be in \[0, 1\), got 1"):
+            bottleneck(dropout=1.0)
 
     def test_another_crop_than_the_memory_was_built_for(self) -> None:
         with pytest.raises(ValueError, match="channels of 9 tokens, but the features have 16"):
