@@ -56,6 +56,13 @@ def test_use_in_ones_own_model() -> None:
         optimizer.step()
 
 
+def test_a_map_on_its_side_gives_the_same_on_its_side() -> None:
+    """Tokens have no order."""
+    module = bottleneck().eval()
+    feature_map = torch.randn(1, C, 2, 5)
+    torch.testing.assert_close(module(feature_map.mT), module(feature_map).mT)
+
+
 class TestMemory:
     """What training leaves in the memory, and what uses it."""
 
