@@ -50,6 +50,7 @@ class TestUpdate:
         losses = train_step(state, random_batch(), use_memory=True)
         assert all(loss.isfinite() and not loss.requires_grad for loss in losses)
         assert (losses.unlabeled == 0) == (method == "supervised")
+        assert state.received.shape == ((3,) if method == "allspark" else (0,))
         changed = {name for name, x in state.model.state_dict().items() if not torch.equal(x, before[name])}
         # Without the unlabeled branch's own keys, a decoder would not learn from pseudo labels.
         unused = {"decoder.allspark.attn.queue_filled"}
@@ -114,6 +115,11 @@ class TestLosses:
         corrected = pseudo_pass(model, data, TrainConfig(pseudo_padding=False))[1]
         assert (official < 3).all()
         assert torch.equal(corrected, official.where(data.unlabeled_valid, 255))
+
+    def test_pseudo_labels_of_rectangular_crops(self) -> None:
+        state = build_state(method="semi")
+        batch = random_batch()._replace(unlabeled_image=torch.randn(2, 3, 64, 96))
+        assert pseudo_pass(state.model, batch, state.config)[1].shape == (2, 64, 96)
 
     def test_attend_of_the_pseudo_pass(self) -> None:
         model, data = build_state().model, random_batch()
