@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 
-from allspark_fast.commands import COMMANDS
+from allspark_fast.cli import COMMANDS
 
 # What takes less memory, by command.
 _LESS_MEMORY = {
@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0 if asked else 2
     name, *rest = arguments
     try:
-        return importlib.import_module(f"allspark_fast.commands.{name}").run(rest)
+        return importlib.import_module(f"allspark_fast.cli.{name}").run(rest)
     except (ValueError, OSError, ImportError, RuntimeError, MemoryError) as error:
         print(f"{prefix}error: {error}", file=sys.stderr)
         if _is_out_of_memory(error):

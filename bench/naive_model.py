@@ -16,7 +16,7 @@ from allspark_fast.model.batch_norm import FiniteBatchNorm2d
 from allspark_fast.model.cross_attention import Attend, CrossAttention
 from allspark_fast.model.mit import DepthwiseConv, EfficientSelfAttention, MixFFN
 from allspark_fast.model.tokens import to_map, to_tokens
-from allspark_fast.step import Losses
+from allspark_fast.training.step import Losses
 from bench.naive import naive_channel_attention, naive_enqueue, naive_grouping
 
 

@@ -9,12 +9,12 @@ import torch
 from torch import nn
 
 from allspark_fast.config import TrainConfig
-from allspark_fast.cuda_graph import GraphedSteps
 from allspark_fast.data.loader import SemiBatch
 from allspark_fast.model import Segmentor, build_segmentor
 from allspark_fast.model.cross_attention import CrossAttention
 from allspark_fast.model.mit import Block, compile_blocks
-from allspark_fast.step import Losses, TrainState, compute_losses, train_step
+from allspark_fast.training.cuda_graph import GraphedSteps
+from allspark_fast.training.step import Losses, TrainState, compute_losses, train_step
 from bench import bench_upsample
 from bench.naive_model import make_naive, naive_losses, naive_train_step
 

@@ -13,13 +13,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from allspark_fast.commands import evaluate
-from allspark_fast.commands.recipe import parse_config
+from allspark_fast.cli import evaluate
+from allspark_fast.cli.recipe import parse_config
 from allspark_fast.config import Config, Method
 from allspark_fast.data.sources import open_sources
-from allspark_fast.report import read_metrics
-from allspark_fast.stopping import STOPPED
-from allspark_fast.trainer import train
+from allspark_fast.signals import STOPPED
+from allspark_fast.training.log import read_metrics
+from allspark_fast.training.trainer import train
 from bench.harness import Record, conditions, table
 
 METHODS: tuple[Method, ...] = ("supervised", "semi", "allspark")

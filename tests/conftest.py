@@ -7,10 +7,10 @@ import pytest
 import torch
 from hypothesis import settings
 
-from allspark_fast import trainer
 from allspark_fast.data.info import DatasetInfo, hex_palette
 from allspark_fast.data.transforms import IMAGENET_MEAN, IMAGENET_STD
-from allspark_fast.pretrained import ModelSpec
+from allspark_fast.training import trainer
+from allspark_fast.weights.spec import ModelSpec
 
 # The same examples in every run: what fails can be repeated.
 settings.register_profile("alike", derandomize=True)

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from allspark_fast.commands.recipe import parse_config
+from allspark_fast.cli.recipe import parse_config
 from allspark_fast.config import Config, DataConfig, ModelConfig, TrainConfig, changed_fields
 from allspark_fast.recipes import RECIPES
-from allspark_fast.trainer import build_model
+from allspark_fast.training.trainer import build_model
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -17,12 +17,12 @@ from PIL import Image, ImageDraw
 from torch.distributed.run import get_args_parser
 
 from allspark_fast.__main__ import main
-from allspark_fast.commands.recipe import parse_config
+from allspark_fast.cli.recipe import parse_config
 from allspark_fast.config import Config
-from allspark_fast.pretrained import ModelSpec, save_model
+from allspark_fast.weights.spec import ModelSpec, save_model
 from bench import study
 from bench.__main__ import build_parser
-from tests.test_convert import official_checkpoint
+from tests.weights.test_convert import official_checkpoint
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = {path.name: path.read_text("utf-8") for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
@@ -40,7 +40,7 @@ NOT_RUN = {
     "pip install": "needs the network; .ci/run installs",
     "pytest": "would run this test",
     "python train.py pascal": "needs Pascal VOC and weights",
-    "python train.py --train.method": "takes minutes; tests/test_trainer.py trains every method",
+    "python train.py --train.method": "takes minutes; tests/training/test_trainer.py trains every method",
 }
 TOO_LONG = {
     "python train.py": "takes minutes; made small here",
@@ -155,7 +155,7 @@ def parse_arguments(name: str, *arguments: str) -> None:
     """Of a command of this package."""
     settings = list(arguments)
     if name not in ("train", "check"):
-        command = importlib.import_module(f"allspark_fast.commands.{name}")
+        command = importlib.import_module(f"allspark_fast.cli.{name}")
         _, settings = command.build_parser().parse_known_args(settings)
         assert not settings or (name == "evaluate" and not settings[0].startswith("-"))
     if settings:

@@ -18,14 +18,14 @@ from torch import Tensor, nn
 
 from allspark_fast.config import TrainConfig
 from allspark_fast.data.loader import SemiBatch
+from allspark_fast.inference.metrics import ConfusionMatrix
 from allspark_fast.kernels.semantic_memory import channel_semantic_grouping
 from allspark_fast.kernels.upsample_argmax import upsample_argmax
 from allspark_fast.kernels.upsample_cross_entropy import upsample_cross_entropy
-from allspark_fast.metrics import ConfusionMatrix
 from allspark_fast.model import AllSpark, Decoder, MiTConfig, MixTransformer, SegFormerHead, Segmentor
 from allspark_fast.model.cross_attention import CrossAttention
 from allspark_fast.model.semantic_memory import token_class_map
-from allspark_fast.step import TrainState, poly_lr, train_step
+from allspark_fast.training.step import TrainState, poly_lr, train_step
 
 FOLDERS = [
     Path(__file__).parent / "golden",

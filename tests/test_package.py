@@ -44,7 +44,7 @@ def test_library_parts_import_nothing_they_do_not_use() -> None:
     code = """
 import sys, time, torch
 start = time.perf_counter()
-import allspark_fast.model, allspark_fast.weights, allspark_fast.metrics
+import allspark_fast.model, allspark_fast.weights.files, allspark_fast.inference.metrics
 print(time.perf_counter() - start)
 print([name for name in ("triton", "matplotlib", "tyro", "torchvision", "tensorboard", "PIL") if name in sys.modules])
 """

@@ -12,9 +12,9 @@ import numpy as np
 from PIL import Image
 
 from allspark_fast.data.datasets import Entry, values_of, wrong_values
-from allspark_fast.data.errors import DataError
 from allspark_fast.data.images import read_image, read_label, read_orientation, require_bytes, resolve_path
 from allspark_fast.data.info import IGNORE_INDEX, DatasetInfo
+from allspark_fast.errors import DataError
 
 Read = TypeVar("Read")
 

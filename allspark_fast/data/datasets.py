@@ -9,9 +9,9 @@ from typing import Protocol
 from PIL import Image
 from torch.utils.data import Dataset
 
-from allspark_fast.data.errors import DataError
 from allspark_fast.data.images import IMAGE_SUFFIXES, read_image, read_label, resolve_path
 from allspark_fast.data.info import DatasetInfo
+from allspark_fast.errors import DataError
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from allspark_fast.data.errors import DataError
+from allspark_fast.errors import DataError
 
 Color = tuple[int, int, int]
 Result = TypeVar("Result")

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from allspark_fast.data.errors import DataError
 from allspark_fast.data.images import IMAGE_SUFFIXES, Color, read_label
+from allspark_fast.errors import DataError
 
 Palette = tuple[Color, ...]
 

@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from allspark_fast.data.datasets import Entry, ImageSource
-from allspark_fast.data.errors import DataError
 from allspark_fast.data.seeding import make_generator
 from allspark_fast.data.transforms import CropTransform, Sample, label_tensor, normalize_image
-from allspark_fast.stopping import ignore_stop_signals
+from allspark_fast.errors import DataError
+from allspark_fast.signals import ignore_stop_signals
 
 logger = logging.getLogger(__name__)
 

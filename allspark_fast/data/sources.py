@@ -8,9 +8,9 @@ from pathlib import Path
 from allspark_fast.config import DataConfig
 from allspark_fast.data.check import Problem, check_dataset
 from allspark_fast.data.datasets import Entry, ImageSource, SegmentationDataset, find_split, scan_folder
-from allspark_fast.data.errors import DataError
 from allspark_fast.data.info import DATASETS, DatasetInfo, read_info
 from allspark_fast.data.scenes import SCENES, ScenesDataset
+from allspark_fast.errors import DataError
 
 # Scenes are rendered larger than the crop, as photographs are.
 _SCENE_SCALE = 1.25

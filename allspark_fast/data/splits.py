@@ -8,9 +8,9 @@ from typing import NamedTuple
 import numpy as np
 
 from allspark_fast.data.datasets import Entry, SegmentationDataset, split_line
-from allspark_fast.data.errors import DataError
 from allspark_fast.data.info import IGNORE_INDEX
 from allspark_fast.data.seeding import mix_seed
+from allspark_fast.errors import DataError
 
 
 class Split(NamedTuple):

@@ -1,10 +1,10 @@
 """Model parts: Mix Transformer encoders, the AllSpark bottleneck, the SegFormer head, the whole segmentor."""
 
-from .allspark import AllSpark
-from .mit import MIT_CONFIGS, MiTConfig, MixTransformer
-from .segformer_head import SegFormerHead
-from .segmentor import Decoder, Segmentor, build_segmentor
-from .timm_backbone import TimmBackbone
+from allspark_fast.model.allspark import AllSpark
+from allspark_fast.model.mit import MIT_CONFIGS, MiTConfig, MixTransformer
+from allspark_fast.model.segformer_head import SegFormerHead
+from allspark_fast.model.segmentor import Decoder, Segmentor, build_segmentor
+from allspark_fast.model.timm_backbone import TimmBackbone
 
 __all__ = [
     "MIT_CONFIGS",

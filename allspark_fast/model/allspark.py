@@ -11,10 +11,9 @@ from allspark_fast.kernels.arguments import (
     check_number,
     check_tensor,
 )
-
-from .cross_attention import Attend, CrossAttention
-from .semantic_memory import ClassMap, MemoryInit, MemorySync, token_class_map
-from .tokens import pointwise, to_map, to_tokens
+from allspark_fast.model.cross_attention import Attend, CrossAttention
+from allspark_fast.model.semantic_memory import ClassMap, MemoryInit, MemorySync, token_class_map
+from allspark_fast.model.tokens import pointwise, to_map, to_tokens
 
 
 class AllSpark(nn.Module):

@@ -6,8 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from allspark_fast.kernels.channel_attention import Backend, channel_attention
-
-from .semantic_memory import MemoryInit, MemorySync, SemanticMemory
+from allspark_fast.model.semantic_memory import MemoryInit, MemorySync, SemanticMemory
 
 Attend = Literal["batch", "image"]
 

@@ -12,9 +12,8 @@ from torch.nn import functional as F
 
 from allspark_fast.kernels.arguments import FLOATING, check_tensor
 from allspark_fast.kernels.depthwise_gelu import depthwise_gelu
-
-from .recompute import recompute
-from .tokens import to_map, to_tokens
+from allspark_fast.model.activation_checkpointing import recompute
+from allspark_fast.model.tokens import to_map, to_tokens
 
 
 @dataclass(frozen=True, kw_only=True)

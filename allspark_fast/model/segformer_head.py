@@ -7,10 +7,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from allspark_fast.kernels.bilinear import linear_matrix
-
-from .batch_norm import FiniteBatchNorm2d
-from .recompute import recompute
-from .tokens import to_map, to_tokens
+from allspark_fast.model.activation_checkpointing import recompute
+from allspark_fast.model.batch_norm import FiniteBatchNorm2d
+from allspark_fast.model.tokens import to_map, to_tokens
 
 
 class SegFormerHead(nn.Module):

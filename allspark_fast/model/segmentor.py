@@ -5,13 +5,12 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from allspark_fast.kernels.arguments import check_count, check_size
-
-from .allspark import AllSpark
-from .cross_attention import Attend
-from .mit import MIT_CONFIGS, MixTransformer
-from .segformer_head import SegFormerHead
-from .semantic_memory import ClassMap, MemoryInit, MemorySync
-from .timm_backbone import TimmBackbone
+from allspark_fast.model.allspark import AllSpark
+from allspark_fast.model.cross_attention import Attend
+from allspark_fast.model.mit import MIT_CONFIGS, MixTransformer
+from allspark_fast.model.segformer_head import SegFormerHead
+from allspark_fast.model.semantic_memory import ClassMap, MemoryInit, MemorySync
+from allspark_fast.model.timm_backbone import TimmBackbone
 
 
 class Decoder(nn.Module):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .batch_norm import FiniteBatchNorm1d, FiniteBatchNorm2d
+from allspark_fast.model.batch_norm import FiniteBatchNorm1d, FiniteBatchNorm2d
 
 # What constructors call it: those of plain transformers, and those of Swin (in older versions of timm only so).
 _ANY_SIZE = {"dynamic_img_size": True, "strict_img_size": False}

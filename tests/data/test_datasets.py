@@ -5,8 +5,8 @@ import pytest
 from PIL import ExifTags, Image
 
 from allspark_fast.data.datasets import Entry, SegmentationDataset, read_split, scan_folder
-from allspark_fast.data.errors import DataError
 from allspark_fast.data.info import VOC_PALETTE, DatasetInfo, hex_palette
+from allspark_fast.errors import DataError
 
 
 def write(path, text):

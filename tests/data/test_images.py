@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image, ImageOps
 
-from allspark_fast.data.errors import DataError
 from allspark_fast.data.images import read_image, read_label, read_orientation, resolve_path
+from allspark_fast.errors import DataError
 
 GRADIENT = np.arange(48, dtype=np.uint8).reshape(6, 8) * 5
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from allspark_fast.data.errors import DataError
 from allspark_fast.data.info import DATASETS, VOC_PALETTE, read_info
+from allspark_fast.errors import DataError
 
 
 def test_class_counts():

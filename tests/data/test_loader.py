@@ -8,9 +8,9 @@ import torch
 from PIL import Image
 
 from allspark_fast.data.datasets import Entry, SegmentationDataset
-from allspark_fast.data.errors import DataError
 from allspark_fast.data.loader import SemiBatch, SemiLoader, evaluation_loader
 from allspark_fast.data.transforms import CropTransform
+from allspark_fast.errors import DataError
 
 PLAIN = {"mean": (0, 0, 0), "std": (1, 1, 1)}
 

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from allspark_fast.commands.splits import run
+from allspark_fast.cli.splits import run
 from allspark_fast.data.datasets import Entry, SegmentationDataset, read_split
-from allspark_fast.data.errors import DataError
 from allspark_fast.data.info import VOC_PALETTE, DatasetInfo
 from allspark_fast.data.splits import Split, classes_of, make_split, parse_amount, write_split
+from allspark_fast.errors import DataError
 
 ENTRIES = [Entry(f"{index}.jpg", f"{index}.png") for index in range(40)]
 # Class 0 is everywhere, class 1 in every second entry, classes 2 to 5 in one entry each.

@@ -19,10 +19,10 @@ from pathlib import Path
 
 import torch
 
-from allspark_fast import checkpoint_writer, trainer
 from allspark_fast.__main__ import main as command_line
-from allspark_fast.checkpoint import load_latest_checkpoint
-from allspark_fast.report import read_metrics
+from allspark_fast.training import checkpoint_writer, trainer
+from allspark_fast.training.checkpoint import load_latest_checkpoint
+from allspark_fast.training.log import read_metrics
 
 # What a run does, by the function that does it.
 PHASES = {

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from allspark_fast.report import read_metrics
+from allspark_fast.training.log import read_metrics
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 # More epochs than any soak takes; validation, pictures and checkpoints come often.

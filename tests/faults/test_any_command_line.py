@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from allspark_fast.__main__ import main
-from allspark_fast.commands import COMMANDS, selftest, train
-from allspark_fast.pretrained import ModelSpec, save_model
+from allspark_fast.cli import COMMANDS, selftest, train
+from allspark_fast.weights.spec import ModelSpec, save_model
 
 # Right arguments of each command, and some of its options.
 ARGUMENTS = {

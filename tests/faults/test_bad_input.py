@@ -22,13 +22,14 @@ from allspark_fast.data.datasets import Entry
 from allspark_fast.data.info import DATASETS
 from allspark_fast.data.splits import make_split, parse_amount
 from allspark_fast.data.transforms import CropTransform
-from allspark_fast.evaluate import predict_labels
-from allspark_fast.metrics import ConfusionMatrix
+from allspark_fast.inference.evaluate import predict_labels
+from allspark_fast.inference.metrics import ConfusionMatrix
+from allspark_fast.inference.scores import score_table
 from allspark_fast.model import AllSpark, Segmentor, build_segmentor
-from allspark_fast.pretrained import ModelSpec, save_model
-from allspark_fast.report import draw_curves, draw_predictions, score_table
-from allspark_fast.trainer import Trainer
-from allspark_fast.weights import load_weights, save_weights
+from allspark_fast.training.pictures import draw_curves, draw_predictions
+from allspark_fast.training.trainer import Trainer
+from allspark_fast.weights.files import load_weights, save_weights
+from allspark_fast.weights.spec import ModelSpec, save_model
 
 SIZES = st.integers(0, 5)
 

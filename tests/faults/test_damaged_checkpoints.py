@@ -10,9 +10,10 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from allspark_fast import checkpoint
-from allspark_fast.checkpoint import load_latest_checkpoint, require_room, save_checkpoint, write_atomically
-from allspark_fast.weights import read_state_dict, save_weights
+from allspark_fast import files
+from allspark_fast.files import write_atomically
+from allspark_fast.training.checkpoint import load_latest_checkpoint, require_room, save_checkpoint
+from allspark_fast.weights.files import read_state_dict, save_weights
 
 # Bits flipped in each kind of file; a small file has about 70,000.
 FLIPS = 500
@@ -169,8 +170,8 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
 
 def test_file_and_folder_are_flushed_around_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[str] = []
-    flush, replace = checkpoint._flush, Path.replace
-    monkeypatch.setattr(checkpoint, "_flush", lambda path, flags: (events.append(path.name), flush(path, flags)))
+    flush, replace = files._flush, Path.replace
+    monkeypatch.setattr(files, "_flush", lambda path, flags: (events.append(path.name), flush(path, flags)))
     monkeypatch.setattr(Path, "replace", lambda self, to: (events.append("rename"), replace(self, to)))
     write_atomically(tmp_path / "a.txt", lambda temporary: temporary.write_text("x"))
     assert events == [".a.txt.tmp.txt", "rename", tmp_path.name]

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image
 
-from allspark_fast.data.errors import DataError
 from allspark_fast.data.images import read_image, read_label
+from allspark_fast.errors import DataError
 
 TRIALS = 20
 _PIXELS = np.random.default_rng(0).integers(0, 256, (20, 24, 3), np.uint8)

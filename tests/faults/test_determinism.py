@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from allspark_fast.checkpoint import load_latest_checkpoint
 from allspark_fast.config import Config, DataConfig, EvalConfig, ModelConfig, RunConfig, TrainConfig
-from allspark_fast.trainer import Trainer
+from allspark_fast.training.checkpoint import load_latest_checkpoint
+from allspark_fast.training.trainer import Trainer
 
 
 def final_weights(folder: Path, workers: int, seed: int = 0, deterministic: bool = False) -> dict[str, torch.Tensor]:

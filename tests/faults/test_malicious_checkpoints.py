@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from allspark_fast.checkpoint import _FORMAT
-from allspark_fast.trainer import Trainer
-from tests.test_trainer import run_and_die, tiny_config
-from tests.test_weights import Malicious
+from allspark_fast.training.checkpoint import _FORMAT
+from allspark_fast.training.trainer import Trainer
+from tests.training.test_trainer import run_and_die, tiny_config
+from tests.weights.test_weights import Malicious
 
 
 @pytest.fixture

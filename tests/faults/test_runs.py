@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from allspark_fast.checkpoint import load_latest_checkpoint
 from allspark_fast.data.datasets import Entry, SegmentationDataset
-from allspark_fast.data.errors import DataError
 from allspark_fast.data.info import read_info
 from allspark_fast.data.loader import SemiLoader
 from allspark_fast.data.transforms import CropTransform
+from allspark_fast.errors import DataError
+from allspark_fast.training.checkpoint import load_latest_checkpoint
 from tests.faults.kill_and_resume import kill_and_resume
 
 ROOT = Path(__file__).parents[2]
@@ -88,7 +88,7 @@ def test_a_limit_on_the_size_of_files(tmp_path: Path) -> None:
 LIMITED = """
 import resource, sys
 from pathlib import Path
-import allspark_fast.commands.train
+import allspark_fast.cli.train
 import torch.utils.tensorboard
 from allspark_fast.__main__ import main
 used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from allspark_fast.config import Config
 from allspark_fast.data.datasets import read_split, split_line
-from allspark_fast.data.errors import DataError
 from allspark_fast.data.info import read_info
-from allspark_fast.pretrained import ModelSpec
+from allspark_fast.errors import DataError
+from allspark_fast.weights.spec import ModelSpec
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3),

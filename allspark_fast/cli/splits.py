@@ -1,0 +1,70 @@
+"""``splits``."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from allspark_fast.cli import command_parser
+from allspark_fast.data.datasets import Entry, SegmentationDataset, find_split, scan_folder
+from allspark_fast.data.info import read_info
+from allspark_fast.data.splits import classes_of, make_split, parse_amount, write_split
+from allspark_fast.errors import DataError
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the command line."""
+    parser = command_parser("splits")
+    parser.add_argument("root", metavar="ROOT", type=Path, help="folder that holds images/, labels/ and meta.json")
+    parser.add_argument(
+        "amount",
+        metavar="AMOUNT",
+        nargs="?",
+        help="how many of the images with a label to train on with it: 1/16, 0.125 or a count; all if not given",
+    )
+    parser.add_argument(
+        "--val", metavar="AMOUNT", help="first set so many of the images with a label aside for validation, in val.txt"
+    )
+    parser.add_argument(
+        "--list",
+        type=Path,
+        metavar="FILE",
+        help="split file to divide, below ROOT or here; all of images/ if not given",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the choice; 0 if not given")
+    parser.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="where to write; ROOT/splits, or ROOT/splits/AMOUNT, if not given"
+    )
+    return parser
+
+
+def run(arguments: list[str]) -> int:
+    """Choose which images are labeled; writes labeled.txt, unlabeled.txt and, if asked for, val.txt."""
+    options = build_parser().parse_args(arguments)
+    entries = scan_folder(options.root) if options.list is None else find_split(options.root, options.list)
+    if not any(entry.label for entry in entries):
+        raise DataError(f"{options.root}: no image has a label; labels/a.png belongs to images/a.jpg (or .png, ...)")
+    named = options.list is None or (options.root / "meta.json").is_file()
+    dataset = SegmentationDataset(options.root, entries, info=read_info(options.root) if named else None)
+    classes = classes_of(dataset)
+    val: list[Entry] = []
+    if options.val is not None:
+        kept = _labeled(entries) - parse_amount(options.val, _labeled(entries))
+        if kept == 0:
+            raise ValueError(f"--val {options.val} leaves no label to train on, {_labeled(entries)} images have one")
+        # Training gets the rare classes.
+        aside = set(make_split([entry for entry in entries if entry.label], kept, options.seed, classes).unlabeled)
+        val = [entry for entry in entries if entry in aside]
+        entries = [entry for entry in entries if entry not in aside]
+    amount = parse_amount("1/1" if options.amount is None else options.amount, _labeled(entries))
+    split = make_split(entries, amount, options.seed, classes)
+    out = options.out or options.root / "splits" / (options.amount or "").replace("/", "_")
+    write_split(out, split, val)
+    print(f"{out}: {len(split.labeled)} labeled, {len(split.unlabeled)} unlabeled, {len(val)} for validation")
+    if split.uncovered:
+        names = [dataset.info.classes[index] if dataset.info else f"class {index}" for index in split.uncovered]
+        print(f"in no labeled image: {', '.join(names)}")
+    return 0
+
+
+def _labeled(entries: Sequence[Entry]) -> int:
+    return sum(entry.label is not None for entry in entries)

@@ -1,0 +1,13 @@
+"""``train``."""
+
+from pathlib import Path
+
+from allspark_fast.cli.recipe import parse_config
+from allspark_fast.signals import STOPPED
+from allspark_fast.training.trainer import train
+
+
+def run(arguments: list[str]) -> int:
+    """Train, or go on with a run; the status is 75 where a signal has stopped it."""
+    recipe, config = parse_config(arguments, "train")
+    return 0 if train(config, config.run.folder or Path("runs") / recipe) else STOPPED

@@ -1,0 +1,238 @@
+"""Predictions for images: in memory, and from files to label images, overlays and confidences."""
+
+import glob
+import itertools
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+
+from allspark_fast.data.images import IMAGE_SUFFIXES, read_image
+from allspark_fast.data.info import DatasetInfo
+from allspark_fast.data.transforms import normalize_image
+from allspark_fast.device import DeviceName, choose_device
+from allspark_fast.errors import DataError
+from allspark_fast.files import make_folder, write_atomically
+from allspark_fast.inference.evaluate import predict_labels
+from allspark_fast.kernels.arguments import check_choice
+from allspark_fast.model import Segmentor
+from allspark_fast.weights.spec import ModelSpec
+
+# Whole images take memory in proportion to their pixels, and more; larger ones than 2048 x 1024 go through windows.
+MAX_WHOLE_PIXELS = 2048 * 1024
+_OVERLAY = 0.5
+
+
+class Prediction(NamedTuple):
+    """The labels of an image.
+
+    Attributes:
+        labels: (H, W) uint8, class indices.
+        confidence: (H, W) float32, the probability of the label.
+    """
+
+    labels: npt.NDArray[np.uint8]
+    confidence: npt.NDArray[np.float32]
+
+
+class Predictor:
+    """Labels images with a trained model.
+
+    Each image is treated alone: its batch mates change nothing, their number no more than the rounding of logits.
+
+    Args:
+        model: what predicts; it is moved to the device and in eval mode afterwards.
+        spec: what ``load_model`` returned with it.
+        device: where to compute.
+        mode: ``whole`` images or ``sliding`` windows, see predict_labels; None as the model was validated, but with
+            windows for images of more than MAX_WHOLE_PIXELS.
+        half: bfloat16 autocast, on a GPU.
+
+    Raises:
+        ValueError: ``device`` or ``mode`` is unknown, or there is no GPU, but it was asked for.
+    """
+
+    def __init__(
+        self,
+        model: Segmentor,
+        spec: ModelSpec,
+        *,
+        device: DeviceName = "auto",
+        mode: Literal["whole", "sliding"] | None = None,
+        half: bool = False,
+    ) -> None:
+        if mode is not None:
+            check_choice("mode", mode, ("whole", "sliding"))
+        self.device = choose_device(device)
+        if half and self.device.type != "cuda":
+            raise ValueError("half precision needs a GPU: leave it out")
+        self.model = model.to(self.device).eval()
+        self.spec = spec
+        self.mode = mode
+        self.half = half
+
+    @torch.no_grad()
+    def __call__(self, images: Sequence[Image.Image]) -> list[Prediction]:
+        """Label RGB images of equal size, as ``read_image`` returns them, together.
+
+        Raises:
+            TypeError: one is no image of Pillow.
+            ValueError: one is not RGB, their sizes differ, or there is none.
+        """
+        for image in images:
+            if not isinstance(image, Image.Image):
+                kind = type(image).__name__
+                raise TypeError(f"expected images of Pillow, got {kind}: see Image.fromarray, or read_image(path)")
+            if image.mode != "RGB":
+                raise ValueError(f"expected RGB images, got mode {image.mode}: convert('RGB') makes one of it")
+        sizes = {image.size for image in images}
+        if len(sizes) != 1:
+            raise ValueError(f"the images of a batch must have one size, got {sorted(sizes)}")
+        ((width, height),) = sizes
+        batch = torch.stack([normalize_image(image, self.spec.mean, self.spec.std) for image in images])
+        mode = self.mode or ("sliding" if width * height > MAX_WHOLE_PIXELS else self.spec.mode)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
+            labels, confidence = predict_labels(self.model, batch.to(self.device), mode=mode, crop=self.spec.crop)
+        pairs = zip(labels.byte().cpu().numpy(), confidence.float().cpu().numpy(), strict=True)
+        return [Prediction(*pair) for pair in pairs]
+
+
+class ImageFile(NamedTuple):
+    """An image to label.
+
+    Attributes:
+        path: of the file.
+        name: of its predictions, without suffix: where it lies below the folder that was given.
+    """
+
+    path: Path
+    name: Path
+
+
+@dataclass(frozen=True)
+class OutputFolder:
+    """Where the predictions of files go: ``labels/NAME.png``, ``overlays/NAME.jpg``, ``confidence/NAME.png``.
+
+    Attributes:
+        path: of the folder.
+        info: names and colours of the classes.
+        confidence: whether to write confidences.
+    """
+
+    path: Path
+    info: DatasetInfo
+    confidence: bool = False
+
+    def claim(self, images: Sequence[ImageFile], *, overwrite: bool = False) -> None:
+        """Make the folders for the predictions of ``images``.
+
+        Raises:
+            NotADirectoryError: one is a file.
+            ValueError: two images would share a file, or a file is there and ``overwrite`` is False.
+        """
+        name, count = Counter(image.name for image in images).most_common(1)[0]
+        if count > 1:
+            shared = ", ".join(str(image.path) for image in images if image.name == name)
+            raise ValueError(f"{shared}: these would share one file {name}.png; predict them into different folders")
+        files = [file for image in images for file in self._files(image.name).values()]
+        existing = [file for file in files if file.exists()]
+        if existing and not overwrite:
+            raise ValueError(
+                f"{existing[0]} is there already, as are {len(existing) - 1} others: "
+                "pass --overwrite, or write to another folder (--out)"
+            )
+        for folder in {file.parent for file in files}:
+            make_folder(folder)
+
+    def write(self, name: Path, image: Image.Image, prediction: Prediction) -> None:
+        """Write the prediction of ``image`` under the name of its ImageFile."""
+        labels = Image.fromarray(prediction.labels)
+        labels.putpalette([part for color in self.info.palette for part in color])
+        pictures = {
+            "labels": labels,
+            "overlays": Image.blend(image, labels.convert("RGB"), _OVERLAY),
+            "confidence": Image.fromarray((255 * prediction.confidence).round().astype(np.uint8)),
+        }
+        for kind, file in self._files(name).items():
+            write_atomically(file, pictures[kind].save)
+
+    def _files(self, name: Path) -> dict[str, Path]:
+        suffixes = {"labels": ".png", "overlays": ".jpg"} | ({"confidence": ".png"} if self.confidence else {})
+        return {kind: self.path / kind / f"{name}{suffix}" for kind, suffix in suffixes.items()}
+
+
+def find_images(arguments: Iterable[str], *, skip: Path | None = None) -> list[ImageFile]:
+    """Images that files, folders (with all folders in them) and patterns (``**`` for any folders) name.
+
+    Their names are paths below the folder, or below what stands before the first wildcard of a pattern; for a file, its
+    own. Hidden files and folders are left out.
+
+    Args:
+        arguments: of the command line.
+        skip: folder whose images do not count, such as that of earlier predictions, unless they are named one by one.
+
+    Raises:
+        FileNotFoundError: one of them names none.
+    """
+    found: dict[Path, ImageFile] = {}
+    for argument in arguments:
+        path = Path(argument)
+        files = [ImageFile(path, Path(path.stem))] if path.is_file() else list(_search(argument, skip))
+        if not files:
+            raise FileNotFoundError(f"{argument!r}: no image, no folder with images, and no pattern that matches any")
+        for file in files:
+            found.setdefault(file.path, file)
+    return list(found.values())
+
+
+def _search(argument: str, skip: Path | None) -> Iterator[ImageFile]:
+    """Images of a folder or a pattern, in alphabetical order."""
+    is_folder = argument != "" and Path(argument).is_dir()
+    parts = Path(argument).parts
+    fixed = parts if is_folder else itertools.takewhile(lambda part: not glob.has_magic(part), parts)
+    base = Path(*fixed)
+    for file in sorted(glob.glob(f"{glob.escape(argument)}/**/*" if is_folder else argument, recursive=True)):
+        path = Path(file)
+        skipped = skip is not None and path.resolve().is_relative_to(skip.resolve())
+        if file.lower().endswith(IMAGE_SUFFIXES) and path.is_file() and not skipped:
+            yield ImageFile(path, path.relative_to(base).with_suffix(""))
+
+
+def predict_files(
+    predictor: Predictor, files: Iterable[ImageFile], output: OutputFolder, *, batch: int = 1
+) -> Iterator[DataError | None]:
+    """Predict files into a folder; yields None, or what is wrong with the file, for each of them as it is done.
+
+    Args:
+        predictor: labels images.
+        files: the images.
+        output: where to write.
+        batch: as many consecutive images of equal size are predicted together.
+    """
+    for size, group in itertools.groupby(map(_read, files), key=_size):
+        while part := list(itertools.islice(group, batch)):
+            images = [image for _, image in part if isinstance(image, Image.Image)]
+            predictions = iter(predictor(images) if size else [])
+            for name, image in part:
+                if isinstance(image, Image.Image):
+                    output.write(name, image, next(predictions))
+                    yield None
+                else:
+                    yield image
+
+
+def _read(file: ImageFile) -> tuple[Path, Image.Image | DataError]:
+    try:
+        return file.name, read_image(file.path)
+    except DataError as error:
+        return file.name, error
+
+
+def _size(read: tuple[Path, Image.Image | DataError]) -> tuple[int, int] | None:
+    return read[1].size if isinstance(read[1], Image.Image) else None

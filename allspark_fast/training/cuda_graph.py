@@ -1,0 +1,90 @@
+"""Training steps as replays of a CUDA graph: one launch in place of thousands, for which a GPU waits otherwise."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from allspark_fast.data.loader import SemiBatch
+from allspark_fast.training.step import Losses, TrainState, train_step
+
+# Steps before the recording: kernels are compiled and libraries choose theirs, neither of which can be recorded.
+_STEPS_BEFORE = 3
+
+
+class GraphedSteps:
+    """``train_step`` on a GPU, recorded once for each phase of training and replayed from then on.
+
+    The first three steps of a phase run as they are; every step counts. What a step allocates stays allocated. The
+    random numbers are those of steps that are not recorded.
+
+    Args:
+        state: on a GPU, of a run with one process.
+    """
+
+    def __init__(self, state: TrainState) -> None:
+        self.state = state
+        self._phase: tuple[bool, bool] | None = None
+        self._steps_before = 0
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._stream: torch.cuda.Stream | None = None
+
+    def __call__(self, batch: SemiBatch, *, use_memory: bool, use_pseudo: bool = True) -> Losses:
+        """Take a step; arguments as ``train_step``'s, batches all of one size.
+
+        Returns:
+            the losses, which the next step overwrites.
+        """
+        if self._phase != (use_memory, use_pseudo):
+            self._phase = use_memory, use_pseudo
+            self._steps_before = _STEPS_BEFORE
+            if self._graph is not None:
+                torch.cuda.synchronize()  # its memory goes with it
+                self._graph = None
+        if self._steps_before:
+            self._steps_before -= 1
+            return self._step_beside(batch)
+        if self._graph is None:
+            self._record(batch)
+        else:
+            for recorded, given in zip(self._batch, batch, strict=True):
+                if recorded is not None and given is not None:
+                    recorded.copy_(given)
+        assert self._graph is not None
+        self._graph.replay()
+        return self._losses
+
+    def _step(self, batch: SemiBatch) -> Losses:
+        assert self._phase is not None
+        use_memory, use_pseudo = self._phase
+        return train_step(self.state, batch, use_memory=use_memory, use_pseudo=use_pseudo)
+
+    def _step_beside(self, batch: SemiBatch) -> Losses:
+        """A step on a stream of its own: recording needs one, and what backward leaves behind would tie it to this."""
+        if self._stream is None:
+            self._stream = torch.cuda.Stream()  # one for all: each keeps memory of its own
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            losses = self._step(batch)
+        torch.cuda.current_stream().wait_stream(self._stream)
+        return losses
+
+    def _record(self, batch: SemiBatch) -> None:
+        self._batch = SemiBatch(*(None if x is None else x.clone() for x in batch))  # type: ignore[arg-type]
+        self._graph = torch.cuda.CUDAGraph()
+        # The thread that puts batches into page-locked memory goes on meanwhile.
+        with _capturable(self.state.optimizer), torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+            self._losses = self._step(self._batch)
+
+
+@contextmanager
+def _capturable(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Lets AdamW be recorded, which a fused one can be without further ado; SGD does not ask."""
+    groups = [group for group in optimizer.param_groups if "capturable" in group]
+    for group in groups:
+        group["capturable"] = True
+    try:
+        yield
+    finally:
+        for group in groups:
+            group["capturable"] = False

@@ -1,0 +1,298 @@
+"""One training step of each method, what it changes, and the schedule: the mathematics of training, without a run."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.utils import get_total_norm
+
+from allspark_fast.config import TrainConfig
+from allspark_fast.data.info import IGNORE_INDEX
+from allspark_fast.data.loader import SemiBatch
+from allspark_fast.distributed import mean_over_ranks, world_size
+from allspark_fast.kernels.upsample_argmax import upsample_argmax
+from allspark_fast.kernels.upsample_cross_entropy import upsample_cross_entropy
+from allspark_fast.model import Segmentor
+from allspark_fast.training.sharding import average_gradients, joined_like, local, shard_like, whole
+
+
+class Losses(NamedTuple):
+    """Losses of a step, scalars on the device; ``total`` is the mean of the two parts, or the labeled one alone."""
+
+    total: Tensor
+    labeled: Tensor
+    unlabeled: Tensor
+
+
+_LOGGED = ("loss", "loss_labeled", "loss_unlabeled")
+
+
+class TrainState:
+    """All that a step changes: model, averaged weights, optimizer, and counters that stay on the device.
+
+    Args:
+        model: on the device where it trains.
+        config: the optimisation.
+        total_steps: steps of the whole run, for the schedule.
+        ema: a copy of the model that becomes the moving average of its weights, or None; sharded if the model is.
+        replica: a whole copy of a sharded model, to evaluate.
+    """
+
+    def __init__(
+        self,
+        model: Segmentor,
+        config: TrainConfig,
+        *,
+        total_steps: int,
+        ema: Segmentor | None = None,
+        replica: Segmentor | None = None,
+    ) -> None:
+        device = next(model.parameters()).device
+        self.model = model
+        self.config = config
+        self.total_steps = total_steps
+        self.ema = ema
+        self.replica = replica
+        self.optimizer = build_optimizer(model, config)
+        self.step = torch.zeros((), dtype=torch.int64, device=device)
+        self.skipped = torch.zeros((), dtype=torch.int64, device=device)
+        # Sums of the losses since they were last read, then the number of steps in them: those that were not skipped.
+        self.window = torch.zeros(len(Losses._fields) + 1, dtype=torch.float64, device=device)
+        bottleneck = model.decoder.allspark
+        # Channels that each class of the memory received, counted there; (0,) without a memory.
+        self.received = self.step.new_zeros(0) if bottleneck is None else bottleneck.attn.received
+
+    @torch.no_grad()
+    def evaluated_model(self) -> Segmentor:
+        """The average with the model's present buffers (BatchNorm, memory), or the model if there is no average.
+
+        If they are sharded, all ranks have to ask for it and get it whole.
+        """
+        weights = self.model if self.ema is None else self.ema
+        evaluated = weights if self.replica is None else self.replica
+        if evaluated is not weights:
+            for target, source in zip(evaluated.parameters(), weights.parameters(), strict=True):
+                target.copy_(whole(source))
+        if evaluated is not self.model:
+            for buffer, present in zip(evaluated.buffers(), self.model.buffers(), strict=True):
+                buffer.copy_(present)
+        return evaluated
+
+    def read_metrics(self) -> dict[str, float]:
+        """Learning rate, steps skipped so far, and mean losses since the last call unless all steps were skipped.
+
+        This is where the device is waited for.
+        """
+        lr = poly_lr(self.step - 1, self.total_steps, self.config.lr)
+        rate, skipped, *sums, steps = torch.cat([torch.stack([lr, self.skipped.double()]), self.window]).tolist()
+        self.window.zero_()
+        losses = {name: x / steps for name, x in zip(_LOGGED, sums, strict=True)} if steps else {}
+        if self.config.method == "supervised":
+            losses.pop("loss_unlabeled", None)
+        return {"lr": rate, **losses, "skipped_steps": int(skipped)}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What ``load_state_dict`` needs to go on exactly; a sharded model's tensors are sharded too."""
+        model = self.model.state_dict()
+        # Only now are they sharded for certain: a forward pass without a backward pass leaves them gathered.
+        parameters = list(self.model.parameters())
+        optimizer = self.optimizer.state_dict()
+        shards = {
+            index: {key: joined_like(x, parameters[index]) for key, x in tensors.items()}
+            for index, tensors in optimizer["state"].items()
+        }
+        return {
+            "model": model,
+            "ema": None if self.ema is None else self.ema.state_dict(),
+            "optimizer": {**optimizer, "state": shards},
+            "step": self.step,
+            "skipped": self.skipped,
+            "window": self.window,
+            "received": self.received,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a ``state_dict`` of whole tensors, on any device and any number of ranks.
+
+        Raises:
+            ValueError: the optimizer's state does not fit the parameters; fused optimizers would write beside them.
+        """
+        for name, model in (("model", self.model), ("ema", self.ema)):
+            if model is not None:
+                own = model.state_dict()
+                model.load_state_dict({key: shard_like(x, own[key]) for key, x in state[name].items()})
+        parameters = list(self.model.parameters())
+        _check_moments(state["optimizer"]["state"], parameters)
+        shards = {
+            index: {key: local(shard_like(x, parameters[index])) for key, x in tensors.items()}
+            for index, tensors in state["optimizer"]["state"].items()
+        }
+        self.optimizer.load_state_dict({**state["optimizer"], "state": shards})
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["lr"].to(self.step.device)
+        for name in ("step", "skipped", "window", "received"):
+            getattr(self, name).copy_(state[name])
+
+
+def _check_moments(moments: dict[int, dict[str, Tensor]], parameters: Sequence[Tensor]) -> None:
+    """A count of steps is one number; whatever else an optimizer keeps has its parameter's shape."""
+    if len(moments) > len(parameters):
+        raise ValueError(f"the optimizer's state is of {len(moments)} parameters, the model has {len(parameters)}")
+    for index, tensors in moments.items():
+        for name, x in tensors.items():
+            if x.ndim and x.shape != parameters[index].shape:
+                raise ValueError(
+                    f"the optimizer's {name} of parameter {index} has shape {tuple(x.shape)}, the parameter "
+                    f"{tuple(parameters[index].shape)}: take another checkpoint"
+                )
+
+
+def train_step(state: TrainState, batch: SemiBatch, *, use_memory: bool, use_pseudo: bool = True) -> Losses:
+    """Take one training step; nothing here waits for the device.
+
+    Where the loss or a gradient is not finite, weights, their average and the optimizer stay as they were, and the step
+    counts as skipped.
+
+    Args:
+        state: updated in place; the model's memory and BatchNorm statistics too.
+        batch: as many labeled as unlabeled images.
+        use_memory: False during warm-up.
+        use_pseudo: whether the loss on pseudo labels counts.
+
+    With several ranks, all must take the step; they skip it together.
+
+    Returns:
+        the losses before the update, means over micro-batches and ranks.
+    """
+    state.model.zero_grad()
+    parts = []
+    for micro_batch in batch.split(state.config.accumulate):
+        with torch.autocast(batch.image.device.type, torch.bfloat16, enabled=state.config.amp and batch.image.is_cuda):
+            losses = compute_losses(
+                state.model, micro_batch, state.config, use_memory=use_memory, use_pseudo=use_pseudo
+            )
+        (losses.total / state.config.accumulate).backward()
+        parts.append(torch.stack(losses).detach())
+    return _update(state, torch.stack(parts).mean(0))
+
+
+@torch.no_grad()
+def _update(state: TrainState, own_losses: Tensor) -> Losses:
+    """Schedule, optimizer, average and counters, without a branch on what is finite; returns the ranks' mean losses."""
+    gradients = [p.grad for p in state.model.parameters() if p.grad is not None]
+    average_gradients(gradients)
+    # One all-reduce of a few numbers tells all ranks the same.
+    norm = get_total_norm([local(gradient) for gradient in gradients])
+    *mean_losses, mean_norm = mean_over_ranks(torch.cat([own_losses, norm[None]]))
+    losses = Losses._make(mean_losses)
+    finite = (losses.total + mean_norm).isfinite()
+    lr = poly_lr(state.step, state.total_steps, state.config.lr)
+    for group in state.optimizer.param_groups:
+        group["lr"].copy_(lr * group["lr_scale"])
+    # The interface of gradient scalers: fused optimizers do nothing at all where this is 1.
+    state.optimizer.found_inf = finite.logical_not().float()  # type: ignore[attr-defined]
+    updated = [x for group in state.optimizer.param_groups for x in group["params"]]
+    for part, parameter in zip(updated, state.model.parameters(), strict=True):
+        part.grad = None if parameter.grad is None else local(parameter.grad)
+    state.optimizer.step()
+    if state.ema is not None:
+        _move_average(state.ema, state.model, (1 - state.config.ema) * finite)
+    state.step += 1
+    state.skipped += finite.logical_not()
+    state.window += torch.stack([*losses, torch.ones_like(losses.total)]).where(finite, 0)
+    return losses
+
+
+def _move_average(average: Segmentor, model: Segmentor, weight: Tensor) -> None:
+    """Move the weights of the average towards the model's: average += weight · (model - average)."""
+    averaged = [local(x) for x in average.parameters()]
+    current = [local(x) for x in model.parameters()]
+    difference = torch._foreach_sub(current, averaged)
+    torch._foreach_mul_(difference, weight)
+    torch._foreach_add_(averaged, difference)
+
+
+def compute_losses(
+    model: Segmentor, batch: SemiBatch, config: TrainConfig, *, use_memory: bool, use_pseudo: bool = True
+) -> Losses:
+    """Forward pass of a method, arguments as ``train_step``'s; the model is in training mode afterwards."""
+    if config.method == "supervised":
+        loss = _labeled_loss(model.train()(batch.image), batch.label, config)
+        (loss,) = _weigh_ranks([loss], [batch.label], config)
+        return Losses(loss, loss, torch.zeros_like(loss))
+    class_logits, pseudo_label = pseudo_pass(model, batch, config)
+    model.train()
+    images = torch.cat([batch.image, batch.unlabeled_image])
+    memory = {"class_logits": class_logits, "use_memory": use_memory} if config.method == "allspark" else {}
+    labeled, unlabeled = model(images, **memory).chunk(2)
+    labeled_loss = _labeled_loss(labeled, batch.label, config)
+    unlabeled_loss = upsample_cross_entropy(unlabeled, pseudo_label, ignore_index=IGNORE_INDEX)
+    labeled_loss, unlabeled_loss = _weigh_ranks([labeled_loss, unlabeled_loss], [batch.label, pseudo_label], config)
+    total = (labeled_loss + unlabeled_loss) / 2 if use_pseudo else labeled_loss
+    return Losses(total, labeled_loss, unlabeled_loss)
+
+
+@torch.no_grad()
+def pseudo_pass(model: Segmentor, batch: SemiBatch, config: TrainConfig) -> tuple[Tensor, Tensor]:
+    """Logits (B, K, h, w) and pseudo labels (B, H, W) of the unlabeled images; the model is in eval mode afterwards."""
+    class_logits = model.eval()(batch.unlabeled_image, attend=config.attend)
+    size = (batch.unlabeled_image.shape[2], batch.unlabeled_image.shape[3])
+    pseudo_label, _ = upsample_argmax(class_logits, size)
+    if not config.pseudo_padding:
+        pseudo_label = pseudo_label.where(batch.unlabeled_valid, IGNORE_INDEX)
+    return class_logits, pseudo_label
+
+
+def _labeled_loss(logits: Tensor, label: Tensor, config: TrainConfig) -> Tensor:
+    threshold = config.ohem_threshold if config.loss == "ohem" else None
+    return upsample_cross_entropy(
+        logits, label, ignore_index=IGNORE_INDEX, ohem_threshold=threshold, ohem_min_kept=config.ohem_min_kept
+    )
+
+
+def _weigh_ranks(losses: list[Tensor], labels: list[Tensor], config: TrainConfig) -> list[Tensor]:
+    """Means over this rank's pixels, scaled so that their mean over ranks is the mean over the pixels of all ranks."""
+    if world_size() == 1 or config.loss_mean == "rank":
+        return losses
+    valid = torch.stack([(label != IGNORE_INDEX).sum() for label in labels]).float()
+    weights = valid / mean_over_ranks(valid).clamp(min=1 / world_size())
+    return [loss * weight for loss, weight in zip(losses, weights, strict=True)]
+
+
+@torch.no_grad()
+def build_optimizer(model: Segmentor, config: TrainConfig) -> torch.optim.Optimizer:
+    """SGD with momentum 0.9 or AdamW: ``lr`` for the backbone, ``lr * lr_multi`` for the rest, decay on everything.
+
+    Fused, because only fused optimizers read the learning rate, and whether to skip the step, on the device. Of a
+    sharded model it updates this rank's parts, as the plain tensors they are: fused SGD takes no others.
+    """
+    groups: list[dict[str, Any]] = [
+        {"params": [local(x) for x in model.backbone.parameters()], "lr_scale": 1.0},
+        {"params": [local(x) for x in model.decoder.parameters()], "lr_scale": config.lr_multi},
+    ]
+    optimizer: torch.optim.Optimizer
+    if config.optimizer == "adamw":
+        optimizer = torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay, fused=True)
+    else:
+        optimizer = torch.optim.SGD(groups, lr=config.lr, momentum=0.9, weight_decay=config.weight_decay, fused=True)
+    device = next(model.parameters()).device
+    # A first step that is skipped would leave SGD's momentum without a value. Shards are read into tensors that are
+    # there, so AdamW's are made here too, as its first step would make them.
+    adamw = config.optimizer == "adamw"
+    for x in (x for group in groups for x in group["params"]):
+        moments = ("exp_avg", "exp_avg_sq") if adamw else ("momentum_buffer",)
+        count = {"step": torch.zeros((), device=device)} if adamw else {}
+        optimizer.state[x] = {**count, **{name: torch.zeros_like(x) for name in moments}}
+    for group in optimizer.param_groups:
+        group["lr"] = torch.zeros((), device=device)
+    return optimizer
+
+
+def poly_lr(step: Tensor, total_steps: int, base_lr: float) -> Tensor:
+    """Learning rate of a step under polynomial decay of power 0.9, float64.
+
+    The public code sets the rate after each step, from that step's number: step i runs at the rate of i - 1, so the
+    first two share the base rate.
+    """
+    return base_lr * (1 - (step - 1).clamp(min=0).double() / total_steps) ** 0.9

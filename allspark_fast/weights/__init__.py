@@ -1,0 +1,1 @@
+"""Files to models and back: names, files, specification, conversion, export, hub."""

@@ -1,0 +1,60 @@
+"""The official way that the step is compared with computes the same losses, gradients and memory as ours."""
+
+import copy
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from allspark_fast.config import TrainConfig
+from allspark_fast.data.loader import SemiBatch
+from allspark_fast.model import Segmentor, build_segmentor
+from allspark_fast.training.step import TrainState, build_optimizer, compute_losses, train_step
+from bench.naive_model import make_naive, naive_losses, naive_train_step
+from bench.step_variants import without_dropout
+
+CONFIG = TrainConfig()
+
+
+def build_model(classes: int = 5, crop: tuple[int, int] = (65, 65)) -> Segmentor:
+    # In float64 no rounding can move an argmax, so everything must agree.
+    return without_dropout(build_segmentor("mit_tiny", classes, crop, embedding_dim=32)).double()
+
+
+def random_batch(classes: int = 5, crop: tuple[int, int] = (65, 65)) -> SemiBatch:
+    images = torch.randn(2, 2, 3, *crop, dtype=torch.float64)
+    label = torch.randint(classes, (2, *crop)).masked_fill(torch.rand(2, *crop) < 0.1, 255)
+    return SemiBatch(images[0], label, images[1], torch.ones(2, *crop, dtype=torch.bool), None)
+
+
+@pytest.mark.parametrize("use_memory", [False, True])
+@pytest.mark.parametrize(
+    ("classes", "crop"),
+    [(5, (65, 65)), (2, (65, 65)), pytest.param(171, (65, 65), marks=pytest.mark.slow), (5, (65, 97))],
+    ids=str,
+)
+def test_losses_gradients_and_memory_are_ours(classes: int, crop: tuple[int, int], use_memory: bool) -> None:
+    model, batch = build_model(classes, crop), random_batch(classes, crop)
+    naive = make_naive(copy.deepcopy(model))
+    ours = compute_losses(model, batch, CONFIG, use_memory=use_memory)
+    theirs = naive_losses(naive, batch, use_memory=use_memory)
+    assert_close(theirs, ours)
+    ours.total.backward()
+    theirs.total.backward()
+    gradients = [{name: x.grad for name, x in m.named_parameters()} for m in (naive, model)]
+    assert_close(*gradients)
+    assert_close(naive.state_dict(), model.state_dict())
+    assert model.decoder.allspark.attn.queue_ptr.any()
+
+
+def test_steps_are_ours() -> None:
+    model, batch = build_model(), random_batch()
+    naive = make_naive(copy.deepcopy(model))
+    before = copy.deepcopy(model.state_dict())
+    state = TrainState(model, CONFIG, total_steps=10)
+    optimizer = build_optimizer(naive, CONFIG)
+    for _ in range(2):  # both at the base rate
+        train_step(state, batch, use_memory=True)
+        naive_train_step(naive, optimizer, batch, CONFIG, lr=CONFIG.lr, use_memory=True)
+    assert_close(naive.state_dict(), model.state_dict())
+    assert all(not torch.equal(before[name], x) for name, x in model.named_parameters())

@@ -1,0 +1,81 @@
+"""``evaluate``: weights with the images of a recipe. Those of a run are scored in test_trainer.py."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from allspark_fast.__main__ import main
+from allspark_fast.data.info import DatasetInfo
+from allspark_fast.inference.evaluate import predict_labels
+from allspark_fast.weights.spec import ModelSpec, load_model, save_model
+
+CLASSES = ("apple", "pear", "plum")
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """Three images with labels and a list of them, but no list to train on."""
+    rng = np.random.default_rng(0)
+    for folder, shape in (("images", (40, 50, 3)), ("labels", (40, 50))):
+        (tmp_path / "data" / folder).mkdir(parents=True)
+        for i in range(3):
+            numbers = rng.integers(0, 256 if folder == "images" else len(CLASSES), shape, np.uint8)
+            Image.fromarray(numbers).save(tmp_path / "data" / folder / f"{i}.png")
+    (tmp_path / "data" / "meta.json").write_text(json.dumps({"classes": CLASSES}))
+    lines = [f"images/{i}.png labels/{i}.png" for i in range(3)]
+    (tmp_path / "data" / "val.txt").write_text("\n".join(lines[:2]))
+    (tmp_path / "data" / "test.txt").write_text(lines[2])
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def weights(tmp_path: Path, tiny_spec: ModelSpec) -> Path:
+    """Normalised otherwise than the recipe says."""
+    spec = replace(tiny_spec, mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2))
+    (tmp_path / "weights").mkdir()
+    save_model(spec.build(), spec, tmp_path / "weights" / "best.safetensors")
+    return tmp_path / "weights" / "best.safetensors"
+
+
+def expected_confusion(weights: Path, data: Path, names: list[str]) -> np.ndarray:
+    model, spec = load_model(weights)
+    confusion = np.zeros((3, 3), int)
+    for name in names:
+        image, label = (np.asarray(Image.open(data / folder / f"{name}.png")) for folder in ("images", "labels"))
+        pixels = torch.from_numpy((image / 255 - spec.mean) / spec.std).permute(2, 0, 1)[None].float()
+        predicted, _ = predict_labels(model, pixels)
+        np.add.at(confusion, (label, predicted[0].numpy()), 1)
+    return confusion
+
+
+@pytest.mark.parametrize(("split", "names"), [([], ["0", "1"]), (["--split", "test.txt"], ["2"])])
+def test_the_images_of_a_recipe(weights: Path, data: Path, tmp_path: Path, split: list[str], names: list[str]) -> None:
+    scores = tmp_path / "scores.json"
+    recipe = ["folder", "--data.root", str(data), "--data.val", "val.txt"]
+    assert main(["evaluate", str(weights), *split, "--json", str(scores), *recipe]) == 0
+    assert json.loads(scores.read_text())["confusion"] == expected_confusion(weights, data, names).tolist()
+    assert Image.open(weights.parent / "confusion.png").width > 100
+
+
+def test_what_cannot_be_scored(
+    weights: Path, data: Path, tiny_spec: ModelSpec, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["evaluate", str(weights)]) == 1
+    assert "no config.json in it; to score other weights name a RECIPE" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["evaluate", str(weights), "--data.root", str(data)])
+    assert "unrecognized arguments: --data.root" in capsys.readouterr().err
+    recipe = ["folder", "--data.root", str(data), "--data.val"]
+    assert main(["evaluate", str(weights), *recipe, "nowhere.txt"]) == 1
+    assert "split file nowhere.txt: not found" in capsys.readouterr().err
+    assert main(["evaluate", str(weights), "--json", str(data / "new" / "scores.json"), *recipe, "val.txt"]) == 1
+    assert "there is no folder" in capsys.readouterr().err
+    spec = replace(tiny_spec, info=DatasetInfo("two", CLASSES[:2], tiny_spec.info.palette))
+    save_model(spec.build(), spec, weights)
+    assert main(["evaluate", str(weights), *recipe, "val.txt"]) == 1
+    assert "best.safetensors knows 2 classes, the labels of data are of 3" in capsys.readouterr().err

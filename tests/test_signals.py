@@ -1,0 +1,91 @@
+"""Runs that are asked to stop by a signal, and go on: in a step, and in an evaluation."""
+
+import dataclasses
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import pytest
+from torch import nn
+
+from allspark_fast.data.loader import EvalSample
+from allspark_fast.inference.evaluate import evaluate
+from allspark_fast.inference.metrics import Scores
+from allspark_fast.training import trainer as trainer_module
+from allspark_fast.training.checkpoint import load_latest_checkpoint
+from allspark_fast.training.log import read_metrics
+from allspark_fast.training.step import TrainState, train_step
+from allspark_fast.training.trainer import Trainer, train
+from tests.training.test_trainer import assert_same_run, tiny_config
+
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
+
+def test_after_signals_that_ask_to_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SIGTERM and SIGUSR1, to loading processes too: the step in hand is finished and saved."""
+    config = tiny_config()
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, workers=1))
+    Trainer(config, tmp_path / "whole").run()
+    signals = {3: signal.SIGTERM, 5: signal.SIGUSR1}
+
+    def signaled_step(state: TrainState, *args: object, **kwargs: object) -> object:
+        if (number := signals.pop(int(state.step) + 1, None)) is not None:
+            loading = multiprocessing.active_children()
+            assert loading
+            for process in (*(child.pid for child in loading), os.getpid()):
+                os.kill(process, number)
+            time.sleep(0.2)
+            assert all(child.is_alive() for child in loading)
+        return train_step(state, *args, **kwargs)
+
+    monkeypatch.setattr(trainer_module, "train_step", signaled_step)
+    for step in (3, 5):
+        assert not train(config, tmp_path / "broken")
+        assert load_latest_checkpoint(tmp_path / "broken" / "checkpoints")["step"] == step
+    assert train(config, tmp_path / "broken")
+    assert_same_run(tmp_path / "whole", tmp_path / "broken")
+
+
+@pytest.mark.parametrize("dies", [False, True])
+def test_after_signals_during_evaluations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dies: bool) -> None:
+    """One in the middle of the run, then one at the end: either is broken off, saved as due, and made on resuming.
+
+    In the second case the run then dies between the record of the resumed evaluation and its checkpoint.
+    """
+    config = tiny_config()
+    Trainer(config, tmp_path / "whole").run()
+    broken = tmp_path / "broken"
+    evaluations = []
+    signaled = (1, 4 if dies else 3)
+
+    def signaled_evaluate(model: nn.Module, samples: Iterable[EvalSample], *args: object, **kwargs: object) -> Scores:
+        evaluations.append(None)
+
+        def watched() -> Iterator[EvalSample]:
+            for sample in samples:
+                if len(evaluations) in signaled:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                yield sample
+
+        return evaluate(model, watched(), *args, **kwargs)
+
+    monkeypatch.setattr(trainer_module, "evaluate", signaled_evaluate)
+    assert not train(config, broken)
+    first = load_latest_checkpoint(broken / "checkpoints")
+    assert first["evaluation_due"]
+    assert not any("miou" in record for record in read_metrics(broken))
+    if dies:
+        with monkeypatch.context() as dying:
+            dying.setattr(Trainer, "_save", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                train(config, broken)
+        assert "miou" in read_metrics(broken)[-1]
+    assert not train(config, broken)
+    last = Trainer(config, broken)
+    assert (last.step, last.finished) == (last.total_steps, False)
+    del last
+    assert train(config, broken)
+    assert_same_run(tmp_path / "whole", broken)

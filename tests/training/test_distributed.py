@@ -1,0 +1,409 @@
+"""Steps, collectives and evaluation on several gloo ranks, against one process that sees the same images."""
+
+import copy
+import functools
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from allspark_fast import distributed
+from allspark_fast.config import TrainConfig
+from allspark_fast.data.loader import SemiBatch
+from allspark_fast.distributed import any_rank, mean_over_ranks, on_rank0, rank, world_size
+from allspark_fast.inference.evaluate import evaluate
+from allspark_fast.kernels.semantic_memory import channel_semantic_grouping, semantic_memory_enqueue
+from allspark_fast.kernels.upsample_cross_entropy import upsample_cross_entropy
+from allspark_fast.model import build_segmentor
+from allspark_fast.model.cross_attention import CrossAttention
+from allspark_fast.model.mit import Block, compile_blocks
+from allspark_fast.model.semantic_memory import SemanticMemory
+from allspark_fast.training import setup as prepare
+from allspark_fast.training.setup import build_state, describe_batch
+from allspark_fast.training.sharding import block_policy, gather_state
+from allspark_fast.training.step import TrainState, compute_losses, pseudo_pass, train_step
+from bench.step_variants import without_dropout
+from tests.helpers.ranks import run_on_ranks
+from tests.inference.test_evaluate import Threshold, sample
+
+STEPS = 3
+# With BatchNorm alone, and with an activation behind it.
+TIMM = ("timm/resnet18", "timm/regnetx_002")
+MEMORY = "model.decoder.allspark.attn."
+
+
+def make_state(memory_sync: str = "all", backbone: str = "mit_tiny", **options: Any) -> TrainState:
+    """A tiny model without dropout, whose pseudo labels and memory treat each image alone."""
+    torch.manual_seed(0)
+    model = build_segmentor(backbone, 3, (64, 64), embedding_dim=16, memory_init="empty", memory_sync=memory_sync)
+    config = TrainConfig(lr=0.01, attend="image", pseudo_padding=False, ema=0.9, **options)
+    return build_state(without_dropout(model), config, total_steps=10)
+
+
+def make_batch(step: int, size: int, part: slice = slice(None)) -> SemiBatch:
+    """Images of one step, of which very different numbers of pixels count."""
+    generator = torch.Generator().manual_seed(step)
+    images = torch.randn(2, size, 3, 64, 64, generator=generator)
+    label = torch.randint(3, (size, 64, 64), generator=generator)
+    valid = torch.ones(size, 64, 64, dtype=torch.bool)
+    for i in range(size):
+        label[i, 10 + 40 * i // size :] = 255
+        valid[i, :, 60 - 50 * i // size :] = False
+    return SemiBatch(*(x[part] for x in (images[0], label, images[1], valid)), None)
+
+
+def own_part(size: int) -> slice:
+    share = size // world_size()
+    return slice(rank() * share, (rank() + 1) * share)
+
+
+def flatten(state: TrainState) -> dict[str, Tensor]:
+    """Copies of whole tensors of weights, buffers, average and optimizer, by name; of rank 0."""
+    gathered = copy.deepcopy(gather_state(state.state_dict()))
+    tensors = {f"{group}.{name}": x for group in ("model", "ema") for name, x in gathered[group].items()}
+    for index, values in gathered["optimizer"]["state"].items():
+        tensors |= {f"optimizer.{index}.{key}": x for key, x in values.items()}
+    return tensors | {"window": gathered["window"]}
+
+
+def train_steps(size: int, state: TrainState) -> dict[str, Tensor]:
+    """What some steps on this rank's part of the same images leave, and their losses."""
+    losses = [train_step(state, make_batch(step, size, own_part(size)), use_memory=True) for step in range(STEPS)]
+    return {**flatten(state), "losses": torch.stack([torch.stack(x) for x in losses])}
+
+
+def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert actual.keys() == expected.keys()
+    for name, x in expected.items():
+        torch.testing.assert_close(actual[name], x, rtol=1e-5, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def on_two_ranks() -> dict[str, Any]:
+    """All that is looked at on two ranks, in one go, since processes are slow to start."""
+    results: dict[str, Any] = {}
+    for sharding in ("fsdp", "replicate"):
+        results[sharding] = train_steps(2, state := make_state(sharding=sharding))
+        results[f"{sharding} memory"] = {
+            name: x for name, x in state.model.state_dict().items() if f"model.{name}".startswith(MEMORY)
+        }
+        results[f"{sharding} evaluated"] = dict(state.evaluated_model().state_dict())
+    results["mean per rank"] = train_steps(2, make_state(sharding="replicate", loss_mean="rank"))["losses"]
+    results["accumulated"] = train_steps(4, make_state(sharding="fsdp", accumulate=2))["losses"]
+    results["rank0"] = train_steps(2, state := make_state("rank0", sharding="fsdp"))
+    for memory_sync in ("rank0", "all"):
+        results[f"enqueued {memory_sync}"] = enqueue_on_ranks(memory_sync)
+    results["overlapped"] = [attend_before_rank_0_arrives(memory_sync) for memory_sync in ("all", "rank0")]
+    for backbone in TIMM:
+        results[backbone] = train_steps(2, make_state(sharding="replicate", backbone=backbone))
+    results["skipped"] = skip_a_step()
+    results["resumed"] = resume_as_shards()
+    results["saved"] = save_before_and_after_an_evaluation()
+    samples = [sample(30, 40 + i) for i in range(3)] if torch.manual_seed(1) else []
+    results["confusion"] = evaluate(Threshold(), samples[rank() :: 2], 3).confusion
+    results["mean"] = gradient_of_mean()
+    results["any"] = [any_rank(False), any_rank(rank() == 1)]
+    results["error"] = fail_on_rank0()
+    return results
+
+
+def skip_a_step() -> bool:
+    """Whether all is as it was after a step in which one rank's images were not finite."""
+    state = make_state(sharding="fsdp")
+    before = {name: x.clone() for name, x in state.model.named_parameters()}
+    batch = make_batch(0, 2, own_part(2))
+    train_step(state, batch._replace(image=batch.image.fill_(float("nan"))) if rank() == 1 else batch, use_memory=True)
+    unchanged = all(torch.equal(x.to_local(), before[name].to_local()) for name, x in state.model.named_parameters())
+    return unchanged and state.skipped == 1
+
+
+def resume_as_shards() -> bool:
+    """Whether a sharded state takes over the whole state of another, which has taken steps."""
+    before = make_state(sharding="fsdp", optimizer="adamw")
+    train_step(before, make_batch(0, 2, own_part(2)), use_memory=True)
+    box = [copy.deepcopy(gather_state(before.state_dict()))]
+    dist.broadcast_object_list(box)
+    after = make_state(sharding="fsdp", optimizer="adamw")
+    after.load_state_dict(box[0])
+    for state in (before, after):
+        train_step(state, make_batch(1, 2, own_part(2)), use_memory=True)
+    a, b = flatten(before), flatten(after)
+    return rank() > 0 or (a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a))
+
+
+def save_before_and_after_an_evaluation() -> list[dict[str, Tensor]]:
+    """What a checkpoint holds; a forward pass without backward, as pseudo labels take, leaves parameters gathered."""
+    state = make_state(sharding="fsdp")
+    batch = make_batch(0, 2, own_part(2))
+    train_step(state, batch, use_memory=True)
+    before = flatten(state)
+    pseudo_pass(state.model, batch, state.config)
+    return [before, flatten(state)]
+
+
+def enqueue_on_ranks(memory_sync: str) -> list[dict[str, Tensor]]:
+    """What this rank enqueues in some steps, other channels than any other rank, and its memory after each."""
+    torch.manual_seed(rank())
+    memory = SemanticMemory(3, 8, 4, memory_init="empty", memory_sync=memory_sync)
+    steps = []
+    for _ in range(STEPS):
+        features, class_map = torch.randn(1, 4, 8), torch.randn(1, 3, 4)
+        memory.enqueue(features, class_map)
+        inputs = {"features": features, "channel_class": channel_semantic_grouping(features, class_map)}
+        steps.append({**inputs, "queue": memory.kv_queue.clone(), "queue_ptr": memory.queue_ptr.clone()})
+    return steps
+
+
+def attend_before_rank_0_arrives(memory_sync: str) -> float:
+    """Rank 1 refines its unlabeled features before rank 0, which waits for that, has begun the same forward pass."""
+    attention = CrossAttention(8, 1, 3, 4, memory_sync=memory_sync)
+    done = torch.zeros(1)
+    if rank() == 0:
+        dist.irecv(done, 1).wait(timedelta(seconds=60))
+    else:
+        attention.out_u.register_forward_hook(lambda *_: dist.send(done + 1, 0))
+    attention(*torch.randn(2, 1, 4, 8), torch.randn(1, 3, 4), use_memory=True)
+    return done.item()
+
+
+def gradient_of_mean() -> tuple[float, float]:
+    x = torch.tensor(float(rank() + 1), requires_grad=True)
+    y = mean_over_ranks(x)
+    (y * (rank() + 2)).backward()
+    return y.item(), x.grad.item()
+
+
+def fail_on_rank0() -> str:
+    def fail() -> None:
+        raise OSError("no room")
+
+    try:
+        on_rank0(fail)
+    except (OSError, RuntimeError) as error:
+        return str(error)
+    return "no error"
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return run_on_ranks(on_two_ranks, 2, tmp_path_factory.mktemp("ranks"))
+
+
+@pytest.mark.slow
+class TestTwoRanks:
+    """Two ranks with an image each, and one process with both."""
+
+    @pytest.mark.parametrize("sharding", ["fsdp", "replicate"])
+    def test_steps_equal_those_of_one_process(self, results: list[dict[str, Any]], sharding: str) -> None:
+        state = make_state()
+        expected = train_steps(2, state)
+        assert_close(results[0][sharding], expected)
+        assert torch.equal(results[0][sharding]["losses"], results[1][sharding]["losses"])
+        for result in results:
+            assert_close(result[f"{sharding} evaluated"], dict(state.evaluated_model().state_dict()))
+
+    @pytest.mark.parametrize("sharding", ["fsdp", "replicate"])
+    def test_the_memory_is_the_same_bits_everywhere(self, results: list[dict[str, Any]], sharding: str) -> None:
+        memories = [result[f"{sharding} memory"] for result in results]
+        assert {name.rpartition(".")[2] for name in memories[0]} >= {"kv_queue", "queue_ptr", "queue_filled"}
+        for name, x in memories[0].items():
+            if "queue" in name:
+                assert torch.equal(x, memories[1][name]), name
+        alone = make_state()
+        train_steps(2, alone)
+        assert torch.equal(memories[0]["decoder.allspark.attn.queue_ptr"], alone.model.decoder.allspark.attn.queue_ptr)
+
+    def test_the_memory_of_rank_0_survives(self, results: list[dict[str, Any]]) -> None:
+        """Every rank starts a step from rank 0's memory, which holds rank 0's channels alone."""
+        memory = results[0]["rank0"][f"{MEMORY}kv_queue"]
+        enqueued = results[0]["rank0"][f"{MEMORY}queue_ptr"].sum() % memory.shape[1]
+        assert enqueued == STEPS * 128 % memory.shape[1]
+        assert not torch.equal(memory, results[0]["fsdp"][f"{MEMORY}kv_queue"])
+
+    def test_every_rank_enqueues_its_own_channels_into_the_memory_of_rank_0(
+        self, results: list[dict[str, Any]]
+    ) -> None:
+        steps = [result["enqueued rank0"] for result in results]
+        before = torch.zeros(3, 8, 4), torch.zeros(3, dtype=torch.int64)
+        for step in range(STEPS):
+            for of_rank in steps:
+                after, actual = [x.clone() for x in before], of_rank[step]
+                semantic_memory_enqueue(*after, actual["features"], actual["channel_class"])
+                assert torch.equal(actual["queue"], after[0])
+                assert torch.equal(actual["queue_ptr"], after[1])
+            assert not torch.equal(steps[0][step]["queue"], steps[1][step]["queue"])
+            before = steps[0][step]["queue"], steps[0][step]["queue_ptr"]
+
+    def test_all_is_what_one_process_enqueues_in_order_of_ranks(self, results: list[dict[str, Any]]) -> None:
+        queue, pointers = torch.zeros(3, 8, 4), torch.zeros(3, dtype=torch.int64)
+        for of_ranks in zip(*(result["enqueued all"] for result in results), strict=True):
+            channels = [torch.cat([x[name] for x in of_ranks]) for name in ("features", "channel_class")]
+            semantic_memory_enqueue(queue, pointers, *channels)
+            for x in of_ranks:
+                assert torch.equal(x["queue"], queue)
+                assert torch.equal(x["queue_ptr"], pointers)
+
+    def test_means_over_pixels_of_each_rank(self, results: list[dict[str, Any]]) -> None:
+        """The public code's: pixels count more on the rank that has fewer."""
+
+        def mean_of_images(logits: Tensor, label: Tensor, **options: Any) -> Tensor:
+            pairs = zip(logits.split(1), label.split(1), strict=True)
+            return torch.stack([upsample_cross_entropy(*pair, **options) for pair in pairs]).mean()
+
+        with patch("allspark_fast.training.step.upsample_cross_entropy", mean_of_images):
+            expected = train_steps(2, make_state())["losses"]
+        means = torch.stack([result["mean per rank"] for result in results]).mean(0)
+        torch.testing.assert_close(means, expected, rtol=1e-5, atol=1e-5)
+        assert (means - results[0]["replicate"]["losses"]).abs().max() > 1e-4
+
+    def test_micro_batches(self, results: list[dict[str, Any]]) -> None:
+        assert results[0]["accumulated"].isfinite().all()
+        assert torch.equal(results[0]["accumulated"], results[1]["accumulated"])
+
+    def test_all_skip_a_step_that_is_not_finite_on_one(self, results: list[dict[str, Any]]) -> None:
+        assert all(result["skipped"] for result in results)
+
+    @pytest.mark.parametrize("backbone", TIMM)
+    def test_batch_norm_of_an_encoder_is_synchronised(self, results: list[dict[str, Any]], backbone: str) -> None:
+        expected = train_steps(2, make_state(backbone=backbone))
+        assert_close(results[0][backbone], expected)
+
+    def test_channels_travel_during_the_self_attention(self, results: list[dict[str, Any]]) -> None:
+        assert results[0]["overlapped"] == [1.0, 1.0]
+
+    def test_a_state_of_whole_tensors_becomes_shards_again(self, results: list[dict[str, Any]]) -> None:
+        assert all(result["resumed"] for result in results)
+
+    def test_an_evaluation_changes_nothing_that_is_saved(self, results: list[dict[str, Any]]) -> None:
+        before, after = results[0]["saved"]
+        assert before.keys() == after.keys()
+        assert all(torch.equal(after[name], x) for name, x in before.items())
+
+    def test_evaluation_counts_each_of_three_images_once(self, results: list[dict[str, Any]]) -> None:
+        torch.manual_seed(1)
+        expected = evaluate(Threshold(), [sample(30, 40 + i) for i in range(3)], 3).confusion
+        assert expected.sum() == 30 * (40 + 41 + 42)
+        for result in results:
+            assert torch.equal(result["confusion"], expected)
+
+    def test_collectives(self, results: list[dict[str, Any]]) -> None:
+        # The mean of 1 and 2; the gradient of the mean of 2y and 3y.
+        assert [result["mean"] for result in results] == [(1.5, 2.5)] * 2
+        assert [result["any"] for result in results] == [[False, True]] * 2
+        assert [result["error"] for result in results] == ["no room", "rank 0 has failed, its message tells why"]
+
+
+@pytest.mark.slow
+def test_four_ranks_equal_one_process(tmp_path: Path) -> None:
+    results = run_on_ranks(_four, 4, tmp_path)
+    expected = train_steps(4, make_state())
+    for sharding in ("fsdp", "replicate"):
+        assert_close(results[0][sharding], expected)
+    for result in results:
+        for name, x in results[0]["memory"].items():
+            assert torch.equal(result["memory"][name], x), name
+
+
+def _four() -> dict[str, Any]:
+    results: dict[str, Any] = {"fsdp": train_steps(4, make_state(sharding="fsdp"))}
+    results["replicate"] = train_steps(4, state := make_state(sharding="replicate"))
+    return {**results, "memory": dict(state.model.decoder.allspark.attn.named_buffers())}
+
+
+def _one_graph() -> list[Tensor]:
+    losses = []
+    for memory_sync, backend in (("all", "aot_eager"), ("rank0", "eager")):
+        state, batch = make_state(memory_sync, sharding="replicate"), make_batch(0, 2, own_part(2))
+        model = copy.deepcopy(state.model)
+        compiled = torch.compile(compute_losses, fullgraph=True, backend=backend)
+        for compute, x in ((compute_losses, model), (compiled, state.model)):
+            losses.append(torch.stack(compute(x, batch, state.config, use_memory=True)).detach())
+    return losses
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_replicated_step_is_one_graph_with_its_collectives(tmp_path: Path) -> None:
+    """A graph break would be an error."""
+    for losses in run_on_ranks(_one_graph, 2, tmp_path):
+        torch.testing.assert_close(losses[1::2], losses[::2])
+
+
+def _layer_norm_in_float32(x: Tensor, shape: list[int], weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """As autocast calls it on a GPU; a CPU's does not cast."""
+    return torch.native_layer_norm(x.float(), shape, weight.float(), bias.float(), eps)[0]
+
+
+def _bfloat16() -> tuple[Tensor, set[torch.dtype]]:
+    """Losses of a GPU's mixed precision, taken to the CPU, and the dtypes of the weights that blocks compute with."""
+    dtypes = set()
+
+    def note(block: torch.nn.Module, *_: object) -> None:
+        dtypes.update(x.dtype for x in block.parameters())
+
+    autocast = torch.autocast
+
+    def as_on_a_gpu(device: str, dtype: torch.dtype | None = None, enabled: bool = True) -> torch.autocast:
+        return autocast(device, dtype, enabled=enabled or dtype == torch.bfloat16)
+
+    with (
+        patch("allspark_fast.training.sharding.block_policy", lambda *_: block_policy(True, "cuda")),
+        patch("torch.autocast", as_on_a_gpu),
+        patch("torch.nn.functional.layer_norm", _layer_norm_in_float32),
+    ):
+        state = make_state(sharding="fsdp")
+        for block in (x for x in state.model.modules() if isinstance(x, Block)):
+            block.register_forward_pre_hook(note)
+        return train_steps(2, state)["losses"], dtypes
+
+
+@pytest.mark.slow
+def test_blocks_gathered_in_bfloat16(tmp_path: Path) -> None:
+    """As autocast rounds the matrices of one process; sums of gradients are ordered otherwise."""
+    expected, whole = _bfloat16()
+    (losses, sharded), _ = run_on_ranks(_bfloat16, 2, tmp_path)
+    assert (whole, sharded) == ({torch.float32}, {torch.bfloat16})
+    assert torch.equal(losses[0], expected[0])
+    torch.testing.assert_close(losses, expected, rtol=2e-3, atol=0)
+
+
+def _compiled_blocks(sharding: str) -> dict[str, Tensor]:
+    with patch.object(prepare, "compile_blocks", lambda model, _: compile_blocks(model, "aot_eager")):
+        return train_steps(2, make_state(sharding=sharding, compile=True))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("sharding", ["fsdp", "replicate"])
+def test_compiled_blocks_on_two_ranks_equal_one_process(sharding: str, tmp_path: Path) -> None:
+    work = functools.partial(_compiled_blocks, sharding)
+    assert_close(run_on_ranks(work, 2, tmp_path)[0], train_steps(2, make_state()))
+
+
+@pytest.mark.parametrize(("hosts", "restarts", "shared"), [("2", "0", "True"), ("1", "3", "True"), ("2", "3", "False")])
+def test_restarts_of_torchrun(hosts: str, restarts: str, shared: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each attempt has a part of the store to itself, if all share one."""
+    monkeypatch.setenv("GROUP_WORLD_SIZE", hosts)
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", restarts)
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", shared)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "2")
+    assert distributed._restarts() == (2 if shared == "True" else 0)
+
+
+def test_restarts_that_would_hang_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "1")
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    with pytest.raises(ValueError, match="set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun"):
+        distributed._restarts()
+
+
+def test_a_batch_that_ranks_cannot_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("allspark_fast.training.setup.world_size", lambda: 3)
+    with pytest.raises(ValueError, match=r"train.batch_size 8 .* by 3 processes with 2 .* multiple of 6"):
+        describe_batch(TrainConfig(batch_size=8, accumulate=2))
+    assert "3 processes, 2 micro-batches each, of 2 + 2" in describe_batch(TrainConfig(batch_size=12, accumulate=2))

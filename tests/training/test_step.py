@@ -1,0 +1,361 @@
+"""The training step: what it changes, what it skips, that it never waits for the device, that it compiles whole."""
+
+import copy
+from unittest.mock import patch
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from allspark_fast.config import TrainConfig
+from allspark_fast.data.loader import SemiBatch
+from allspark_fast.inference.evaluate import predict_labels
+from allspark_fast.kernels.semantic_memory import op as semantic_memory
+from allspark_fast.kernels.upsample_cross_entropy import op as upsample_cross_entropy
+from allspark_fast.model import build_segmentor
+from allspark_fast.training.step import TrainState, compute_losses, poly_lr, pseudo_pass, train_step
+from bench.step_variants import without_dropout
+from tests.kernels.forbid_sync import forbid_sync
+
+METHODS = ("allspark", "semi", "supervised")
+
+
+def build_state(total_steps: int = 100, lr: float = 0.01, **options: object) -> TrainState:
+    """A tiny model on crops of 64 pixels, with an average of its weights if options say so."""
+    config = TrainConfig(batch_size=2, lr=lr, **options)
+    model, ema = (
+        build_segmentor("mit_tiny", 3, (64, 64), allspark=config.method == "allspark", embedding_dim=16)
+        for _ in range(2)
+    )
+    ema.requires_grad_(False).load_state_dict(model.state_dict())
+    return TrainState(model, config, total_steps=total_steps, ema=ema if config.ema > 0 else None)
+
+
+def random_batch(size: int = 2) -> SemiBatch:
+    images = torch.randn(2, size, 3, 64, 64)
+    valid = torch.ones(size, 64, 64, dtype=torch.bool)
+    valid[:, 40:] = False
+    return SemiBatch(images[0], torch.randint(3, (size, 64, 64)), images[1], valid, None)
+
+
+class TestUpdate:
+    """What a step changes."""
+
+    @pytest.mark.parametrize("method", METHODS)
+    def test_updates_what_it_uses(self, method: str) -> None:
+        state = build_state(method=method)
+        before = {name: x.clone() for name, x in state.model.state_dict().items()}
+        losses = train_step(state, random_batch(), use_memory=True)
+        assert all(loss.isfinite() and not loss.requires_grad for loss in losses)
+        assert (losses.unlabeled == 0) == (method == "supervised")
+        assert state.received.shape == ((3,) if method == "allspark" else (0,))
+        changed = {name for name, x in state.model.state_dict().items() if not torch.equal(x, before[name])}
+        # Without the unlabeled branch's own keys, a decoder would not learn from pseudo labels.
+        unused = {"decoder.allspark.attn.queue_filled"}
+        assert set(before) - changed <= unused
+
+    @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+    def test_learning_rates_of_backbone_and_rest(self, optimizer: str) -> None:
+        state = build_state(optimizer=optimizer, lr_multi=10.0, total_steps=10)
+        for step in range(4):
+            train_step(state, random_batch(), use_memory=False)
+            expected = 0.01 * (1 - max(step - 1, 0) / 10) ** 0.9
+            rates = [group["lr"].item() for group in state.optimizer.param_groups]
+            assert rates == pytest.approx([expected, 10 * expected])
+        counted = sum(p.numel() for group in state.optimizer.param_groups for p in group["params"])
+        assert counted == sum(p.numel() for p in state.model.parameters())
+
+    @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+    def test_fused_optimizers_are_those_of_the_textbook(self, optimizer: str) -> None:
+        state = build_state(optimizer=optimizer, lr_multi=1.0, weight_decay=0.1)
+        model = copy.deepcopy(state.model)
+        kind = torch.optim.AdamW if optimizer == "adamw" else lambda *x, **y: torch.optim.SGD(*x, momentum=0.9, **y)
+        plain = kind(model.parameters(), lr=0.01, weight_decay=0.1, foreach=False)
+        for _ in range(2):  # both at the base rate
+            train_step(state, random_batch(), use_memory=True)
+            for parameter, source in zip(model.parameters(), state.model.parameters(), strict=True):
+                parameter.grad = source.grad
+            plain.step()
+        for expected, actual in zip(model.parameters(), state.model.parameters(), strict=True):
+            torch.testing.assert_close(actual, expected)
+
+    def test_the_average_follows_the_weights(self) -> None:
+        state = build_state(ema=0.75)
+        start = {name: x.clone() for name, x in state.model.named_parameters()}
+        train_step(state, random_batch(), use_memory=True)
+        average = state.evaluated_model()
+        assert average is state.ema
+        for name, x in average.named_parameters():
+            expected = 0.75 * start[name] + 0.25 * state.model.get_parameter(name)
+            torch.testing.assert_close(x, expected, msg=name)
+        for name, x in average.named_buffers():
+            assert torch.equal(x, state.model.get_buffer(name)), name
+
+    def test_metrics_are_means_since_they_were_last_read(self) -> None:
+        state = build_state(total_steps=10)
+        for steps in (2, 3):
+            losses = [train_step(state, random_batch(), use_memory=False) for _ in range(steps)]
+            metrics = state.read_metrics()
+            means = torch.stack([torch.stack(x) for x in losses]).double().mean(0).tolist()
+            assert [metrics[key] for key in ("loss", "loss_labeled", "loss_unlabeled")] == pytest.approx(means)
+            assert metrics["lr"] == pytest.approx(
+                poly_lr(torch.tensor(steps - 1 if steps == 2 else 4), 10, 0.01).item()
+            )
+            assert metrics["skipped_steps"] == 0
+
+
+class TestLosses:
+    """The switches of the losses."""
+
+    def test_pseudo_padding(self) -> None:
+        model, data = build_state().model, random_batch()
+        official = pseudo_pass(model, data, TrainConfig(pseudo_padding=True))[1]
+        corrected = pseudo_pass(model, data, TrainConfig(pseudo_padding=False))[1]
+        assert (official < 3).all()
+        assert torch.equal(corrected, official.where(data.unlabeled_valid, 255))
+
+    def test_pseudo_labels_of_rectangular_crops(self) -> None:
+        state = build_state(method="semi")
+        batch = random_batch()._replace(unlabeled_image=torch.randn(2, 3, 64, 96))
+        assert pseudo_pass(state.model, batch, state.config)[1].shape == (2, 64, 96)
+
+    def test_attend_of_the_pseudo_pass(self) -> None:
+        model, data = build_state().model, random_batch()
+        alone = data._replace(unlabeled_image=data.unlabeled_image[:1])
+        for attend, same in (("image", True), ("batch", False)):
+            config = TrainConfig(attend=attend)
+            both, one = (pseudo_pass(model, x, config)[0] for x in (data, alone))
+            assert torch.allclose(both[:1], one, atol=1e-6) == same
+
+    @pytest.mark.parametrize("loss", ["ce", "ohem"])
+    def test_a_batch_without_a_labeled_pixel_trains_on_pseudo_labels_alone(self, loss: str) -> None:
+        state = build_state(loss=loss)
+        batch = random_batch()._replace(label=torch.full((2, 64, 64), 255))
+        losses = train_step(state, batch, use_memory=True)
+        assert losses.labeled == 0
+        assert losses.total == losses.unlabeled / 2 > 0
+        assert state.skipped == 0
+        assert all(x.isfinite().all() for x in state.model.state_dict().values())
+
+    def test_ohem_is_for_the_labeled_images(self) -> None:
+        model, data = without_dropout(build_state(method="semi").model), random_batch()
+        plain = compute_losses(model, data, TrainConfig(method="semi"), use_memory=False)
+        options = {"loss": "ohem", "ohem_threshold": 0.0, "ohem_min_kept": 100}
+        mined = compute_losses(model, data, TrainConfig(method="semi", **options), use_memory=False)
+        assert mined.labeled > plain.labeled
+        torch.testing.assert_close(mined.unlabeled, plain.unlabeled, rtol=0.05, atol=0)
+
+
+def test_a_state_of_an_optimizer_that_does_not_fit_is_refused() -> None:
+    """A fused optimizer would read and write beside it."""
+    state = build_state()
+    train_step(state, random_batch(), use_memory=True)
+    saved = copy.deepcopy(state.state_dict())
+    saved["optimizer"]["state"][0]["momentum_buffer"] = torch.zeros(3)
+    with pytest.raises(ValueError, match=r"momentum_buffer of parameter 0 has shape \(3,\), the parameter \("):
+        state.load_state_dict(saved)
+    saved["optimizer"]["state"] = {index: {} for index in range(10_000)}
+    with pytest.raises(ValueError, match="is of 10000 parameters, the model has"):
+        state.load_state_dict(saved)
+
+
+class TestAccumulation:
+    """Micro-batches."""
+
+    def test_gradients_are_those_of_the_batch_where_nothing_looks_at_it(self) -> None:
+        """In eval mode BatchNorm does not; the same number of pixels counts in every image."""
+        states = [build_state(method="supervised", accumulate=n) for n in (1, 2)]
+        states[1].model.load_state_dict(states[0].model.state_dict())
+        data = random_batch()
+        for state in states:
+            state.model.train = lambda _=True, model=state.model: nn.Module.train(model, False)
+            losses = train_step(state, data, use_memory=False)
+            torch.testing.assert_close(losses.total, losses.labeled)
+        for one, two in zip(states[0].model.parameters(), states[1].model.parameters(), strict=True):
+            torch.testing.assert_close(two.grad, one.grad, rtol=1e-4, atol=1e-6)
+        assert [state.step.item() for state in states] == [1, 1]
+
+    def test_the_memory_takes_every_micro_batch(self) -> None:
+        state = build_state(accumulate=2)
+        train_step(state, random_batch(), use_memory=True)
+        memory = state.model.decoder.allspark.attn
+        assert memory.queue_ptr.sum() % memory.kv_queue.shape[1] == 0
+        assert state.model.decoder.decoder.linear_fuse.bn.num_batches_tracked == 2
+
+    def test_split_keeps_every_image(self) -> None:
+        data = random_batch(6)
+        parts = list(data.split(3))
+        assert [len(part.image) for part in parts] == [2, 2, 2]
+        for whole, *pieces in zip(data[:4], *(part[:4] for part in parts), strict=True):
+            assert torch.equal(torch.cat(pieces), whole)
+
+    @pytest.mark.parametrize(("accumulate", "expected"), [(0, "1 to 100000"), (3, "divisor of train.batch_size = 8")])
+    def test_a_batch_that_cannot_be_split_is_refused(self, accumulate: int, expected: str) -> None:
+        with pytest.raises(ValueError, match=rf"train.accumulate is {accumulate}, expected .*{expected}"):
+            TrainConfig(accumulate=accumulate)
+
+
+class TestSkippedSteps:
+    """A loss or gradient that is not finite changes nothing, on the first step as on any other."""
+
+    @pytest.mark.parametrize("steps_before", [0, 2])
+    @pytest.mark.parametrize("options", [{"optimizer": "sgd"}, {"optimizer": "adamw"}, {"accumulate": 2}], ids=str)
+    def test_nothing_changes(self, options: dict, steps_before: int) -> None:
+        state = build_state(ema=0.9, **options)
+        for _ in range(steps_before):
+            train_step(state, random_batch(), use_memory=True)
+        before = snapshot(state)
+        data = random_batch()
+        data.image[1, 0, 5, 5] = float("nan")
+        losses = train_step(state, data, use_memory=True)
+        assert not losses.total.isfinite()
+        after = snapshot(state)
+        assert before.keys() <= after.keys()
+        for name, x in after.items():  # AdamW's state begins, with zeros, on the first step
+            assert torch.equal(x, before.get(name, torch.zeros_like(x))), name
+        assert (state.step, state.skipped) == (steps_before + 1, 1)
+        for _ in range(2):
+            assert train_step(state, random_batch(), use_memory=True).total.isfinite()
+        assert state.skipped == 1
+        assert all(x.isfinite().all() for x in state.model.state_dict().values())
+
+    def test_a_gradient_overflow_behind_a_finite_loss(self) -> None:
+        state = build_state()
+        state.model.backbone.patch_embed1.proj.weight.register_hook(lambda grad: grad * float("inf"))
+        before = snapshot(state)
+        assert train_step(state, random_batch(), use_memory=True).total.isfinite()
+        assert state.skipped == 1
+        for name, x in snapshot(state).items():
+            assert torch.equal(x, before[name]), name
+
+    def test_they_do_not_enter_the_mean_losses(self) -> None:
+        state = build_state()
+        bad = random_batch()
+        bad.image.fill_(float("inf"))
+        losses = train_step(state, random_batch(), use_memory=True)
+        train_step(state, bad, use_memory=True)
+        metrics = state.read_metrics()
+        assert metrics["loss"] == pytest.approx(losses.total.item())
+        assert metrics["skipped_steps"] == 1
+        train_step(state, bad, use_memory=True)
+        assert state.read_metrics().keys() == {"lr", "skipped_steps"}
+
+
+def snapshot(state: TrainState) -> dict[str, torch.Tensor]:
+    """Copies of weights, their average and the optimizer's tensors."""
+    tensors = {f"model.{name}": x for name, x in state.model.named_parameters()}
+    tensors |= {f"ema.{name}": x for name, x in (state.ema or nn.Module()).named_parameters()}
+    tensors |= {
+        f"{name}.{key}": x
+        for name, parameter in state.model.named_parameters()
+        for key, x in state.optimizer.state.get(parameter, {}).items()
+    }
+    return {name: x.detach().clone() for name, x in tensors.items()}
+
+
+class TestNoSync:
+    """Nothing in a step waits for the device: neither in torch nor inside our operators."""
+
+    @pytest.fixture
+    def unchecked(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """On CPU tensors, and only there, operators look for labels that are no class and for wrong pointers."""
+        monkeypatch.setattr(upsample_cross_entropy, "_check_classes", lambda *_, **__: None)
+        monkeypatch.setattr(semantic_memory, "_check_pointers", lambda *_, **__: None)
+
+    @pytest.mark.parametrize("options", [{}, {"optimizer": "adamw", "ema": 0.9, "accumulate": 2}], ids=str)
+    @pytest.mark.parametrize("method", METHODS)
+    def test_on_cpu_tensors(self, method: str, options: dict, unchecked: None) -> None:
+        state, data = build_state(method=method, **options), random_batch()
+        with forbid_sync(inside_operators=True):
+            train_step(state, data, use_memory=False)
+            train_step(state, data, use_memory=True)
+        assert state.step == 2
+
+    def test_ohem_and_own_padding(self, unchecked: None) -> None:
+        state, data = build_state(loss="ohem", pseudo_padding=False, attend="image"), random_batch()
+        with forbid_sync(inside_operators=True):
+            train_step(state, data, use_memory=True)
+
+    @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+    @pytest.mark.parametrize("method", METHODS)
+    def test_on_fake_cuda_tensors(self, method: str, optimizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        """All but backward, for which torch asks for a driver, and the fused kernels, which have no fake."""
+        monkeypatch.setattr(torch, f"_fused_{optimizer}_", lambda *_, **__: None)
+        monkeypatch.setattr(nn.init, "trunc_normal_", lambda tensor, **_: tensor)  # looks at numbers
+        with FakeTensorMode(), torch.device("cuda"):
+            state, data = build_state(method=method, optimizer=optimizer, ema=0.9, amp=False), random_batch()
+            monkeypatch.setattr(torch.Tensor, "backward", lambda _: make_up_gradients(state.model))
+            with forbid_sync():
+                losses = train_step(state, data, use_memory=True)
+        for x in (*losses, state.step, state.skipped, state.window, *state.model.state_dict().values()):
+            assert x.device.type == "cuda"
+
+    @pytest.mark.gpu
+    @pytest.mark.parametrize("method", METHODS)
+    def test_on_a_gpu(self, method: str) -> None:
+        with torch.device("cuda"):
+            state, data = build_state(method=method, ema=0.9), random_batch()
+        train_step(state, data, use_memory=True)  # compiles kernels
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            train_step(state, data, use_memory=True)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def make_up_gradients(model: nn.Module) -> None:
+    for parameter in model.parameters():
+        parameter.grad = torch.empty_like(parameter)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+class TestCompiled:
+    """Pseudo-label pass, forward pass and losses can be one graph together; the optimizer is fused already."""
+
+    @pytest.mark.parametrize(
+        ("method", "backend"),
+        [
+            *((method, "eager") for method in METHODS),
+            ("allspark", "aot_eager"),  # with backward; inductor takes minutes: tests/model/test_allspark.py
+        ],
+    )
+    def test_one_graph_and_one_more_after_warm_up(self, method: str, backend: str) -> None:
+        torch._dynamo.reset()
+        counter = CompileCounterWithBackend(backend)
+        compiled, plain = build_state(method=method), build_state(method=method)
+        plain.model.load_state_dict(compiled.model.state_dict())
+        for state in (compiled, plain):
+            without_dropout(state.model)
+        functions = (torch.compile(compute_losses, fullgraph=True, dynamic=False, backend=counter), compute_losses)
+        counts = []
+        for step in range(4):
+            data, losses = random_batch(), []
+            for state, function in zip((compiled, plain), functions, strict=True):
+                with patch("allspark_fast.training.step.compute_losses", function):
+                    losses.append(train_step(state, data, use_memory=step >= 2))
+            torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-5)
+            compiled.model.eval()  # as after a validation
+            counts.append(counter.frame_count)
+        # A graph break would be an error: a full graph is asked for.
+        assert counts == ([1, 1, 2, 2] if method == "allspark" else [1, 1, 1, 1])
+        names = list(plain.model.state_dict())
+        assert list(compiled.model.state_dict()) == names
+        for name in names:
+            torch.testing.assert_close(
+                compiled.model.state_dict()[name], plain.model.state_dict()[name], rtol=1e-3, atol=1e-4
+            )
+
+    def test_a_model_compiles_a_bounded_number_of_times_for_varying_sizes(self) -> None:
+        torch._dynamo.reset()
+        model = build_state().model.eval()
+        counter = CompileCounterWithBackend("eager")
+        compiled = torch.compile(model, dynamic=True, backend=counter)
+        sizes = [(97, 129), (129, 97), (97, 97), (113, 145), (161, 97), (200, 161), (97, 200)]
+        for size in sizes:
+            images = torch.randn(1, 3, *size)
+            (labels, _), (expected, _) = (predict_labels(x, images) for x in (compiled, model))
+            assert torch.equal(labels, expected)
+        assert counter.frame_count <= 3 < len(sizes)

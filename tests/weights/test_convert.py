@@ -1,0 +1,148 @@
+"""Weights of others in, ours out, and back."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from allspark_fast.__main__ import main
+from allspark_fast.model import MIT_CONFIGS, build_segmentor
+from allspark_fast.weights.convert import infer_spec, read_model
+from allspark_fast.weights.files import save_weights
+from allspark_fast.weights.spec import ModelSpec, load_model, save_model
+
+
+def official_checkpoint(path: Path, classes: int = 21, crop: int = 65, **options: object) -> Path:
+    """The layout that the public trainer saves, entries that are no weights included."""
+    model = build_segmentor("mit_tiny", classes, (crop, crop), embedding_dim=16, **options)
+    state = {f"module.{name}": x for name, x in model.state_dict().items()}
+    torch.save({"model": state, "epoch": 3, "previous_best": np.mean([61.0])}, path)
+    return path
+
+
+def test_an_encoder_of_timm_has_no_layout_of_the_public_code(
+    tiny_spec: ModelSpec, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("timm", reason="needs timm")
+    spec = replace(tiny_spec, backbone="timm/test_efficientnet")
+    save_model(spec.build(), spec, tmp_path / "model.safetensors")
+    assert main(["convert", str(tmp_path / "model.safetensors"), str(tmp_path / "model.pth")]) == 1
+    assert "the public code has MiT encoders only" in capsys.readouterr().err
+    assert not (tmp_path / "model.pth").exists()
+
+
+def test_official_to_ours_to_official_is_bit_equal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, ours, target = official_checkpoint(tmp_path / "a.pth"), tmp_path / "b.safetensors", tmp_path / "c.pth"
+    assert main(["convert", str(source), str(ours)]) == 0
+    assert "21 of pascal: background, aeroplane" in capsys.readouterr().out
+    assert main(["convert", str(ours), str(target)]) == 0
+    before, after = (torch.load(path, weights_only=False)["model"] for path in (source, target))
+    assert list(before) == list(after)
+    for name, x in before.items():
+        assert x.dtype == after[name].dtype
+        assert torch.equal(x, after[name]), name
+
+
+@pytest.mark.parametrize(
+    ("classes", "crop", "num_heads", "mode", "dataset"),
+    [(21, 65, 2, "whole", "pascal"), (19, 97, 1, "sliding", "cityscapes"), (5, 65, 4, "whole", "a")],
+)
+def test_everything_is_read_off_the_shapes(
+    tmp_path: Path, classes: int, crop: int, num_heads: int, mode: str, dataset: str
+) -> None:
+    model, spec = read_model(official_checkpoint(tmp_path / "a.pth", classes, crop, num_heads=num_heads))
+    assert (spec.backbone, spec.embedding_dim, spec.num_heads, spec.crop) == ("mit_tiny", 16, num_heads, crop)
+    assert (spec.mode, spec.info.name, len(spec.info.classes)) == (mode, dataset, classes)
+    assert model.decoder.allspark.attn.kv_queue.shape == (classes, 128, (crop // 32 + 1) ** 2)
+    assert not model.training
+
+
+@pytest.mark.parametrize("name", MIT_CONFIGS)
+def test_every_encoder_is_told_apart(name: str) -> None:
+    with torch.device("meta"):
+        state = build_segmentor(name, 3, (65, 65), embedding_dim=8).state_dict()
+    assert infer_spec(state, Path("a.pth")).backbone == name
+
+
+def test_plain_segformer_of_ours_without_metadata(tmp_path: Path) -> None:
+    model = build_segmentor("mit_tiny", 4, (65, 65), allspark=False, embedding_dim=16).eval()
+    save_weights(model, tmp_path / "old.safetensors")
+    again, spec = read_model(tmp_path / "old.safetensors")
+    assert not spec.allspark
+    images = torch.randn(1, 3, 70, 90)
+    assert torch.equal(model(images), again(images))
+
+
+def test_classes_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = official_checkpoint(tmp_path / "a.pth", classes=3)
+    meta = tmp_path / "meta.json"
+    meta.write_text(json.dumps({"classes": ["x", "y", "z"], "palette": [[1, 2, 3], [4, 5, 6], [7, 8, 9]]}))
+    assert main(["convert", str(source), str(tmp_path / "out"), "--classes", str(meta)]) == 0
+    _, spec = load_model(tmp_path / "out")
+    assert spec.info.classes == ("x", "y", "z")
+    assert spec.info.palette[:3] == ((1, 2, 3), (4, 5, 6), (7, 8, 9))
+    assert "0 x, 1 y, 2 z" in (tmp_path / "out" / "README.md").read_text()
+    _, renamed = read_model(tmp_path / "out", str(meta))
+    assert renamed == spec
+    for classes, message in (("pascal", "has 3 classes, but pascal names 21"), ("nowhere", "nowhere: no file")):
+        assert main(["convert", str(source), str(tmp_path / "b.safetensors"), "--classes", classes]) == 1
+        assert message in capsys.readouterr().err
+
+
+def test_nothing_is_overwritten_unless_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["convert", str(official_checkpoint(tmp_path / "a.pth")), str(tmp_path / "b.safetensors")]
+    (tmp_path / "b.safetensors").write_bytes(b"mine")
+    assert main(command) == 1
+    assert "--overwrite" in capsys.readouterr().err
+    assert main([*command, "--overwrite"]) == 0
+    load_model(tmp_path / "b.safetensors")
+
+
+def test_an_empty_memory_counts_as_filled_in_the_public_layout(tmp_path: Path) -> None:
+    source = official_checkpoint(tmp_path / "a.pth", memory_init="empty")
+    assert main(["convert", str(source), str(tmp_path / "b.pth")]) == 0
+    names = torch.load(tmp_path / "b.pth", weights_only=True)["model"]
+    assert "module.decoder.allspark.attn.kv_queue" in names
+    assert not any("queue_filled" in name for name in names)
+
+
+def test_what_is_no_model_of_ours_is_refused(tmp_path: Path) -> None:
+    encoder = build_segmentor("mit_tiny", 3, (65, 65), embedding_dim=16).backbone.state_dict()
+    torch.save(encoder, tmp_path / "mit.pth")
+    with pytest.raises(ValueError, match=r"mit\.pth: holds no decoder.*--model\.weights"):
+        read_model(tmp_path / "mit.pth")
+    state = build_segmentor("mit_tiny", 3, (65, 65), embedding_dim=16).state_dict()
+    wide = {name: x for name, x in state.items() if not name.startswith("backbone.block3.")}
+    torch.save(wide, tmp_path / "wide.pth")
+    with pytest.raises(ValueError, match=r"wide\.pth: no Mix Transformer.*depths \(1, 1, 0, 1\)"):
+        read_model(tmp_path / "wide.pth")
+    official_checkpoint(tmp_path / "wide.pth", crop=65)
+    tall = build_segmentor("mit_tiny", 3, (65, 97), embedding_dim=16)
+    save_weights(tall, tmp_path / "tall.pth")
+    with pytest.raises(ValueError, match=r"tall\.pth: its memory has 12 tokens, expected a square"):
+        read_model(tmp_path / "tall.pth")
+
+
+def test_hugging_face_segformer_whole(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers", reason="needs Hugging Face transformers")
+    sizes = MIT_CONFIGS["mit_tiny"]
+    config = transformers.SegformerConfig(
+        hidden_sizes=list(sizes.embed_dims),
+        depths=list(sizes.depths),
+        num_attention_heads=list(sizes.num_heads),
+        sr_ratios=list(sizes.sr_ratios),
+        decoder_hidden_size=16,
+        id2label={0: "sky", 1: "sea", 2: "sand"},
+    )
+    theirs = transformers.SegformerForSemanticSegmentation(config).eval()
+    theirs.decode_head.batch_norm.running_mean.normal_()
+    theirs.save_pretrained(tmp_path / "hf")
+    model, spec = read_model(tmp_path / "hf")
+    assert spec.info.classes == ("sky", "sea", "sand")
+    assert not spec.allspark
+    images = torch.randn(2, 3, 64, 96)
+    with torch.no_grad():
+        torch.testing.assert_close(model(images), theirs(images).logits, rtol=1e-3, atol=1e-3)

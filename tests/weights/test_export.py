@@ -1,0 +1,123 @@
+"""Exported graphs compute what the model does, at sizes and batches they were not traced with."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from allspark_fast.__main__ import main
+from allspark_fast.weights import export
+from allspark_fast.weights.export import MIN_SIDE, PixelsToLogits
+from allspark_fast.weights.spec import ModelSpec, load_model, save_model
+
+SIZES = [(1, MIN_SIDE, MIN_SIDE), (1, 97, 130), (3, 130, 97), (2, 200, 64)]
+
+
+@pytest.fixture
+def weights(tmp_path: Path, tiny_spec: ModelSpec) -> Path:
+    save_model(tiny_spec.build(), tiny_spec, tmp_path / "model.safetensors")
+    return tmp_path / "model.safetensors"
+
+
+def expected_logits(weights: Path, pixels: torch.Tensor) -> torch.Tensor:
+    """By the fast operators, from pixels in 0..1."""
+    model, spec = load_model(weights)
+    images = (pixels - torch.tensor(spec.mean)[:, None, None]) / torch.tensor(spec.std)[:, None, None]
+    with torch.no_grad():
+        return F.interpolate(model(images), pixels.shape[2:], mode="bilinear", align_corners=False)
+
+
+def assert_close(logits: torch.Tensor, expected: torch.Tensor) -> None:
+    assert logits.shape == expected.shape
+    assert (logits - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+@pytest.mark.slow
+def test_torch_export(weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "model.pt2"
+    assert main(["export", str(weights), str(path)]) == 0
+    assert "model.pt2: logits within" in capsys.readouterr().out
+    extra = {"model.json": ""}
+    program = torch.export.load(path, extra_files=extra)
+    assert ModelSpec.from_json(extra["model.json"]) == load_model(weights)[1]
+    assert not [node for node in program.graph.nodes if "allspark_fast" in str(node.target)]
+    for batch, height, width in SIZES:
+        pixels = torch.rand(batch, 3, height, width)
+        assert_close(program.module()(pixels), expected_logits(weights, pixels))
+
+
+@pytest.mark.slow
+def test_onnx(weights: Path, tmp_path: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime", reason="needs the extra export")
+    path = tmp_path / "model.onnx"
+    assert main(["export", str(weights), str(path)]) == 0
+    session = onnxruntime.InferenceSession(path)
+    assert [(x.name, x.shape) for x in session.get_inputs()] == [("images", ["batch", 3, "height", "width"])]
+    metadata = session.get_modelmeta().custom_metadata_map
+    assert json.loads(metadata["allspark_fast"])["classes"] == ["apple", "pear", "plum"]
+    for batch, height, width in SIZES:
+        pixels = torch.rand(batch, 3, height, width)
+        (logits,) = session.run(["logits"], {"images": pixels.numpy()})
+        assert logits.dtype == np.float32
+        assert_close(torch.from_numpy(logits), expected_logits(weights, pixels))
+
+
+def test_weights(weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "other.safetensors"
+    assert main(["export", str(weights), str(path)]) == 0
+    assert "other.safetensors: weights" in capsys.readouterr().out
+    (model, spec), (expected, expected_spec) = load_model(path), load_model(weights)
+    assert spec == expected_spec
+    for name, x in expected.state_dict().items():
+        assert torch.equal(model.state_dict()[name], x)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("suffix", [".pt2", ".onnx"])
+def test_an_encoder_of_timm(tiny_spec: ModelSpec, tmp_path: Path, suffix: str) -> None:
+    """With TensorFlow's padding, which in timm depends on the size of each map."""
+    pytest.importorskip("timm", reason="needs the extra timm")
+    spec = replace(tiny_spec, backbone="timm/tf_mobilenetv3_small_minimal_100")
+    path = (tmp_path / "model").with_suffix(suffix)
+    assert export.export_model(spec.build().eval(), spec, path) <= 1e-4
+    assert path.is_file()
+
+
+def test_plain_operators_compute_the_same_and_leave_the_model_alone(weights: Path) -> None:
+    model, spec = load_model(weights)
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    pixels = torch.rand(2, 3, 70, 97)
+    with torch.no_grad():
+        assert_close(PixelsToLogits(model, spec)(pixels), expected_logits(weights, pixels))
+    assert model.decoder.allspark.attn.backend == "auto"
+    for name, x in model.state_dict().items():
+        assert torch.equal(x, before[name])
+
+
+def test_a_graph_that_differs_is_refused(weights: Path) -> None:
+    module = PixelsToLogits(*load_model(weights)).eval()
+    assert export._largest_error(module, module, Path("model.pt2")) == 0
+    for wrong in (lambda x: module(x) * 1.001, lambda x: module(x) * torch.nan):
+        with pytest.raises(RuntimeError, match=r"model\.pt2: not written"):
+            export._largest_error(wrong, module, Path("model.pt2"))
+
+
+def test_usage_errors(
+    weights: Path, tiny_spec: ModelSpec, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def error(out: Path) -> str:
+        assert main(["export", str(weights), str(out)]) == 1
+        return capsys.readouterr().err
+
+    assert ".pt2 or .onnx, weights to .safetensors" in error(weights.with_suffix(".bin"))
+    with pytest.raises(ValueError, match="Swin cannot be exported"):
+        export.export_model(nn.Identity(), replace(tiny_spec, backbone="timm/swinv2_tiny_window8_256"), Path("x.pt2"))
+    monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None)
+    assert "onnxruntime: pip install 'allspark-fast[export]'" in error(weights.with_suffix(".onnx"))
+    weights.with_suffix(".pt2").write_bytes(b"mine")
+    assert "--overwrite" in error(weights.with_suffix(".pt2"))
