@@ -11,8 +11,9 @@ from allspark_fast.cli import COMMANDS
 
 # What takes less memory, by command.
 _LESS_MEMORY = {
-    "train": "--train.accumulate 2 or more, --model.checkpointing True, a smaller --data.crop or --train.batch-size; "
-    "for validation --eval.mode sliding; with several processes --train.sharding fsdp",
+    "train": "--train.gradient-accumulation-steps 2 or more, --model.activation-checkpointing True, a smaller "
+    "--data.crop or --train.batch-size; for validation --eval.mode sliding; with several processes "
+    "--train.sharding fsdp",
     "predict": "--window, --batch 1, or a smaller image",
 }
 

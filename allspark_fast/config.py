@@ -7,6 +7,8 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from allspark_fast.errors import InputError
+
 Method = Literal["allspark", "semi", "supervised"]
 
 
@@ -59,8 +61,8 @@ class ModelConfig:
         memory_init: randn starts the Semantic Memory with noise (the public code), empty without anything.
         memory_sync: with several processes, rank0 keeps rank 0's memory (the public code), all everybody's channels.
         class_map: what sorts channels into classes: logits (the public code) or their softmax.
-        checkpointing: keep only the input of each block of the backbone for backward, which computes the block again:
-            less memory, more time, the same numbers.
+        activation_checkpointing: keep only the input of each encoder block for backward, which computes the block
+            again: less memory, more time, the same numbers.
         weights: file to start from: an AllSpark checkpoint, mit_b*.pth, a Hugging Face SegFormer, or a model of timm;
             or imagenet, the weights that pip brings for timm/tf_efficientnet_lite0 (which needs mean = std = 0.5).
         reset: start classifier, memory or bottleneck afresh where the file does not fit.
@@ -72,7 +74,7 @@ class ModelConfig:
     memory_init: Literal["randn", "empty"] = "randn"
     memory_sync: Literal["rank0", "all"] = "rank0"
     class_map: Literal["logits", "softmax"] = "logits"
-    checkpointing: bool = False
+    activation_checkpointing: bool = False
     weights: Path | None = None
     reset: bool = False
 
@@ -100,16 +102,17 @@ class TrainConfig:
             public code), which counts pixels more on ranks that have fewer. OHEM always mines on each rank.
         ohem_threshold: pixels whose true class is less probable than this are hard.
         ohem_min_kept: at least so many pixels of a batch count as hard.
-        attend: in the pseudo-label pass, whether an image is rebuilt from its whole batch (the public code) or itself.
+        kv_source: in the pseudo-label pass, whether keys and values come from the whole batch (the reference
+            implementation) or from the image alone.
         pseudo_padding: train on the padding that crops add, with its pseudo label (the public code).
         ema: decay of an exponential moving average of the weights that is evaluated instead of them; 0 for none.
         amp: bfloat16 autocast on a GPU.
         compile: torch.compile of the encoder's blocks (mit_*), in training; a minute or two before the first step.
         cuda_graph: on a GPU and with one process, record a step as a CUDA graph and replay it: many times faster, but
             not yet shown to be equal on a GPU for every method.
-        accumulate: micro-batches that a batch is split into one after the other, to need less memory. What looks at a
+        gradient_accumulation_steps: micro-batches that a batch is split into, to need less memory. What looks at a
             whole batch sees one of them: BatchNorm, means over pixels that count, OHEM, the memory (later ones find it
-            fuller), and in warm-up and under attend=batch the channels that an image is rebuilt from.
+            fuller), and in warm-up and under kv_source=batch the channels that an image is rebuilt from.
         sharding: with several processes, split weights, gradients and optimizer state over them (fsdp, FSDP2), or keep
             all on each (replicate).
         deterministic: on a GPU, use only operations that give the same bits every time, or stop at one that cannot.
@@ -131,13 +134,13 @@ class TrainConfig:
     loss_mean: Literal["global", "rank"] = "global"
     ohem_threshold: float = 0.7
     ohem_min_kept: int = 200_000
-    attend: Literal["batch", "image"] = "batch"
+    kv_source: Literal["batch", "image"] = "batch"
     pseudo_padding: bool = True
     ema: float = 0.0
     amp: bool = True
     compile: bool = False
     cuda_graph: bool = False
-    accumulate: int = 1
+    gradient_accumulation_steps: int = 1
     sharding: Literal["fsdp", "replicate"] = "fsdp"
     deterministic: bool = False
     max_skipped: int = 50
@@ -146,12 +149,24 @@ class TrainConfig:
     def __post_init__(self) -> None:
         epochs = 1_000_000
         _within(self, "train", epochs=(1, epochs), warmup_epochs=(0, epochs), pseudo_from_epoch=(0, epochs))
-        _within(self, "train", batch_size=(1, 100_000), accumulate=(1, 100_000), lr=(0, 100), lr_multi=(0, 1000))
+        _within(
+            self,
+            "train",
+            batch_size=(1, 100_000),
+            gradient_accumulation_steps=(1, 100_000),
+            lr=(0, 100),
+            lr_multi=(0, 1000),
+        )
         _within(self, "train", weight_decay=(0, 10), ohem_threshold=(0, 1), ohem_min_kept=(0, 10**9), ema=(0, 1))
         _within(self, "train", max_skipped=(0, 10**9), seed=(0, 2**63 - 1))
         _expect(self.ema < 1, "train.ema", self.ema, "a number below 1: at 1 the average would never move")
-        divides = self.batch_size % self.accumulate == 0
-        _expect(divides, "train.accumulate", self.accumulate, f"a divisor of train.batch_size = {self.batch_size}")
+        divides = self.batch_size % self.gradient_accumulation_steps == 0
+        _expect(
+            divides,
+            "train.gradient_accumulation_steps",
+            self.gradient_accumulation_steps,
+            f"a divisor of train.batch_size = {self.batch_size}",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,10 +192,10 @@ class RunConfig:
     """The run folder.
 
     Attributes:
-        folder: where everything goes; runs/<recipe> if not given.
+        output_dir: where everything goes; runs/<recipe> if not given.
         log_every: steps between two lines of metrics.jsonl.
         save_every: steps between two checkpoints; there is also one after every evaluation.
-        keep: newest checkpoints kept.
+        keep_last: newest checkpoints kept.
         save_in_background: copy what a checkpoint holds, in the CPU's memory, and write that while training goes on;
             one that cannot be written stops the run at the next one.
         sharded_checkpoints: each process writes what it holds (with train.sharding fsdp its shards) into a folder of
@@ -191,10 +206,10 @@ class RunConfig:
         timeout: minutes that a process waits for the others before it gives up.
     """
 
-    folder: Path | None = None
+    output_dir: Path | None = None
     log_every: int = 10
     save_every: int = 500
-    keep: int = 2
+    keep_last: int = 2
     save_in_background: bool = False
     sharded_checkpoints: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -202,7 +217,9 @@ class RunConfig:
     timeout: float = 10.0
 
     def __post_init__(self) -> None:
-        _within(self, "run", log_every=(1, 10**9), save_every=(1, 10**9), keep=(1, 10**6), timeout=(0.001, 100_000))
+        _within(
+            self, "run", log_every=(1, 10**9), save_every=(1, 10**9), keep_last=(1, 10**6), timeout=(0.001, 100_000)
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,7 +263,7 @@ class Config:
         try:
             return cls.from_json(path.read_text(encoding="utf-8"))
         except (ValueError, TypeError) as error:
-            raise ValueError(f"{path} holds no settings of a run ({error}); put it back or remove it") from error
+            raise InputError(f"{path} holds no settings of a run ({error}); put it back or remove it") from error
 
 
 def changed_fields(old: Config, new: Config) -> list[str]:
@@ -270,7 +287,7 @@ def _within(settings: object, group: str, **ranges: tuple[float, float]) -> None
 
 def _expect(holds: bool, name: str, value: object, expected: str) -> None:
     if not holds:
-        raise ValueError(f"{name} is {value}, expected {expected}")
+        raise InputError(f"{name} is {value}, expected {expected}")
 
 
 def _from_plain(kind: Any, value: Any, where: str) -> Any:
@@ -279,7 +296,7 @@ def _from_plain(kind: Any, value: Any, where: str) -> Any:
         hints = get_type_hints(kind)
         if not isinstance(value, dict) or set(value) != set(hints):
             different = sorted(set(value) ^ set(hints)) if isinstance(value, dict) else [value]
-            raise ValueError(f"{where}: fields {different} are missing or unknown in this version")
+            raise InputError(f"{where}: fields {different} are missing or unknown in this version")
         return kind(**{name: _from_plain(hint, value[name], f"{where}.{name}") for name, hint in hints.items()})
     if get_origin(kind) is UnionType:
         return None if value is None else _from_plain(get_args(kind)[0], value, where)

@@ -95,13 +95,13 @@ def rank() -> int:
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
-def gather_batch(x: Tensor) -> Tensor:
+def all_gather_cat(x: Tensor) -> Tensor:
     """Concatenate a tensor of equal shape (B, ...) on every rank along the batch, in order of ranks."""
-    return start_gather(x)()
+    return start_all_gather_cat(x)()
 
 
-def start_gather(x: Tensor) -> Callable[[], Tensor]:
-    """Begin what ``gather_batch`` does; calling what this returns waits for it."""
+def start_all_gather_cat(x: Tensor) -> Callable[[], Tensor]:
+    """Begin what ``all_gather_cat`` does; calling what this returns waits for it."""
     if world_size() == 1:
         return lambda: x
     parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(world_size())]
@@ -131,15 +131,15 @@ def start_broadcast(x: Tensor) -> Callable[[], object]:
     return work.wait
 
 
-def mean_over_ranks(x: Tensor) -> Tensor:
+def all_reduce_mean(x: Tensor) -> Tensor:
     """The mean of a tensor over ranks, the same bits on each.
 
     The gradient is that of the mean of all ranks' losses, given that gradients of parameters are averaged too.
     """
-    return x if world_size() == 1 else _MeanOverRanks.apply(x)
+    return x if world_size() == 1 else _AllReduceMean.apply(x)
 
 
-class _MeanOverRanks(torch.autograd.Function):
+class _AllReduceMean(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         total = x.clone(memory_format=torch.contiguous_format)
@@ -148,10 +148,10 @@ class _MeanOverRanks(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return mean_over_ranks(grad)
+        return all_reduce_mean(grad)
 
 
-def sum_over_ranks(x: Tensor) -> Tensor:
+def all_reduce_sum(x: Tensor) -> Tensor:
     """The sum of a tensor without gradient over ranks, the same bits on each."""
     if world_size() == 1:
         return x
@@ -160,11 +160,11 @@ def sum_over_ranks(x: Tensor) -> Tensor:
     return total
 
 
-def any_rank(flag: bool) -> bool:
+def all_reduce_any(flag: bool) -> bool:
     """Whether a flag is set on any rank; only the CPU waits."""
     if world_size() == 1:
         return flag
-    return bool(sum_over_ranks(torch.tensor(int(flag))))
+    return bool(all_reduce_sum(torch.tensor(int(flag))))
 
 
 def on_rank0(action: Callable[[], object]) -> None:
@@ -179,6 +179,6 @@ def on_rank0(action: Callable[[], object]) -> None:
             action()
             failed = False
     finally:
-        failed_there = any_rank(failed)
+        failed_there = all_reduce_any(failed)
     if failed_there:
         raise RuntimeError("rank 0 has failed, its message tells why")

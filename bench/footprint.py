@@ -58,7 +58,7 @@ def count_bytes(size: StepSize, *, checkpointing: bool) -> tuple[int, int]:
             size.classes,
             (size.crop, size.crop),
             embedding_dim=size.embedding_dim,
-            checkpoint_blocks=checkpointing,
+            activation_checkpointing=checkpointing,
         ).train()
         parameters = sum(x.nbytes for x in model.parameters())
         buffers = sum(x.nbytes for x in model.buffers())

@@ -13,7 +13,7 @@ from allspark_fast.data.info import IGNORE_INDEX
 from allspark_fast.data.loader import SemiBatch
 from allspark_fast.model import AllSpark, MixTransformer, SegFormerHead, Segmentor
 from allspark_fast.model.batch_norm import FiniteBatchNorm2d
-from allspark_fast.model.cross_attention import Attend, CrossAttention
+from allspark_fast.model.cross_attention import CrossAttention, KVSource
 from allspark_fast.model.mit import DepthwiseConv, EfficientSelfAttention, MixFFN
 from allspark_fast.model.tokens import to_map, to_tokens
 from allspark_fast.training.step import Losses
@@ -75,10 +75,10 @@ class NaiveSegmentor(Segmentor):
         class_logits: Tensor | None = None,
         *,
         use_memory: bool = False,
-        attend: Attend = "batch",
+        kv_source: KVSource = "batch",
     ) -> Tensor:
         """(B, 3, H, W) -> (B, K, H, W); ``class_logits`` are of that size too."""
-        logits = super().forward(images, class_logits, use_memory=use_memory, attend=attend)
+        logits = super().forward(images, class_logits, use_memory=use_memory, kv_source=kv_source)
         return _upsample(logits, images.shape[2:])
 
 
@@ -135,7 +135,7 @@ class NaiveAllSpark(AllSpark):
         *,
         crop_size: tuple[int, int] | None = None,  # the logits have this size already
         use_memory: bool = False,
-        attend: Attend = "batch",  # the public code knows no other
+        kv_source: KVSource = "batch",  # the public code knows no other
     ) -> Tensor:
         """(2B, C, h, w) in training, (B, C, h, w) in eval mode; returns the same shape."""
         if not self.training:

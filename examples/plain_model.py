@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from allspark_fast.kernels.upsample_argmax import upsample_argmax
 from allspark_fast.kernels.upsample_cross_entropy import upsample_cross_entropy
-from allspark_fast.model import AllSpark
+from allspark_fast.model import AllSpark, AllSparkOptions
 
 CLASSES, CROP, STRIDE, CHANNELS = 4, 64, 8, 32
 
@@ -25,7 +25,9 @@ class PlainModel(nn.Module):
             nn.Conv2d(CHANNELS, CHANNELS, 3, stride=2, padding=1),
             nn.GELU(),
         )
-        self.allspark = AllSpark(CHANNELS, CLASSES, tokens=(CROP // STRIDE) ** 2, memory_init="empty")
+        self.allspark = AllSpark(
+            CHANNELS, CLASSES, tokens=(CROP // STRIDE) ** 2, options=AllSparkOptions(memory_init="empty")
+        )
         self.classifier = nn.Conv2d(CHANNELS, CLASSES, 1)
 
     def forward(self, images: Tensor, class_logits: Tensor | None = None, *, use_memory: bool = False) -> Tensor:

@@ -52,7 +52,11 @@ def test_the_papers_hyper_parameters() -> None:
         assert (config.train.optimizer, config.train.weight_decay) == ("sgd", 1e-4)
         official = {"memory_init": "randn", "memory_sync": "rank0", "class_map": "logits"}
         assert official.items() <= dataclasses.asdict(config.model).items()
-        assert (config.train.attend, config.train.pseudo_padding, config.train.pseudo_from_epoch) == ("batch", True, 0)
+        assert (config.train.kv_source, config.train.pseudo_padding, config.train.pseudo_from_epoch) == (
+            "batch",
+            True,
+            0,
+        )
 
     def schedule(config: Config) -> tuple[float, ...]:
         train = config.train

@@ -197,7 +197,7 @@ def test_commands_run(document: str, place: Path) -> None:
             ["bash", "-c", python + command], cwd=place, env=environment, capture_output=True, text=True, check=False
         )
         assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
-        if command.endswith("--run.folder runs/smoke"):
+        if command.endswith("--run.output-dir runs/smoke"):
             shutil.copytree(place / "runs/smoke", place / "runs/folder")
     if document == "your-data.md":
         assert len(list((place / "predictions/smoke/labels").iterdir())) == 9

@@ -24,6 +24,7 @@ from allspark_fast.kernels.upsample_argmax import upsample_argmax
 from allspark_fast.kernels.upsample_cross_entropy import upsample_cross_entropy
 from allspark_fast.model import AllSpark, Decoder, MiTConfig, MixTransformer, SegFormerHead, Segmentor
 from allspark_fast.model.cross_attention import CrossAttention
+from allspark_fast.model.options import AllSparkOptions
 from allspark_fast.model.semantic_memory import token_class_map
 from allspark_fast.training.step import TrainState, poly_lr, train_step
 
@@ -109,7 +110,9 @@ def cross_attention_results(golden: Golden) -> Results:
     class_map = token_class_map(golden["prob_map"], (side, side))
     results = {"channel_cls": channel_semantic_grouping(golden["emb"][meta["B"] :], class_map)}
     for mode in meta["modes"]:
-        attention = CrossAttention(meta["C"], meta["heads"], meta["K"], meta["N"], dropout=0.0)
+        attention = CrossAttention(
+            meta["C"], meta["K"], meta["N"], AllSparkOptions(num_heads=meta["heads"], dropout=0.0)
+        )
         golden.load(attention, kv_queue=golden["queue_before"], queue_ptr=golden["ptr_before"])
         attention.train(mode != "eval")
         emb = golden["emb"].requires_grad_()
@@ -134,13 +137,15 @@ def bottleneck_results(golden: Golden) -> Results:
     meta = golden.meta
     results: Results = {}
     for mode in meta["modes"]:
-        bottleneck = AllSpark(meta["C"], meta["K"], meta["n"] ** 2, num_heads=meta["heads"], dropout=0.0)
+        bottleneck = AllSpark(
+            meta["C"], meta["K"], meta["n"] ** 2, AllSparkOptions(num_heads=meta["heads"], dropout=0.0)
+        )
         golden.load(bottleneck)
         rect = "_rect" if mode == "eval_rect" else ""
         inputs = {f"en{rect}": golden[f"en{rect}"].requires_grad_()}
         feature_map = inputs[f"en{rect}"]
         if mode.startswith("eval"):
-            output = bottleneck.eval()(feature_map[: meta["B"]], attend="batch")
+            output = bottleneck.eval()(feature_map[: meta["B"]], kv_source="batch")
         else:
             output = bottleneck(feature_map, golden["prob_map"], use_memory=mode == "memory")
             results |= memory_results(bottleneck.attn)
@@ -165,13 +170,15 @@ def decoder_results(golden: Golden) -> Results:
     results: Results = {}
     for mode in meta["modes"]:
         tokens = (meta["image_size"] // 32 + 1) ** 2
-        bottleneck = AllSpark(meta["planes"][-1], meta["K"], tokens, num_heads=meta["heads"], dropout=0.0)
+        bottleneck = AllSpark(
+            meta["planes"][-1], meta["K"], tokens, AllSparkOptions(num_heads=meta["heads"], dropout=0.0)
+        )
         head = SegFormerHead(meta["planes"], meta["K"], meta["embedding_dim"], dropout=0.0)
         decoder = Decoder(head, bottleneck)
         golden.load(decoder)
         features = {f"feat{i}": golden[f"feat{i}"].requires_grad_() for i in range(1, 5)}
         if mode == "eval":
-            logits = decoder.eval()([x[: meta["B"]] for x in features.values()], attend="batch")
+            logits = decoder.eval()([x[: meta["B"]] for x in features.values()], kv_source="batch")
         else:
             logits = decoder(list(features.values()), golden["prob_map"], use_memory=mode == "memory")
             results |= memory_results(bottleneck.attn)
@@ -191,7 +198,9 @@ def build_model(meta: dict) -> Segmentor:
     config = {name: tuple(sizes) for name, sizes in meta["cfg"].items()}
     encoder = MixTransformer(MiTConfig(**config, drop_path=0.0))
     height, width = encoder.deepest_size((meta["crop"], meta["crop"]))
-    bottleneck = AllSpark(encoder.channels[-1], meta["K"], height * width, num_heads=meta["heads"], dropout=0.0)
+    bottleneck = AllSpark(
+        encoder.channels[-1], meta["K"], height * width, AllSparkOptions(num_heads=meta["heads"], dropout=0.0)
+    )
     head = SegFormerHead(encoder.channels, meta["K"], meta["embedding_dim"], dropout=0.0)
     return Segmentor(encoder, Decoder(head, bottleneck))
 
@@ -209,7 +218,7 @@ def model_results(golden: Golden) -> Results:
     unlabeled = golden["x"][meta["B"] :]
     with torch.no_grad():
         model.eval()
-        class_logits = model(unlabeled, attend="batch")
+        class_logits = model(unlabeled, kv_source="batch")
         rect = golden["eval_rect_x"]
         results = {
             "logits_u_eval": upsample(class_logits, size),
@@ -235,7 +244,7 @@ def test_trajectory(name: str) -> None:
     meta = golden.meta
     model = build_model(meta)
     golden.load(model, "w0/")
-    config = TrainConfig(lr=meta["lr"], lr_multi=meta["lr_multi"], weight_decay=meta["weight_decay"], attend="batch")
+    config = TrainConfig(lr=meta["lr"], lr_multi=meta["lr_multi"], weight_decay=meta["weight_decay"], kv_source="batch")
     assert meta["poly"] == 0.9
     state = TrainState(model, config, total_steps=meta["total_iters"])
     for step, (x, y, u) in enumerate(zip(golden["x"], golden["y"], golden["u"], strict=True)):
@@ -268,7 +277,7 @@ def test_first_pseudo_labels_of_trajectory(name: str) -> None:
     golden.load(model, "w0/")
     size = tuple(golden["u"].shape[-2:])
     with torch.no_grad():
-        logits = model.eval()(golden["u"][0], attend="batch")
+        logits = model.eval()(golden["u"][0], kv_source="batch")
     labels, _ = upsample_argmax(logits, size)
     best, second = upsample(logits, size).topk(2, dim=1).values.unbind(1)
     clear = best - second > 1e-5

@@ -33,7 +33,7 @@ except ValueError as error:
     print(error)
 from allspark_fast.__main__ import main
 options = "--data.scenes 3 4 1 --data.crop 64 --data.workers 0 --train.epochs 1 --train.batch-size 2".split()
-sys.exit(main(["train", *options, "--run.folder", {str(tmp_path)!r}]))
+sys.exit(main(["train", *options, "--run.output-dir", {str(tmp_path)!r}]))
 """
     printed = python(code)
     assert "pip install triton" in printed

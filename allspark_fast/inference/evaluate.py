@@ -78,7 +78,7 @@ def predict_labels(
         labels, confidence = predict_labels(model, F.pad(images, missing, mode="replicate"), mode=mode, crop=crop)
         return labels[:, :height, :width], confidence[:, :height, :width]
     if mode == "whole":
-        return upsample_argmax(model(images, attend="image"), (height, width))
+        return upsample_argmax(model(images, kv_source="image"), (height, width))
     labels, confidence = (torch.cat(bands, 1) for bands in zip(*_sliding_bands(model, images, crop), strict=True))
     return labels, confidence
 
@@ -94,7 +94,7 @@ def _sliding_bands(model: Segmentor, images: Tensor, crop: int) -> Iterator[tupl
         total: Tensor | None = None
         for columns in _windows(width, crop):
             window = images[:, :, rows, columns]
-            logits = model(window, attend="image").float()
+            logits = model(window, kv_source="image").float()
             if total is None:
                 total = logits.new_zeros((*logits.shape[:2], window.shape[2], width))
                 if unfinished is not None:

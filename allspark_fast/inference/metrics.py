@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from allspark_fast.distributed import sum_over_ranks
+from allspark_fast.distributed import all_reduce_sum
 from allspark_fast.kernels.arguments import check_count
 
 
@@ -75,7 +75,7 @@ class ConfusionMatrix:
 
     def add_ranks(self) -> None:
         """Add what all ranks have counted; each has to call this, once."""
-        self._counts = sum_over_ranks(self._counts)
+        self._counts = all_reduce_sum(self._counts)
 
     @property
     def matrix(self) -> Tensor:

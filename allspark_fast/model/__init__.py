@@ -2,6 +2,7 @@
 
 from allspark_fast.model.allspark import AllSpark
 from allspark_fast.model.mit import MIT_CONFIGS, MiTConfig, MixTransformer
+from allspark_fast.model.options import AllSparkOptions
 from allspark_fast.model.segformer_head import SegFormerHead
 from allspark_fast.model.segmentor import Decoder, Segmentor, build_segmentor
 from allspark_fast.model.timm_backbone import TimmBackbone
@@ -9,6 +10,7 @@ from allspark_fast.model.timm_backbone import TimmBackbone
 __all__ = [
     "MIT_CONFIGS",
     "AllSpark",
+    "AllSparkOptions",
     "Decoder",
     "MiTConfig",
     "MixTransformer",

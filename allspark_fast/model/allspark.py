@@ -8,11 +8,11 @@ from allspark_fast.kernels.arguments import (
     check_choice,
     check_count,
     check_not_empty,
-    check_number,
     check_tensor,
 )
-from allspark_fast.model.cross_attention import Attend, CrossAttention
-from allspark_fast.model.semantic_memory import ClassMap, MemoryInit, MemorySync, token_class_map
+from allspark_fast.model.cross_attention import CrossAttention, KVSource
+from allspark_fast.model.options import AllSparkOptions
+from allspark_fast.model.semantic_memory import token_class_map
 from allspark_fast.model.tokens import pointwise, to_map, to_tokens
 
 
@@ -30,50 +30,25 @@ class AllSpark(nn.Module):
         channels: channels C of the deepest map.
         num_classes: number of classes K.
         tokens: spatial tokens h · w of the training crops' deepest map.
-        num_heads: attention heads H.
-        dropout: of attention maps and projections.
-        memory_init: see SemanticMemory.
-        memory_sync: see SemanticMemory.
-        class_map: see token_class_map.
+        options: heads, dropout and the named switches.
 
     Raises:
-        TypeError: a size is no integer, or ``dropout`` no number.
-        ValueError: a number is less than 1, ``dropout`` is outside [0, 1), or an option is unknown.
+        TypeError: a size is no integer.
+        ValueError: a size is less than 1.
     """
 
     def __init__(
-        self,
-        channels: int,
-        num_classes: int,
-        tokens: int,
-        *,
-        num_heads: int = 2,
-        dropout: float = 0.1,
-        memory_init: MemoryInit = "randn",
-        memory_sync: MemorySync = "rank0",
-        class_map: ClassMap = "logits",
+        self, channels: int, num_classes: int, tokens: int, options: AllSparkOptions = AllSparkOptions()
     ) -> None:
         super().__init__()
-        check_choice("class_map", class_map, ("logits", "softmax"))
-        sizes = {"channels": channels, "num_classes": num_classes, "tokens": tokens, "num_heads": num_heads}
+        sizes = {"channels": channels, "num_classes": num_classes, "tokens": tokens}
         for name, size in sizes.items():
             check_count(name, size)
-        check_number("dropout", dropout)
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout must be in [0, 1), got {dropout}")
-        self.class_map = class_map
+        self.options = options
         # The 1x1 convolutions are kept as such for their names and shapes in the state_dict.
         self.map_in = nn.Sequential(nn.Conv2d(channels, channels, 1), nn.GELU())
         self.attn_norm = nn.LayerNorm(channels, eps=1e-6)
-        self.attn = CrossAttention(
-            channels,
-            num_heads,
-            num_classes,
-            tokens,
-            dropout=dropout,
-            memory_init=memory_init,
-            memory_sync=memory_sync,
-        )
+        self.attn = CrossAttention(channels, num_classes, tokens, options)
         self.encoder_norm = nn.LayerNorm(channels, eps=1e-6)
         self.map_out = nn.Sequential(nn.Conv2d(channels, channels, 1), nn.GELU())
 
@@ -84,7 +59,7 @@ class AllSpark(nn.Module):
         *,
         crop_size: tuple[int, int] | None = None,
         use_memory: bool = False,
-        attend: Attend = "image",
+        kv_source: KVSource = "image",
     ) -> Tensor:
         """Rebuild a deepest feature map.
 
@@ -93,7 +68,7 @@ class AllSpark(nn.Module):
             class_logits: (B, K, h', w'), training only: logits of the pseudo-label pass on the unlabeled images.
             crop_size: (H, W) of the images in pixels; see token_class_map.
             use_memory: training only: rebuild labeled features from the memory rather than from this batch.
-            attend: eval mode only; see CrossAttention.infer.
+            kv_source: eval mode only; see CrossAttention.infer.
 
         Returns:
             a map of the shape of ``feature_map``, channels-last in memory.
@@ -101,22 +76,22 @@ class AllSpark(nn.Module):
         Raises:
             TypeError: an argument is no float tensor.
             ValueError: a shape is wrong; in training, class_logits are missing or the batch is not 2B; in eval mode,
-                there are class_logits, or ``attend`` is unknown.
+                there are class_logits, or ``kv_source`` is unknown.
         """
         check_tensor("feature_map", feature_map, "(B, C, h, w)", FLOATING)
         if feature_map.shape[1] != self.attn_norm.normalized_shape[0]:
             raise ValueError(
                 f"feature_map has {feature_map.shape[1]} channels, expected {self.attn_norm.normalized_shape[0]}"
             )
-        check_choice("attend", attend, ("batch", "image"))
+        check_choice("kv_source", kv_source, ("batch", "image"))
         size = (feature_map.shape[2], feature_map.shape[3])
         self._check_batch(feature_map, class_logits)
         tokens = self.map_in[1](pointwise(self.map_in[0], to_tokens(feature_map)))  # type: ignore[arg-type]
         normalized = self.attn_norm(tokens)
         if class_logits is None:
-            attended = self.attn.infer(normalized, attend=attend)
+            attended = self.attn.infer(normalized, kv_source=kv_source)
         else:
-            class_map = token_class_map(class_logits, size, crop_size=crop_size, kind=self.class_map)
+            class_map = token_class_map(class_logits, size, crop_size=crop_size, kind=self.options.class_map)
             labeled, unlabeled = normalized.chunk(2)
             attended = torch.cat(self.attn(labeled, unlabeled, class_map, use_memory=use_memory))
         # The residual is the map behind the GELU, not the input.

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from allspark_fast.distributed import mean_over_ranks, world_size
+from allspark_fast.distributed import all_reduce_mean, world_size
 
 
 class FiniteBatchNorm(_BatchNorm):
@@ -44,8 +44,8 @@ class FiniteBatchNorm(_BatchNorm):
     def _normalize_over_ranks(self, feature_map: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         computed = feature_map.to(torch.promote_types(feature_map.dtype, torch.float32))
         own_var, own_mean = torch.var_mean(computed, (0, *range(2, computed.ndim)), correction=0)
-        mean = mean_over_ranks(own_mean)
-        var = mean_over_ranks(own_var + (own_mean - mean).square())
+        mean = all_reduce_mean(own_mean)
+        var = all_reduce_mean(own_var + (own_mean - mean).square())
         scale = self.weight * torch.rsqrt(var + self.eps)
         shape = (-1, *(1 for _ in range(2, computed.ndim)))
         normalized = (computed - mean.view(shape)) * scale.view(shape) + self.bias.view(shape)

@@ -6,9 +6,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from allspark_fast.kernels.channel_attention import Backend, channel_attention
-from allspark_fast.model.semantic_memory import MemoryInit, MemorySync, SemanticMemory
+from allspark_fast.model.options import AllSparkOptions
+from allspark_fast.model.semantic_memory import SemanticMemory
 
-Attend = Literal["batch", "image"]
+KVSource = Literal["batch", "image"]
 
 
 class CrossAttention(SemanticMemory):
@@ -19,12 +20,9 @@ class CrossAttention(SemanticMemory):
 
     Args:
         channels: channels C of the features, and slots of each class in the memory.
-        num_heads: heads H; D = H · C.
         num_classes: number of classes K.
         tokens: spatial tokens N of the training crops' deepest map.
-        dropout: of the attention maps and of the output projections, in training.
-        memory_init: see SemanticMemory.
-        memory_sync: see SemanticMemory.
+        options: see AllSparkOptions; D = H · C.
 
     Attributes:
         backend: see channel_attention; ``reference`` leaves plain torch operators only, for exported graphs.
@@ -33,20 +31,12 @@ class CrossAttention(SemanticMemory):
     backend: Backend = "auto"
 
     def __init__(
-        self,
-        channels: int,
-        num_heads: int,
-        num_classes: int,
-        tokens: int,
-        *,
-        dropout: float = 0.1,
-        memory_init: MemoryInit = "randn",
-        memory_sync: MemorySync = "rank0",
+        self, channels: int, num_classes: int, tokens: int, options: AllSparkOptions = AllSparkOptions()
     ) -> None:
-        super().__init__(num_classes, channels, tokens, memory_init=memory_init, memory_sync=memory_sync)
-        self.num_heads = num_heads
-        self.dropout = dropout
-        hidden = num_heads * channels
+        super().__init__(num_classes, channels, tokens, options)
+        self.num_heads = options.num_heads
+        self.dropout = options.dropout
+        hidden = options.num_heads * channels
         self.q_u, self.k_u, self.v_u = (_linear(channels, hidden) for _ in range(3))
         self.q_l2u, self.k_l2u, self.v_l2u = (_linear(channels, hidden) for _ in range(3))
         self.out_u, self.out_l2u = (_linear(hidden, channels) for _ in range(2))
@@ -79,18 +69,18 @@ class CrossAttention(SemanticMemory):
             rebuilt = self._cross_attention(labeled, unlabeled.transpose(0, 1)[None], None)
         return rebuilt, refined
 
-    def infer(self, features: Tensor, *, attend: Attend) -> Tensor:
+    def infer(self, features: Tensor, *, kv_source: KVSource) -> Tensor:
         """Rebuild features from their own channels, as labeled features at test time.
 
         Args:
             features: (B, N, C), any N.
-            attend: ``batch`` uses the channels of all images of the batch (the public code: a prediction then depends
-                on its batch mates), ``image`` those of the same image.
+            kv_source: ``batch`` takes keys and values from all images of the batch (the reference implementation: a
+                prediction then depends on its batch mates), ``image`` from the same image.
 
         Returns:
             (B, N, C).
         """
-        source = features.transpose(0, 1)[None] if attend == "batch" else features[:, :, None]
+        source = features.transpose(0, 1)[None] if kv_source == "batch" else features[:, :, None]
         return self._cross_attention(features, source, None)
 
     def _cross_attention(self, labeled: Tensor, source: Tensor, group_mask: Tensor | None) -> Tensor:

@@ -57,12 +57,12 @@ class MixTransformer(nn.Module):
 
     Args:
         config: sizes of the stages.
-        checkpoint_blocks: keep only the input of each block for backward, which computes the block again.
+        activation_checkpointing: keep only the input of each block for backward, which computes the block again.
     """
 
-    def __init__(self, config: MiTConfig, *, checkpoint_blocks: bool = False) -> None:
+    def __init__(self, config: MiTConfig, *, activation_checkpointing: bool = False) -> None:
         super().__init__()
-        self.checkpoint_blocks = checkpoint_blocks
+        self.activation_checkpointing = activation_checkpointing
         self.channels = config.embed_dims
         # The spatial reduction of each stage, at strides 4, 8, 16 and 32, needs at least one whole window.
         self.min_size = max((ratio - 1) * stride + 1 for ratio, stride in zip(config.sr_ratios, STRIDES, strict=True))
@@ -106,7 +106,11 @@ class MixTransformer(nn.Module):
             tokens, size = getattr(self, f"patch_embed{stage}")(feature_map)
             for block in getattr(self, f"block{stage}"):
                 # Stochastic depth draws random numbers.
-                tokens = recompute(block, tokens, size, random=True) if self.checkpoint_blocks else block(tokens, size)
+                tokens = (
+                    recompute(block, tokens, size, random=True)
+                    if self.activation_checkpointing
+                    else block(tokens, size)
+                )
             feature_map = to_map(getattr(self, f"norm{stage}")(tokens), size)
             features.append(feature_map)
         return features

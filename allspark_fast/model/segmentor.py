@@ -6,10 +6,10 @@ from torch import Tensor, nn
 
 from allspark_fast.kernels.arguments import check_count, check_size
 from allspark_fast.model.allspark import AllSpark
-from allspark_fast.model.cross_attention import Attend
+from allspark_fast.model.cross_attention import KVSource
 from allspark_fast.model.mit import MIT_CONFIGS, MixTransformer
+from allspark_fast.model.options import AllSparkOptions
 from allspark_fast.model.segformer_head import SegFormerHead
-from allspark_fast.model.semantic_memory import ClassMap, MemoryInit, MemorySync
 from allspark_fast.model.timm_backbone import TimmBackbone
 
 
@@ -33,12 +33,14 @@ class Decoder(nn.Module):
         *,
         crop_size: tuple[int, int] | None = None,
         use_memory: bool = False,
-        attend: Attend = "image",
+        kv_source: KVSource = "image",
     ) -> Tensor:
         """Four maps, finest first, to logits (B, K, h, w) at the resolution of the finest; arguments as AllSpark's."""
         *finer, deepest = features
         if self.allspark is not None:
-            deepest = self.allspark(deepest, class_logits, crop_size=crop_size, use_memory=use_memory, attend=attend)
+            deepest = self.allspark(
+                deepest, class_logits, crop_size=crop_size, use_memory=use_memory, kv_source=kv_source
+            )
         return self.decoder([*finer, deepest])
 
 
@@ -61,7 +63,7 @@ class Segmentor(nn.Module):
         class_logits: Tensor | None = None,
         *,
         use_memory: bool = False,
-        attend: Attend = "image",
+        kv_source: KVSource = "image",
     ) -> Tensor:
         """Segment images.
 
@@ -73,14 +75,14 @@ class Segmentor(nn.Module):
             class_logits: (B, K, h', w'), training with AllSpark only: what this model, in eval mode and without
                 gradient, returned for the unlabeled images.
             use_memory: training with AllSpark only: whether warm-up is over.
-            attend: eval mode with AllSpark only; see CrossAttention.infer.
+            kv_source: eval mode with AllSpark only; see CrossAttention.infer.
 
         Returns:
             logits (B or 2B, K, h, w) at the resolution of the finest map, (⌈H / 4⌉, ⌈W / 4⌉) for a MiT encoder.
         """
         crop_size = (images.shape[2], images.shape[3])
         return self.decoder(
-            self.backbone(images), class_logits, crop_size=crop_size, use_memory=use_memory, attend=attend
+            self.backbone(images), class_logits, crop_size=crop_size, use_memory=use_memory, kv_source=kv_source
         )
 
 
@@ -89,13 +91,9 @@ def build_segmentor(
     num_classes: int,
     crop_size: tuple[int, int],
     *,
-    allspark: bool = True,
+    allspark: AllSparkOptions | None = AllSparkOptions(),
     embedding_dim: int = 768,
-    num_heads: int = 2,
-    memory_init: MemoryInit = "randn",
-    memory_sync: MemorySync = "rank0",
-    class_map: ClassMap = "logits",
-    checkpoint_blocks: bool = False,
+    activation_checkpointing: bool = False,
 ) -> Segmentor:
     """Build a model for training, with random weights.
 
@@ -103,47 +101,39 @@ def build_segmentor(
         backbone: ``mit_tiny``, ``mit_b0`` to ``mit_b5``, or ``timm/NAME`` for a TimmBackbone.
         num_classes: number of classes K, at least 1.
         crop_size: (H, W) of the training crops in pixels, which decides the size of the memory.
-        allspark: whether to build the bottleneck; without it this is SegFormer.
+        allspark: options of the bottleneck; None leaves it out, and this is SegFormer.
         embedding_dim: channels of the head.
-        num_heads: heads of the bottleneck.
-        memory_init: see SemanticMemory.
-        memory_sync: see SemanticMemory.
-        class_map: see token_class_map.
-        checkpoint_blocks: see MixTransformer; the bottleneck is never computed twice, it would enqueue twice.
+        activation_checkpointing: see MixTransformer; the bottleneck is never computed twice, it would enqueue twice.
 
     Raises:
         ImportError: the backbone is one of timm, which is not installed.
-        TypeError: a number is no integer, or ``crop_size`` no pair of them.
+        TypeError: a number is no integer, ``crop_size`` no pair of them, or ``allspark`` something else.
         ValueError: the backbone is unknown or does not fit, a number is less than 1, or the crops are too small.
     """
     check_count("num_classes", num_classes)
     check_count("embedding_dim", embedding_dim)
     check_size("crop_size", crop_size)
-    encoder = _build_backbone(backbone, crop_size, checkpoint_blocks=checkpoint_blocks)
+    if not isinstance(allspark, AllSparkOptions | None):
+        raise TypeError(f"allspark must be AllSparkOptions or None, got {allspark!r}")
+    encoder = _build_backbone(backbone, crop_size, activation_checkpointing=activation_checkpointing)
     height, width = encoder.deepest_size(crop_size)
     bottleneck = None
-    if allspark:
-        bottleneck = AllSpark(
-            encoder.channels[-1],
-            num_classes,
-            height * width,
-            num_heads=num_heads,
-            memory_init=memory_init,
-            memory_sync=memory_sync,
-            class_map=class_map,
-        )
+    if allspark is not None:
+        bottleneck = AllSpark(encoder.channels[-1], num_classes, height * width, allspark)
     head = SegFormerHead(encoder.channels, num_classes, embedding_dim)
     return Segmentor(encoder, Decoder(head, bottleneck))
 
 
-def _build_backbone(name: str, crop_size: tuple[int, int], *, checkpoint_blocks: bool) -> MixTransformer | TimmBackbone:
+def _build_backbone(
+    name: str, crop_size: tuple[int, int], *, activation_checkpointing: bool
+) -> MixTransformer | TimmBackbone:
     if name.startswith("timm/"):
-        if checkpoint_blocks:
-            raise ValueError(f"checkpoint_blocks is for mit_* backbones, not for {name}: leave it False")
+        if activation_checkpointing:
+            raise ValueError(f"activation_checkpointing is for mit_* backbones, not for {name}: leave it False")
         return TimmBackbone(name.removeprefix("timm/"))
     if name not in MIT_CONFIGS:
         raise ValueError(f"backbone must be one of {', '.join(MIT_CONFIGS)}, or timm/NAME, got {name!r}")
-    encoder = MixTransformer(MIT_CONFIGS[name], checkpoint_blocks=checkpoint_blocks)
+    encoder = MixTransformer(MIT_CONFIGS[name], activation_checkpointing=activation_checkpointing)
     if min(crop_size) < encoder.min_size:
         raise ValueError(f"crop_size is {crop_size}, expected at least {encoder.min_size} pixels a side")
     return encoder

@@ -1,18 +1,14 @@
 """The Semantic Memory: class-wise ring buffers of unlabeled channels, and the class maps that sort channels."""
 
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from allspark_fast.distributed import start_broadcast, start_gather
+from allspark_fast.distributed import start_all_gather_cat, start_broadcast
 from allspark_fast.kernels.bilinear import linear_matrix
 from allspark_fast.kernels.semantic_memory import channel_semantic_grouping, semantic_memory_enqueue
-
-MemoryInit = Literal["randn", "empty"]
-MemorySync = Literal["rank0", "all"]
-ClassMap = Literal["logits", "softmax"]
+from allspark_fast.model.options import AllSparkOptions, ClassMap
 
 
 class SemanticMemory(nn.Module):
@@ -21,18 +17,14 @@ class SemanticMemory(nn.Module):
     Buffers, with the names of the public code:
         kv_queue: (K, S, N) float32, the channels; stored as [N, K, S], so that projecting it gives keys without a copy.
         queue_ptr: (K,) int64, the slot that each class writes next.
-        queue_filled: (K,) bool, whether a class ever received a channel; only with ``memory_init="empty"``.
+        queue_filled: (K,) bool, whether a class ever received a channel; only with ``memory_init`` ``empty``.
         received: (K,) int64, channels that each class received since the model was built; not in its ``state_dict``.
 
     Args:
         num_classes: number of classes K.
         slots: channels kept for each class, S.
         tokens: spatial tokens N of a channel.
-        memory_init: ``randn`` fills the memory with noise, which is attended until overwritten (the public code);
-            ``empty`` starts at zero and leaves classes without a channel out of attention.
-        memory_sync: with several processes, ``rank0`` starts each step from rank 0's memory, into which every rank
-            enqueues its own channels (the public code: what other ranks enqueue is lost after the step); ``all``
-            enqueues the channels of every rank, in order of ranks, so that the memory is the same everywhere.
+        options: ``memory_init`` and ``memory_sync`` count here, see AllSparkOptions.
     """
 
     kv_queue: Tensor
@@ -40,25 +32,13 @@ class SemanticMemory(nn.Module):
     queue_filled: Tensor | None
     received: Tensor
 
-    def __init__(
-        self,
-        num_classes: int,
-        slots: int,
-        tokens: int,
-        *,
-        memory_init: MemoryInit = "randn",
-        memory_sync: MemorySync = "rank0",
-    ) -> None:
+    def __init__(self, num_classes: int, slots: int, tokens: int, options: AllSparkOptions = AllSparkOptions()) -> None:
         super().__init__()
-        if memory_init not in ("randn", "empty"):
-            raise ValueError(f"memory_init must be randn or empty, got {memory_init!r}")
-        if memory_sync not in ("rank0", "all"):
-            raise ValueError(f"memory_sync must be rank0 or all, got {memory_sync!r}")
-        self.memory_sync = memory_sync
-        noise = torch.randn if memory_init == "randn" else torch.zeros
+        self.memory_sync = options.memory_sync
+        noise = torch.randn if options.memory_init == "randn" else torch.zeros
         self.register_buffer("queue_ptr", torch.zeros(num_classes, dtype=torch.int64))
         self.register_buffer("kv_queue", noise(tokens, num_classes, slots).permute(1, 2, 0))
-        filled = torch.zeros(num_classes, dtype=torch.bool) if memory_init == "empty" else None
+        filled = torch.zeros(num_classes, dtype=torch.bool) if options.memory_init == "empty" else None
         self.register_buffer("queue_filled", filled)
         self.register_buffer("received", torch.zeros(num_classes, dtype=torch.int64), persistent=False)
         self.register_load_state_dict_pre_hook(_assume_filled)
@@ -92,7 +72,7 @@ class SemanticMemory(nn.Module):
             raise ValueError(f"class_map has {class_map.shape[1]} classes, the Semantic Memory {classes}")
         channel_class = channel_semantic_grouping(features, class_map)
         if self.memory_sync == "all":
-            arrived = [start_gather(features.detach()), start_gather(channel_class)]
+            arrived = [start_all_gather_cat(features.detach()), start_all_gather_cat(channel_class)]
             return lambda: self._store(*(finish() for finish in arrived))
         updated = [start_broadcast(x) for x in self._shared_buffers()]
 

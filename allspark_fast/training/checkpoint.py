@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from allspark_fast.distributed import any_rank, gather_batch
+from allspark_fast.distributed import all_gather_cat, all_reduce_any
 from allspark_fast.files import read_torch_file, write_atomically
 
 logger = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ def load_latest_checkpoint(folder: Path, read: Callable[[Path], dict[str, Any]] 
     """
     paths = newest_first(folder)
     names = ", ".join(path.name for path in paths)
-    if len(gather_batch(torch.tensor([zlib.crc32(names.encode())])).unique()) > 1:
+    if len(all_gather_cat(torch.tensor([zlib.crc32(names.encode())])).unique()) > 1:
         raise ValueError(f"{folder}: ranks find different checkpoints (here: {names}); they must share this folder")
     reasons = []
     for path in paths:
@@ -74,13 +74,13 @@ def load_latest_checkpoint(folder: Path, read: Callable[[Path], dict[str, Any]] 
         except ValueError as error:
             logger.warning("%s; trying the one before", error)
             reasons.append(str(error))
-        if not any_rank(state is None):
+        if not all_reduce_any(state is None):
             return state
     if paths:
         why = "; ".join(reasons) or "another rank says why"
         raise ValueError(
             f"{folder}: none of {len(paths)} checkpoints can be read ({why}); "
-            "remove the folder, or give another --run.folder, to start afresh"
+            "remove the folder, or give another --run.output-dir, to start afresh"
         )
     return None
 
@@ -116,7 +116,7 @@ def require_room(folder: Path, state: Mapping[str, Any], *, keep: int) -> None:
     if free < missing * size:
         raise OSError(
             f"{folder}: {free / 1e6:.1f} MB are free, but {missing} more checkpoints take at least "
-            f"{missing * size / 1e6:.1f} MB: free space, or give a --run.folder elsewhere"
+            f"{missing * size / 1e6:.1f} MB: free space, or give a --run.output-dir elsewhere"
         )
 
 

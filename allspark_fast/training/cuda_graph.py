@@ -9,7 +9,7 @@ from allspark_fast.data.loader import SemiBatch
 from allspark_fast.training.step import Losses, TrainState, train_step
 
 # Steps before the recording: kernels are compiled and libraries choose theirs, neither of which can be recorded.
-_STEPS_BEFORE = 3
+_WARMUP_STEPS = 3
 
 
 class GraphedSteps:
@@ -25,7 +25,7 @@ class GraphedSteps:
     def __init__(self, state: TrainState) -> None:
         self.state = state
         self._phase: tuple[bool, bool] | None = None
-        self._steps_before = 0
+        self._warmup_steps = 0
         self._graph: torch.cuda.CUDAGraph | None = None
         self._stream: torch.cuda.Stream | None = None
 
@@ -37,12 +37,12 @@ class GraphedSteps:
         """
         if self._phase != (use_memory, use_pseudo):
             self._phase = use_memory, use_pseudo
-            self._steps_before = _STEPS_BEFORE
+            self._warmup_steps = _WARMUP_STEPS
             if self._graph is not None:
                 torch.cuda.synchronize()  # its memory goes with it
                 self._graph = None
-        if self._steps_before:
-            self._steps_before -= 1
+        if self._warmup_steps:
+            self._warmup_steps -= 1
             return self._step_beside(batch)
         if self._graph is None:
             self._record(batch)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from allspark_fast.data.info import IGNORE_INDEX
 from allspark_fast.data.loader import SemiBatch
-from allspark_fast.distributed import sum_over_ranks
+from allspark_fast.distributed import all_reduce_sum
 from allspark_fast.kernels.upsample_argmax import upsample_argmax
 from allspark_fast.training.log import Record
 
@@ -36,7 +36,7 @@ def pseudo_label_record(class_logits: Tensor, pseudo_label: Tensor, batch: SemiB
     known = torch.zeros_like(valid) if batch.unlabeled_label is None else batch.unlabeled_label != IGNORE_INDEX
     right = known if batch.unlabeled_label is None else known & (pseudo_label == batch.unlabeled_label)
     pixels = torch.stack([x.sum() for x in (valid & (confidence >= CONFIDENT), valid, right, known)])
-    confident, valid_pixels, right_pixels, known_pixels = sum_over_ranks(pixels).tolist()
+    confident, valid_pixels, right_pixels, known_pixels = all_reduce_sum(pixels).tolist()
     record = {"pseudo_label_coverage": confident / valid_pixels}
     if known_pixels:
         record["pseudo_label_accuracy"] = right_pixels / known_pixels

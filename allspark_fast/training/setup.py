@@ -12,7 +12,7 @@ from allspark_fast.config import Config, RunConfig, TrainConfig, changed_fields
 from allspark_fast.data.sources import check_sources
 from allspark_fast.distributed import world_size
 from allspark_fast.files import make_folder, write_atomically
-from allspark_fast.model import Segmentor, build_segmentor
+from allspark_fast.model import AllSparkOptions, Segmentor, build_segmentor
 from allspark_fast.model.mit import compile_blocks
 from allspark_fast.training.checkpoint import newest_first
 from allspark_fast.training.sharding import shard
@@ -56,7 +56,7 @@ def claim_folder(folder: Path, config: Config) -> None:
         NotADirectoryError: it is a file.
         ValueError: the folder holds a run with other settings; they are listed.
     """
-    free = ("folder", "device", "kernels", "timeout", "sharded_checkpoints")
+    free = ("output_dir", "device", "kernels", "timeout", "sharded_checkpoints")
     run = replace(config.run, **{name: getattr(RunConfig, name) for name in free})
     config = replace(config, run=run, train=replace(config.train, sharding=TrainConfig.sharding))
     path = folder / "config.json"
@@ -69,7 +69,7 @@ def claim_folder(folder: Path, config: Config) -> None:
     if changed:
         raise ValueError(
             f"{folder} holds a run with other settings ({'; '.join(changed)}): "
-            "give another --run.folder, or the settings of before"
+            "give another --run.output-dir, or the settings of before"
         )
 
 
@@ -93,7 +93,9 @@ def lock_folder(folder: Path) -> IO[str] | None:
         file.seek(0)
         owner = file.read()
         file.close()
-        raise ValueError(f"{folder}: {owner} is training there; wait for it, or give another --run.folder") from error
+        raise ValueError(
+            f"{folder}: {owner} is training there; wait for it, or give another --run.output-dir"
+        ) from error
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}")
     file.flush()
@@ -106,16 +108,18 @@ def describe_batch(config: TrainConfig) -> str:
     Raises:
         ValueError: they cannot share it equally.
     """
-    parts = world_size() * config.accumulate
+    parts = world_size() * config.gradient_accumulation_steps
     if config.batch_size % parts:
         raise ValueError(
             f"train.batch_size {config.batch_size} cannot be shared equally by {world_size()} processes with "
-            f"{config.accumulate} micro-batches (train.accumulate) each: set it to a multiple of {parts}"
+            f"{config.gradient_accumulation_steps} micro-batches (train.gradient_accumulation_steps) each: "
+            f"set it to a multiple of {parts}"
         )
     return (
         f"a step takes {config.batch_size} labeled and as many unlabeled images: {world_size()} processes, "
-        f"{config.accumulate} micro-batches each, of {config.batch_size // parts} + {config.batch_size // parts}; the "
-        f"learning rate {config.lr:g} is that of the whole batch, for any number of processes"
+        f"{config.gradient_accumulation_steps} micro-batches each, of {config.batch_size // parts} + "
+        f"{config.batch_size // parts}; the learning rate {config.lr:g} is that of the whole batch, "
+        "for any number of processes"
     )
 
 
@@ -125,13 +129,9 @@ def build_model(config: Config, num_classes: int) -> Segmentor:
         config.model.backbone,
         num_classes,
         (config.data.crop, config.data.crop),
-        allspark=config.train.method == "allspark",
+        allspark=_bottleneck_options(config) if config.train.method == "allspark" else None,
         embedding_dim=config.model.embedding_dim,
-        num_heads=config.model.num_heads,
-        memory_init=config.model.memory_init,
-        memory_sync=config.model.memory_sync,
-        class_map=config.model.class_map,
-        checkpoint_blocks=config.model.checkpointing,
+        activation_checkpointing=config.model.activation_checkpointing,
     )
     path = config.model.weights
     if path is not None:
@@ -139,6 +139,16 @@ def build_model(config: Config, num_classes: int) -> Segmentor:
         unused, fresh = len(report.dropped), len(report.fresh)
         logger.info("%s: loaded; %d of its tensors not used, %d of the model start afresh", path, unused, fresh)
     return model
+
+
+def _bottleneck_options(config: Config) -> AllSparkOptions:
+    model = config.model
+    return AllSparkOptions(
+        num_heads=model.num_heads,
+        memory_init=model.memory_init,
+        memory_sync=model.memory_sync,
+        class_map=model.class_map,
+    )
 
 
 def build_state(model: Segmentor, config: TrainConfig, total_steps: int) -> TrainState:

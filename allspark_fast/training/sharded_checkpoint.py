@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 from torch.utils import _pytree as pytree
 
-from allspark_fast.distributed import any_rank, rank, world_size
+from allspark_fast.distributed import all_reduce_any, rank, world_size
 from allspark_fast.files import flush_file, flush_folder, not_written, reason
 from allspark_fast.training.checkpoint import prune, read_checkpoint
 
@@ -148,7 +148,7 @@ def read_sharded_checkpoint(path: Path, state: Mapping[str, Any]) -> dict[str, A
         _check_shards(path, manifest["shards"])
     except (OSError, ValueError) as error:
         problem = f"{path} cannot be read, it is damaged or no checkpoint of a run ({reason(error)})"
-    if any_rank(problem is not None):
+    if all_reduce_any(problem is not None):
         raise ValueError(problem or f"{path} cannot be read, another rank says why")
     named, structure = _flatten(state)
     reader = HuggingFaceStorageReader(str(path))

@@ -11,7 +11,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils import _pytree as pytree
 
-from allspark_fast.distributed import mean_over_ranks, rank, world_size
+from allspark_fast.distributed import all_reduce_mean, rank, world_size
 from allspark_fast.model import Segmentor
 from allspark_fast.model.mit import Block
 
@@ -43,12 +43,12 @@ def block_policy(amp: bool, device: str) -> MixedPrecisionPolicy:
     return MixedPrecisionPolicy()
 
 
-def local(x: Tensor) -> Tensor:
+def to_local(x: Tensor) -> Tensor:
     """This rank's part of a tensor, which is all of it unless it is sharded."""
     return x.to_local() if isinstance(x, DTensor) else x
 
 
-def whole(x: Tensor) -> Tensor:
+def full_tensor(x: Tensor) -> Tensor:
     """All of a tensor; every rank has to ask for it if it is sharded."""
     return x.full_tensor() if isinstance(x, DTensor) else x
 
@@ -65,7 +65,7 @@ def gather_state(state: dict[str, Any]) -> dict[str, Any]:
     return pytree.tree_map(gather, state)
 
 
-def joined_like(x: Tensor, parameter: Tensor) -> Tensor:
+def from_local_like(x: Tensor, parameter: Tensor) -> Tensor:
     """The sharded tensor of which every rank holds a part like its part of a parameter; others are left as they are."""
     if not isinstance(parameter, DTensor) or x.shape != parameter.to_local().shape:
         return x
@@ -91,6 +91,6 @@ def average_gradients(gradients: Sequence[Tensor]) -> None:
     plain = [gradient for gradient in gradients if not isinstance(gradient, DTensor)]
     if world_size() == 1 or not plain:
         return
-    averaged = mean_over_ranks(torch.cat([gradient.flatten() for gradient in plain]))
+    averaged = all_reduce_mean(torch.cat([gradient.flatten() for gradient in plain]))
     parts = averaged.split([gradient.numel() for gradient in plain])
     torch._foreach_copy_(plain, [part.view(x.shape) for part, x in zip(parts, plain, strict=True)])

@@ -10,11 +10,11 @@ from torch.nn.utils import get_total_norm
 from allspark_fast.config import TrainConfig
 from allspark_fast.data.info import IGNORE_INDEX
 from allspark_fast.data.loader import SemiBatch
-from allspark_fast.distributed import mean_over_ranks, world_size
+from allspark_fast.distributed import all_reduce_mean, world_size
 from allspark_fast.kernels.upsample_argmax import upsample_argmax
 from allspark_fast.kernels.upsample_cross_entropy import upsample_cross_entropy
 from allspark_fast.model import Segmentor
-from allspark_fast.training.sharding import average_gradients, joined_like, local, shard_like, whole
+from allspark_fast.training.sharding import average_gradients, from_local_like, full_tensor, shard_like, to_local
 
 
 class Losses(NamedTuple):
@@ -58,7 +58,7 @@ class TrainState:
         self.step = torch.zeros((), dtype=torch.int64, device=device)
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)
         # Sums of the losses since they were last read, then the number of steps in them: those that were not skipped.
-        self.window = torch.zeros(len(Losses._fields) + 1, dtype=torch.float64, device=device)
+        self.loss_sums = torch.zeros(len(Losses._fields) + 1, dtype=torch.float64, device=device)
         bottleneck = model.decoder.allspark
         # Channels that each class of the memory received, counted there; (0,) without a memory.
         self.received = self.step.new_zeros(0) if bottleneck is None else bottleneck.attn.received
@@ -73,7 +73,7 @@ class TrainState:
         evaluated = weights if self.replica is None else self.replica
         if evaluated is not weights:
             for target, source in zip(evaluated.parameters(), weights.parameters(), strict=True):
-                target.copy_(whole(source))
+                target.copy_(full_tensor(source))
         if evaluated is not self.model:
             for buffer, present in zip(evaluated.buffers(), self.model.buffers(), strict=True):
                 buffer.copy_(present)
@@ -85,8 +85,8 @@ class TrainState:
         This is where the device is waited for.
         """
         lr = poly_lr(self.step - 1, self.total_steps, self.config.lr)
-        rate, skipped, *sums, steps = torch.cat([torch.stack([lr, self.skipped.double()]), self.window]).tolist()
-        self.window.zero_()
+        rate, skipped, *sums, steps = torch.cat([torch.stack([lr, self.skipped.double()]), self.loss_sums]).tolist()
+        self.loss_sums.zero_()
         losses = {name: x / steps for name, x in zip(_LOGGED, sums, strict=True)} if steps else {}
         if self.config.method == "supervised":
             losses.pop("loss_unlabeled", None)
@@ -99,7 +99,7 @@ class TrainState:
         parameters = list(self.model.parameters())
         optimizer = self.optimizer.state_dict()
         shards = {
-            index: {key: joined_like(x, parameters[index]) for key, x in tensors.items()}
+            index: {key: from_local_like(x, parameters[index]) for key, x in tensors.items()}
             for index, tensors in optimizer["state"].items()
         }
         return {
@@ -108,7 +108,7 @@ class TrainState:
             "optimizer": {**optimizer, "state": shards},
             "step": self.step,
             "skipped": self.skipped,
-            "window": self.window,
+            "loss_sums": self.loss_sums,
             "received": self.received,
         }
 
@@ -125,13 +125,13 @@ class TrainState:
         parameters = list(self.model.parameters())
         _check_moments(state["optimizer"]["state"], parameters)
         shards = {
-            index: {key: local(shard_like(x, parameters[index])) for key, x in tensors.items()}
+            index: {key: to_local(shard_like(x, parameters[index])) for key, x in tensors.items()}
             for index, tensors in state["optimizer"]["state"].items()
         }
         self.optimizer.load_state_dict({**state["optimizer"], "state": shards})
         for group in self.optimizer.param_groups:
             group["lr"] = group["lr"].to(self.step.device)
-        for name in ("step", "skipped", "window", "received"):
+        for name in ("step", "skipped", "loss_sums", "received"):
             getattr(self, name).copy_(state[name])
 
 
@@ -167,12 +167,12 @@ def train_step(state: TrainState, batch: SemiBatch, *, use_memory: bool, use_pse
     """
     state.model.zero_grad()
     parts = []
-    for micro_batch in batch.split(state.config.accumulate):
+    for micro_batch in batch.split(state.config.gradient_accumulation_steps):
         with torch.autocast(batch.image.device.type, torch.bfloat16, enabled=state.config.amp and batch.image.is_cuda):
             losses = compute_losses(
                 state.model, micro_batch, state.config, use_memory=use_memory, use_pseudo=use_pseudo
             )
-        (losses.total / state.config.accumulate).backward()
+        (losses.total / state.config.gradient_accumulation_steps).backward()
         parts.append(torch.stack(losses).detach())
     return _update(state, torch.stack(parts).mean(0))
 
@@ -183,8 +183,8 @@ def _update(state: TrainState, own_losses: Tensor) -> Losses:
     gradients = [p.grad for p in state.model.parameters() if p.grad is not None]
     average_gradients(gradients)
     # One all-reduce of a few numbers tells all ranks the same.
-    norm = get_total_norm([local(gradient) for gradient in gradients])
-    *mean_losses, mean_norm = mean_over_ranks(torch.cat([own_losses, norm[None]]))
+    norm = get_total_norm([to_local(gradient) for gradient in gradients])
+    *mean_losses, mean_norm = all_reduce_mean(torch.cat([own_losses, norm[None]]))
     losses = Losses._make(mean_losses)
     finite = (losses.total + mean_norm).isfinite()
     lr = poly_lr(state.step, state.total_steps, state.config.lr)
@@ -194,20 +194,20 @@ def _update(state: TrainState, own_losses: Tensor) -> Losses:
     state.optimizer.found_inf = finite.logical_not().float()  # type: ignore[attr-defined]
     updated = [x for group in state.optimizer.param_groups for x in group["params"]]
     for part, parameter in zip(updated, state.model.parameters(), strict=True):
-        part.grad = None if parameter.grad is None else local(parameter.grad)
+        part.grad = None if parameter.grad is None else to_local(parameter.grad)
     state.optimizer.step()
     if state.ema is not None:
         _move_average(state.ema, state.model, (1 - state.config.ema) * finite)
     state.step += 1
     state.skipped += finite.logical_not()
-    state.window += torch.stack([*losses, torch.ones_like(losses.total)]).where(finite, 0)
+    state.loss_sums += torch.stack([*losses, torch.ones_like(losses.total)]).where(finite, 0)
     return losses
 
 
 def _move_average(average: Segmentor, model: Segmentor, weight: Tensor) -> None:
     """Move the weights of the average towards the model's: average += weight · (model - average)."""
-    averaged = [local(x) for x in average.parameters()]
-    current = [local(x) for x in model.parameters()]
+    averaged = [to_local(x) for x in average.parameters()]
+    current = [to_local(x) for x in model.parameters()]
     difference = torch._foreach_sub(current, averaged)
     torch._foreach_mul_(difference, weight)
     torch._foreach_add_(averaged, difference)
@@ -236,7 +236,7 @@ def compute_losses(
 @torch.no_grad()
 def pseudo_pass(model: Segmentor, batch: SemiBatch, config: TrainConfig) -> tuple[Tensor, Tensor]:
     """Logits (B, K, h, w) and pseudo labels (B, H, W) of the unlabeled images; the model is in eval mode afterwards."""
-    class_logits = model.eval()(batch.unlabeled_image, attend=config.attend)
+    class_logits = model.eval()(batch.unlabeled_image, kv_source=config.kv_source)
     size = (batch.unlabeled_image.shape[2], batch.unlabeled_image.shape[3])
     pseudo_label, _ = upsample_argmax(class_logits, size)
     if not config.pseudo_padding:
@@ -256,7 +256,7 @@ def _weigh_ranks(losses: list[Tensor], labels: list[Tensor], config: TrainConfig
     if world_size() == 1 or config.loss_mean == "rank":
         return losses
     valid = torch.stack([(label != IGNORE_INDEX).sum() for label in labels]).float()
-    weights = valid / mean_over_ranks(valid).clamp(min=1 / world_size())
+    weights = valid / all_reduce_mean(valid).clamp(min=1 / world_size())
     return [loss * weight for loss, weight in zip(losses, weights, strict=True)]
 
 
@@ -268,8 +268,8 @@ def build_optimizer(model: Segmentor, config: TrainConfig) -> torch.optim.Optimi
     sharded model it updates this rank's parts, as the plain tensors they are: fused SGD takes no others.
     """
     groups: list[dict[str, Any]] = [
-        {"params": [local(x) for x in model.backbone.parameters()], "lr_scale": 1.0},
-        {"params": [local(x) for x in model.decoder.parameters()], "lr_scale": config.lr_multi},
+        {"params": [to_local(x) for x in model.backbone.parameters()], "lr_scale": 1.0},
+        {"params": [to_local(x) for x in model.decoder.parameters()], "lr_scale": config.lr_multi},
     ]
     optimizer: torch.optim.Optimizer
     if config.optimizer == "adamw":

@@ -21,7 +21,7 @@ from allspark_fast.data.seeding import mix_seed
 from allspark_fast.data.sources import open_sources
 from allspark_fast.data.transforms import CropTransform
 from allspark_fast.device import choose_device, use_deterministic_operations
-from allspark_fast.distributed import any_rank, gather_batch, on_rank0, process_group, rank, world_size
+from allspark_fast.distributed import all_gather_cat, all_reduce_any, on_rank0, process_group, rank, world_size
 from allspark_fast.inference.evaluate import evaluate, predict_labels
 from allspark_fast.inference.metrics import Scores
 from allspark_fast.inference.scores import score_table
@@ -70,7 +70,7 @@ class Trainer:
         self.config = config
         self.folder = folder
         shares = describe_batch(config.train)
-        if world_size() * config.train.accumulate > 1:
+        if world_size() * config.train.gradient_accumulation_steps > 1:
             logger.info(shares)
         if config.train.deterministic:
             use_deterministic_operations()
@@ -98,7 +98,7 @@ class Trainer:
         self._curves_drawn = time.monotonic()
         self._resume()
         state = self._state()
-        on_rank0(lambda: require_room(folder / "checkpoints", state, keep=config.run.keep))
+        on_rank0(lambda: require_room(folder / "checkpoints", state, keep=config.run.keep_last))
 
     def _claim_folder(self) -> None:
         self._lock = lock_folder(self.folder)
@@ -145,7 +145,7 @@ class Trainer:
         while not stopping and not self.finished:
             if not self.evaluation_due:
                 self._take_step(next(batches))
-                stopping = any_rank(asked())
+                stopping = all_reduce_any(asked())
                 bar.update()
                 if self.step % self.config.run.log_every == 0 or self.step == self.total_steps:
                     images = self.config.train.batch_size * (1 if self._labeled_only else 2) * (self.step - logged)
@@ -191,8 +191,9 @@ class Trainer:
         if metrics["skipped_steps"] > limit:
             raise RuntimeError(
                 f"{metrics['skipped_steps']} steps had a loss or gradient that is not finite by step {self.step}, more "
-                f"than train.max_skipped or half of the run, {limit}: start again in another --run.folder with a lower "
-                "train.lr or with train.amp False, and look at the starting weights if the first steps were among them"
+                f"than train.max_skipped or half of the run, {limit}: start again in another --run.output-dir with a "
+                "lower train.lr or with train.amp False, and look at the starting weights if the first steps were among "
+                "them"
             )
         return {"images/s": f"{images_per_s:.0f}"} | {
             name.removeprefix("loss_"): f"{x:.3f}" for name, x in metrics.items() if name.startswith("loss_")
@@ -204,7 +205,7 @@ class Trainer:
         Returns None if it was asked to stop meanwhile: then all that is saved is that the evaluation is due.
         """
         scores = self._score(asked)
-        if any_rank(asked()):
+        if all_reduce_any(asked()):
             self._save()
             return None
         self.evaluation_due = False
@@ -246,9 +247,9 @@ class Trainer:
     def _build_writer(self) -> CheckpointWriter:
         run, folder = self.config.run, self.folder / "checkpoints"
         if not run.sharded_checkpoints:
-            return CheckpointWriter(folder, keep=run.keep, background=run.save_in_background)
+            return CheckpointWriter(folder, keep=run.keep_last, background=run.save_in_background)
         timeout = timedelta(minutes=run.timeout)
-        return ShardedCheckpointWriter(folder, keep=run.keep, background=run.save_in_background, timeout=timeout)
+        return ShardedCheckpointWriter(folder, keep=run.keep_last, background=run.save_in_background, timeout=timeout)
 
     def _score(self, asked: Callable[[], bool] = lambda: False) -> Scores:
         """Scores of the validation images, or of those before a signal asked to stop."""
@@ -309,8 +310,8 @@ class Trainer:
             "best": self.best,
             "evaluation_due": self.evaluation_due,
             # One after the other, for all ranks.
-            "rng": gather_batch(torch.get_rng_state()),
-            "cuda_rng": gather_batch(torch.cuda.get_rng_state()) if self.device.type == "cuda" else None,
+            "rng": all_gather_cat(torch.get_rng_state()),
+            "cuda_rng": all_gather_cat(torch.cuda.get_rng_state()) if self.device.type == "cuda" else None,
         }
 
     def _resume(self) -> None:

@@ -9,8 +9,8 @@ from typing import Any, Literal, cast
 from allspark_fast.config import Config
 from allspark_fast.data.info import DatasetInfo, parse_meta
 from allspark_fast.files import make_folder, write_atomically
-from allspark_fast.model import Segmentor, build_segmentor
-from allspark_fast.model.semantic_memory import MemoryInit
+from allspark_fast.model import AllSparkOptions, Segmentor, build_segmentor
+from allspark_fast.model.options import MemoryInit
 from allspark_fast.weights.files import load_weights, read_metadata, save_weights
 
 # The key of the metadata of .safetensors files, and the version of what stands there.
@@ -97,10 +97,8 @@ class ModelSpec:
             self.backbone,
             len(self.info.classes),
             (self.crop, self.crop),
-            allspark=self.allspark,
+            allspark=AllSparkOptions(num_heads=self.num_heads, memory_init=self.memory_init) if self.allspark else None,
             embedding_dim=self.embedding_dim,
-            num_heads=self.num_heads,
-            memory_init=self.memory_init,
         )
 
 

@@ -71,7 +71,7 @@ def test_the_plan_holds_every_method_of_a_seed_before_the_next(tmp_path: Path) -
     assert [(run.config.train.seed, run.config.train.method) for run in runs] == [
         (seed, method) for seed in (3, 4) for method in ("supervised", "semi", "allspark")
     ]
-    assert len({run.folder for run in runs}) == 6
+    assert len({run.output_dir for run in runs}) == 6
 
 
 def test_a_missing_split_is_found_before_any_run(folder_data: Path, tmp_path: Path) -> None:

@@ -75,10 +75,14 @@ def test_info_of_weights(tmp_path: Path, tiny_spec: ModelSpec, capsys: pytest.Ca
 @pytest.mark.parametrize(
     ("command", "allocate", "advice"),
     [
-        ("train", lambda _: torch.empty(2**60), "--train.accumulate 2"),
+        ("train", lambda _: torch.empty(2**60), "--train.gradient-accumulation-steps 2"),
         ("predict", lambda _: bytearray(2**62), "--window"),
         ("export", lambda _: _raise(OSError(errno.ENOMEM, "Cannot allocate memory")), "ending other"),
-        ("train", lambda _: _raise(torch.OutOfMemoryError("CUDA out of memory")), "--model.checkpointing True"),
+        (
+            "train",
+            lambda _: _raise(torch.OutOfMemoryError("CUDA out of memory")),
+            "--model.activation-checkpointing True",
+        ),
     ],
 )
 def test_out_of_memory_is_told_with_what_takes_less(

@@ -58,7 +58,7 @@ def start(folder: Path, phase: mmap.mmap) -> int:
             setattr(module, name, marked(getattr(module, name), NAMES.index(label), phase))
         options = [str(x) for name, value in ARGUMENTS.items() for x in (f"--{name}", value)]
         scenes = ["--data.scenes", "3", "8", "2"]
-        status = command_line(["train", "scenes", *scenes, *options, "--run.folder", str(folder)])
+        status = command_line(["train", "scenes", *scenes, *options, "--run.output-dir", str(folder)])
     finally:
         os._exit(status)
 

@@ -80,7 +80,7 @@ def main() -> int:
         folder = Path(name) / "run"
         command = [sys.executable, "-m", "allspark_fast", "train", "scenes", "--data.scenes", "3", "8", "2", *options]
         with (Path(name) / "log").open("w") as log:
-            process = subprocess.Popen([*command, "--run.folder", str(folder)], stdout=log, stderr=log)
+            process = subprocess.Popen([*command, "--run.output-dir", str(folder)], stdout=log, stderr=log)
         started = time.monotonic()
         print("minute  resident MB  descriptors  steps/s", flush=True)
         readings = [Reading(0.0, 0.0, 0, 0)]

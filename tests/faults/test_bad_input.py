@@ -26,6 +26,7 @@ from allspark_fast.inference.evaluate import predict_labels
 from allspark_fast.inference.metrics import ConfusionMatrix
 from allspark_fast.inference.scores import score_table
 from allspark_fast.model import AllSpark, Segmentor, build_segmentor
+from allspark_fast.model.options import AllSparkOptions
 from allspark_fast.training.pictures import draw_curves, draw_predictions
 from allspark_fast.training.trainer import Trainer
 from allspark_fast.weights.files import load_weights, save_weights
@@ -77,7 +78,7 @@ class TestModel:
             ({"class_logits": torch.ones(1, 3, 4)}, "class_logits must have shape"),
             ({"class_logits": torch.ones(1, 3, 0, 4)}, "class_logits has h' = 0"),
             ({"class_logits": torch.ones(1, 3, 4, 4, device="meta")}, "class_logits is on meta, expected cpu"),
-            ({"attend": "pixel"}, "attend must be one of batch, image, got 'pixel'"),
+            ({"kv_source": "pixel"}, "kv_source must be one of batch, image, got 'pixel'"),
         ],
     )
     def test_bottleneck_names_what_is_wrong(self, change: dict, message: str) -> None:
@@ -85,13 +86,23 @@ class TestModel:
         with pytest.raises(ValueError, match=message):
             AllSpark(4, 3, 4)(**arguments)
 
-    @pytest.mark.parametrize(
-        "options", [{"channels": 0}, {"num_classes": 0}, {"tokens": -1}, {"num_heads": 0}, {"dropout": 1.0}]
-    )
+    @pytest.mark.parametrize("options", [{"channels": 0}, {"num_classes": 0}, {"tokens": -1}])
     def test_bottleneck_of_nothing(self, options: dict) -> None:
         name = next(iter(options))
         with pytest.raises(ValueError, match=f"{name} must be"):
             AllSpark(**{"channels": 4, "num_classes": 3, "tokens": 4, **options})
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"num_heads": 0}, "num_heads must be at least 1"),
+            ({"dropout": 1.0}, r"dropout must be in \[0, 1\)"),
+            ({"memory_sync": "rank1"}, "memory_sync must be one of rank0, all"),
+        ],
+    )
+    def test_options_of_the_bottleneck(self, options: dict, message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            AllSparkOptions(**options)
 
     @pytest.mark.parametrize(
         ("arguments", "message"),
@@ -103,7 +114,7 @@ class TestModel:
     )
     def test_models_that_cannot_be(self, arguments: tuple, message: str) -> None:
         with pytest.raises(ValueError, match=message):
-            build_segmentor(*arguments, embedding_dim=8, allspark=False)
+            build_segmentor(*arguments, embedding_dim=8, allspark=None)
 
     @pytest.mark.parametrize(
         ("images", "error"),
@@ -120,7 +131,9 @@ class TestModel:
             tiny().eval()(images)
 
     def test_numbers_of_numpy(self) -> None:
-        assert AllSpark(np.int64(4), np.int64(3), 4, dropout=np.float32(0.1)).eval()(torch.ones(1, 4, 2, 2)).shape
+        options = AllSparkOptions(dropout=np.float32(0.1))
+        bottleneck = AllSpark(np.int64(4), np.int64(3), 4, options).eval()
+        assert bottleneck(torch.ones(1, 4, 2, 2)).shape == (1, 4, 2, 2)
 
     @pytest.mark.parametrize(
         ("make", "message"),
@@ -129,7 +142,7 @@ class TestModel:
             (lambda: build_segmentor("mit_tiny", 3, 64), r"crop_size must be a pair \(H, W\), got 64"),
             (lambda: build_segmentor("mit_tiny", 3, ("64", 64)), "H of crop_size must be an integer, got '64'"),
             (lambda: AllSpark(4, 3, 4.0), "tokens must be an integer, got 4.0"),
-            (lambda: AllSpark(4, 3, 4, dropout="0"), "dropout must be a number, got '0'"),
+            (lambda: AllSparkOptions(dropout="0"), "dropout must be a number, got '0'"),
             (lambda: ConfusionMatrix(3.5), "num_classes must be an integer, got 3.5"),
         ],
     )
@@ -284,7 +297,7 @@ NUMBERS = [
     if {hint, *get_args(hint)} & {int, float}
 ]
 # Larger ones are right, but need the memory, processors or images that they ask for.
-COSTLY = {"crop", "scenes", "workers", "embedding_dim", "num_heads", "batch_size", "accumulate"}
+COSTLY = {"crop", "scenes", "workers", "embedding_dim", "num_heads", "batch_size", "gradient_accumulation_steps"}
 EXTREMES = [0, 1, -1, 10**9, 2**31, 2**63 - 1, 2**63, 2**64, 10**30]
 
 
@@ -337,12 +350,12 @@ class TestCommands:
             ("data.crop", "31"), ("data.workers", "-1"), ("data.scale", "2 0.5"), ("data.scenes", "3 8 0"),
             ("data.std", "0 1 1"), ("model.num-heads", "0"), ("model.embedding-dim", "0"), ("train.epochs", "0"),
             ("train.batch-size", "0"), ("train.lr", "nan"), ("train.ema", "1.0"), ("train.ohem-threshold", "2"),
-            ("eval.every", "0"), ("run.log-every", "0"), ("run.save-every", "0"), ("run.keep", "0"),
+            ("eval.every", "0"), ("run.log-every", "0"), ("run.save-every", "0"), ("run.keep_last", "0"),
         ],
     )  # fmt: skip
     def test_settings(self, tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str, values: str) -> None:
         with pytest.raises(SystemExit):
-            main(["train", f"--{option}", *values.split(), "--run.folder", str(tmp_path / "run")])
+            main(["train", f"--{option}", *values.split(), "--run.output-dir", str(tmp_path / "run")])
         assert option.replace("-", "_") in capsys.readouterr().err.replace("\n", "")
         assert not (tmp_path / "run").exists()
 
@@ -358,8 +371,8 @@ class TestCommands:
     @pytest.mark.parametrize(
         ("command", "message"),
         [
-            ("train --run.folder file", "file is to be a folder"),
-            ("train --run.folder file/run", "file/run is to be a folder"),
+            ("train --run.output-dir file", "file is to be a folder"),
+            ("train --run.output-dir file/run", "file/run is to be a folder"),
             ("predict model.safetensors photo.png --out file", " is to be a folder"),
             ("convert model.safetensors nowhere/a.safetensors", "there is no folder nowhere"),
             ("export model.safetensors nowhere/a.onnx", "there is no folder nowhere"),

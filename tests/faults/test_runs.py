@@ -32,7 +32,7 @@ def command(folder: Path | str, *more: object, scenes: int = 8, **options: objec
     settings = {**TINY, **{name.replace("__", "."): value for name, value in options.items()}}
     pairs = [str(x) for name, value in settings.items() for x in (f"--{name}", value)]
     train = [sys.executable, "-m", "allspark_fast", "train", "scenes", "--data.scenes", "3", str(scenes), "2"]
-    return [*train, *pairs, "--run.folder", str(folder), *map(str, more)]
+    return [*train, *pairs, "--run.output-dir", str(folder), *map(str, more)]
 
 
 def run(arguments: list[str]) -> subprocess.CompletedProcess[str]:
@@ -106,7 +106,7 @@ def test_out_of_memory_names_settings_that_take_less(tmp_path: Path, more_mb: in
     done = run([sys.executable, "-c", LIMITED.format(more=more_mb * 10**6), *train])
     assert done.returncode == 1
     assert "error: " in done.stderr
-    assert "out of memory; what takes less: --train.accumulate 2 or more, " in done.stderr
+    assert "out of memory; what takes less: --train.gradient-accumulation-steps 2 or more, " in done.stderr
     assert "Traceback" not in done.stderr
 
 

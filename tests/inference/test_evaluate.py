@@ -20,8 +20,8 @@ class Threshold(nn.Module):
         self.factors = 1 + torch.arange(classes - 3.0)
         self.seen: list[tuple[int, ...]] = []
 
-    def forward(self, images: Tensor, *, attend: str) -> Tensor:
-        assert attend == "image"
+    def forward(self, images: Tensor, *, kv_source: str) -> Tensor:
+        assert kv_source == "image"
         assert not self.training
         self.seen.append(tuple(images.shape[2:]))
         size = tuple(-(-side // 4) for side in images.shape[2:])
@@ -55,7 +55,7 @@ def test_sliding_windows_are_those_of_the_public_code(classes: int) -> None:
         for left in (0, stride, 2 * stride, 158):
             window = image[:, :, top : min(top + crop, 150), left : min(left + crop, 190)]
             windows.append(tuple(window.shape[2:]))
-            logits = model(window, attend="image")
+            logits = model(window, kv_source="image")
             probability = F.interpolate(logits, window.shape[2:], mode="bilinear", align_corners=False).softmax(1)
             total[:, :, top : top + window.shape[2], left : left + window.shape[3]] += probability
     model.seen.clear()
@@ -68,7 +68,7 @@ def peak_of_windows(height: int, width: int) -> float:
     """Bytes that windows of 64 pixels and 100 classes take."""
 
     class Classes(nn.Module):
-        def forward(self, images: Tensor, *, attend: str) -> Tensor:
+        def forward(self, images: Tensor, *, kv_source: str) -> Tensor:
             return F.avg_pool2d(images[:, :1], 4, ceil_mode=True) * torch.arange(100.0)[:, None, None]
 
     images = torch.randn(1, 3, height, width)

@@ -19,7 +19,7 @@ import sys
 sys.modules["triton"] = None
 import torch
 from allspark_fast.model.cross_attention import CrossAttention
-attention = CrossAttention(8, 2, 3, 16)
+attention = CrossAttention(8, 3, 16)
 x = torch.randn(2, 16, 8, requires_grad=True)
 torch.cat(attention(x, x, torch.randn(2, 3, 16), use_memory=True)).sum().backward()
 assert x.grad.isfinite().all()

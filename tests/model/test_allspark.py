@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from allspark_fast.distributed import rank
 from allspark_fast.model import AllSpark
+from allspark_fast.model.options import AllSparkOptions
 from allspark_fast.model.semantic_memory import token_class_map
 from tests.helpers.ranks import run_on_ranks
 from tests.kernels.forbid_sync import forbid_sync
@@ -20,7 +21,7 @@ K, C, SIDE = 4, 8, 3
 
 
 def bottleneck(**options: object) -> AllSpark:
-    return AllSpark(C, K, SIDE * SIDE, **{"dropout": 0.0, **options})
+    return AllSpark(C, K, SIDE * SIDE, AllSparkOptions(**{"dropout": 0.0, **options}))
 
 
 def batch(images: int = 2) -> tuple[Tensor, Tensor]:
@@ -199,10 +200,10 @@ class TestSwitches:
     def test_attend_batch_sees_batch_mates_and_image_does_not(self) -> None:
         module = bottleneck().eval()
         features = batch()[0]
-        alone = torch.cat([module(x, attend="image") for x in features.split(1)])
-        torch.testing.assert_close(module(features, attend="image"), alone)
-        assert not torch.allclose(module(features, attend="batch"), alone, atol=1e-3)
-        torch.testing.assert_close(module(features[:1], attend="batch"), alone[:1])
+        alone = torch.cat([module(x, kv_source="image") for x in features.split(1)])
+        torch.testing.assert_close(module(features, kv_source="image"), alone)
+        assert not torch.allclose(module(features, kv_source="batch"), alone, atol=1e-3)
+        torch.testing.assert_close(module(features[:1], kv_source="batch"), alone[:1])
 
     @pytest.mark.parametrize("bad", [{"memory_init": "zeros"}, {"memory_sync": "mean"}, {"class_map": "argmax"}])
     def test_unknown_choices(self, bad: dict[str, str]) -> None:

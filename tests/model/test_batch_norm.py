@@ -38,12 +38,12 @@ def test_over_ranks_is_that_of_the_whole_batch(shape: tuple[int, ...], monkeypat
     var, mean = torch.var_mean(other, [axis for axis in range(len(shape)) if axis != 1], correction=0)
     means = []
 
-    def mean_over_ranks(x: torch.Tensor) -> torch.Tensor:
+    def all_reduce_mean(x: torch.Tensor) -> torch.Tensor:
         means.append((x + (var + (mean - means[0]).square() if means else mean)) / 2)
         return means[-1]
 
     monkeypatch.setattr("allspark_fast.model.batch_norm.world_size", lambda: 2)
-    monkeypatch.setattr("allspark_fast.model.batch_norm.mean_over_ranks", mean_over_ranks)
+    monkeypatch.setattr("allspark_fast.model.batch_norm.all_reduce_mean", all_reduce_mean)
     expected = theirs(torch.cat([own, other]))[: len(own)]
     actual = ours(own)
     torch.testing.assert_close(actual, expected)

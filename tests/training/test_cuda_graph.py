@@ -34,7 +34,7 @@ def test_what_is_recorded_and_replayed_in_each_phase(monkeypatch: pytest.MonkeyP
     for use_memory in (False, True):
         for batch in batches:
             steps(batch, use_memory=use_memory)
-    phase = [*cuda_graph._STEPS_BEFORE * ["step"], "record", "replay", "replay"]
+    phase = [*cuda_graph._WARMUP_STEPS * ["step"], "record", "replay", "replay"]
     assert done == [*phase, "wait", *phase]
     assert torch.equal(steps._batch.image, batches[-1].image)
 

@@ -11,6 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from allspark_fast.data.loader import SemiBatch
 from allspark_fast.data.scenes import SCENES
 from allspark_fast.model import AllSpark
+from allspark_fast.model.options import AllSparkOptions
 from allspark_fast.training.diagnostics import memory_record, pseudo_label_record
 from allspark_fast.training.log import Record, read_metrics
 from allspark_fast.training.pictures import draw_curves
@@ -55,7 +56,7 @@ class TestMemory:
 
     @pytest.mark.parametrize("memory_init", ["randn", "empty"])
     def test_every_channel_is_counted_once(self, memory_init: str) -> None:
-        bottleneck = AllSpark(channels=5, num_classes=4, tokens=6, memory_init=memory_init)
+        bottleneck = AllSpark(channels=5, num_classes=4, tokens=6, options=AllSparkOptions(memory_init=memory_init))
         deepest, class_logits = torch.randn(4, 5, 2, 3), torch.randn(2, 4, 2, 3)
         class_logits[:, 1] = -9.0 * deepest[2:].abs().sum()  # no channel comes here
         for steps in (1, 2):

@@ -15,13 +15,14 @@ from torch import Tensor
 from allspark_fast import distributed
 from allspark_fast.config import TrainConfig
 from allspark_fast.data.loader import SemiBatch
-from allspark_fast.distributed import any_rank, mean_over_ranks, on_rank0, rank, world_size
+from allspark_fast.distributed import all_reduce_any, all_reduce_mean, on_rank0, rank, world_size
 from allspark_fast.inference.evaluate import evaluate
 from allspark_fast.kernels.semantic_memory import channel_semantic_grouping, semantic_memory_enqueue
 from allspark_fast.kernels.upsample_cross_entropy import upsample_cross_entropy
 from allspark_fast.model import build_segmentor
 from allspark_fast.model.cross_attention import CrossAttention
 from allspark_fast.model.mit import Block, compile_blocks
+from allspark_fast.model.options import AllSparkOptions
 from allspark_fast.model.semantic_memory import SemanticMemory
 from allspark_fast.training import setup as prepare
 from allspark_fast.training.setup import build_state, describe_batch
@@ -40,8 +41,9 @@ MEMORY = "model.decoder.allspark.attn."
 def make_state(memory_sync: str = "all", backbone: str = "mit_tiny", **options: Any) -> TrainState:
     """A tiny model without dropout, whose pseudo labels and memory treat each image alone."""
     torch.manual_seed(0)
-    model = build_segmentor(backbone, 3, (64, 64), embedding_dim=16, memory_init="empty", memory_sync=memory_sync)
-    config = TrainConfig(lr=0.01, attend="image", pseudo_padding=False, ema=0.9, **options)
+    bottleneck = AllSparkOptions(memory_init="empty", memory_sync=memory_sync)
+    model = build_segmentor(backbone, 3, (64, 64), allspark=bottleneck, embedding_dim=16)
+    config = TrainConfig(lr=0.01, kv_source="image", pseudo_padding=False, ema=0.9, **options)
     return build_state(without_dropout(model), config, total_steps=10)
 
 
@@ -68,7 +70,7 @@ def flatten(state: TrainState) -> dict[str, Tensor]:
     tensors = {f"{group}.{name}": x for group in ("model", "ema") for name, x in gathered[group].items()}
     for index, values in gathered["optimizer"]["state"].items():
         tensors |= {f"optimizer.{index}.{key}": x for key, x in values.items()}
-    return tensors | {"window": gathered["window"]}
+    return tensors | {"loss_sums": gathered["loss_sums"]}
 
 
 def train_steps(size: int, state: TrainState) -> dict[str, Tensor]:
@@ -93,7 +95,7 @@ def on_two_ranks() -> dict[str, Any]:
         }
         results[f"{sharding} evaluated"] = dict(state.evaluated_model().state_dict())
     results["mean per rank"] = train_steps(2, make_state(sharding="replicate", loss_mean="rank"))["losses"]
-    results["accumulated"] = train_steps(4, make_state(sharding="fsdp", accumulate=2))["losses"]
+    results["accumulated"] = train_steps(4, make_state(sharding="fsdp", gradient_accumulation_steps=2))["losses"]
     results["rank0"] = train_steps(2, state := make_state("rank0", sharding="fsdp"))
     for memory_sync in ("rank0", "all"):
         results[f"enqueued {memory_sync}"] = enqueue_on_ranks(memory_sync)
@@ -106,7 +108,7 @@ def on_two_ranks() -> dict[str, Any]:
     samples = [sample(30, 40 + i) for i in range(3)] if torch.manual_seed(1) else []
     results["confusion"] = evaluate(Threshold(), samples[rank() :: 2], 3).confusion
     results["mean"] = gradient_of_mean()
-    results["any"] = [any_rank(False), any_rank(rank() == 1)]
+    results["any"] = [all_reduce_any(False), all_reduce_any(rank() == 1)]
     results["error"] = fail_on_rank0()
     return results
 
@@ -148,7 +150,7 @@ def save_before_and_after_an_evaluation() -> list[dict[str, Tensor]]:
 def enqueue_on_ranks(memory_sync: str) -> list[dict[str, Tensor]]:
     """What this rank enqueues in some steps, other channels than any other rank, and its memory after each."""
     torch.manual_seed(rank())
-    memory = SemanticMemory(3, 8, 4, memory_init="empty", memory_sync=memory_sync)
+    memory = SemanticMemory(3, 8, 4, AllSparkOptions(memory_init="empty", memory_sync=memory_sync))
     steps = []
     for _ in range(STEPS):
         features, class_map = torch.randn(1, 4, 8), torch.randn(1, 3, 4)
@@ -160,7 +162,7 @@ def enqueue_on_ranks(memory_sync: str) -> list[dict[str, Tensor]]:
 
 def attend_before_rank_0_arrives(memory_sync: str) -> float:
     """Rank 1 refines its unlabeled features before rank 0, which waits for that, has begun the same forward pass."""
-    attention = CrossAttention(8, 1, 3, 4, memory_sync=memory_sync)
+    attention = CrossAttention(8, 3, 4, AllSparkOptions(num_heads=1, memory_sync=memory_sync))
     done = torch.zeros(1)
     if rank() == 0:
         dist.irecv(done, 1).wait(timedelta(seconds=60))
@@ -172,7 +174,7 @@ def attend_before_rank_0_arrives(memory_sync: str) -> float:
 
 def gradient_of_mean() -> tuple[float, float]:
     x = torch.tensor(float(rank() + 1), requires_grad=True)
-    y = mean_over_ranks(x)
+    y = all_reduce_mean(x)
     (y * (rank() + 2)).backward()
     return y.item(), x.grad.item()
 
@@ -405,5 +407,6 @@ def test_restarts_that_would_hang_are_refused(monkeypatch: pytest.MonkeyPatch) -
 def test_a_batch_that_ranks_cannot_share(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("allspark_fast.training.setup.world_size", lambda: 3)
     with pytest.raises(ValueError, match=r"train.batch_size 8 .* by 3 processes with 2 .* multiple of 6"):
-        describe_batch(TrainConfig(batch_size=8, accumulate=2))
-    assert "3 processes, 2 micro-batches each, of 2 + 2" in describe_batch(TrainConfig(batch_size=12, accumulate=2))
+        describe_batch(TrainConfig(batch_size=8, gradient_accumulation_steps=2))
+    config = TrainConfig(batch_size=12, gradient_accumulation_steps=2)
+    assert "3 processes, 2 micro-batches each, of 2 + 2" in describe_batch(config)

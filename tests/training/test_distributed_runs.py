@@ -29,7 +29,8 @@ STEPS = 16
 ARGUMENTS = {
     "data.crop": 64, "data.workers": 0, "model.backbone": "mit_tiny", "model.embedding-dim": 16,
     "model.memory-sync": "all", "train.epochs": 4, "train.batch-size": 2, "train.warmup-epochs": 0,
-    "train.pseudo-from-epoch": 0, "train.attend": "image", "train.optimizer": "sgd", "train.lr": 0.01, "eval.every": 4,
+    "train.pseudo-from-epoch": 0, "train.kv-source": "image", "train.optimizer": "sgd", "train.lr": 0.01,
+    "eval.every": 4,
     "run.log-every": 1, "run.save-every": 2, "run.device": "cpu", "run.timeout": 1,
 }  # fmt: skip
 
@@ -37,7 +38,7 @@ ARGUMENTS = {
 def arguments(folder: Path, **options: object) -> list[str]:
     settings = {**ARGUMENTS, **{f"train.{name}": value for name, value in options.items()}}
     pairs = [str(x) for name, value in settings.items() for x in (f"--{name}", value)]
-    return ["scenes", "--data.scenes", "3", "8", "3", *pairs, "--run.folder", str(folder)]
+    return ["scenes", "--data.scenes", "3", "8", "3", *pairs, "--run.output-dir", str(folder)]
 
 
 def start(program: list[str], ranks: int) -> list[subprocess.Popen[str]]:

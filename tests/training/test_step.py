@@ -15,6 +15,7 @@ from allspark_fast.inference.evaluate import predict_labels
 from allspark_fast.kernels.semantic_memory import op as semantic_memory
 from allspark_fast.kernels.upsample_cross_entropy import op as upsample_cross_entropy
 from allspark_fast.model import build_segmentor
+from allspark_fast.model.options import AllSparkOptions
 from allspark_fast.training.step import TrainState, compute_losses, poly_lr, pseudo_pass, train_step
 from bench.step_variants import without_dropout
 from tests.kernels.forbid_sync import forbid_sync
@@ -26,7 +27,13 @@ def build_state(total_steps: int = 100, lr: float = 0.01, **options: object) -> 
     """A tiny model on crops of 64 pixels, with an average of its weights if options say so."""
     config = TrainConfig(batch_size=2, lr=lr, **options)
     model, ema = (
-        build_segmentor("mit_tiny", 3, (64, 64), allspark=config.method == "allspark", embedding_dim=16)
+        build_segmentor(
+            "mit_tiny",
+            3,
+            (64, 64),
+            allspark=AllSparkOptions() if config.method == "allspark" else None,
+            embedding_dim=16,
+        )
         for _ in range(2)
     )
     ema.requires_grad_(False).load_state_dict(model.state_dict())
@@ -124,8 +131,8 @@ class TestLosses:
     def test_attend_of_the_pseudo_pass(self) -> None:
         model, data = build_state().model, random_batch()
         alone = data._replace(unlabeled_image=data.unlabeled_image[:1])
-        for attend, same in (("image", True), ("batch", False)):
-            config = TrainConfig(attend=attend)
+        for kv_source, same in (("image", True), ("batch", False)):
+            config = TrainConfig(kv_source=kv_source)
             both, one = (pseudo_pass(model, x, config)[0] for x in (data, alone))
             assert torch.allclose(both[:1], one, atol=1e-6) == same
 
@@ -166,7 +173,7 @@ class TestAccumulation:
 
     def test_gradients_are_those_of_the_batch_where_nothing_looks_at_it(self) -> None:
         """In eval mode BatchNorm does not; the same number of pixels counts in every image."""
-        states = [build_state(method="supervised", accumulate=n) for n in (1, 2)]
+        states = [build_state(method="supervised", gradient_accumulation_steps=n) for n in (1, 2)]
         states[1].model.load_state_dict(states[0].model.state_dict())
         data = random_batch()
         for state in states:
@@ -178,7 +185,7 @@ class TestAccumulation:
         assert [state.step.item() for state in states] == [1, 1]
 
     def test_the_memory_takes_every_micro_batch(self) -> None:
-        state = build_state(accumulate=2)
+        state = build_state(gradient_accumulation_steps=2)
         train_step(state, random_batch(), use_memory=True)
         memory = state.model.decoder.allspark.attn
         assert memory.queue_ptr.sum() % memory.kv_queue.shape[1] == 0
@@ -191,17 +198,24 @@ class TestAccumulation:
         for whole, *pieces in zip(data[:4], *(part[:4] for part in parts), strict=True):
             assert torch.equal(torch.cat(pieces), whole)
 
-    @pytest.mark.parametrize(("accumulate", "expected"), [(0, "1 to 100000"), (3, "divisor of train.batch_size = 8")])
-    def test_a_batch_that_cannot_be_split_is_refused(self, accumulate: int, expected: str) -> None:
-        with pytest.raises(ValueError, match=rf"train.accumulate is {accumulate}, expected .*{expected}"):
-            TrainConfig(accumulate=accumulate)
+    @pytest.mark.parametrize(
+        ("gradient_accumulation_steps", "expected"), [(0, "1 to 100000"), (3, "divisor of train.batch_size = 8")]
+    )
+    def test_a_batch_that_cannot_be_split_is_refused(self, gradient_accumulation_steps: int, expected: str) -> None:
+        with pytest.raises(
+            ValueError,
+            match=rf"train.gradient_accumulation_steps is {gradient_accumulation_steps}, expected .*{expected}",
+        ):
+            TrainConfig(gradient_accumulation_steps=gradient_accumulation_steps)
 
 
 class TestSkippedSteps:
     """A loss or gradient that is not finite changes nothing, on the first step as on any other."""
 
     @pytest.mark.parametrize("steps_before", [0, 2])
-    @pytest.mark.parametrize("options", [{"optimizer": "sgd"}, {"optimizer": "adamw"}, {"accumulate": 2}], ids=str)
+    @pytest.mark.parametrize(
+        "options", [{"optimizer": "sgd"}, {"optimizer": "adamw"}, {"gradient_accumulation_steps": 2}], ids=str
+    )
     def test_nothing_changes(self, options: dict, steps_before: int) -> None:
         state = build_state(ema=0.9, **options)
         for _ in range(steps_before):
@@ -264,7 +278,9 @@ class TestNoSync:
         monkeypatch.setattr(upsample_cross_entropy, "_check_classes", lambda *_, **__: None)
         monkeypatch.setattr(semantic_memory, "_check_pointers", lambda *_, **__: None)
 
-    @pytest.mark.parametrize("options", [{}, {"optimizer": "adamw", "ema": 0.9, "accumulate": 2}], ids=str)
+    @pytest.mark.parametrize(
+        "options", [{}, {"optimizer": "adamw", "ema": 0.9, "gradient_accumulation_steps": 2}], ids=str
+    )
     @pytest.mark.parametrize("method", METHODS)
     def test_on_cpu_tensors(self, method: str, options: dict, unchecked: None) -> None:
         state, data = build_state(method=method, **options), random_batch()
@@ -274,7 +290,7 @@ class TestNoSync:
         assert state.step == 2
 
     def test_ohem_and_own_padding(self, unchecked: None) -> None:
-        state, data = build_state(loss="ohem", pseudo_padding=False, attend="image"), random_batch()
+        state, data = build_state(loss="ohem", pseudo_padding=False, kv_source="image"), random_batch()
         with forbid_sync(inside_operators=True):
             train_step(state, data, use_memory=True)
 
@@ -289,7 +305,7 @@ class TestNoSync:
             monkeypatch.setattr(torch.Tensor, "backward", lambda _: make_up_gradients(state.model))
             with forbid_sync():
                 losses = train_step(state, data, use_memory=True)
-        for x in (*losses, state.step, state.skipped, state.window, *state.model.state_dict().values()):
+        for x in (*losses, state.step, state.skipped, state.loss_sums, *state.model.state_dict().values()):
             assert x.device.type == "cuda"
 
     @pytest.mark.gpu

@@ -83,7 +83,7 @@ class TestRun:
         printed = capsys.readouterr().out
         assert "3 labeled, 8 unlabeled, 2 validation images" in printed
         assert "mIoU" in printed
-        assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == config.run.keep
+        assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == config.run.keep_last
 
         # The same command again says that there is nothing to do.
         train(config, tmp_path / "run")
@@ -137,9 +137,9 @@ class TestRun:
 
     def test_checkpointing_reaches_the_backbone(self) -> None:
         config = tiny_config()
-        assert not build_model(config, 3).backbone.checkpoint_blocks
-        config = dataclasses.replace(config, model=dataclasses.replace(config.model, checkpointing=True))
-        assert build_model(config, 3).backbone.checkpoint_blocks
+        assert not build_model(config, 3).backbone.activation_checkpointing
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, activation_checkpointing=True))
+        assert build_model(config, 3).backbone.activation_checkpointing
 
 
 @pytest.mark.slow
@@ -266,9 +266,9 @@ class TestResume:
         }  # fmt: skip
         command += [str(x) for name, value in options.items() for x in (f"--{name}", value)]
         whole, broken = tmp_path / "whole", tmp_path / "broken"
-        subprocess.run([*command, "--run.folder", whole], check=True, capture_output=True)
+        subprocess.run([*command, "--run.output-dir", whole], check=True, capture_output=True)
         process = subprocess.Popen(
-            [*command, "--run.folder", broken], start_new_session=True, stderr=subprocess.DEVNULL
+            [*command, "--run.output-dir", broken], start_new_session=True, stderr=subprocess.DEVNULL
         )
         while not (steps := [x["step"] for x in read_metrics(broken)]) or steps[-1] < 11:
             assert process.poll() is None
@@ -276,7 +276,7 @@ class TestResume:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         assert 11 <= read_metrics(broken)[-1]["step"] < 40
-        subprocess.run([*command, "--run.folder", broken], check=True, capture_output=True)
+        subprocess.run([*command, "--run.output-dir", broken], check=True, capture_output=True)
         assert_same_run(whole, broken)
 
     def test_a_second_run_in_the_same_folder_is_refused(self, tmp_path: Path) -> None:
@@ -369,7 +369,7 @@ class TestOnesOwnData:
         shared = ["scenes", "--data.dataset", "folder", "--data.root", str(root), "--data.val", "val.txt"]
         shared += ["--data.labeled", "labeled.txt", "--data.unlabeled", "unlabeled.txt", "--data.crop", "64"]
         assert main(["check", *shared]) == 0
-        run = ["--run.folder", str(tmp_path / "run"), "--train.epochs", "1", "--train.batch-size", "2"]
+        run = ["--run.output-dir", str(tmp_path / "run"), "--train.epochs", "1", "--train.batch-size", "2"]
         assert main(["train", *shared, *run, "--data.workers", "0"]) == 0
         assert "square" in capsys.readouterr().out
 
@@ -405,7 +405,7 @@ class TestOnesOwnData:
         (root / "images/1.png").write_bytes(b"")
         Image.new("L", (96, 80), 7).save(root / "labels/2.png")
         arguments = ["--data.dataset", "folder", "--data.root", str(root), "--data.val", "val.txt"]
-        arguments += ["--data.crop", "64", "--run.folder", str(tmp_path / "run"), "--train.batch-size", "2"]
+        arguments += ["--data.crop", "64", "--run.output-dir", str(tmp_path / "run"), "--train.batch-size", "2"]
         assert main(["train", *arguments]) == 1
         message = capsys.readouterr().err
         assert "images/1.png" in message
@@ -414,7 +414,7 @@ class TestOnesOwnData:
 
 
 def test_camvid_runs(data_dir: Path, tmp_path: Path) -> None:
-    arguments = ["camvid", "--data.root", str(data_dir / "camvid"), "--run.folder", str(tmp_path)]
+    arguments = ["camvid", "--data.root", str(data_dir / "camvid"), "--run.output-dir", str(tmp_path)]
     arguments += ["--data.labeled", "splits/1_16/seed0/labeled.txt", "--data.crop", "64", "--train.epochs", "1"]
     (tmp_path / "few.txt").write_text("".join((data_dir / "camvid/splits/train.txt").open().readlines()[:4]))
     (tmp_path / "val.txt").write_text("".join((data_dir / "camvid/splits/val.txt").open().readlines()[:2]))

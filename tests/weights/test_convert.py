@@ -10,6 +10,7 @@ import torch
 
 from allspark_fast.__main__ import main
 from allspark_fast.model import MIT_CONFIGS, build_segmentor
+from allspark_fast.model.options import AllSparkOptions
 from allspark_fast.weights.convert import infer_spec, read_model
 from allspark_fast.weights.files import save_weights
 from allspark_fast.weights.spec import ModelSpec, load_model, save_model
@@ -17,7 +18,7 @@ from allspark_fast.weights.spec import ModelSpec, load_model, save_model
 
 def official_checkpoint(path: Path, classes: int = 21, crop: int = 65, **options: object) -> Path:
     """The layout that the public trainer saves, entries that are no weights included."""
-    model = build_segmentor("mit_tiny", classes, (crop, crop), embedding_dim=16, **options)
+    model = build_segmentor("mit_tiny", classes, (crop, crop), allspark=AllSparkOptions(**options), embedding_dim=16)
     state = {f"module.{name}": x for name, x in model.state_dict().items()}
     torch.save({"model": state, "epoch": 3, "previous_best": np.mean([61.0])}, path)
     return path
@@ -68,7 +69,7 @@ def test_every_encoder_is_told_apart(name: str) -> None:
 
 
 def test_plain_segformer_of_ours_without_metadata(tmp_path: Path) -> None:
-    model = build_segmentor("mit_tiny", 4, (65, 65), allspark=False, embedding_dim=16).eval()
+    model = build_segmentor("mit_tiny", 4, (65, 65), allspark=None, embedding_dim=16).eval()
     save_weights(model, tmp_path / "old.safetensors")
     again, spec = read_model(tmp_path / "old.safetensors")
     assert not spec.allspark

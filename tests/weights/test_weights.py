@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from allspark_fast.model import AllSpark, Decoder, MiTConfig, MixTransformer, SegFormerHead, Segmentor
+from allspark_fast.model.options import AllSparkOptions
 from allspark_fast.weights.files import load_weights, read_state_dict, save_weights
 
 TINY = MiTConfig(embed_dims=(8, 16, 24, 32), depths=(1, 1, 1, 1), num_heads=(1, 2, 3, 4))
@@ -126,7 +127,7 @@ def test_official_checkpoint_into_empty_memory_counts_as_filled(tmp_path: Path) 
     torch.save(official_checkpoint(tiny()), tmp_path / "best.pth")
     target = Segmentor(
         MixTransformer(TINY),
-        Decoder(SegFormerHead(TINY.embed_dims, 3, 16), AllSpark(32, 3, 4, memory_init="empty")),
+        Decoder(SegFormerHead(TINY.embed_dims, 3, 16), AllSpark(32, 3, 4, AllSparkOptions(memory_init="empty"))),
     )
     assert not target.decoder.allspark.attn.queue_filled.any()
     load_weights(target, tmp_path / "best.pth")

@@ -1,0 +1,45 @@
+"""The options of the AllSpark bottleneck, which travel together from a configuration to the memory."""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from allspark_fast.kernels.arguments import check_choice, check_count, check_number
+
+MemoryInit = Literal["randn", "empty"]
+MemorySync = Literal["rank0", "all"]
+ClassMap = Literal["logits", "softmax"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AllSparkOptions:
+    """Heads, dropout and the named switches of the bottleneck; the defaults are those of the reference implementation.
+
+    Attributes:
+        num_heads: attention heads H.
+        dropout: of attention maps and output projections in training, in [0, 1).
+        memory_init: ``randn`` fills the memory with noise, which is attended until overwritten; ``empty`` starts at
+            zero and leaves classes without a channel out of attention.
+        memory_sync: with several processes, ``rank0`` starts each step from rank 0's memory, into which every rank
+            enqueues its own channels, and what other ranks enqueue is lost after the step; ``all`` enqueues the
+            channels of every rank, in order of ranks, so that the memory is the same everywhere.
+        class_map: what sorts channels into classes: ``logits``, or their ``softmax`` over K.
+
+    Raises:
+        TypeError: ``num_heads`` is no integer, or ``dropout`` no number.
+        ValueError: ``num_heads`` is less than 1, ``dropout`` outside [0, 1), or a switch unknown.
+    """
+
+    num_heads: int = 2
+    dropout: float = 0.1
+    memory_init: MemoryInit = "randn"
+    memory_sync: MemorySync = "rank0"
+    class_map: ClassMap = "logits"
+
+    def __post_init__(self) -> None:
+        check_count("num_heads", self.num_heads)
+        check_number("dropout", self.dropout)
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
+        check_choice("memory_init", self.memory_init, get_args(MemoryInit))
+        check_choice("memory_sync", self.memory_sync, get_args(MemorySync))
+        check_choice("class_map", self.class_map, get_args(ClassMap))
