@@ -5,7 +5,7 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 from allspark_fast.errors import InputError
 
@@ -196,13 +196,8 @@ class RunConfig:
         log_every: steps between two lines of metrics.jsonl.
         save_every: steps between two checkpoints; there is also one after every evaluation.
         keep_last: newest checkpoints kept.
-        save_in_background: copy what a checkpoint holds, in the CPU's memory, and write that while training goes on;
-            one that cannot be written stops the run at the next one.
-        sharded_checkpoints: each process writes what it holds (with train.sharding fsdp its shards) into a folder of
-            safetensors, rather than the first one all of it into one file. A run may change between the two.
         device: cpu, cuda, or auto for what is there.
-        kernels: on a GPU, auto checks the Triton kernels once for each machine and replaces those that fail by plain
-            torch, strict stops if one fails, torch uses none.
+        kernels: auto takes the Triton kernels on a GPU from compute capability 8.0, torch takes none.
         timeout: minutes that a process waits for the others before it gives up.
     """
 
@@ -210,10 +205,8 @@ class RunConfig:
     log_every: int = 10
     save_every: int = 500
     keep_last: int = 2
-    save_in_background: bool = False
-    sharded_checkpoints: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    kernels: Literal["auto", "strict", "torch"] = "auto"
+    kernels: Literal["auto", "torch"] = "auto"
     timeout: float = 10.0
 
     def __post_init__(self) -> None:
@@ -266,11 +259,22 @@ class Config:
             raise InputError(f"{path} holds no settings of a run ({error}); put it back or remove it") from error
 
 
-def changed_fields(old: Config, new: Config) -> list[str]:
-    """Lines ``group.field: old -> new`` for all settings that differ."""
+class Change(NamedTuple):
+    """A setting ``group.field`` that differs between two configurations."""
+
+    name: str
+    old: Any
+    new: Any
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.old} -> {self.new}"
+
+
+def changed_fields(old: Config, new: Config) -> list[Change]:
+    """Return all settings that differ."""
     groups = [(x.name, getattr(old, x.name), getattr(new, x.name)) for x in dataclasses.fields(Config)]
     return [
-        f"{group}.{x.name}: {getattr(before, x.name)} -> {getattr(after, x.name)}"
+        Change(f"{group}.{x.name}", getattr(before, x.name), getattr(after, x.name))
         for group, before, after in groups
         for x in dataclasses.fields(before)
         if getattr(before, x.name) != getattr(after, x.name)

@@ -76,15 +76,6 @@ def _restarts() -> int:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) if shared else 0
 
 
-def new_gloo_group(timeout: timedelta) -> dist.ProcessGroup | None:
-    """Another group of all ranks, between their CPUs; all have to ask. None, the default group, in a single process."""
-    if world_size() == 1:
-        return None
-    group = dist.new_group(backend="gloo", timeout=timeout)
-    assert isinstance(group, dist.ProcessGroup)  # this rank is in it
-    return group
-
-
 def world_size() -> int:
     """Number of processes of the default group, 1 without one."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1

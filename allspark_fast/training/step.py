@@ -1,6 +1,5 @@
 """One training step of each method, what it changes, and the schedule: the mathematics of training, without a run."""
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +10,7 @@ from allspark_fast.config import TrainConfig
 from allspark_fast.data.info import IGNORE_INDEX
 from allspark_fast.data.loader import SemiBatch
 from allspark_fast.distributed import all_reduce_mean, world_size
+from allspark_fast.errors import InputError
 from allspark_fast.kernels.upsample_argmax import upsample_argmax
 from allspark_fast.kernels.upsample_cross_entropy import upsample_cross_entropy
 from allspark_fast.model import Segmentor
@@ -116,36 +116,34 @@ class TrainState:
         """Go on from a ``state_dict`` of whole tensors, on any device and any number of ranks.
 
         Raises:
-            ValueError: the optimizer's state does not fit the parameters; fused optimizers would write beside them.
+            InputError: the optimizer's state does not fit the parameters.
         """
         for name, model in (("model", self.model), ("ema", self.ema)):
             if model is not None:
                 own = model.state_dict()
                 model.load_state_dict({key: shard_like(x, own[key]) for key, x in state[name].items()})
-        parameters = list(self.model.parameters())
-        _check_moments(state["optimizer"]["state"], parameters)
-        shards = {
-            index: {key: to_local(shard_like(x, parameters[index])) for key, x in tensors.items()}
-            for index, tensors in state["optimizer"]["state"].items()
-        }
-        self.optimizer.load_state_dict({**state["optimizer"], "state": shards})
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["lr"].to(self.step.device)
+        self._load_optimizer(state["optimizer"])
         for name in ("step", "skipped", "loss_sums", "received"):
             getattr(self, name).copy_(state[name])
 
-
-def _check_moments(moments: dict[int, dict[str, Tensor]], parameters: Sequence[Tensor]) -> None:
-    """A count of steps is one number; whatever else an optimizer keeps has its parameter's shape."""
-    if len(moments) > len(parameters):
-        raise ValueError(f"the optimizer's state is of {len(moments)} parameters, the model has {len(parameters)}")
-    for index, tensors in moments.items():
-        for name, x in tensors.items():
-            if x.ndim and x.shape != parameters[index].shape:
-                raise ValueError(
-                    f"the optimizer's {name} of parameter {index} has shape {tuple(x.shape)}, the parameter "
-                    f"{tuple(parameters[index].shape)}: take another checkpoint"
-                )
+    def _load_optimizer(self, state: dict[str, Any]) -> None:
+        """Copy into the tensors that are there: a recorded step goes on reading and writing those."""
+        own = list(self.optimizer.state.values())
+        if len(own) != len(state["state"]):
+            raise InputError(f"the optimizer has {len(own)} parameters, the checkpoint {len(state['state'])}")
+        for parameter, target, saved in zip(self.model.parameters(), own, state["state"].values(), strict=True):
+            if target.keys() != saved.keys():
+                raise InputError(f"the optimizer has {sorted(target)} for each parameter, the checkpoint {sorted(saved)}")
+            for name, x in saved.items():
+                # A count of steps is one number; whatever else an optimizer keeps has its parameter's shape.
+                if x.ndim and x.shape != parameter.shape:
+                    raise InputError(
+                        f"the optimizer's {name} has shape {tuple(x.shape)} in the checkpoint, expected that of its "
+                        f"parameter, {tuple(parameter.shape)}: take another checkpoint"
+                    )
+                target[name].copy_(to_local(shard_like(x, parameter)))
+        for group, saved in zip(self.optimizer.param_groups, state["param_groups"], strict=True):
+            group["lr"].copy_(saved["lr"])
 
 
 def train_step(state: TrainState, batch: SemiBatch, *, use_memory: bool, use_pseudo: bool = True) -> Losses:
