@@ -39,7 +39,7 @@ def read_torch_file(path: Path) -> Any:
 
 
 def _begins_like_weights(path: Path) -> bool:
-    """Return whether this may be a damaged archive, or what torch wrote before 1.6: else torch advises to allow more."""
+    """Return whether this may be an archive, or what torch wrote before 1.6: else torch advises to allow more."""
     with path.open("rb") as file:
         return file.read(2).startswith((b"PK", pickle.PROTO))
 
@@ -84,7 +84,9 @@ def make_folder(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
-        raise NotADirectoryError(f"{path}: expected a folder, but it or a parent is a file: give another name") from error
+        raise NotADirectoryError(
+            f"{path}: expected a folder, but it or a parent is a file: give another name"
+        ) from error
 
 
 def require_parent(path: Path) -> None:

@@ -18,7 +18,7 @@ from allspark_fast.files import make_folder, read_torch_file, remove_unfinished,
 logger = logging.getLogger(__name__)
 
 # Kept in every checkpoint: no other file is taken for one, nor one whose contents have changed their meaning.
-_FORMAT = "allspark_fast checkpoint 1"
+_FORMAT = "allspark_fast checkpoint 2"
 # What follows the number of ranks and the device, not the model.
 _RANDOM = ("rng", "cuda_rng")
 
@@ -112,7 +112,7 @@ def _read_checkpoint(path: Path, expected: Mapping[str, Any] | None) -> dict[str
     state = read_torch_file(path)
     found = state.pop("format", None) if isinstance(state, dict) else None
     if found != _FORMAT:
-        raise InputError(f"{path} is no checkpoint of a run: its format is {found!r}, expected {_FORMAT!r}")
+        raise InputError(f"{path} is no checkpoint of this version: its format is {found!r}, expected {_FORMAT!r}")
     if expected is not None:
         _check_shapes(path, _shapes(state), _shapes(expected))
     return state
@@ -125,7 +125,8 @@ def _check_shapes(path: Path, found: Mapping[str, torch.Size], expected: Mapping
     for name, shape in expected.items():
         if found[name] != shape:
             raise InputError(
-                f"{path} is a checkpoint of another model: {name} has shape {tuple(found[name])}, expected {tuple(shape)}"
+                f"{path} is a checkpoint of another model: {name} has shape {tuple(found[name])}, "
+                f"expected {tuple(shape)}"
             )
 
 

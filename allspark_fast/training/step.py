@@ -133,7 +133,9 @@ class TrainState:
             raise InputError(f"the optimizer has {len(own)} parameters, the checkpoint {len(state['state'])}")
         for parameter, target, saved in zip(self.model.parameters(), own, state["state"].values(), strict=True):
             if target.keys() != saved.keys():
-                raise InputError(f"the optimizer has {sorted(target)} for each parameter, the checkpoint {sorted(saved)}")
+                raise InputError(
+                    f"the optimizer has {sorted(target)} for each parameter, the checkpoint {sorted(saved)}"
+                )
             for name, x in saved.items():
                 # A count of steps is one number; whatever else an optimizer keeps has its parameter's shape.
                 if x.ndim and x.shape != parameter.shape:

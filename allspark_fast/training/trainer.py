@@ -24,7 +24,7 @@ from allspark_fast.errors import RunError
 from allspark_fast.inference.evaluate import evaluate, predict_labels
 from allspark_fast.inference.metrics import Scores
 from allspark_fast.inference.scores import score_table
-from allspark_fast.kernels.triton_support import use_triton
+from allspark_fast.kernels.triton_support import set_kernels
 from allspark_fast.signals import stop_signals
 from allspark_fast.training import setup
 from allspark_fast.training.checkpoint import (
@@ -70,7 +70,7 @@ class Trainer:
         self.device = choose_device(config.run.device)
         if self.device.type == "cpu":
             limit_threads(config.data.workers)
-        use_triton(config.run.kernels == "auto")
+        set_kernels(config.run.kernels)
         on_rank0(lambda: setup.refuse_bad_data(config))
         self.sources = open_sources(config.data)
         on_rank0(self._claim_folder)
@@ -98,7 +98,9 @@ class Trainer:
         if self.config.train.cuda_graph:
             if self.device.type == "cuda" and world_size() == 1:
                 return GraphedSteps(self.state)
-            why = f"the device is {self.device}" if self.device.type != "cuda" else f"there are {world_size()} processes"
+            why = (
+                f"the device is {self.device}" if self.device.type != "cuda" else f"there are {world_size()} processes"
+            )
             logger.warning("train.cuda_graph has no effect: it needs one process on a GPU, but %s", why)
         return functools.partial(train_step, self.state)
 
@@ -119,9 +121,7 @@ class Trainer:
         # An error closes the bar, so that its message has a line for itself.
         with (
             stop_signals() as asked,
-            tqdm(
-                total=self.total_steps, initial=self.step, unit="step", dynamic_ncols=True, disable=rank() > 0
-            ) as bar,
+            tqdm(total=self.total_steps, initial=self.step, unit="step", dynamic_ncols=True, disable=rank() > 0) as bar,
         ):
             return self._run(asked, bar)
 

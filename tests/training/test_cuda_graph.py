@@ -9,7 +9,7 @@ import torch
 from allspark_fast.training import cuda_graph
 from allspark_fast.training.cuda_graph import GraphedSteps
 from allspark_fast.training.step import train_step
-from tests.training.test_step import METHODS, build_state, random_batch
+from tests.helpers.steps import METHODS, build_state, random_batch
 
 PHASES = [False] * 6 + [True] * 6  # without the memory, then with it
 
