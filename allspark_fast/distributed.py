@@ -21,25 +21,29 @@ from allspark_fast.errors import InputError, RunError
 
 
 @contextmanager
-def process_group(device: DeviceName, timeout: timedelta) -> Iterator[None]:
+def process_group(device: DeviceName, timeout: timedelta) -> Iterator[torch.device]:
     """Join the processes that ``torchrun`` started, if it did: NCCL between GPUs, gloo between CPUs.
 
-    The device ``cuda`` is then the GPU of this process. The group is left only after success: after an error the end of
-    this process is what tells the others, who may wait for it.
+    The group is left only after success: after an error the end of this process is what tells the others, who may wait
+    for it.
 
     Args:
         device: that the run computes on.
         timeout: how long a rank waits for the others before it gives up.
 
+    Yields:
+        the device of this process; ``cuda`` is the GPU with its local rank.
+
     Raises:
         RunError: another rank has ended, or kept this one waiting for too long.
         InputError: this host has fewer GPUs than processes, or torchrun would restart on several hosts what cannot be.
     """
+    chosen = choose_device(device)
     if "RANK" not in os.environ:
-        yield
+        yield chosen
         return
     backend = "cpu:gloo"
-    if choose_device(device).type == "cuda":
+    if chosen.type == "cuda":
         index, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if index >= gpus:
             raise InputError(f"process {index} of this host has no GPU, there are {gpus}: lower --nproc-per-node")
@@ -50,7 +54,7 @@ def process_group(device: DeviceName, timeout: timedelta) -> Iterator[None]:
     store = dist.distributed_c10d.PrefixStore(f"after {restarts} restarts", store)
     dist.init_process_group(backend, timeout=timeout, store=store, rank=index, world_size=size)
     try:
-        yield
+        yield chosen
     except RuntimeError as error:
         if "gloo" not in str(error).lower() and not isinstance(error, dist.DistError):
             raise
@@ -159,18 +163,18 @@ def all_reduce_any(flag: bool) -> bool:
     return bool(all_reduce_sum(torch.tensor(int(flag))))
 
 
-def on_rank0(action: Callable[[], object]) -> None:
-    """Let rank 0 do something while the others wait; if it fails there, all ranks stop.
+@contextmanager
+def failing_together() -> Iterator[None]:
+    """Let all ranks stop if what one of them does in this context fails; the others wait for it.
 
     Raises:
-        RunError: it failed; on rank 0 the error itself is raised.
+        RunError: it failed on another rank; where it did, the error itself is raised.
     """
-    failed = rank() == 0
+    failed = True
     try:
-        if rank() == 0:
-            action()
-            failed = False
+        yield
+        failed = False
     finally:
-        failed_there = all_reduce_any(failed)
-    if failed_there:
-        raise RunError("rank 0 has failed, its message tells why")
+        failed_somewhere = all_reduce_any(failed)
+    if failed_somewhere:
+        raise RunError("another rank has failed, its message tells why")

@@ -1,4 +1,4 @@
-"""What is settled before a run takes its first step: data, folder, model."""
+"""What is settled before a run takes its first step: its folder, its batch, its model and state."""
 
 import copy
 import logging
@@ -9,11 +9,8 @@ from pathlib import Path
 from typing import IO
 
 from allspark_fast.config import Change, Config, RunConfig, TrainConfig, changed_fields
-from allspark_fast.data.loader import SemiLoader
-from allspark_fast.data.sources import Sources, check_sources
-from allspark_fast.data.transforms import CropTransform
-from allspark_fast.distributed import rank, world_size
-from allspark_fast.errors import DataError, InputError
+from allspark_fast.distributed import world_size
+from allspark_fast.errors import InputError
 from allspark_fast.files import make_folder, remove_unfinished, write_atomically
 from allspark_fast.model import AllSparkOptions, Segmentor, build_segmentor
 from allspark_fast.model.mit import compile_blocks
@@ -29,9 +26,6 @@ except ImportError:  # Windows
 
 logger = logging.getLogger(__name__)
 
-# Entries of each list that are read before training starts; `python -m allspark_fast check` reads all.
-_CHECKED = 16
-_LISTED = 20
 # What may change between two sittings of a run, because it does not decide the numbers.
 _FREE = {
     "data.root",
@@ -48,22 +42,6 @@ _FREE = {
     "eval.workers",
     *(f"run.{field.name}" for field in fields(RunConfig)),
 }
-
-
-def refuse_bad_data(config: Config) -> None:
-    """Read some entries of every list, and look whether the files of all are there.
-
-    Raises:
-        DataError: some cannot be used; the first of these are listed.
-    """
-    # Supervised training counts the unlabeled images, but does not read them.
-    harmless = {"labeled_and_unlabeled"} if config.train.method == "supervised" else set()
-    problems = check_sources(config.data, sample=_CHECKED)
-    errors = [problem for problem in problems if not problem.is_warning and problem.kind not in harmless]
-    if errors:
-        more = [f"and {len(errors) - _LISTED} more"] if len(errors) > _LISTED else []
-        listed = "\n".join([*map(str, errors[:_LISTED]), *more])
-        raise DataError(f"{len(errors)} problems in the data; `python -m allspark_fast check` lists all:\n{listed}")
 
 
 def claim_folder(folder: Path, config: Config) -> IO[str] | None:
@@ -146,31 +124,6 @@ def describe_batch(config: TrainConfig) -> str:
         f"a step takes {config.batch_size} labeled and as many unlabeled images: {world_size()} processes, "
         f"{micro_batches} micro-batches each, of {share} + {share}; the learning rate {config.lr:g} is that of the "
         "whole batch, for any number of processes"
-    )
-
-
-def build_loader(
-    config: Config, sources: Sources, *, pin_memory: bool = False, hidden_labels: bool = False
-) -> SemiLoader:
-    """Build the loader of a run; with ``hidden_labels``, one that measures pseudo labels, without workers."""
-    data, train = config.data, config.train
-    labeled, unlabeled = (
-        CropTransform(data.crop, photometric=photometric, mean=data.mean, std=data.std, scale_range=data.scale)
-        for photometric in (True, False)
-    )
-    return SemiLoader(
-        sources.labeled,
-        sources.unlabeled,
-        labeled,
-        unlabeled,
-        batch_size=train.batch_size,
-        seed=train.seed,
-        num_workers=0 if hidden_labels else data.workers,
-        pin_memory=pin_memory,
-        labeled_only=train.method == "supervised" and not hidden_labels,
-        hidden_labels=hidden_labels,
-        rank=rank(),
-        world_size=world_size(),
     )
 
 

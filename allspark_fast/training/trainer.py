@@ -15,16 +15,16 @@ from tqdm import tqdm
 
 from allspark_fast.config import Config
 from allspark_fast.data.info import IGNORE_INDEX
-from allspark_fast.data.loader import SemiBatch, evaluation_loader
-from allspark_fast.data.seeding import mix_seed
-from allspark_fast.data.sources import open_sources
-from allspark_fast.device import choose_device, limit_threads, use_deterministic_operations
-from allspark_fast.distributed import all_gather_cat, all_reduce_any, on_rank0, process_group, rank, world_size
+from allspark_fast.data.loader import SemiBatch
+from allspark_fast.data.training_data import TrainingData
+from allspark_fast.device import limit_threads, use_deterministic_operations
+from allspark_fast.distributed import all_gather_cat, all_reduce_any, failing_together, process_group, rank, world_size
 from allspark_fast.errors import RunError
-from allspark_fast.inference.evaluate import evaluate, predict_labels
+from allspark_fast.inference.evaluate import evaluate
 from allspark_fast.inference.metrics import Scores
 from allspark_fast.inference.scores import score_table
 from allspark_fast.kernels.triton_support import set_kernels
+from allspark_fast.kernels.upsample_argmax import upsample_argmax
 from allspark_fast.signals import stop_signals
 from allspark_fast.training import setup
 from allspark_fast.training.checkpoint import (
@@ -44,6 +44,7 @@ from allspark_fast.weights.spec import ModelSpec, save_model
 logger = logging.getLogger(__name__)
 
 _PICTURED = 4
+CPU = torch.device("cpu")
 
 
 class Trainer:
@@ -52,6 +53,7 @@ class Trainer:
     Args:
         config: the settings.
         folder: the run folder; made if need be.
+        device: where to train.
 
     Raises:
         InputError: something is wrong with the data, the folder holds a run with other settings, or the weights do not
@@ -59,29 +61,28 @@ class Trainer:
         OSError: the folder cannot be written, or its disk is too full for the checkpoints.
     """
 
-    def __init__(self, config: Config, folder: Path) -> None:
+    def __init__(self, config: Config, folder: Path, device: torch.device = CPU) -> None:
         self.config = config
         self.folder = folder
+        self.device = device
         batch = setup.describe_batch(config.train)
         if world_size() * config.train.gradient_accumulation_steps > 1:
             logger.info(batch)
         if config.train.deterministic:
             use_deterministic_operations()
-        self.device = choose_device(config.run.device)
-        if self.device.type == "cpu":
-            limit_threads(config.data.workers)
         set_kernels(config.run.kernels)
-        on_rank0(lambda: setup.refuse_bad_data(config))
-        self.sources = open_sources(config.data)
-        on_rank0(self._claim_folder)
+        self.data = TrainingData(config, device)
+        with failing_together():
+            if rank() == 0:
+                self.data.check()
+                self._lock = setup.claim_folder(folder, config)
         torch.manual_seed(config.train.seed)
-        self.loader = setup.build_loader(config, self.sources, pin_memory=self.device.type == "cuda")
-        self.total_steps = config.train.epochs * self.loader.steps_per_epoch
+        self.total_steps = config.train.epochs * self.data.steps_per_epoch
         resumed = bool(list_checkpoints(folder / "checkpoints"))
-        model = setup.build_model(config, len(self.sources.info.classes), resumed=resumed).to(self.device)
+        model = setup.build_model(config, len(self.data.info.classes), resumed=resumed).to(device)
         if rank() > 0:
             # Weights are the same on all ranks, what is dropped is not.
-            torch.manual_seed(mix_seed(config.train.seed, rank()))
+            torch.manual_seed(config.train.seed + rank())
         self.state = setup.build_state(model, config.train, self.total_steps)
         self.train_step = self._choose_step()
         self.step = 0
@@ -89,10 +90,9 @@ class Trainer:
         self.evaluation_due = False
         self._resume()
         state = self._state()
-        on_rank0(lambda: require_space(folder / "checkpoints", state, keep_last=config.run.keep_last))
-
-    def _claim_folder(self) -> None:
-        self._lock = setup.claim_folder(self.folder, self.config)
+        with failing_together():
+            if rank() == 0:
+                require_space(folder / "checkpoints", state, keep_last=config.run.keep_last)
 
     def _choose_step(self) -> Callable[..., object]:
         if self.config.train.cuda_graph:
@@ -128,7 +128,7 @@ class Trainer:
     def _run(self, asked: Callable[[], bool], bar: "tqdm[Any]") -> Scores | None:
         run = self.config.run
         log = MetricsLog(self.folder, self.step, evaluated=not self.evaluation_due) if rank() == 0 else None
-        batches = self.loader.iterate(self.step, self.total_steps)
+        batches = self.data.batches(self.step, self.total_steps)
         scores: Scores | None = None
         stopping = False
         started, logged = time.perf_counter(), self.step
@@ -157,14 +157,14 @@ class Trainer:
 
     def _take_step(self, batch: SemiBatch) -> None:
         train = self.config.train
-        epoch = self.step // self.loader.steps_per_epoch
+        epoch = self.step // self.data.steps_per_epoch
         self.train_step(
-            batch.to(self.device, non_blocking=True),
+            batch,
             use_memory=epoch >= train.warmup_epochs,
             use_pseudo=epoch >= train.pseudo_from_epoch,
         )
         self.step += 1
-        period = self.config.eval.every * self.loader.steps_per_epoch
+        period = self.config.eval.every * self.data.steps_per_epoch
         self.evaluation_due = self.step == self.total_steps or self.step % period == 0
 
     def _log_losses(self, log: MetricsLog | None, steps_per_s: float) -> dict[str, str]:
@@ -198,25 +198,24 @@ class Trainer:
         improved = scores.mean_iou > self.best
         self.best = max(self.best, scores.mean_iou)
 
-        def report() -> None:
-            assert log is not None
-            mean_scores = {"miou": scores.mean_iou, "miou_present": scores.mean_iou_present}
-            memory = memory_record(self.state.received)
-            log.write({**self._position(), **mean_scores, "iou": scores.iou.tolist(), **measured, **memory})
-            if improved:
-                save_model(model, ModelSpec.of_run(self.config, self.sources.info), self.folder / "best.safetensors")
-            self._draw(log, images, labels)
-            bar.write(f"step {self.step}: mIoU {100 * scores.mean_iou:.1f}")
-
-        on_rank0(report)
+        with failing_together():
+            if log is not None:
+                mean_scores = {"miou": scores.mean_iou, "miou_present": scores.mean_iou_present}
+                memory = memory_record(self.state.received)
+                log.write({**self._position(), **mean_scores, "iou": scores.iou.tolist(), **measured, **memory})
+                if improved:
+                    spec = ModelSpec.of_run(self.config, self.data.info)
+                    save_model(model, spec, self.folder / "best.safetensors")
+                self._draw(log, images, labels)
+                bar.write(f"step {self.step}: mIoU {100 * scores.mean_iou:.1f}")
         return scores
 
     def _position(self) -> Record:
-        return {"step": self.step, "epoch": self.step / self.loader.steps_per_epoch}
+        return {"step": self.step, "epoch": self.step / self.data.steps_per_epoch}
 
     def _draw(self, log: MetricsLog, images: Tensor, labels: dict[str, Tensor]) -> None:
         """Draw the pictures of the run folder; a run goes on without them."""
-        info, data, picture = self.sources.info, self.config.data, self.folder / "predictions.png"
+        info, data, picture = self.data.info, self.config.data, self.folder / "predictions.png"
         try:
             draw_curves(self.folder, log.records, info)
             draw_predictions(picture, images, labels, info, data.mean, data.std)
@@ -226,28 +225,20 @@ class Trainer:
 
     def _score(self, asked: Callable[[], bool] = lambda: False) -> Scores:
         """Score the validation images, or those before a signal asked to stop."""
-        config = self.config
-        samples = evaluation_loader(
-            self.sources.val,
-            mean=config.data.mean,
-            std=config.data.std,
-            num_workers=config.eval.workers,
-            rank=rank(),
-            world_size=world_size(),
-        )
-        model = self.state.evaluated_model()
-        classes = len(self.sources.info.classes)
+        model, classes = self.state.evaluated_model(), len(self.data.info.classes)
+        mode, crop = self.config.eval.mode, self.config.data.crop
         with torch.compiler.set_stance("force_eager"):  # compiling for every size of image would take longer
-            seen = itertools.takewhile(lambda _: not asked(), samples)
-            return evaluate(model, seen, classes, mode=config.eval.mode, crop=config.data.crop, device=self.device)
+            seen = itertools.takewhile(lambda _: not asked(), self.data.validation())
+            return evaluate(model, seen, classes, mode=mode, crop=crop, device=self.device)
 
     @torch.no_grad()
     def _pseudo_labels(self) -> tuple[Tensor, dict[str, Tensor], Record]:
         """Label the unlabeled crops of the first step; return some of them to draw, and what all measure."""
-        batch = self._first_batch.to(self.device)
+        batch = self.data.first_batch
         with torch.compiler.set_stance("force_eager"):
             class_logits, pseudo_label = pseudo_pass(self.state.model, batch, self.config.train)
-            prediction, _ = predict_labels(self.state.evaluated_model().eval(), batch.unlabeled_image)
+            logits = self.state.evaluated_model().eval()(batch.unlabeled_image)
+        prediction, _ = upsample_argmax(logits, (pseudo_label.shape[1], pseudo_label.shape[2]))
         measured = pseudo_label_record(class_logits, pseudo_label, batch)
         assert batch.unlabeled_label is not None
         known = {"truth": batch.unlabeled_label} if (batch.unlabeled_label != IGNORE_INDEX).any() else {}
@@ -255,15 +246,12 @@ class Trainer:
         pictured = {name: x[:_PICTURED] for name, x in labels.items()}
         return batch.unlabeled_image[:_PICTURED], pictured, measured
 
-    @functools.cached_property
-    def _first_batch(self) -> SemiBatch:
-        """The crops of the first step with hidden labels, the same at every evaluation."""
-        return next(setup.build_loader(self.config, self.sources, hidden_labels=True).iterate(0, 1))
-
     def _save(self) -> None:
         state = gather_state(self._state())
-        folder, keep_last = self.folder / "checkpoints", self.config.run.keep_last
-        on_rank0(lambda: save_checkpoint(folder, self.step, state, keep_last=keep_last))
+        with failing_together():
+            if rank() == 0:
+                folder = self.folder / "checkpoints"
+                save_checkpoint(folder, self.step, state, keep_last=self.config.run.keep_last)
 
     def _state(self) -> dict[str, Any]:
         return {
@@ -288,7 +276,7 @@ class Trainer:
             if state["cuda_rng"] is not None and self.device.type == "cuda":
                 torch.cuda.set_rng_state(state["cuda_rng"].chunk(saved)[rank()].clone())
         else:
-            torch.manual_seed(mix_seed(self.config.train.seed, rank(), self.step))
+            torch.manual_seed(self.config.train.seed + rank() + (self.step << 16))
             logger.info(
                 "the checkpoint is of %d processes, now there are %d: dropout draws other numbers than it would have",
                 saved,
@@ -311,13 +299,15 @@ def train(config: Config, folder: Path) -> bool:
         RunError: training had begun and cannot go on.
         OSError: something cannot be written.
     """
-    with process_group(config.run.device, timedelta(minutes=config.run.timeout)):
-        trainer = Trainer(config, folder)
+    with process_group(config.run.device, timedelta(minutes=config.run.timeout)) as device:
+        if device.type == "cpu":
+            limit_threads(config.data.workers)
+        trainer = Trainer(config, folder, device)
         tell = print if rank() == 0 else logger.debug
         if trainer.finished:
             tell(f"{folder}: finished at step {trainer.step}, best mIoU {100 * trainer.best:.1f}")
             return True
-        sources = trainer.sources
+        sources = trainer.data.sources
         tell(
             f"{config.train.method} on {config.data.dataset}: {len(sources.labeled.entries)} labeled, "
             f"{len(sources.unlabeled.entries)} unlabeled, {len(sources.val.entries)} validation images; "

@@ -9,7 +9,7 @@ from allspark_fast.config import Config, DataConfig, EvalConfig, ModelConfig, Ru
 from allspark_fast.data.loader import SemiBatch
 from allspark_fast.training.checkpoint import load_latest_checkpoint
 from allspark_fast.training.log import read_metrics
-from allspark_fast.training.trainer import Trainer
+from allspark_fast.training.trainer import CPU, Trainer
 
 
 def tiny_config(method: str = "allspark", **train_options: object) -> Config:
@@ -52,9 +52,11 @@ class Killed(Exception):  # noqa: N818 stands for kill -9
     """Raised in the middle of a run."""
 
 
-def run_and_die(config: Config, folder: Path, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def run_and_die(
+    config: Config, folder: Path, steps: int, monkeypatch: pytest.MonkeyPatch, device: torch.device = CPU
+) -> None:
     """Train so many steps, then raise."""
-    trainer = Trainer(config, folder)
+    trainer = Trainer(config, folder, device)
     take_step, taken = trainer.train_step, 0
 
     def dying_step(batch: SemiBatch, **options: bool) -> object:

@@ -129,8 +129,9 @@ def test_a_run_on_a_gpu_resumes(method: str, tmp_path: Path, monkeypatch: pytest
     config = dataclasses.replace(
         tiny_config(method, ema=0.9, cuda_graph=True), run=RunConfig(device="cuda", save_every=3, log_every=1)
     )
-    run_and_die(config, tmp_path, 7, monkeypatch)
-    trainer = Trainer(config, tmp_path)
+    device = torch.device("cuda")
+    run_and_die(config, tmp_path, 7, monkeypatch, device)
+    trainer = Trainer(config, tmp_path, device)
     assert 0 < trainer.step <= 7
     assert isinstance(trainer.train_step, GraphedSteps)
     assert 0 < trainer.run().mean_iou < 1
@@ -372,7 +373,7 @@ class TestOnesOwnData:
         (root / "val.txt").write_text("images/3.png labels/3.png\n")
         config = tiny_config()
         data = dataclasses.replace(config.data, dataset="folder", root=root, val=Path("val.txt"))
-        sources = Trainer(dataclasses.replace(config, data=data), tmp_path / "run").sources
+        sources = Trainer(dataclasses.replace(config, data=data), tmp_path / "run").data.sources
         assert [entry.image for entry in sources.labeled.entries] == [f"images/{i}.png" for i in range(3)]
         assert [entry.image for entry in sources.unlabeled.entries] == ["images/4.png", "images/5.png"]
 
