@@ -4,13 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from allspark_fast.kernels.arguments import (
-    FLOATING,
-    check_choice,
-    check_count,
-    check_not_empty,
-    check_tensor,
-)
+from allspark_fast.kernels.arguments import FLOATING, check_choice, check_count, check_not_empty, check_tensor
 from allspark_fast.model.cross_attention import CrossAttention, KVSource
 from allspark_fast.model.options import AllSparkOptions
 from allspark_fast.model.semantic_memory import token_class_map

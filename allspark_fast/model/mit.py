@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import torch
@@ -72,16 +71,15 @@ class MixTransformer(Backbone):
         self.min_size = max((ratio - 1) * stride + 1 for ratio, stride in zip(config.sr_ratios, STRIDES, strict=True))
         last_block = max(sum(config.depths) - 1, 1)
         drop_path = iter(config.drop_path * block / last_block for block in range(sum(config.depths)))
+        stages = zip(config.embed_dims, config.depths, config.num_heads, config.sr_ratios, strict=True)
         in_channels = 3
-        for stage, (channels, depth) in enumerate(zip(config.embed_dims, config.depths, strict=True)):
-            patch, stride = (7, 4) if stage == 0 else (3, 2)
-            rates = list(islice(drop_path, depth))
-            heads, sr_ratio = config.num_heads[stage], config.sr_ratios[stage]
-            blocks = [Block(channels, heads, sr_ratio, config.mlp_ratio, rate) for rate in rates]
+        for stage, (channels, depth, heads, sr_ratio) in enumerate(stages, 1):
+            patch, stride = (7, 4) if stage == 1 else (3, 2)
+            blocks = [Block(channels, heads, sr_ratio, config.mlp_ratio, next(drop_path)) for _ in range(depth)]
             # Flat names instead of a list of stages, for the released weights.
-            setattr(self, f"patch_embed{stage + 1}", OverlapPatchEmbed(in_channels, channels, patch, stride))
-            setattr(self, f"block{stage + 1}", nn.ModuleList(blocks))
-            setattr(self, f"norm{stage + 1}", nn.LayerNorm(channels, eps=1e-6))
+            setattr(self, f"patch_embed{stage}", OverlapPatchEmbed(in_channels, channels, patch, stride))
+            setattr(self, f"block{stage}", nn.ModuleList(blocks))
+            setattr(self, f"norm{stage}", nn.LayerNorm(channels, eps=1e-6))
             in_channels = channels
         self.apply(_init_weights)
 

@@ -109,7 +109,7 @@ def build_segmentor(
         activation_checkpointing: see MixTransformer. It never covers the bottleneck, which would enqueue twice.
 
     Raises:
-        InputError: the backbone is unknown, does not fit or has no activation checkpointing, or the crops are too small.
+        InputError: the backbone is unknown, does not fit or has no activation checkpointing; the crops are too small.
         MissingPackageError: the backbone needs timm, which is not installed.
         TypeError: a number is not an integer, ``crop_size`` not a pair, or ``allspark`` something else.
         ValueError: a number is less than 1.

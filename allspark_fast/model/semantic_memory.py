@@ -46,24 +46,19 @@ class SemanticMemory(nn.Module):
         self.register_buffer("received", torch.zeros(num_classes, dtype=torch.int64), persistent=False)
         self.register_load_state_dict_pre_hook(_assume_filled)
 
-    def enqueue(self, features: Tensor, class_map: Tensor) -> None:
-        """Assign the channels of unlabeled features to classes and write them to the ring buffers.
+    @torch.no_grad()
+    def start_enqueue(self, features: Tensor, class_map: Tensor) -> Callable[[], None]:
+        """Assign the channels of unlabeled features to classes, and start to exchange them between ranks.
 
         Args:
             features: (B, N, C).
             class_map: (B, K, N), scores of the classes at the same tokens.
 
-        Raises:
-            ValueError: N or K differs from the memory's.
-        """
-        self.start_enqueue(features, class_map)()
-
-    @torch.no_grad()
-    def start_enqueue(self, features: Tensor, class_map: Tensor) -> Callable[[], None]:
-        """Begin ``enqueue``: assign the channels to classes and start the communication between ranks.
-
         Returns:
             a function to call before the memory is used: it waits for the other ranks and writes the channels.
+
+        Raises:
+            ValueError: N or K differs from the memory's.
         """
         classes, _, tokens = self.kv_queue.shape
         if features.shape[1] != tokens:
@@ -88,7 +83,7 @@ class SemanticMemory(nn.Module):
         return finish
 
     def stored_channels(self) -> Tensor:
-        """Return the memory as a contiguous view (N, K, S), which a linear layer maps to keys (N, K, D) without a copy."""
+        """Return the memory as a contiguous view (N, K, S), which a linear layer maps to keys without a copy."""
         return self.kv_queue.permute(2, 0, 1)
 
     def expect_no_enqueue_before_backward(self, output: Tensor) -> None:

@@ -77,16 +77,9 @@ class _SameConv2d(nn.Conv2d):
 
     def __init__(self, conv: nn.Conv2d) -> None:
         # On "meta", since initializing weights that get replaced would draw random numbers.
-        super().__init__(
-            conv.in_channels,
-            conv.out_channels,
-            conv.kernel_size,  # type: ignore[arg-type]
-            conv.stride,  # type: ignore[arg-type]
-            dilation=conv.dilation,  # type: ignore[arg-type]
-            groups=conv.groups,
-            bias=conv.bias is not None,
-            device="meta",
-        )
+        names = ("in_channels", "out_channels", "kernel_size", "stride", "dilation", "groups")
+        sizes = {name: getattr(conv, name) for name in names}
+        super().__init__(**sizes, bias=conv.bias is not None, device="meta")
 
     def forward(self, x: Tensor) -> Tensor:
         padding: list[int] = []
@@ -173,6 +166,6 @@ def _options(timm: ModuleType, name: str) -> dict[str, Any]:
             timm.create_model(name, **options).eval()(torch.empty(1, 3, 5 * max(strides), 6 * max(strides)))
         except Exception as error:  # what a model raises for such sizes is its own affair
             raise InputError(
-                f"timm/{name} does not take images of any size ({error}): take another backbone"
+                f"timm/{name} does not take images of any size ({error!r}): take another backbone"
             ) from error
     return options

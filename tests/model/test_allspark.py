@@ -73,7 +73,7 @@ class TestMemory:
         for cls in (2, 0):
             class_map = torch.full((1, K, SIDE**2), -1.0)
             class_map[:, cls] = 1
-            memory.enqueue(features, class_map)
+            memory.start_enqueue(features, class_map)()
         assert memory.queue_filled.tolist() == [True, False, True, False]
 
     def test_every_channel_is_enqueued_in_warm_up_too(self) -> None:
