@@ -1,4 +1,4 @@
-"""BatchNorm as torch's, whose running statistics survive a bad batch; tests/test_distributed.py has several ranks."""
+"""BatchNorm equals torch's; on real ranks it is tested in tests/training/test_distributed.py."""
 
 import math
 
