@@ -22,23 +22,13 @@ from allspark_fast.inference.metrics import ConfusionMatrix
 from allspark_fast.kernels.semantic_memory import channel_semantic_grouping
 from allspark_fast.kernels.upsample_argmax import upsample_argmax
 from allspark_fast.kernels.upsample_cross_entropy import upsample_cross_entropy
-from allspark_fast.model import (
-    AllSpark,
-    AllSparkOptions,
-    Decoder,
-    MiTConfig,
-    MixTransformer,
-    SegFormerHead,
-    Segmentor,
-)
+from allspark_fast.model import AllSpark, Decoder, MiTConfig, MixTransformer, SegFormerHead, Segmentor
 from allspark_fast.model.cross_attention import CrossAttention
+from allspark_fast.model.options import AllSparkOptions
 from allspark_fast.model.semantic_memory import token_class_map
 from allspark_fast.training.step import TrainState, poly_lr, train_step
 
-FOLDERS = [
-    Path(__file__).parent / "golden",
-    *map(Path, filter(None, [os.environ.get("ALLSPARK_GOLDEN_DIR")])),
-]
+FOLDERS = [Path(__file__).parent / "golden", *map(Path, filter(None, [os.environ.get("ALLSPARK_GOLDEN_DIR")]))]
 FILES = {path.name: path for folder in FOLDERS for path in sorted(folder.glob("*.npz"))}
 Results = dict[str, Tensor]
 
@@ -55,9 +45,6 @@ class Golden:
 
     def __getitem__(self, key: str) -> Tensor:
         return self.tensors[key].clone()
-
-    def __contains__(self, key: str) -> bool:
-        return key in self.tensors
 
     def load(self, module: nn.Module, prefix: str = "w/", **buffers: Tensor) -> None:
         state = {key.removeprefix(prefix): self[key] for key in self.tensors if key.startswith(prefix)}
@@ -96,6 +83,10 @@ def assert_parity(name: str, compute: Callable[[Golden], Results], prefixes: Ite
         assert error <= max(1e-5, 10 * noise, 10 * golden.noise(key)), f"{key}: {error:.1e}, noise {noise:.1e}"
 
 
+def assert_parity_in_every_mode(name: str, compute: Callable[[Golden], Results]) -> None:
+    assert_parity(name, compute, [f"{mode}/" for mode in Golden(name).meta["modes"]])
+
+
 def golden_files(prefix: str) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("name", [name for name in FILES if name.startswith(prefix)])
 
@@ -115,6 +106,11 @@ def upsample(logits: Tensor, size: tuple[int, int]) -> Tensor:
 
 def memory_results(attention: CrossAttention) -> Results:
     return {"queue_after": attention.kv_queue, "ptr_after": attention.queue_ptr}
+
+
+@golden_files("a_")
+def test_cross_attention(name: str) -> None:
+    assert_parity_in_every_mode(name, cross_attention_results)
 
 
 def cross_attention_results(golden: Golden) -> Results:
@@ -138,6 +134,11 @@ def cross_attention_results(golden: Golden) -> Results:
     return results
 
 
+@golden_files("b_allspark")
+def test_bottleneck(name: str) -> None:
+    assert_parity_in_every_mode(name, bottleneck_results)
+
+
 def bottleneck_results(golden: Golden) -> Results:
     meta = golden.meta
     results: Results = {}
@@ -156,6 +157,11 @@ def bottleneck_results(golden: Golden) -> Results:
         inputs["en"] = feature_map  # the stored gradient is named en for either input
         results |= {f"{mode}/out": output.detach(), **golden.gradients(f"{mode}/", inputs, bottleneck)}
     return results
+
+
+@golden_files("b_semidecoder")
+def test_decoder(name: str) -> None:
+    assert_parity_in_every_mode(name, decoder_results)
 
 
 def decoder_results(golden: Golden) -> Results:
@@ -179,23 +185,6 @@ def decoder_results(golden: Golden) -> Results:
         results[f"{mode}/bn_mean_after"] = head.linear_fuse.bn.running_mean
         results[f"{mode}/bn_var_after"] = head.linear_fuse.bn.running_var
     return results
-
-
-@pytest.mark.parametrize(
-    ("name", "compute"),
-    [
-        (name, compute)
-        for prefix, compute in {
-            "a_": cross_attention_results,
-            "b_allspark": bottleneck_results,
-            "b_semidecoder": decoder_results,
-        }.items()
-        for name in FILES
-        if name.startswith(prefix)
-    ],
-)
-def test_module(name: str, compute: Callable[[Golden], Results]) -> None:
-    assert_parity(name, compute, [f"{mode}/" for mode in Golden(name).meta["modes"]])
 
 
 def build_model(meta: dict) -> Segmentor:

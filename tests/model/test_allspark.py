@@ -15,7 +15,6 @@ from allspark_fast.distributed import rank
 from allspark_fast.model import AllSpark, AllSparkOptions
 from allspark_fast.model.semantic_memory import token_class_map
 from tests.helpers.ranks import run_on_ranks
-from tests.kernels.forbid_sync import forbid_sync
 
 K, C, SIDE = 4, 8, 3
 
@@ -33,12 +32,6 @@ def test_a_transposed_map_gives_a_transposed_map() -> None:
     module = bottleneck().eval()
     feature_map = torch.randn(1, C, 2, 5)
     torch.testing.assert_close(module(feature_map.mT), module(feature_map).mT)
-
-
-def test_no_host_sync() -> None:
-    module = bottleneck(memory_init="empty", dropout=0.1)
-    with forbid_sync():
-        module(*batch(), crop_size=(48, 48), use_memory=True).sum().backward()
 
 
 @pytest.mark.slow

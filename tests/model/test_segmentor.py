@@ -223,7 +223,7 @@ class TestSegmentor:
         assert all(p.grad.isfinite().all() for p in model.parameters())
 
     def test_no_host_sync_in_forward_and_backward(self) -> None:
-        model = tiny_segmentor()
+        model = tiny_segmentor(allspark=AllSparkOptions(memory_init="empty"))
         with forbid_sync():
             training_logits(model).sum().backward()
 
