@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from allspark_fast.model import MIT_CONFIGS, MixTransformer, SegFormerHead, build_segmentor
 from allspark_fast.model.mit import MixFFN
 from bench.harness import saved_bytes
-from bench.step_cost import FORMULAS
+from bench.step_variants import FLOP_FORMULAS
 from tests.kernels.forbid_sync import forbid_sync
 
 
@@ -128,7 +128,7 @@ class TestMixFFN:
     def test_keeps_the_hidden_layer_once_and_multiplies_once(self) -> None:
         ffn, tokens = MixFFN(8, 32), torch.randn(2, 15, 8, requires_grad=True)
         assert saved_bytes(lambda: ffn(tokens, (3, 5)), beyond=[tokens, *ffn.parameters()]) == 4 * 2 * 15 * 32
-        with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
+        with FlopCounterMode(display=False, custom_mapping=FLOP_FORMULAS) as counter:
             ffn(tokens, (3, 5)).sum().backward()
         counts = counter.get_flop_counts()["Global"]
         linears, convolution = 2 * 2 * (2 * 15 * 8 * 32), 2 * (2 * 15 * 32 * 9)
