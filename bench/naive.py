@@ -23,7 +23,7 @@ from allspark_fast.training.step import Losses
 
 
 def naive_channel_attention(query: Tensor, key: Tensor, value: Tensor, *, dropout_p: float = 0.0) -> Tensor:
-    """Channel attention with every map materialized; shared keys and values are views, as einops.repeat returns.
+    """Compute channel attention with every map materialized; shared keys and values are views, as of einops.repeat.
 
     Args:
         query: (B, H, N, Cq).

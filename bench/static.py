@@ -114,7 +114,7 @@ def compile_launches(function: Callable[[], object], device: str) -> Launches:
 
 
 def channel_attention_launches(device: str, dtype: torch.dtype, tokens: int, dropout_p: float) -> Launches:
-    """Kernels of a step with ``tokens`` tokens, 21 · 1024 keys and a group mask, for all tiles to choose from."""
+    """Compile the kernels of a step on ``tokens`` tokens, 21 · 1024 keys and a group mask, with all tiles."""
 
     def step() -> None:
         query = torch.empty(4, 1, tokens, 1024, device="cuda")
@@ -135,7 +135,7 @@ def channel_attention_launches(device: str, dtype: torch.dtype, tokens: int, dro
 
 
 def semantic_memory_launches(device: str, dtype: torch.dtype, tokens: int) -> Launches:
-    """Kernels of grouping and enqueue in a training step on Pascal."""
+    """Compile the kernels of grouping and enqueue in a training step on Pascal."""
 
     def step() -> None:
         features = torch.empty(4, tokens, 512, dtype=dtype, device="cuda")
@@ -149,7 +149,7 @@ def semantic_memory_launches(device: str, dtype: torch.dtype, tokens: int) -> La
 
 
 def upsample_launches(device: str, dtype: torch.dtype) -> Launches:
-    """Kernels of loss and pseudo labels at a crop of 513, logits as our head returns them and as a convolution does."""
+    """Compile the kernels of loss and pseudo labels at a crop of 513, for logits with classes last and first."""
 
     def step() -> None:
         tokens = torch.empty(4, 129, 129, 21, dtype=dtype, device="cuda").permute(0, 3, 1, 2)
@@ -163,7 +163,7 @@ def upsample_launches(device: str, dtype: torch.dtype) -> Launches:
 
 
 def depthwise_gelu_launches(device: str, dtype: torch.dtype) -> Launches:
-    """Kernels of a Mix-FFN in the first stage of MiT-B5 at a crop of 513."""
+    """Compile the kernels of a Mix-FFN in the first stage of MiT-B5 at a crop of 513."""
     size, hidden = (129, 129), 256
 
     def step() -> None:
