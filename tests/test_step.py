@@ -17,7 +17,7 @@ from allspark_fast.kernels.upsample_cross_entropy import op as upsample_cross_en
 from allspark_fast.model import build_segmentor
 from allspark_fast.step import TrainState, compute_losses, poly_lr, pseudo_pass, train_step
 from bench.step_variants import without_dropout
-from tests.kernels.forbid_sync import forbid_sync
+from tests.helpers.forbid_sync import forbid_sync
 
 METHODS = ("allspark", "semi", "supervised")
 

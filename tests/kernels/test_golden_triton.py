@@ -9,7 +9,7 @@ from allspark_fast.kernels.semantic_memory import op as memory_op
 from allspark_fast.kernels.upsample_argmax import op as argmax_op
 from allspark_fast.kernels.upsample_cross_entropy import op as cross_entropy_op
 from tests import test_golden
-from tests.kernels.triton_checks import uninitialized_memory_is_nan
+from tests.helpers.triton_checks import uninitialized_memory_is_nan
 
 MEMORY = {"channel_semantic_grouping", "semantic_memory_enqueue"}
 BOTTLENECK = {*MEMORY, "channel_attention"}

@@ -7,7 +7,7 @@ from torch import Tensor
 from allspark_fast.kernels import selftest
 from allspark_fast.kernels.selftest import check_kernels, passed, results_table
 from allspark_fast.kernels.triton_support import TRITON_OPS
-from tests.kernels.triton_checks import exact_bfloat16
+from tests.helpers.triton_checks import exact_bfloat16
 
 # isort: split
 from allspark_fast.kernels.channel_attention import kernel

@@ -12,7 +12,7 @@ from torch.nn.functional import interpolate
 from allspark_fast.kernels.bilinear import BAND_BYTES
 from allspark_fast.kernels.upsample_argmax import reference, upsample_argmax
 from bench.harness import peak_bytes
-from tests.kernels.forbid_sync import forbid_sync
+from tests.helpers.forbid_sync import forbid_sync
 
 
 @settings(max_examples=40, deadline=None)

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy, interpolate
 from allspark_fast.kernels.bilinear import BAND_BYTES
 from allspark_fast.kernels.upsample_cross_entropy import upsample_cross_entropy
 from bench.harness import peak_bytes, saved_bytes
-from tests.kernels.forbid_sync import forbid_sync
+from tests.helpers.forbid_sync import forbid_sync
 
 
 def example(

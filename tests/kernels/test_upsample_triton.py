@@ -10,7 +10,7 @@ from torch import Tensor
 
 from allspark_fast.kernels.upsample_argmax import reference as argmax_reference
 from allspark_fast.kernels.upsample_cross_entropy import reference as loss_reference
-from tests.kernels.triton_checks import checked_memory, exact_bfloat16, uninitialized_memory_is_nan
+from tests.helpers.triton_checks import checked_memory, exact_bfloat16, uninitialized_memory_is_nan
 
 from allspark_fast.kernels.upsample_argmax import kernel as argmax_kernel  # isort: skip  (skipped above without triton)
 from allspark_fast.kernels.upsample_cross_entropy import kernel as loss_kernel  # isort: skip

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from allspark_fast.distributed import rank
 from allspark_fast.model import AllSpark
 from allspark_fast.model.semantic_memory import token_class_map
-from tests.kernels.forbid_sync import forbid_sync
+from tests.helpers.forbid_sync import forbid_sync
 from tests.ranks import run_on_ranks
 
 K, C, SIDE = 4, 8, 3

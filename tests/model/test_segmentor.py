@@ -14,7 +14,7 @@ from allspark_fast.model import MIT_CONFIGS, MixTransformer, SegFormerHead, buil
 from allspark_fast.model.mit import MixFFN
 from bench.harness import saved_bytes
 from bench.step_cost import FORMULAS
-from tests.kernels.forbid_sync import forbid_sync
+from tests.helpers.forbid_sync import forbid_sync
 
 
 def features(channels: tuple[int, ...] = (4, 6, 8, 10)) -> list[Tensor]:

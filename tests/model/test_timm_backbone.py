@@ -13,7 +13,7 @@ from allspark_fast.data.scenes import ScenesDataset
 from allspark_fast.data.transforms import normalize_image
 from allspark_fast.model import TimmBackbone, build_segmentor
 from allspark_fast.weights import load_weights, save_weights
-from tests.kernels.forbid_sync import forbid_sync
+from tests.helpers.forbid_sync import forbid_sync
 
 timm = pytest.importorskip("timm", reason="needs timm")
 
