@@ -15,8 +15,8 @@ from allspark_fast.model import MIT_CONFIGS, AllSparkOptions, MixTransformer, Se
 from allspark_fast.model.mit import Block, MixFFN
 from bench.harness import saved_bytes
 from bench.step_variants import without_dropout
+from tests.helpers.forbid_sync import forbid_sync
 from tests.helpers.models import tiny_segmentor, training_logits
-from tests.kernels.forbid_sync import forbid_sync
 
 CHANNELS = (4, 6, 8, 10)
 

@@ -16,8 +16,8 @@ from allspark_fast.data.transforms import normalize_image
 from allspark_fast.errors import InputError, MissingPackageError
 from allspark_fast.model import TimmBackbone
 from allspark_fast.weights.files import load_weights, save_weights
+from tests.helpers.forbid_sync import forbid_sync
 from tests.helpers.models import tiny_segmentor, training_logits
-from tests.kernels.forbid_sync import forbid_sync
 
 timm = pytest.importorskip("timm", reason="needs timm")
 
