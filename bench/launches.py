@@ -18,7 +18,6 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from allspark_fast.kernels.channel_attention import kernel as channel_attention
 from allspark_fast.kernels.depthwise_gelu import kernel as depthwise_gelu
-from allspark_fast.kernels.depthwise_gelu.configs import BACKWARD_TILES, FORWARD_TILES
 from allspark_fast.kernels.semantic_memory import kernel as semantic_memory
 from allspark_fast.kernels.upsample_argmax import kernel as upsample_argmax
 from allspark_fast.kernels.upsample_cross_entropy import kernel as upsample_cross_entropy
@@ -177,16 +176,14 @@ def upsample_launches(device: str, dtype: torch.dtype) -> Launches:
 
 
 def depthwise_gelu_launches(device: str, dtype: torch.dtype) -> Launches:
-    """Kernels of a Mix-FFN in the first stage of MiT-B5 at a crop of 513, for all tiles to choose from."""
+    """Kernels of a Mix-FFN in the first stage of MiT-B5 at a crop of 513."""
     size, hidden = (129, 129), 256
 
     def step() -> None:
         tokens = torch.empty(4, math.prod(size), hidden, dtype=dtype, device="cuda")
         weight, bias = torch.empty(hidden, 1, 3, 3, device="cuda"), torch.empty(hidden, device="cuda")
-        for tile in FORWARD_TILES:
-            depthwise_gelu.forward(tokens, weight, bias, size, tile)
-        for tile in BACKWARD_TILES:
-            depthwise_gelu.backward(tokens, tokens, weight, bias, size, tile)
+        depthwise_gelu.forward(tokens, weight, bias, size)
+        depthwise_gelu.backward(tokens, tokens, weight, bias, size)
 
     with FakeTensorMode(), _device_at_hand(GPUS[device]):
         return record_launches(step)

@@ -8,7 +8,7 @@ import pytest
 from allspark_fast.cli.recipe import parse_config
 from allspark_fast.config import Config, DataConfig, ModelConfig, TrainConfig, changed_fields
 from allspark_fast.recipes import RECIPES
-from allspark_fast.training.trainer import build_model
+from allspark_fast.training.setup import build_model
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -33,7 +33,7 @@ def test_unknown_fields_are_named() -> None:
 
 def test_changes_are_listed() -> None:
     new = Config(train=TrainConfig(lr=0.5), data=DataConfig(crop=65))
-    assert changed_fields(Config(), new) == ["data.crop: 513 -> 65", "train.lr: 0.001 -> 0.5"]
+    assert list(map(str, changed_fields(Config(), new))) == ["data.crop: 513 -> 65", "train.lr: 0.001 -> 0.5"]
 
 
 @pytest.mark.parametrize("name", RECIPES)

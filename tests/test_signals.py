@@ -19,7 +19,7 @@ from allspark_fast.training.checkpoint import load_latest_checkpoint
 from allspark_fast.training.log import read_metrics
 from allspark_fast.training.step import TrainState, train_step
 from allspark_fast.training.trainer import Trainer, train
-from tests.training.test_trainer import assert_same_run, tiny_config
+from tests.helpers.runs import assert_same_run, tiny_config
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 

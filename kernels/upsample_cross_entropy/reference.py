@@ -1,4 +1,4 @@
-"""Upsample, then cross-entropy, with the full-resolution logits in memory; nothing of them is kept for backward."""
+"""Upsample, then cross-entropy, with logits of the full resolution in memory."""
 
 import torch
 from torch import Tensor
@@ -6,7 +6,7 @@ from torch.nn.functional import cross_entropy, interpolate
 
 
 def forward(logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
-    """Cross-entropy of every pixel.
+    """Return the cross-entropy of every pixel.
 
     Args:
         logits: (B, K, h, w).
@@ -21,7 +21,7 @@ def forward(logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
 
 
 def backward(grad: Tensor, logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
-    """Gradient of ``forward`` with respect to the logits: upsampled softmax minus one-hot, resized back.
+    """Return the gradient of ``forward`` with respect to the logits: softmax minus one-hot, resized back.
 
     Args:
         grad: (B, H, W), gradient of every pixel's loss.

@@ -10,6 +10,7 @@ import torch
 
 from allspark_fast.__main__ import main
 from allspark_fast.cli import COMMANDS, info, train
+from allspark_fast.errors import InputError
 from allspark_fast.kernels.selftest import Result
 from allspark_fast.recipes import RECIPES
 from allspark_fast.weights.spec import ModelSpec, save_model
@@ -77,7 +78,7 @@ def test_info_of_weights(tmp_path: Path, tiny_spec: ModelSpec, capsys: pytest.Ca
     [
         ("train", lambda _: torch.empty(2**60), "--train.gradient-accumulation-steps 2"),
         ("predict", lambda _: bytearray(2**62), "--window"),
-        ("export", lambda _: _raise(OSError(errno.ENOMEM, "Cannot allocate memory")), "ending other"),
+        ("export", lambda _: _raise(OSError(errno.ENOMEM, "Cannot allocate memory")), "end other"),
         (
             "train",
             lambda _: _raise(torch.OutOfMemoryError("CUDA out of memory")),
@@ -98,6 +99,22 @@ def test_out_of_memory_is_told_with_what_takes_less(
     assert first.startswith("error:")
     assert last.startswith("out of memory; what takes less: ")
     assert advice in last
+
+
+@pytest.mark.parametrize(("error", "options"), [(ValueError("a bug"), []), (InputError("a typo"), ["--debug"])])
+def test_unexpected_errors_keep_their_traceback(
+    error: Exception, options: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All do with --debug."""
+    monkeypatch.setattr(train, "run", lambda _: _raise(error))
+    with pytest.raises(ValueError, match=str(error)):
+        main(["train", *options])
+
+
+def test_an_error_of_the_user_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(train, "run", lambda _: _raise(InputError("data.root: there is no folder x")))
+    assert main(["train"]) == 1
+    assert capsys.readouterr().err == "error: data.root: there is no folder x\n"
 
 
 def test_other_errors_say_nothing_of_memory(

@@ -9,7 +9,7 @@ import torch
 from allspark_fast.__main__ import main
 from allspark_fast.config import Config, TrainConfig
 from allspark_fast.training.trainer import Trainer
-from tests.training.test_trainer import tiny_config
+from tests.helpers.runs import tiny_config
 
 
 class TestCommandLine:
@@ -46,7 +46,7 @@ class TestCommandLine:
             (["train", "pascal", "--data.root", "nowhere"], "there is no folder nowhere"),
             (["evaluate", "nowhere"], "nowhere: no run folder, there is no config.json in it"),
             (["check", "pascal", "--data.root", "."], "split file splits/pascal/1_8/labeled.txt: not found"),
-            (["train", "--run.device", "cuda"], "no GPU is there"),
+            (["train", "--run.device", "cuda"], "device='cuda' requested, but no CUDA device is available"),
             (["train", "--model.weights", "nowhere.pth"], "nowhere.pth: no such file"),
         ],
     )

@@ -20,14 +20,13 @@ from pathlib import Path
 import torch
 
 from allspark_fast.__main__ import main as command_line
-from allspark_fast.training import checkpoint_writer, trainer
-from allspark_fast.training.checkpoint import load_latest_checkpoint
-from allspark_fast.training.log import read_metrics
+from allspark_fast.training import trainer
+from tests.helpers.runs import different_states, logged
 
 # What a run does, by the function that does it.
 PHASES = {
     (trainer, "train_step"): "step",
-    (checkpoint_writer, "save_checkpoint"): "checkpoint",
+    (trainer, "save_checkpoint"): "checkpoint",
     (trainer, "evaluate"): "validation",
     (trainer, "draw_curves"): "plotting",
     (trainer, "draw_predictions"): "plotting",
@@ -89,23 +88,12 @@ def finish(process: int, folder: Path) -> None:
 
 def differences(whole: Path, broken: Path) -> list[str]:
     """What a resumed run has left otherwise than an uninterrupted one."""
-    states = [load_latest_checkpoint(folder / "checkpoints") for folder in (whole, broken)]
-    leaves = [dict(torch.utils._pytree.tree_flatten_with_path(state)[0]) for state in states]
-    assert len(leaves[0]) > 100
-    wrong = [str(path) for path in leaves[0].keys() ^ leaves[1].keys()]
-    for path, x in leaves[0].items():
-        y = leaves[1].get(path)
-        if not (torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y):
-            wrong.append(str(path))
+    wrong = different_states(whole, broken)
     for name in ("best.safetensors", "config.json"):
         if (whole / name).read_bytes() != (broken / name).read_bytes():
             wrong.append(name)
-    logs = [
-        [{key: x for key, x in record.items() if key != "images_per_s"} for record in read_metrics(folder)]
-        for folder in (whole, broken)
-    ]
     # As text, in which a NaN equals itself.
-    if str(logs[0]) != str(logs[1]):
+    if str(logged(whole)) != str(logged(broken)):
         wrong.append("metrics.jsonl")
     return wrong + [str(path) for path in broken.rglob(".*")]
 

@@ -330,7 +330,7 @@ class TestSettings:
             return
         with tempfile.TemporaryDirectory() as folder:
             trainer = Trainer(config, Path(folder))
-            trainer._take_step(next(trainer.loader.iterate(0, 1)))
+            trainer._take_step(next(trainer.data.batches(0, 1)))
             assert trainer.state.read_metrics()["skipped_steps"] == 0
 
     @pytest.mark.parametrize(("group", "name", "hint"), NUMBERS)

@@ -1,6 +1,7 @@
 """Files of tensors that are cut, flipped, empty, foreign, or cannot be written."""
 
 import logging
+import os
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ from torch import nn
 
 from allspark_fast import files
 from allspark_fast.files import write_atomically
-from allspark_fast.training.checkpoint import load_latest_checkpoint, require_room, save_checkpoint
+from allspark_fast.training.checkpoint import load_latest_checkpoint, require_space, save_checkpoint
 from allspark_fast.weights.files import read_state_dict, save_weights
 
 # Bits flipped in each kind of file; a small file has about 70,000.
@@ -39,7 +40,7 @@ def same(state: dict | None) -> bool:
 
 
 def test_no_flipped_bit_changes_what_a_checkpoint_gives(tmp_path: Path) -> None:
-    path = save_checkpoint(tmp_path, 3, STATE, keep=1)
+    path = save_checkpoint(tmp_path, 3, STATE, keep_last=1)
     whole, refused = path.read_bytes(), 0
     for bit in flipped_bits(path):
         path.write_bytes(whole)
@@ -54,7 +55,7 @@ def test_no_flipped_bit_changes_what_a_checkpoint_gives(tmp_path: Path) -> None:
 
 def test_torch_alone_would_not_notice(tmp_path: Path) -> None:
     """The reason for the checksums: as soon as this fails, they may go."""
-    path = save_checkpoint(tmp_path, 3, STATE, keep=1)
+    path = save_checkpoint(tmp_path, 3, STATE, keep_last=1)
     position = path.read_bytes().index(STATE["model"]["a"].numpy().tobytes())
     flip(path, 8 * position + 7)
     assert torch.load(path)["model"]["a"][0] != 0
@@ -117,8 +118,8 @@ def legacy(path: Path) -> None:
 def test_the_one_before_is_used_and_said_so(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, write: Callable[[Path], object]
 ) -> None:
-    save_checkpoint(tmp_path, 3, STATE, keep=2)
-    newest = save_checkpoint(tmp_path, 9, {**STATE, "step": 9}, keep=2)
+    save_checkpoint(tmp_path, 3, STATE, keep_last=2)
+    newest = save_checkpoint(tmp_path, 9, {**STATE, "step": 9}, keep_last=2)
     write(newest)
     with caplog.at_level(logging.WARNING):
         assert same(load_latest_checkpoint(tmp_path))
@@ -174,21 +175,21 @@ def test_file_and_folder_are_flushed_around_the_rename(tmp_path: Path, monkeypat
     monkeypatch.setattr(files, "_flush", lambda path, flags: (events.append(path.name), flush(path, flags)))
     monkeypatch.setattr(Path, "replace", lambda self, to: (events.append("rename"), replace(self, to)))
     write_atomically(tmp_path / "a.txt", lambda temporary: temporary.write_text("x"))
-    assert events == [".a.txt.tmp.txt", "rename", tmp_path.name]
+    assert events == [f".a.txt.{os.getpid()}.tmp.txt", "rename", tmp_path.name]
 
 
 def test_what_a_crash_left_is_removed(tmp_path: Path) -> None:
-    (tmp_path / ".step_00000002.pt.tmp.pt").write_bytes(b"half")
-    save_checkpoint(tmp_path, 3, STATE, keep=1)
+    (tmp_path / ".step_00000002.pt.7.tmp.pt").write_bytes(b"half")
+    save_checkpoint(tmp_path, 3, STATE, keep_last=1)
     assert [file.name for file in tmp_path.iterdir()] == ["step_00000003.pt"]
 
 
 def test_too_full_a_disk_is_told_before_work_starts(tmp_path: Path) -> None:
     state = {"model": {"a": torch.empty(2**40, 2**10, device="meta")}, "step": 1}
     with pytest.raises(OSError, match=r"MB are free, but 3 more checkpoints take at least 13510798882\.1 MB"):
-        require_room(tmp_path / "checkpoints", state, keep=2)
+        require_space(tmp_path / "checkpoints", state, keep_last=2)
     for step in (1, 2):
-        save_checkpoint(tmp_path / "checkpoints", step, STATE, keep=2)
+        save_checkpoint(tmp_path / "checkpoints", step, STATE, keep_last=2)
     with pytest.raises(OSError, match="but 1 more checkpoints"):
-        require_room(tmp_path / "checkpoints", state, keep=2)
-    require_room(tmp_path / "checkpoints", STATE, keep=2)
+        require_space(tmp_path / "checkpoints", state, keep_last=2)
+    require_space(tmp_path / "checkpoints", STATE, keep_last=2)

@@ -10,7 +10,7 @@ import torch
 
 from allspark_fast.training.checkpoint import _FORMAT
 from allspark_fast.training.trainer import Trainer
-from tests.training.test_trainer import run_and_die, tiny_config
+from tests.helpers.runs import run_and_die, tiny_config
 from tests.weights.test_weights import Malicious
 
 

@@ -15,13 +15,15 @@ import pytest
 import torch
 
 from allspark_fast.__main__ import main
+from allspark_fast.files import read_torch_file
+from allspark_fast.model import Segmentor
 from allspark_fast.signals import STOPPED
-from allspark_fast.training import trainer
-from allspark_fast.training.checkpoint import load_latest_checkpoint, read_checkpoint
+from allspark_fast.training import setup
+from allspark_fast.training.checkpoint import list_checkpoints, load_latest_checkpoint
 from allspark_fast.training.log import read_metrics
 from allspark_fast.training.setup import build_model
 from bench.step_variants import without_dropout
-from tests.training.test_trainer import assert_same_run
+from tests.helpers.runs import assert_same_run
 
 ROOT = Path(__file__).parents[2]
 STEPS = 16
@@ -100,6 +102,10 @@ def assert_ended_for_another_rank(rank: int, process: subprocess.Popen[str], sec
     assert "Traceback" not in printed
 
 
+def build_model_without_dropout(*arguments: object, **options: object) -> Segmentor:
+    return without_dropout(build_model(*arguments, **options))
+
+
 WITHOUT_DROPOUT = ["-m", "tests.training.test_distributed_runs"]
 
 
@@ -145,7 +151,7 @@ def test_the_same_ranks_go_on_bit_for_bit(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_signals_and_other_numbers_of_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """SIGTERM to one of two ranks stops both; one goes on. SIGUSR1 stops one; two go on."""
-    monkeypatch.setattr(trainer, "build_model", lambda *x: without_dropout(build_model(*x)))
+    monkeypatch.setattr(setup, "build_model", build_model_without_dropout)
     alone, two_one, one_two = tmp_path / "alone", tmp_path / "two_one", tmp_path / "one_two"
     assert main(["train", *arguments(alone)]) == 0
     processes = start([*WITHOUT_DROPOUT, *arguments(two_one)], 2)
@@ -167,7 +173,7 @@ def test_signals_and_other_numbers_of_ranks(tmp_path: Path, monkeypatch: pytest.
 @pytest.mark.slow
 def test_after_one_of_two_ranks_was_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two go on after rank 1, one process after rank 0, which wrote the checkpoints."""
-    monkeypatch.setattr(trainer, "build_model", lambda *x: without_dropout(build_model(*x)))
+    monkeypatch.setattr(setup, "build_model", build_model_without_dropout)
     alone, broken = tmp_path / "alone", tmp_path / "broken"
     assert main(["train", *arguments(alone)]) == 0
     for killed in (1, 0):
@@ -176,8 +182,7 @@ def test_after_one_of_two_ranks_was_killed(tmp_path: Path, monkeypatch: pytest.M
         wait_for_step(broken, step + 3, processes)
         processes[killed].kill()
         assert_ended_for_another_rank(1 - killed, processes[1 - killed], seconds=60)
-        newest = max((broken / "checkpoints").iterdir())
-        assert read_checkpoint(newest)["step"] in range(2, STEPS, 2)
+        assert read_torch_file(list_checkpoints(broken / "checkpoints")[0])["step"] in range(2, STEPS, 2)
     assert main(["train", *arguments(broken)]) == 0
     assert_close_runs(alone, broken)
 
@@ -193,5 +198,5 @@ def test_a_rank_that_is_stuck_does_not_hold_the_other_up(tmp_path: Path) -> None
 
 
 if __name__ == "__main__":
-    trainer.build_model = lambda *x: without_dropout(build_model(*x))
+    setup.build_model = build_model_without_dropout
     sys.exit(main(["train", *sys.argv[1:]]))

@@ -10,41 +10,13 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from allspark_fast.config import TrainConfig
-from allspark_fast.data.loader import SemiBatch
 from allspark_fast.inference.evaluate import predict_labels
 from allspark_fast.kernels.semantic_memory import op as semantic_memory
 from allspark_fast.kernels.upsample_cross_entropy import op as upsample_cross_entropy
-from allspark_fast.model import build_segmentor
-from allspark_fast.model.options import AllSparkOptions
 from allspark_fast.training.step import TrainState, compute_losses, poly_lr, pseudo_pass, train_step
 from bench.step_variants import without_dropout
+from tests.helpers.steps import METHODS, build_state, random_batch
 from tests.kernels.forbid_sync import forbid_sync
-
-METHODS = ("allspark", "semi", "supervised")
-
-
-def build_state(total_steps: int = 100, lr: float = 0.01, **options: object) -> TrainState:
-    """A tiny model on crops of 64 pixels, with an average of its weights if options say so."""
-    config = TrainConfig(batch_size=2, lr=lr, **options)
-    model, ema = (
-        build_segmentor(
-            "mit_tiny",
-            3,
-            (64, 64),
-            allspark=AllSparkOptions() if config.method == "allspark" else None,
-            embedding_dim=16,
-        )
-        for _ in range(2)
-    )
-    ema.requires_grad_(False).load_state_dict(model.state_dict())
-    return TrainState(model, config, total_steps=total_steps, ema=ema if config.ema > 0 else None)
-
-
-def random_batch(size: int = 2) -> SemiBatch:
-    images = torch.randn(2, size, 3, 64, 64)
-    valid = torch.ones(size, 64, 64, dtype=torch.bool)
-    valid[:, 40:] = False
-    return SemiBatch(images[0], torch.randint(3, (size, 64, 64)), images[1], valid, None)
 
 
 class TestUpdate:
@@ -161,11 +133,29 @@ def test_a_state_of_an_optimizer_that_does_not_fit_is_refused() -> None:
     train_step(state, random_batch(), use_memory=True)
     saved = copy.deepcopy(state.state_dict())
     saved["optimizer"]["state"][0]["momentum_buffer"] = torch.zeros(3)
-    with pytest.raises(ValueError, match=r"momentum_buffer of parameter 0 has shape \(3,\), the parameter \("):
+    with pytest.raises(ValueError, match=r"momentum_buffer has shape \(3,\) in the checkpoint, expected that of"):
         state.load_state_dict(saved)
     saved["optimizer"]["state"] = {index: {} for index in range(10_000)}
-    with pytest.raises(ValueError, match="is of 10000 parameters, the model has"):
+    with pytest.raises(ValueError, match="the checkpoint 10000"):
         state.load_state_dict(saved)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_loading_copies_into_the_tensors_that_are_there(optimizer: str) -> None:
+    """A recorded step goes on reading and writing those."""
+    saved, state = build_state(optimizer=optimizer), build_state(optimizer=optimizer)
+    train_step(saved, random_batch(), use_memory=True)
+
+    def tensors() -> list[torch.Tensor]:
+        moments = [x for values in state.optimizer.state.values() for x in values.values()]
+        return [*state.model.state_dict().values(), *moments, *(group["lr"] for group in state.optimizer.param_groups)]
+
+    before = [x.data_ptr() for x in tensors()]
+    state.load_state_dict(copy.deepcopy(saved.state_dict()))
+    assert [x.data_ptr() for x in tensors()] == before
+    expected = torch.utils._pytree.tree_leaves(saved.state_dict()["optimizer"])
+    for x, y in zip(torch.utils._pytree.tree_leaves(state.state_dict()["optimizer"]), expected, strict=True):
+        assert torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y
 
 
 class TestAccumulation:

@@ -18,45 +18,21 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from allspark_fast.__main__ import main
-from allspark_fast.config import Config, DataConfig, EvalConfig, ModelConfig, RunConfig, TrainConfig
+from allspark_fast.config import RunConfig
 from allspark_fast.data.loader import SemiBatch
+from allspark_fast.data.scenes import SCENES
+from allspark_fast.errors import InputError
 from allspark_fast.model.mit import compile_blocks
 from allspark_fast.training import setup as prepare
 from allspark_fast.training import trainer as trainer_module
-from allspark_fast.training.checkpoint import load_latest_checkpoint
 from allspark_fast.training.cuda_graph import GraphedSteps
 from allspark_fast.training.log import read_metrics
 from allspark_fast.training.setup import build_model, lock_folder
 from allspark_fast.training.step import TrainState, train_step
 from allspark_fast.training.trainer import Trainer, train
-
-METHODS = ("allspark", "semi", "supervised")
-
-
-def tiny_config(method: str = "allspark", **train_options: object) -> Config:
-    """Three epochs of four steps on eight scenes of 64 pixels."""
-    return Config(
-        data=DataConfig(crop=64, scenes=(3, 8, 2), workers=0),
-        model=ModelConfig(backbone="mit_tiny", embedding_dim=16),
-        train=TrainConfig(method=method, epochs=3, batch_size=2, lr=0.01, warmup_epochs=1, **train_options),
-        eval=EvalConfig(every=2),
-        run=RunConfig(log_every=3, save_every=3),
-    )
-
-
-def logged(folder: Path) -> list[dict]:
-    """Records without what depends on the clock."""
-    return [{key: x for key, x in record.items() if key != "images_per_s"} for record in read_metrics(folder)]
-
-
-def assert_same_run(a: Path, b: Path) -> None:
-    states = [load_latest_checkpoint(folder / "checkpoints") for folder in (a, b)]
-    flat = [torch.utils._pytree.tree_flatten_with_path(state)[0] for state in states]
-    assert len(flat[0]) == len(flat[1]) > 100
-    for (path, x), (other, y) in zip(*flat, strict=True):
-        assert path == other
-        assert torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y, path
-    assert logged(a) == logged(b)
+from allspark_fast.weights.files import save_weights
+from tests.helpers.runs import assert_same_run, run_and_die, tiny_config
+from tests.helpers.steps import METHODS
 
 
 class TestRun:
@@ -117,17 +93,6 @@ class TestRun:
             assert record["loss"] == pytest.approx(expected, rel=1e-5)
 
     @pytest.mark.usefixtures("no_pictures")
-    @pytest.mark.parametrize(("seconds", "expected"), [(0, [3, 6, 8, 9, 12, 12]), (60, [8, 12])])
-    def test_curves_are_drawn_meanwhile(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: int, expected: list[int]
-    ) -> None:
-        drawn = []
-        monkeypatch.setattr(trainer_module, "_SECONDS_BETWEEN_CURVES", seconds)
-        monkeypatch.setattr(trainer_module, "draw_curves", lambda _, records, __: drawn.append(records[-1]["step"]))
-        train(tiny_config(), tmp_path)
-        assert drawn == expected
-
-    @pytest.mark.usefixtures("no_pictures")
     def test_learns(self, tmp_path: Path) -> None:
         config = tiny_config(method="supervised")
         config = dataclasses.replace(config, train=dataclasses.replace(config.train, epochs=12, lr=0.02))
@@ -164,8 +129,9 @@ def test_a_run_on_a_gpu_resumes(method: str, tmp_path: Path, monkeypatch: pytest
     config = dataclasses.replace(
         tiny_config(method, ema=0.9, cuda_graph=True), run=RunConfig(device="cuda", save_every=3, log_every=1)
     )
-    run_and_die(config, tmp_path, 7, monkeypatch)
-    trainer = Trainer(config, tmp_path)
+    device = torch.device("cuda")
+    run_and_die(config, tmp_path, 7, monkeypatch, device)
+    trainer = Trainer(config, tmp_path, device)
     assert 0 < trainer.step <= 7
     assert isinstance(trainer.train_step, GraphedSteps)
     assert 0 < trainer.run().mean_iou < 1
@@ -191,28 +157,6 @@ def test_supervised_loads_logs_and_counts_labeled_images_only(tmp_path: Path, mo
         first = read_metrics(tmp_path / method)[0]
         assert ("loss_unlabeled" in first) == (method == "semi")
         assert first["images_per_s"] == 3 * (2 + unlabeled)  # three steps in a line
-
-
-class Killed(Exception):  # noqa: N818 stands for kill -9
-    """Raised in the middle of a run."""
-
-
-def run_and_die(config: Config, folder: Path, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    steps = 0
-
-    take_step = Trainer._take_step
-
-    def dying_step(trainer: Trainer, batch: SemiBatch) -> None:
-        nonlocal steps
-        steps += 1
-        if steps > step:
-            raise Killed
-        take_step(trainer, batch)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_take_step", dying_step)
-        with pytest.raises(Killed):
-            Trainer(config, folder).run()
 
 
 @pytest.mark.usefixtures("no_pictures")
@@ -245,14 +189,6 @@ class TestResume:
         resumed = Trainer(config, tmp_path / "broken")
         assert resumed.step == 6
         resumed.run()
-        assert_same_run(tmp_path / "whole", tmp_path / "broken")
-
-    def test_saved_in_the_background(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        config = tiny_config("allspark", ema=0.9)
-        Trainer(config, tmp_path / "whole").run()
-        run = dataclasses.replace(config.run, save_in_background=True)
-        run_and_die(dataclasses.replace(config, run=run), tmp_path / "broken", 7, monkeypatch)
-        Trainer(dataclasses.replace(config, run=run), tmp_path / "broken").run()
         assert_same_run(tmp_path / "whole", tmp_path / "broken")
 
     @pytest.mark.slow
@@ -292,10 +228,50 @@ class TestResume:
             process.kill()
         assert lock_folder(tmp_path) is not None
 
-    def test_other_settings_are_refused_by_name(self, tmp_path: Path) -> None:
-        train(dataclasses.replace(tiny_config(), train=dataclasses.replace(tiny_config().train, epochs=1)), tmp_path)
-        with pytest.raises(ValueError, match=r"other settings \(train.epochs: 1 -> 3\)"):
-            Trainer(tiny_config(), tmp_path)
+    def test_settings_that_decide_the_numbers_are_refused_by_name(self, tmp_path: Path) -> None:
+        train(tiny_config(epochs=1), tmp_path)
+        with pytest.raises(InputError, match=r"other settings \(train.lr: 0.01 -> 0.02\)"):
+            Trainer(tiny_config(epochs=1, lr=0.02), tmp_path)
+        with pytest.raises(InputError, match=r"train.gradient_accumulation_steps: 1 -> 2"):
+            Trainer(tiny_config(epochs=1, gradient_accumulation_steps=2), tmp_path)
+
+    def test_settings_that_do_not_may_change_and_are_told(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """Recomputation among them, which the advice on too little memory recommends: the run stays the same."""
+        caplog.set_level("INFO", logger="allspark_fast")
+        config = tiny_config(ema=0.9)
+        Trainer(config, tmp_path / "whole").run()
+        run_and_die(config, tmp_path / "broken", 7, monkeypatch)
+        changed = dataclasses.replace(
+            config,
+            data=dataclasses.replace(config.data, workers=1),
+            model=dataclasses.replace(config.model, activation_checkpointing=True),
+            train=dataclasses.replace(config.train, max_skipped=7),
+            run=dataclasses.replace(config.run, save_every=5),
+        )
+        resumed = Trainer(changed, tmp_path / "broken")
+        assert "model.activation_checkpointing: False -> True" in caplog.text
+        assert resumed.step == 6
+        resumed.run()
+        assert_same_run(tmp_path / "whole", tmp_path / "broken")
+
+    def test_more_epochs_extend_a_finished_run(self, tmp_path: Path) -> None:
+        assert train(tiny_config(epochs=1), tmp_path)
+        assert train(tiny_config(epochs=2), tmp_path)
+        assert [record["step"] for record in read_metrics(tmp_path) if "miou" in record] == [4, 8]
+        with pytest.raises(InputError, match=r"train.epochs: 2 -> 1"):
+            Trainer(tiny_config(epochs=1), tmp_path)
+
+    def test_starting_weights_may_be_gone(self, tmp_path: Path) -> None:
+        config, weights = tiny_config(epochs=1), tmp_path / "start.safetensors"
+        save_weights(build_model(config, len(SCENES.classes)), weights)
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, weights=weights))
+        train(config, tmp_path / "run")
+        weights.unlink()
+        assert Trainer(config, tmp_path / "run").finished
+        with pytest.raises(FileNotFoundError, match=r"start\.safetensors"):
+            Trainer(config, tmp_path / "another")
 
     def test_settings_that_led_to_no_checkpoint_may_be_mended(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -305,6 +281,24 @@ class TestResume:
         mended = dataclasses.replace(config, train=dataclasses.replace(config.train, lr=0.005))
         assert Trainer(mended, tmp_path).step == 0
         assert json.loads((tmp_path / "config.json").read_text())["train"]["lr"] == 0.005
+
+
+def test_a_picture_that_cannot_be_drawn_does_not_end_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("no fonts")
+
+    monkeypatch.setattr(trainer_module, "draw_curves", fail)
+    assert train(tiny_config(epochs=1), tmp_path)
+    assert "the pictures of step 4 were not drawn: RuntimeError('no fonts')" in caplog.text
+    assert (tmp_path / "best.safetensors").exists()
+
+
+def test_recording_where_it_cannot_be_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = dataclasses.replace(tiny_config(cuda_graph=True), run=RunConfig(device="cpu"))
+    Trainer(config, tmp_path)
+    assert "train.cuda_graph has no effect: it needs one process on a GPU, but the device is cpu" in caplog.text
 
 
 @pytest.mark.usefixtures("no_pictures")
@@ -379,7 +373,7 @@ class TestOnesOwnData:
         (root / "val.txt").write_text("images/3.png labels/3.png\n")
         config = tiny_config()
         data = dataclasses.replace(config.data, dataset="folder", root=root, val=Path("val.txt"))
-        sources = Trainer(dataclasses.replace(config, data=data), tmp_path / "run").sources
+        sources = Trainer(dataclasses.replace(config, data=data), tmp_path / "run").data.sources
         assert [entry.image for entry in sources.labeled.entries] == [f"images/{i}.png" for i in range(3)]
         assert [entry.image for entry in sources.unlabeled.entries] == ["images/4.png", "images/5.png"]
 
