@@ -49,7 +49,7 @@ def _parse_line(line: str) -> Entry:
 
 
 def split_line(entry: Entry) -> str:
-    """Return the line of a split file that `read_split` reads as this entry.
+    """Return the line of a split file that ``read_split`` reads as this entry.
 
     Raises:
         DataError: no line does: a path is not valid UTF-8, contains a line break, or reads as two paths.
@@ -68,7 +68,7 @@ def split_line(entry: Entry) -> str:
 def read_split(path: str | Path) -> list[Entry]:
     """Read a split file in the format of AllSpark, UniMatch and related code.
 
-    Each line is `image_path label_path`; a single path is an unlabeled image. Blank lines, surrounding whitespace,
+    Each line is ``image_path label_path``; a single path is an unlabeled image. Blank lines, surrounding whitespace,
     tabs, CRLF and a byte order mark are accepted. Paths may contain spaces: a line is split where both parts end in an
     image suffix (.jpg, .png, ...), otherwise the whole line is one path.
 
@@ -126,18 +126,18 @@ def find_split(root: Path, file: Path) -> list[Entry]:
 
 
 def scan_folder(root: str | Path) -> list[Entry]:
-    """List a folder with `images/` and `labels/`, which have the same subfolders.
+    """List a folder with ``images/`` and ``labels/``, which have the same subfolders.
 
-    The label of `images/a/b.jpg` is `labels/a/b.png` (any suffix); an image without one is unlabeled.
+    The label of ``images/a/b.jpg`` is ``labels/a/b.png`` (any suffix); an image without one is unlabeled.
 
     Args:
-        root: folder that holds `images/` and, if there are labels, `labels/`.
+        root: folder that holds ``images/`` and, if there are labels, ``labels/``.
 
     Returns:
         entries in alphabetical order.
 
     Raises:
-        DataError: no `images/` folder, two files with the same stem, or labels of which none matches an image.
+        DataError: no ``images/`` folder, two files with the same stem, or labels of which none matches an image.
     """
     root = Path(root)
     if not (root / "images").is_dir():
@@ -228,7 +228,7 @@ class SegmentationDataset(Dataset[tuple[Image.Image, Image.Image | None]]):
             return label
         wrong = wrong_values(values_of(label), self.info)
         if wrong:
-            raise DataError(f"{path}: {wrong} (`python -m allspark_fast check` lists all such files)")
+            raise DataError(f"{path}: {wrong}")
         indices = self.info.class_indices()
         return label.point([indices.get(value, value) for value in range(256)])
 
@@ -236,7 +236,7 @@ class SegmentationDataset(Dataset[tuple[Image.Image, Image.Image | None]]):
         """Read one sample: an RGB image and its label (mode L, 255 ignored), None where the entry has none.
 
         Raises:
-            DataError: as for `image` and `label`, or their sizes differ.
+            DataError: as for ``image`` and ``label``, or their sizes differ.
         """
         entry, image, label = self.entries[index], self.image(index), self.label(index)
         if label is not None and label.size != image.size:

@@ -35,14 +35,14 @@ _TRANSPOSITIONS = {
 def resolve_path(root: str | Path, relative: str) -> Path:
     """Resolve a path of a split file; every listed path passes through here.
 
-    Symbolic links inside `root` may point anywhere: only the owner of the folder can create them, not a split file.
+    Symbolic links inside ``root`` may point anywhere: only the owner of the folder can create them, not a split file.
 
     Args:
         root: folder of the dataset.
-        relative: path relative to `root`. Its `..` are resolved as text, so that they cannot climb out through a link.
+        relative: path relative to ``root``; its ``..`` are resolved as text, so none climbs out through a link.
 
     Raises:
-        DataError: the path leaves `root`.
+        DataError: the path leaves ``root``.
     """
     inside = Path(os.path.normpath(relative))
     if inside.is_absolute() or inside.parts[:1] == ("..",):
@@ -92,7 +92,7 @@ def _decode(path: Path, convert: Callable[[Image.Image], Result]) -> Result:
 
 
 def read_orientation(path: str | Path) -> int:
-    """Read the EXIF orientation of an image: 1 is upright; `read_image` rotates or mirrors by 2 to 8.
+    """Read the EXIF orientation of an image: 1 is upright; ``read_image`` rotates or mirrors by 2 to 8.
 
     Raises:
         DataError: no such file, or not an image.
@@ -114,7 +114,7 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _wide_to_gray(image: Image.Image) -> Image.Image:
-    """Scale 16-bit gray (`I;16*`, or `I` from older files) from 0..65535 to 0..255."""
+    """Scale 16-bit gray (``I;16*``, or ``I`` from older files) from 0..65535 to 0..255."""
     values = np.asarray(image).astype(np.int64)
     if values.min() < 0 or values.max() > 65535:
         raise DataError("gray values outside 0..65535; convert the image to 8 bits per channel")
@@ -151,7 +151,7 @@ def read_label(path: str | Path, colors: Mapping[Color, int] | None = None) -> I
     """Read a label as class indices, pixel by pixel as stored.
 
     Palette images give their indices; gray, 1-bit and 16-bit gray images their values; RGB images, and RGBA images
-    without regard to alpha, the values that `colors` assigns.
+    without regard to alpha, the values that ``colors`` assigns.
 
     A label whose own EXIF orientation is not 1 is refused: whether its pixels match the image as stored or upright
     cannot be known, and half of the orientations do not change the size.
@@ -165,7 +165,7 @@ def read_label(path: str | Path, colors: Mapping[Color, int] | None = None) -> I
 
     Raises:
         DataError: no such file, not an image, truncated, JPEG, an EXIF orientation other than 1, a color that is not
-            in `colors`, or values outside 0..255.
+            in ``colors``, or values outside 0..255.
     """
     return _decode(Path(path), lambda image: _to_indices(image, colors))
 

@@ -30,7 +30,7 @@ def _color(rng: Generator, low: Sequence[float], high: Sequence[float]) -> Array
 
 
 def _noise(rng: Generator, size: tuple[int, int], cells: int) -> Array:
-    """Draw smooth (H, W) noise in -1..1 with `cells` bumps a side."""
+    """Draw smooth (H, W) noise in -1..1 with ``cells`` bumps a side."""
     lattice = Image.fromarray(rng.uniform(-1.0, 1.0, (cells, cells)).astype(np.float32))
     return np.asarray(lattice.resize(size[::-1], Image.Resampling.BILINEAR))
 
@@ -156,7 +156,7 @@ SCENES = DatasetInfo(
 
 
 def _room(size: tuple[int, int], horizon: float, grain: Array, rng: Generator) -> Array:
-    """Draw wall and floor, plain, tiled or of bricks, with pictures and rugs; they meet at y = `horizon` in 0..1."""
+    """Draw wall and floor, plain, tiled or of bricks, with pictures and rugs; they meet at y = ``horizon`` in 0..1."""
     y, x = ((np.arange(length, dtype=np.float32) + 0.5) / length for length in size)
     y, is_wall = y[:, None], y[:, None] < horizon
     depth = 1.3 / (np.maximum(y - horizon, 0.0) / (1.0 - horizon) + 0.3)
@@ -181,7 +181,7 @@ def _room(size: tuple[int, int], horizon: float, grain: Array, rng: Generator) -
 
 
 def _draw(canvas: Array, label: Array, shape: int, place: Array, grain: Array, light: Array, rng: Generator) -> None:
-    """Draw an object with its shadow; `place` holds its y, x and unit in pixels, `light` points towards the light."""
+    """Draw an object with its shadow; ``place`` is its y, x and unit in pixels, ``light`` points towards the light."""
     y, x = ((np.arange(length, dtype=np.float32) + 0.5) / place[2] for length in label.shape)
     y, x = y - place[0] / place[2], x - place[1] / place[2]
     rows, columns = slice(*y.searchsorted((0.1, 2.0))), slice(*x.searchsorted((-2.6, 2.6)))
@@ -200,7 +200,7 @@ def _draw(canvas: Array, label: Array, shape: int, place: Array, grain: Array, l
 
 
 def render_scene(seed: int, index: int, size: tuple[int, int]) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """Render a scene of `size` (H, W) pixels: image (H, W, 3) and label (H, W) with the classes of SCENES, both uint8.
+    """Render a scene of ``size`` (H, W) pixels: image (H, W, 3) and label (H, W), both uint8, with classes of SCENES.
 
     On one machine the result is the same bit for bit; elsewhere rounding may differ.
     """
