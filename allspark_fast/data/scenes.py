@@ -125,9 +125,9 @@ def plant(x: Array, y: Array, grain: Array, rng: Generator) -> Surface:
     """Draw a pot plant: pointed leaves, the dark ones behind, that spread from a clay pot."""
     green, clay = _color(rng, (0.2, 0.45, 0.5), (0.42, 0.8, 0.8)), _color(rng, (0.02, 0.3, 0.5), (0.09, 0.7, 0.75))
     turns = np.linspace(-1.9, 1.9, 11) + rng.uniform(-0.15, 0.15, 11)
-    leaves = np.array([turns, rng.uniform(0.7, 1.2, 11), 0.5 + 0.05 * rng.permutation(11)], np.float32)
+    leaves = np.array([turns, rng.uniform(0.75, 1.25, 11), 0.5 + 0.05 * rng.permutation(11)], np.float32)
     turns, lengths, tones = leaves[:, :, None, None]
-    along = (x * np.sin(turns) - (y - 0.35) * np.cos(turns)) / lengths
+    along = (x * np.sin(turns) - (y - 0.35) * np.cos(turns)) / (lengths * (1.0 - 0.12 * np.abs(turns)))
     across, width = x * np.cos(turns) + (y - 0.35) * np.sin(turns), rng.uniform(0.13, 0.2)
     inside = width * (1.1 * np.sin(np.clip(along, 0.0, 1.0) * 3.14) - 0.1) - np.abs(across)
     top = ((inside > 0) * tones).argmax(axis=0, keepdims=True)
