@@ -29,7 +29,7 @@ from allspark_fast.training import setup as prepare
 from allspark_fast.training.setup import build_state, describe_batch
 from allspark_fast.training.sharding import block_policy, gather_state
 from allspark_fast.training.step import TrainState, compute_losses, pseudo_pass, train_step
-from bench.step_variants import without_dropout
+from bench.bench_train_step import without_dropout
 from tests.helpers.ranks import run_on_ranks
 from tests.inference.test_evaluate import Threshold, sample
 

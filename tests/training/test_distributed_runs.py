@@ -22,7 +22,7 @@ from allspark_fast.training import setup
 from allspark_fast.training.checkpoint import list_checkpoints, load_latest_checkpoint
 from allspark_fast.training.log import read_metrics
 from allspark_fast.training.setup import build_model
-from bench.step_variants import without_dropout
+from bench.bench_train_step import without_dropout
 from tests.helpers.runs import assert_same_run
 
 ROOT = Path(__file__).parents[2]
