@@ -1,6 +1,7 @@
 """The whole model: encoder, AllSpark bottleneck, SegFormer head."""
 
 from collections.abc import Sequence
+from typing import cast
 
 from torch import Tensor, nn
 
@@ -56,6 +57,11 @@ class Segmentor(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.decoder = decoder
+
+    @property
+    def min_size(self) -> int:
+        """Side of the smallest images in pixels: the encoder's ``min_size``."""
+        return cast(int, self.backbone.min_size)
 
     def forward(
         self,

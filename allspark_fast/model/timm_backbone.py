@@ -30,6 +30,7 @@ class TimmBackbone(nn.Module):
         name: of the model in timm.
         channels: of the four maps, finest first.
         stride: pixels of an image that become one of the deepest map.
+        min_size: side of the smallest images in pixels that are not enlarged.
 
     Raises:
         ImportError: timm is not installed.
@@ -45,6 +46,7 @@ class TimmBackbone(nn.Module):
         _normalize_finitely(self.features, timm.layers.BatchNormAct2d)
         self.channels = tuple(self.features.feature_info.channels())
         self.stride = max(self.features.feature_info.reduction())
+        self.min_size = self.stride
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Encode images.

@@ -259,6 +259,7 @@ class Trainer:
             mean=config.data.mean,
             std=config.data.std,
             num_workers=config.eval.workers,
+            pin_memory=self.device.type == "cuda",
             rank=rank(),
             world_size=world_size(),
         )
@@ -266,7 +267,16 @@ class Trainer:
         classes = len(self.sources.info.classes)
         with torch.compiler.set_stance("force_eager"):  # compiling for every size of image would take longer
             seen = itertools.takewhile(lambda _: not asked(), samples)
-            return evaluate(model, seen, classes, mode=config.eval.mode, crop=config.data.crop, device=self.device)
+            return evaluate(
+                model,
+                seen,
+                classes,
+                mode=config.eval.mode,
+                crop=config.data.crop,
+                device=self.device,
+                batch_size=config.eval.batch_size,
+                amp=config.train.amp,
+            )
 
     @torch.no_grad()
     def _pseudo_labels(self) -> tuple[Tensor, dict[str, Tensor], Record]:
