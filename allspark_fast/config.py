@@ -358,7 +358,7 @@ def from_plain(kind: Any, value: Any, where: str) -> Any:
 def _dataclass_from_plain(kind: type, value: Any, where: str) -> Any:
     hints = get_type_hints(kind)
     _expect(isinstance(value, dict), where, repr(value), "an object with fields")
-    for name in value:
+    for name in set(value) - set(hints):
         refuse_old_setting(f"{where}.{name}".removeprefix("config."))
     if different := sorted(set(value) ^ set(hints)):
         raise InputError(f"{where}: fields {different} are missing or unknown in this version")

@@ -46,7 +46,7 @@ def read_model(path: str | Path, classes: str | None = None) -> tuple[Segmentor,
         return model, spec
     state = read_state_dict(path, head=True)
     spec = infer_spec(state, path, classes)
-    model = spec.build()
+    model = spec.build_for(path)
     load_state_dict(model, state, path)
     return model.eval(), spec
 

@@ -98,23 +98,25 @@ class ModelSpec:
             ) from error
 
     def build(self) -> Segmentor:
-        """Build the model, with random weights.
+        """Build the model, with random weights; raises as ``build_segmentor``."""
+        return build_segmentor(
+            self.backbone,
+            len(self.info.classes),
+            (self.crop, self.crop),
+            allspark=AllSparkOptions(num_heads=self.num_heads, memory_init=self.memory_init) if self.allspark else None,
+            embedding_dim=self.embedding_dim,
+        )
+
+    def build_for(self, path: Path) -> Segmentor:
+        """Build the model that a file of weights is for.
 
         Raises:
-            InputError: there is no such model.
-            MissingPackageError: the backbone needs a package that is not installed.
+            InputError: there is no such model; the message names the file.
         """
-        options = AllSparkOptions(num_heads=self.num_heads, memory_init=self.memory_init) if self.allspark else None
         try:
-            return build_segmentor(
-                self.backbone,
-                len(self.info.classes),
-                (self.crop, self.crop),
-                allspark=options,
-                embedding_dim=self.embedding_dim,
-            )
+            return self.build()
         except ValueError as error:
-            raise InputError(f"no such model: {error}") from error
+            raise InputError(f"{path}: no such model: {error}") from error
 
 
 def find_weights(path: str | Path) -> Path:
@@ -163,7 +165,7 @@ def load_model(path: str | Path) -> tuple[Segmentor, ModelSpec]:
             f"{path} does not say what its model is (classes, colors, sizes): if it holds weights, "
             f"`python -m allspark_fast convert {path} model.safetensors` finds that out and writes it down"
         )
-    model = spec.build()
+    model = spec.build_for(path)
     if fresh := load_weights(model, path).fresh:
         raise InputError(f"{path} lacks weights of its model: {', '.join(fresh[:3])}")
     return model.eval(), spec

@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from allspark_fast.__main__ import main
-from allspark_fast.cli import COMMANDS, info, train
-from allspark_fast.kernels.selftest import Result
+from allspark_fast.cli import COMMANDS, info, selftest, train
 from allspark_fast.recipes import RECIPES
 from allspark_fast.weights.spec import ModelSpec, save_model
 
@@ -41,23 +40,25 @@ def test_info_of_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info"]) == 0
     printed = capsys.readouterr().out
     assert torch.__version__.split("+")[0] in printed
-    assert "kernels: plain torch, because Triton has none for CPUs" in printed
+    assert "kernels: plain torch, because Triton has no kernels for CPUs" in printed
 
 
 def test_info_of_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    capability = (7, 5)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert info._kernels(torch.device("cuda", 0)).endswith("compute capability 7.5, the kernels need 8.0")
-    capability = (9, 0)
-    passed = Result("upsample_argmax", "tiny", "float32", 0.0, 1.0, "")
-    failed = passed._replace(op="channel_attention", failure="wrong by 1")
-    for results, expected in (
-        (None, "Triton, not checked yet: python -m allspark_fast selftest"),
-        ([passed], "Triton, which passed the self-test"),
-        ([failed, passed, failed], "Triton, but plain torch for channel_attention, which failed the self-test"),
+    for capability, expected in (
+        ((7, 5), "kernels: plain torch, because the GPU has compute capability 7.5, the kernels need 8.0"),
+        ((9, 0), "kernels: Triton"),
     ):
-        monkeypatch.setattr(info, "remembered_results", lambda _, results=results: results)
-        assert info._kernels(torch.device("cuda", 0)) == f"kernels: {expected}"
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, capability=capability: capability)
+        assert info.kernels_on(torch.device("cuda", 0)) == expected
+
+
+def test_selftest_fails_if_a_kernel_does(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for failure, status in (("", 0), ("wrong by 1", 1)):
+        monkeypatch.setattr(selftest, "check_kernels", lambda _, failure=failure: [failure])
+        monkeypatch.setattr(selftest, "passed", lambda results: not any(results))
+        monkeypatch.setattr(selftest, "results_table", lambda results: f"table of {results}")
+        assert main(["selftest"]) == status
+        assert capsys.readouterr().out == f"table of [{failure!r}]\n"
 
 
 def test_info_of_weights(tmp_path: Path, tiny_spec: ModelSpec, capsys: pytest.CaptureFixture[str]) -> None:

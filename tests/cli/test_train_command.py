@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from allspark_fast.__main__ import main
-from allspark_fast.config import Config, TrainConfig
+from allspark_fast.config import Config, DataConfig, ModelConfig, TrainConfig
+from allspark_fast.errors import DataError
 from allspark_fast.training.trainer import Trainer
-from tests.training.test_trainer import tiny_config
 
 
 class TestCommandLine:
@@ -44,9 +44,9 @@ class TestCommandLine:
         [
             (["train", "imagenet"], "there is no recipe 'imagenet'; recipes are scenes, camvid, folder, pascal"),
             (["train", "pascal", "--data.root", "nowhere"], "there is no folder nowhere"),
-            (["evaluate", "nowhere"], "nowhere: no run folder, there is no config.json in it"),
+            (["evaluate", "nowhere"], "nowhere: not a run folder, it holds no config.json"),
             (["check", "pascal", "--data.root", "."], "split file splits/pascal/1_8/labeled.txt: not found"),
-            (["train", "--run.device", "cuda"], "no GPU is there"),
+            (["train", "--run.device", "cuda"], "use cpu or auto"),
             (["train", "--model.weights", "nowhere.pth"], "nowhere.pth: no such file"),
         ],
     )
@@ -65,6 +65,10 @@ class TestCommandLine:
         assert message in capsys.readouterr().err
 
     def test_a_bad_batch_size_is_found_before_training(self, tmp_path: Path) -> None:
-        config = dataclasses.replace(tiny_config(), train=TrainConfig(batch_size=9))
-        with pytest.raises(ValueError, match="8 unlabeled images do not fill a batch of 9"):
+        config = Config(
+            data=DataConfig(crop=64, scenes=(3, 8, 2)),
+            model=ModelConfig(backbone="mit_tiny"),
+            train=TrainConfig(batch_size=9),
+        )
+        with pytest.raises(DataError, match="8 unlabeled images do not fill a batch of 9"):
             Trainer(config, tmp_path)

@@ -1,6 +1,5 @@
-"""Predictions for images of every kind, and the model that travels with its weights."""
+"""Predictions for images of every kind."""
 
-import json
 import re
 import subprocess
 import sys
@@ -13,21 +12,15 @@ from PIL import ExifTags, Image
 
 from allspark_fast.__main__ import main
 from allspark_fast.data.images import read_image, read_label
+from allspark_fast.errors import InputError
 from allspark_fast.inference.evaluate import predict_labels
 from allspark_fast.inference.predict import MAX_WHOLE_PIXELS, Predictor, find_images
-from allspark_fast.weights.files import read_metadata, read_state_dict, save_weights
-from allspark_fast.weights.spec import ModelSpec, load_model, save_model
+from allspark_fast.weights.spec import load_model
 
 
 def picture(width: int, height: int, mode: str = "RGB") -> Image.Image:
     noise = torch.randint(256, (height // 8 + 1, width // 8 + 1, 3), dtype=torch.uint8).numpy()
     return Image.fromarray(noise).resize((width, height)).convert(mode)
-
-
-@pytest.fixture
-def weights(tmp_path: Path, tiny_spec: ModelSpec) -> Path:
-    save_model(tiny_spec.build(), tiny_spec, tmp_path / "model.safetensors")
-    return tmp_path / "model.safetensors"
 
 
 @pytest.fixture
@@ -46,60 +39,6 @@ def photos(tmp_path: Path) -> Path:
     picture(80, 40).save(folder / "turned.jpg", exif=exif)
     (folder / "notes.txt").write_text("no image")
     return folder
-
-
-class TestSpec:
-    """What travels with the weights."""
-
-    def test_round_trip(self, weights: Path, tiny_spec: ModelSpec) -> None:
-        model, spec = load_model(weights)
-        assert spec == tiny_spec
-        assert not model.training
-        again = weights.with_name("again.safetensors")
-        save_model(model, spec, again)
-        assert read_metadata(again) == read_metadata(weights)
-        for name, x in read_state_dict(weights).items():
-            assert torch.equal(read_state_dict(again)[name], x)
-
-    def test_weights_without_it_are_refused_with_the_remedy(self, tmp_path: Path, tiny_spec: ModelSpec) -> None:
-        for name in ("old.safetensors", "old.pth"):
-            save_weights(tiny_spec.build(), tmp_path / name)
-            with pytest.raises(ValueError, match=rf"{name} does not say what its model is .* allspark_fast convert"):
-                load_model(tmp_path / name)
-
-    def test_weights_of_part_of_the_model_are_refused(self, tmp_path: Path, tiny_spec: ModelSpec) -> None:
-        model = tiny_spec.build()
-        model.decoder = torch.nn.Identity()
-        save_model(model, tiny_spec, tmp_path / "part.safetensors")
-        with pytest.raises(ValueError, match=r"part\.safetensors lacks weights.*decoder"):
-            load_model(tmp_path / "part.safetensors")
-
-    @pytest.mark.parametrize(
-        ("change", "message"),
-        [
-            ({"version": 2}, "newer than this.*version 2, expected 1"),
-            ({"crop": "64"}, "positive integer"),
-            ({"classes": []}, "list of names"),
-            ({"palette": [[1, 2]]}, "three integers"),
-            ({"mode": "tiled"}, "whole or sliding"),
-            ({"mean": [1, 2]}, "damaged"),
-            ({"colour": 1}, "colour"),
-        ],
-    )
-    def test_damage_is_named(self, change: dict, message: str, tmp_path: Path, tiny_spec: ModelSpec) -> None:
-        text = json.dumps(json.loads(tiny_spec.to_json()) | change)
-        save_weights(tiny_spec.build(), tmp_path / "odd.safetensors", {"allspark_fast": text})
-        with pytest.raises(ValueError, match=rf"odd\.safetensors: .*{message}"):
-            load_model(tmp_path / "odd.safetensors")
-
-    def test_a_file_of_another_kind_is_not_written(self, tmp_path: Path, tiny_spec: ModelSpec) -> None:
-        with pytest.raises(ValueError, match=r"model\.pth: must be \.safetensors or a folder"):
-            save_model(tiny_spec.build(), tiny_spec, str(tmp_path / "model.pth"))
-        assert not list(tmp_path.iterdir())
-
-    def test_a_folder_without_weights(self, tmp_path: Path) -> None:
-        with pytest.raises(FileNotFoundError, match=r"none of best\.safetensors"):
-            load_model(tmp_path)
 
 
 class TestPredictor:
@@ -147,34 +86,37 @@ class TestPredictor:
                 Predictor(model, spec, mode=mode)([Image.new("RGB", (width, 1024))])
         assert modes == ["whole", "sliding", "whole", "whole"]
 
-    def test_images_of_unequal_size_are_refused(self, weights: Path) -> None:
-        with pytest.raises(ValueError, match=r"one size, got \[\(64, 70\), \(64, 80\)\]"):
-            Predictor(*load_model(weights))([picture(64, 80), picture(64, 70)])
+    @pytest.mark.parametrize(
+        ("images", "error", "message"),
+        [
+            ([np.zeros((64, 64, 3), np.uint8)], TypeError, "expected Pillow images, got ndarray"),
+            (["photo.jpg"], TypeError, "expected Pillow images, got str"),
+            ([Image.new("RGBA", (64, 64))], ValueError, "got mode RGBA"),
+            (
+                [Image.new("RGB", (64, side)) for side in (80, 70)],
+                ValueError,
+                r"one size, got \[\(64, 70\), \(64, 80\)\]",
+            ),
+        ],
+        ids=["array", "path", "mode", "sizes"],
+    )
+    def test_other_images_are_refused(self, weights: Path, images: list, error: type[Exception], message: str) -> None:
+        with pytest.raises(error, match=message):
+            Predictor(*load_model(weights))(images)
 
     @pytest.mark.parametrize(
-        ("image", "error", "message"),
+        ("options", "error", "message"),
         [
-            (np.zeros((64, 64, 3), np.uint8), TypeError, "expected images of Pillow, got ndarray"),
-            ("photo.jpg", TypeError, "expected images of Pillow, got str"),
-            (Image.new("L", (64, 64)), ValueError, "got mode L"),
-            (Image.new("RGBA", (64, 64)), ValueError, "got mode RGBA"),
+            ({"mode": "slide"}, ValueError, "mode must be one of"),
+            ({"device": "tpu"}, ValueError, "device must be one of"),
+            ({"device": "cpu", "half": True}, InputError, "needs a GPU"),
         ],
-        ids=["array", "path", "grey", "alpha"],
     )
-    def test_what_is_no_rgb_image_is_refused(
-        self, weights: Path, image: object, error: type[Exception], message: str
+    def test_other_options_are_refused(
+        self, weights: Path, options: dict, error: type[Exception], message: str
     ) -> None:
         with pytest.raises(error, match=message):
-            Predictor(*load_model(weights))([image])
-
-    @pytest.mark.parametrize("options", [{"mode": "slide"}, {"device": "tpu"}])
-    def test_unknown_options_are_refused(self, weights: Path, options: dict) -> None:
-        with pytest.raises(ValueError, match=f"{next(iter(options))} must be one of"):
             Predictor(*load_model(weights), **options)
-
-    def test_half_needs_a_gpu(self, weights: Path) -> None:
-        with pytest.raises(ValueError, match="needs a GPU"):
-            Predictor(*load_model(weights), device="cpu", half=True)
 
     @pytest.mark.gpu
     @pytest.mark.parametrize("mode", ["whole", "sliding"])
@@ -241,7 +183,7 @@ class TestCommand:
         assert main(["predict", str(weights), str(photos), "--out", str(tmp_path / "out"), "--batch", "4"]) == 1
         printed = capsys.readouterr()
         assert "b.png" in printed.err
-        assert "7 images labeled, 1 could not be read" in printed.out
+        assert "7 images labeled, 1 cannot be read" in printed.out
         assert len(list((tmp_path / "out" / "labels").iterdir())) == 7
 
     def test_nothing_is_overwritten_unless_asked_for(
@@ -252,7 +194,7 @@ class TestCommand:
         label = tmp_path / "out" / "labels" / "a.png"
         label.write_bytes(b"mine")
         assert main(command) == 1
-        assert "a.png is there already" in capsys.readouterr().err
+        assert "a.png exists" in capsys.readouterr().err
         assert label.read_bytes() == b"mine"
         assert main([*command, "--overwrite"]) == 0
         assert Image.open(label).size == (90, 70)

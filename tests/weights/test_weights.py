@@ -1,18 +1,20 @@
-"""Loading and saving weights, official files included."""
+"""Loading and saving weights, also those of the public code, Hugging Face and torch.save."""
 
 import pickle
 import re
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from allspark_fast.errors import InputError
 from allspark_fast.model import AllSpark, Decoder, MiTConfig, MixTransformer, SegFormerHead, Segmentor
 from allspark_fast.model.options import AllSparkOptions
 from allspark_fast.weights.files import load_weights, read_state_dict, save_weights
+from tests.helpers.malicious import Malicious
+from tests.helpers.public_code import save_public_checkpoint
 
 TINY = MiTConfig(embed_dims=(8, 16, 24, 32), depths=(1, 1, 1, 1), num_heads=(1, 2, 3, 4))
 
@@ -27,22 +29,9 @@ def assert_same(a: Segmentor, b: Segmentor) -> None:
         assert torch.equal(x, y), name
 
 
-def official_checkpoint(model: Segmentor) -> dict:
-    """The layout that the public trainer saves: DDP names, optimizer, numpy score."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    return {
-        "model": {f"module.{name}": x for name, x in model.state_dict().items()},
-        "optimizer": optimizer.state_dict(),
-        "epoch": 3,
-        "best_epoch": 2,
-        "previous_best": np.mean([61.0, 62.5]),
-    }
-
-
-def test_official_checkpoint_loads(tmp_path: Path) -> None:
+def test_a_public_checkpoint_loads(tmp_path: Path) -> None:
     source, target = tiny(), tiny()
-    torch.save(official_checkpoint(source), tmp_path / "best.pth")
-    report = load_weights(target, tmp_path / "best.pth")
+    report = load_weights(target, save_public_checkpoint(source, tmp_path / "best.pth"))
     assert report.dropped == report.fresh == ()
     assert_same(source, target)
 
@@ -64,7 +53,7 @@ def test_others_may_read_what_is_saved(tmp_path: Path, suffix: str) -> None:
     assert (tmp_path / f"a{suffix}").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
-def test_saved_pth_has_official_names(tmp_path: Path) -> None:
+def test_saved_pth_has_the_names_of_the_public_code(tmp_path: Path) -> None:
     save_weights(tiny(), tmp_path / "a.pth")
     names = set(torch.load(tmp_path / "a.pth", weights_only=True)["model"])
     assert "module.decoder.allspark.attn.kv_queue" in names
@@ -74,7 +63,7 @@ def test_saved_pth_has_official_names(tmp_path: Path) -> None:
 
 
 def test_unknown_suffix_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"\.safetensors or \.pth"):
+    with pytest.raises(InputError, match=r"\.safetensors or \.pth"):
         save_weights(tiny(), tmp_path / "a.bin")
 
 
@@ -105,7 +94,7 @@ def test_what_does_not_fit_is_named_and_reset_on_request(
     saved, target = source(), tiny()
     before = {name: x.clone() for name, x in target.state_dict().items()}
     save_weights(saved, tmp_path / "a.pth")
-    with pytest.raises(ValueError, match=rf"{part}.*--reset"):
+    with pytest.raises(InputError, match=rf"{part}.*--model.reset True"):
         load_weights(target, tmp_path / "a.pth")
     assert all(torch.equal(x, before[name]) for name, x in target.state_dict().items())
     report = load_weights(target, tmp_path / "a.pth", reset=True)
@@ -119,12 +108,12 @@ def test_what_does_not_fit_is_named_and_reset_on_request(
 def test_another_architecture_is_refused_even_with_reset(tmp_path: Path) -> None:
     wide = Segmentor(MixTransformer(TINY), Decoder(SegFormerHead(TINY.embed_dims, 3, 32), AllSpark(32, 3, 4)))
     save_weights(wide, tmp_path / "a.pth")
-    with pytest.raises(ValueError, match=r"another model.*linear_"):
+    with pytest.raises(InputError, match=r"another model.*linear_"):
         load_weights(tiny(), tmp_path / "a.pth", reset=True)
 
 
-def test_official_checkpoint_into_empty_memory_counts_as_filled(tmp_path: Path) -> None:
-    torch.save(official_checkpoint(tiny()), tmp_path / "best.pth")
+def test_a_public_checkpoint_fills_an_empty_memory(tmp_path: Path) -> None:
+    save_public_checkpoint(tiny(), tmp_path / "best.pth")
     target = Segmentor(
         MixTransformer(TINY),
         Decoder(SegFormerHead(TINY.embed_dims, 3, 16), AllSpark(32, 3, 4, AllSparkOptions(memory_init="empty"))),
@@ -132,11 +121,6 @@ def test_official_checkpoint_into_empty_memory_counts_as_filled(tmp_path: Path) 
     assert not target.decoder.allspark.attn.queue_filled.any()
     load_weights(target, tmp_path / "best.pth")
     assert target.decoder.allspark.attn.queue_filled.all()
-
-
-class Malicious:
-    def __reduce__(self) -> tuple:
-        return (Path("pwned").touch, ())
 
 
 def write_malicious(path: Path) -> None:
