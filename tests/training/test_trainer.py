@@ -39,7 +39,7 @@ def tiny_config(method: str = "allspark", **train_options: object) -> Config:
         data=DataConfig(crop=64, scenes=(3, 8, 2), workers=0),
         model=ModelConfig(backbone="mit_tiny", embedding_dim=16),
         train=TrainConfig(method=method, epochs=3, batch_size=2, lr=0.01, warmup_epochs=1, **train_options),
-        eval=EvalConfig(every=2),
+        eval=EvalConfig(every=2, workers=0),
         run=RunConfig(log_every=3, save_every=3),
     )
 

@@ -10,16 +10,10 @@ import torch
 from allspark_fast.__main__ import main
 from allspark_fast.errors import InputError
 from allspark_fast.model import MIT_CONFIGS, build_segmentor
-from allspark_fast.model.options import AllSparkOptions
 from allspark_fast.weights.convert import infer_spec, read_model
 from allspark_fast.weights.files import save_weights
 from allspark_fast.weights.spec import ModelSpec, load_model, save_model
-from tests.helpers.public_code import save_public_checkpoint
-
-
-def public_checkpoint(path: Path, classes: int = 21, crop: int = 65, **options: object) -> Path:
-    model = build_segmentor("mit_tiny", classes, (crop, crop), allspark=AllSparkOptions(**options), embedding_dim=16)
-    return save_public_checkpoint(model, path)
+from tests.helpers.public_code import public_checkpoint
 
 
 def test_an_encoder_of_timm_has_no_layout_of_the_public_code(
