@@ -11,7 +11,7 @@ from allspark_fast.__main__ import main
 from allspark_fast.errors import InputError
 from allspark_fast.model import MIT_CONFIGS, build_segmentor
 from allspark_fast.weights.convert import infer_spec, read_model
-from allspark_fast.weights.files import save_weights
+from allspark_fast.weights.files import load_weights, save_weights
 from allspark_fast.weights.spec import ModelSpec, load_model, save_model
 from tests.helpers.public_code import public_checkpoint
 
@@ -94,14 +94,6 @@ def test_nothing_is_overwritten_unless_asked_for(tmp_path: Path, capsys: pytest.
     load_model(tmp_path / "b.safetensors")
 
 
-def test_an_empty_memory_counts_as_filled_in_the_public_layout(tmp_path: Path) -> None:
-    source = public_checkpoint(tmp_path / "a.pth", memory_init="empty")
-    assert main(["convert", str(source), str(tmp_path / "b.pth")]) == 0
-    names = torch.load(tmp_path / "b.pth", weights_only=True)["model"]
-    assert "module.decoder.allspark.attn.kv_queue" in names
-    assert not any("queue_filled" in name for name in names)
-
-
 def test_what_is_no_model_of_ours_is_refused(tmp_path: Path) -> None:
     encoder = build_segmentor("mit_tiny", 3, (65, 65), embedding_dim=16).backbone.state_dict()
     torch.save(encoder, tmp_path / "mit.pth")
@@ -119,7 +111,8 @@ def test_what_is_no_model_of_ours_is_refused(tmp_path: Path) -> None:
         read_model(tmp_path / "tall.pth")
 
 
-def test_hugging_face_segformer_whole(tmp_path: Path) -> None:
+def test_a_hugging_face_segformer(tmp_path: Path) -> None:
+    """Whole, as a model; and its encoder alone, to start training from."""
     transformers = pytest.importorskip("transformers", reason="needs Hugging Face transformers")
     sizes = MIT_CONFIGS["mit_tiny"]
     config = transformers.SegformerConfig(
@@ -136,6 +129,13 @@ def test_hugging_face_segformer_whole(tmp_path: Path) -> None:
     model, spec = read_model(tmp_path / "hf")
     assert spec.info.classes == ("sky", "sea", "sand")
     assert not spec.allspark
-    images = torch.randn(2, 3, 64, 96)
+    other = build_segmentor("mit_tiny", 5, (65, 65), embedding_dim=8).eval()
+    report = load_weights(other, tmp_path / "hf" / "model.safetensors")
+    assert all(name.startswith("decode_head.") for name in report.dropped)
+    assert all(name.startswith("decoder.") for name in report.fresh)
+    images = torch.randn(2, 3, 65, 97)
     with torch.no_grad():
-        torch.testing.assert_close(model(images), theirs(images).logits, rtol=1e-3, atol=1e-3)
+        expected = theirs(images, output_hidden_states=True)
+        torch.testing.assert_close(model(images), expected.logits, rtol=1e-3, atol=1e-3)
+        for ours, feature in zip(other.backbone(images), expected.hidden_states, strict=True):
+            torch.testing.assert_close(ours, feature, rtol=1e-3, atol=1e-3)
