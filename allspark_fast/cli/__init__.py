@@ -14,7 +14,7 @@ COMMANDS = {
     "evaluate": "evaluate WEIGHTS [RECIPE ...]: score weights on the validation images of their run, or of a recipe",
     "predict": "predict WEIGHTS IMAGE|FOLDER|PATTERN ...: label images",
     "convert": "convert SRC DST: convert weights of the public AllSpark code or of Hugging Face to ours, and back",
-    "export": "export WEIGHTS OUT: write a model as one graph (.pt2 or .onnx), or as weights (.safetensors)",
+    "export": "export WEIGHTS OUT: write a model as one graph, .pt2 or .onnx",
     "info": "info [WEIGHTS]: describe a file of weights, or, without one, this machine",
     "selftest": "selftest: check every kernel on this machine's device",
     "check": "check [RECIPE] [--group.field value ...]: list every problem of the data set",

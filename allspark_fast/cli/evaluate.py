@@ -67,13 +67,8 @@ def run(arguments: list[str]) -> int:
     if len(spec.info.classes) != len(info.classes):
         known, found = len(spec.info.classes), len(info.classes)
         raise InputError(f"{options.weights} has {known} classes, but the labels of {info.name} have {found}")
-    samples = evaluation_loader(
-        images,
-        mean=spec.mean,
-        std=spec.std,
-        num_workers=config.eval.workers,
-        pin_memory=device.type == "cuda",
-    )
+    workers, pin_memory = config.eval.workers, device.type == "cuda"
+    samples = evaluation_loader(images, mean=spec.mean, std=spec.std, num_workers=workers, pin_memory=pin_memory)
     scores = evaluate(
         model.to(device),
         tqdm(samples, total=len(images.entries), unit="image", dynamic_ncols=True),

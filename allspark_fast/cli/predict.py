@@ -36,19 +36,10 @@ def build_parser() -> argparse.ArgumentParser:
         help="predict whole images; default: as the model was validated, but images of more than "
         f"{MAX_WHOLE_PIXELS / 2**20:.0f} megapixels in windows",
     )
-    mode.add_argument(
-        "--window",
-        dest="mode",
-        action="store_const",
-        const="sliding",
-        help="slide a window as large as a training crop",
-    )
-    parser.add_argument(
-        "--batch",
-        type=int,
-        default=1,
-        help="images of equal size predicted together; memory grows with it; default: %(default)s",
-    )
+    window_help = "slide a window as large as a training crop"
+    mode.add_argument("--window", dest="mode", action="store_const", const="sliding", help=window_help)
+    batch_help = "images of equal size predicted together; memory grows with it; default: %(default)s"
+    parser.add_argument("--batch", type=int, default=1, help=batch_help)
     parser.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto (default): a GPU if there is one"
     )

@@ -9,8 +9,6 @@ from allspark_fast.config import Config, refuse_old_setting
 from allspark_fast.errors import InputError
 from allspark_fast.recipes import RECIPES
 
-DEFAULT_RECIPE = "scenes"
-
 
 def parse_config(arguments: list[str], command: str) -> tuple[str, Config]:
     """Return the recipe's name, and its settings with those of the command line.
@@ -23,7 +21,7 @@ def parse_config(arguments: list[str], command: str) -> tuple[str, Config]:
         InputError: there is no such recipe, or a setting was renamed or removed.
     """
     named = bool(arguments) and not arguments[0].startswith("-")
-    recipe = arguments[0] if named else DEFAULT_RECIPE
+    recipe = arguments[0] if named else "scenes"
     if recipe not in RECIPES:
         raise InputError(f"there is no recipe {recipe!r}; recipes are {', '.join(RECIPES)}")
     for argument, following in pairwise([*arguments, ""]):

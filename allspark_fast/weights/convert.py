@@ -72,9 +72,10 @@ def infer_spec(state: Mapping[str, Tensor], path: Path, classes: str | None = No
         )
     info = _class_info(path, len(state["decoder.decoder.linear_pred.weight"]), classes)
     allspark = _MEMORY in state
-    channels = len(state["backbone.norm4.weight"])
+    backbone = _infer_backbone(state, path)
+    channels = MIT_CONFIGS[backbone].embed_dims[-1]
     return ModelSpec(
-        backbone=_infer_backbone(state, path),
+        backbone=backbone,
         allspark=allspark,
         embedding_dim=len(state["decoder.decoder.linear_fuse.conv.weight"]),
         num_heads=len(state["decoder.allspark.attn.q_u.weight"]) // channels if allspark else 1,
@@ -132,7 +133,8 @@ def _hugging_face_classes(config: Path) -> DatasetInfo | None:
     """Read the classes that a config.json of Hugging Face names; None for one of ours, which does not."""
     try:
         names = json.loads(config.read_text(encoding="utf-8")).get("id2label")
-        meta = None if names is None else {"classes": [names[str(index)] for index in range(len(names))]}
-        return None if meta is None else parse_meta(meta, config.resolve().parent.name)
+        if names is None:
+            return None
+        return parse_meta({"classes": [names[str(i)] for i in range(len(names))]}, config.resolve().parent.name)
     except (ValueError, KeyError, AttributeError) as error:
         raise DataError(f"{config}: expected a configuration of Hugging Face with 'id2label' ({error!r})") from error

@@ -76,7 +76,7 @@ def export_model(model: Segmentor, spec: ModelSpec, path: Path) -> float:
     """
     missing = [name for name in _ONNX_PACKAGES if importlib.util.find_spec(name) is None]
     if path.suffix not in (".pt2", ".onnx"):
-        raise InputError(f"{path}: a graph is written to .pt2 or .onnx, weights to .safetensors")
+        raise InputError(f"{path}: a graph is written to .pt2 or .onnx; `convert` writes weights")
     if path.suffix == ".onnx" and missing:
         raise MissingPackageError(f"ONNX needs {', '.join(missing)}: pip install 'allspark-fast[export]'")
     if "swin" in spec.backbone:

@@ -143,11 +143,18 @@ def read_state_dict(path: str | Path, *, head: bool = False) -> dict[str, Tensor
     """
     path = Path(path)
     _require_file(path)
-    content = _load_safetensors(path) if path.suffix == ".safetensors" else _load_pickle(path)
+    if path.suffix == ".safetensors":
+        content: Any = _load_safetensors(path)
+    else:
+        with torch.serialization.safe_globals(_NUMPY_SCALAR):
+            content = read_torch_file(path)
     for key in ("model", "state_dict"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
-    if not isinstance(content, Mapping) or not content or not all(_is_weight(*item) for item in content.items()):
+    are_weights = isinstance(content, Mapping) and all(
+        isinstance(name, str) and isinstance(x, Tensor) for name, x in content.items()
+    )
+    if not are_weights or not content:
         raise InputError(f"{path}: expected a state_dict or a checkpoint that holds one under 'model' or 'state_dict'")
     try:
         return to_our_names(content, head=head)
@@ -173,15 +180,6 @@ def read_metadata(path: str | Path) -> dict[str, str]:
 def _require_file(path: Path) -> None:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file of weights")
-
-
-def _is_weight(name: object, value: object) -> bool:
-    return isinstance(name, str) and isinstance(value, Tensor)
-
-
-def _load_pickle(path: Path) -> Any:
-    with torch.serialization.safe_globals(_NUMPY_SCALAR):
-        return read_torch_file(path)
 
 
 def _load_safetensors(path: Path) -> dict[str, Tensor]:

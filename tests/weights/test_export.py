@@ -62,16 +62,6 @@ def test_onnx(weights: Path, tmp_path: Path) -> None:
         assert_close(torch.from_numpy(logits), expected_logits(weights, pixels))
 
 
-def test_weights(weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "other.safetensors"
-    assert main(["export", str(weights), str(path)]) == 0
-    assert "other.safetensors: weights" in capsys.readouterr().out
-    (model, spec), (expected, expected_spec) = load_model(path), load_model(weights)
-    assert spec == expected_spec
-    for name, x in expected.state_dict().items():
-        assert torch.equal(model.state_dict()[name], x)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".pt2", ".onnx"])
 def test_an_encoder_of_timm(tiny_spec: ModelSpec, tmp_path: Path, suffix: str) -> None:
@@ -109,7 +99,7 @@ def test_usage_errors(
         assert main(["export", str(weights), str(out)]) == 1
         return capsys.readouterr().err
 
-    assert ".pt2 or .onnx, weights to .safetensors" in error(weights.with_suffix(".bin"))
+    assert ".pt2 or .onnx; `convert` writes weights" in error(weights.with_suffix(".bin"))
     with pytest.raises(InputError, match="Swin cannot be exported"):
         export.export_model(nn.Identity(), replace(tiny_spec, backbone="timm/swinv2_tiny_window8_256"), Path("x.pt2"))
     monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None)
