@@ -22,7 +22,7 @@ from allspark_fast.config import Config
 from allspark_fast.weights.spec import ModelSpec, save_model
 from bench import study
 from bench.__main__ import build_parser
-from tests.weights.test_convert import official_checkpoint
+from tests.helpers.public_code import public_checkpoint
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = {path.name: path.read_text("utf-8") for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
@@ -85,7 +85,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     image.save(tmp_path / "others/deep/two.png")
     (meta,) = re.findall(r"meta\.json +(\{.*\})", DOCUMENTS["your-data.md"])
     (tmp_path / "my_data/meta.json").write_text(meta)
-    official_checkpoint(tmp_path / "allspark_pascal.pth")
+    public_checkpoint(tmp_path / "allspark_pascal.pth")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

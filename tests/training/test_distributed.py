@@ -30,8 +30,8 @@ from allspark_fast.training.setup import build_state, describe_batch
 from allspark_fast.training.sharding import block_policy, gather_state
 from allspark_fast.training.step import TrainState, compute_losses, pseudo_pass, train_step
 from bench.step_variants import without_dropout
+from tests.helpers.models import Threshold, sample
 from tests.helpers.ranks import run_on_ranks
-from tests.inference.test_evaluate import Threshold, sample
 
 STEPS = 3
 # With BatchNorm alone, and with an activation behind it.
@@ -155,7 +155,7 @@ def enqueue_on_ranks(memory_sync: str) -> list[dict[str, Tensor]]:
     steps = []
     for _ in range(STEPS):
         features, class_map = torch.randn(1, 4, 8), torch.randn(1, 3, 4)
-        memory.enqueue(features, class_map)
+        memory.start_enqueue(features, class_map)()
         inputs = {"features": features, "channel_class": channel_semantic_grouping(features, class_map)}
         steps.append({**inputs, "queue": memory.kv_queue.clone(), "queue_ptr": memory.queue_ptr.clone()})
     return steps
