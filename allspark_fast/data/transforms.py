@@ -202,7 +202,7 @@ class CropTransform:
         if image.mode != "RGB":
             raise ValueError(f"image has mode {image.mode}, expected RGB (`read_image` converts)")
         if label is not None and (label.mode, label.size) != ("L", image.size):
-            raise ValueError(f"label has size {label.size} and mode {label.mode}, expected {image.size} and L")
+            raise ValueError(f"the label is {label.size} of mode {label.mode}, expected {image.size} of mode L")
         geometry = draw_geometry(image.size, self.crop_size, self.scale_range, generator)
         crop = apply_geometry(image, geometry, self.crop_size, Image.Resampling.BILINEAR, 0)
         if self.photometric:

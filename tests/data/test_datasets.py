@@ -102,7 +102,9 @@ def test_colors_stand_for_classes(tmp_path, mode):
         (replace(info, palette=hex_palette("090909 090909")), r"\[\[9, 9, 9\], \[255, 200, 0\]\]"),
         (replace(info, values=(0, 255)), r"\[\[0, 0, 0\]\]"),  # 255 is not ignored, so black stands for nothing
     ):
-        with pytest.raises(DataError, match=rf"a\.png: holds colors .* exactly one class: {unknown}; known are"):
+        with pytest.raises(
+            DataError, match=rf"a\.png: holds colors .* exactly one class: {unknown}; known are .*'palette'"
+        ):
             label_of(tmp_path, bad)
 
 
@@ -125,12 +127,6 @@ def test_sizes_are_compared_upright(tmp_path):
     write_image(tmp_path / entries[0].label, np.zeros((8, 9), np.uint8))
     with pytest.raises(DataError, match=r"images/00\.png is 50x40 .* labels/00\.png is 9x8"):
         SegmentationDataset(tmp_path, entries)[0]
-
-
-def test_paths_outside_the_root(tmp_path):
-    write_folder(tmp_path, 1)
-    with pytest.raises(DataError, match="leaves the data root"):
-        SegmentationDataset(tmp_path / "labels", [Entry("../images/00.png", None)]).image(0)
 
 
 def test_camvid_splits(camvid):

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from allspark_fast.data.datasets import Entry, SegmentationDataset
-from allspark_fast.data.loader import SemiBatch, SemiLoader, evaluation_loader
+from allspark_fast.data.loader import SemiLoader, evaluation_loader
 from allspark_fast.data.transforms import CropTransform
 from allspark_fast.errors import DataError, RunError
 from tests.helpers.images import write_folder
@@ -183,19 +183,6 @@ def test_an_unreadable_file_is_named(tmp_path, num_workers):
 def test_the_death_of_a_worker_is_told():
     with pytest.raises(RunError, match=r"a DataLoader worker died .* fewer workers"):
         next(plain_loader(Killed(2), Numbered(2), batch_size=2, num_workers=1).iterate(0, 1))
-
-
-def test_moving_a_batch():
-    class Recorder:
-        def to(self, device, non_blocking):
-            return device, non_blocking
-
-        def pin_memory(self):
-            return "pinned"
-
-    batch = SemiBatch(*[Recorder()] * 4, None)
-    assert batch.to("cuda", non_blocking=True) == (*[("cuda", True)] * 4, None)
-    assert batch.pin_memory() == (*["pinned"] * 4, None)
 
 
 @pytest.mark.gpu

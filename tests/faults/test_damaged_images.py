@@ -70,13 +70,13 @@ def test_whole_files_of_every_mode_are_upright_colours(tmp_path: Path, mode: str
         np.testing.assert_array_equal(np.rot90(np.asarray(image)), _PIXELS)
 
 
-@pytest.mark.parametrize("read", [read_image, read_label])
-def test_a_decompression_bomb_is_refused_without_decoding(tmp_path: Path, read: object) -> None:
+def test_a_decompression_bomb_is_refused_without_decoding(tmp_path: Path) -> None:
     path = tmp_path / "bomb.png"
     Image.new("1", (20_000, 20_000)).save(path)
     assert path.stat().st_size < 100_000
-    with pytest.raises(DataError, match=r"bomb\.png: .*decompression bomb.*cut it into tiles"):
-        read(path)
+    for read in (read_image, read_label):
+        with pytest.raises(DataError, match=r"bomb\.png: .*decompression bomb.*cut it into tiles"):
+            read(path)
 
 
 @pytest.mark.parametrize("kind", ["EPS", "PCX", "TGA"])
