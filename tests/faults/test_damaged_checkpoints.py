@@ -1,7 +1,6 @@
 """Files of tensors that are cut, flipped, empty, foreign, or cannot be written."""
 
 import logging
-import os
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -11,8 +10,6 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from allspark_fast import files
-from allspark_fast.files import write_atomically
 from allspark_fast.training.checkpoint import load_latest_checkpoint, require_space, save_checkpoint
 from allspark_fast.weights.files import read_state_dict, save_weights
 
@@ -153,29 +150,6 @@ def test_what_is_no_state_dict_is_refused(tmp_path: Path, state: dict) -> None:
     torch.save(state, tmp_path / "a.pth")
     with pytest.raises(ValueError, match=r"state_dict|no whole SegFormer"):
         read_state_dict(tmp_path / "a.pth")
-
-
-def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
-    path = tmp_path / "a.txt"
-    path.write_text("before")
-
-    def fail(temporary: Path) -> None:
-        temporary.write_text("half")
-        raise RuntimeError("unexpected pos 704 vs 598")
-
-    with pytest.raises(OSError, match=r"a\.txt was not written \(unexpected pos 704 vs 598\); [\d.]+ MB are free"):
-        write_atomically(path, fail)
-    assert [file.name for file in tmp_path.iterdir()] == ["a.txt"]
-    assert path.read_text() == "before"
-
-
-def test_file_and_folder_are_flushed_around_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    events: list[str] = []
-    flush, replace = files._flush, Path.replace
-    monkeypatch.setattr(files, "_flush", lambda path, flags: (events.append(path.name), flush(path, flags)))
-    monkeypatch.setattr(Path, "replace", lambda self, to: (events.append("rename"), replace(self, to)))
-    write_atomically(tmp_path / "a.txt", lambda temporary: temporary.write_text("x"))
-    assert events == [f".a.txt.{os.getpid()}.tmp.txt", "rename", tmp_path.name]
 
 
 def test_what_a_crash_left_is_removed(tmp_path: Path) -> None:

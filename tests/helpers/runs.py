@@ -1,6 +1,8 @@
 """Tiny runs: their settings, a death in the middle, and the comparison of what two of them left."""
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +24,11 @@ def tiny_config(method: str = "allspark", **train_options: object) -> Config:
         eval=EvalConfig(every=2),
         run=RunConfig(log_every=3, save_every=3),
     )
+
+
+def changed(config: Config, **groups: dict[str, Any]) -> Config:
+    """A configuration with other settings: ``changed(config, train={"lr": 0.1})``."""
+    return replace(config, **{name: replace(getattr(config, name), **fields) for name, fields in groups.items()})
 
 
 def logged(folder: Path) -> list[dict]:
