@@ -16,13 +16,14 @@ from tests.helpers.ranks import Fault, start_run
 from tests.helpers.runs import assert_same_run
 
 ROOT = Path(__file__).parents[2]
-STEPS = 12
-# Three validation images: one more on rank 0 than on rank 1. Adam would enlarge rounding errors.
+STEPS = 4
+# Three validation images: one more on rank 0 than on rank 1. Few steps, and not of Adam: once rounding errors give a
+# channel another class, the memory is another one.
 ARGUMENTS = {
     "data.crop": 64, "data.workers": 0, "model.backbone": "mit_tiny", "model.embedding-dim": 16,
-    "model.memory-sync": "all", "train.epochs": 3, "train.batch-size": 2, "train.warmup-epochs": 0,
-    "train.kv-source": "image", "train.optimizer": "sgd", "train.lr": 0.01, "train.ema": 0.9,
-    "eval.every": 3, "run.log-every": 1, "run.save-every": 2, "run.device": "cpu",
+    "model.memory-sync": "all", "train.epochs": 1, "train.batch-size": 2, "train.warmup-epochs": 0,
+    "train.pseudo-from-epoch": 0, "train.kv-source": "image", "train.optimizer": "sgd", "train.lr": 0.01, "train.ema": 0.9,
+    "eval.every": 1, "run.log-every": 1, "run.save-every": 1, "run.device": "cpu",
 }  # fmt: skip
 ANOTHER_ENDED = "error: another rank has ended or is stuck"
 
@@ -65,11 +66,11 @@ def test_the_same_ranks_go_on_bit_for_bit_under_torchrun(tmp_path: Path) -> None
         return done.returncode, done.stdout + done.stderr
 
     # torchrun passes the first signal on and dies of the other.
-    for step, name in ((2, "SIGTERM"), (5, "SIGUSR1")):
+    for step, name in ((0, "SIGTERM"), (1, "SIGUSR1")):
         status, printed = torchrun("0", str(step), name, "torchrun")
         assert status != 0
         assert f"stopped as asked at step {step + 1}" in printed
-    status, printed = torchrun("1", "9", "SIGKILL", "self")
+    status, printed = torchrun("1", "3", "SIGKILL", "self")
     assert status == 0, printed
     assert printed.count("resumed at step") == 2
     assert_same_run(whole, restarted)
@@ -83,23 +84,23 @@ def test_signals_deaths_and_other_numbers_of_ranks(tmp_path: Path) -> None:
         process.finish()
     assert_close_runs(alone, both)
 
-    (process,) = start_run(arguments(broken), 1, Fault(0, 2, signal.SIGUSR1))
-    assert "stopped as asked at step 3" in process.finish(STOPPED)
+    (process,) = start_run(arguments(broken), 1, Fault(0, 0, signal.SIGUSR1))
+    assert "stopped as asked at step 1" in process.finish(STOPPED)
 
     # A signal to one of two ranks stops both.
-    ranks = start_run(arguments(broken), 2, Fault(1, 4, signal.SIGTERM))
+    ranks = start_run(arguments(broken), 2, Fault(1, 1, signal.SIGTERM))
     printed = [x.finish(STOPPED) for x in ranks]
     assert "now there are 2: dropout draws other numbers" in printed[0]
-    assert "stopped as asked at step 5" in printed[0]
+    assert "stopped as asked at step 2" in printed[0]
 
     # Whichever rank dies, the other one ends with an error; rank 0 writes the checkpoints.
-    for killed, step, sharding in ((1, 7, "replicate"), (0, 9, "fsdp")):
+    for killed, step, sharding in ((1, 2, "replicate"), (0, 3, "fsdp")):
         ranks = start_run(arguments(broken, **{"train.sharding": sharding}), 2, Fault(killed, step, signal.SIGKILL))
         ranks[killed].finish(-signal.SIGKILL)
         printed = ranks[1 - killed].finish(1)
         assert ("rank 1: " * (killed == 0)) + ANOTHER_ENDED in printed
         assert "Traceback" not in printed
-        assert saved_step(broken) == step - 1
+        assert saved_step(broken) == step
 
     (process,) = start_run(arguments(broken), 1)
     process.finish()
@@ -109,7 +110,7 @@ def test_signals_deaths_and_other_numbers_of_ranks(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_rank_that_is_stuck_does_not_hold_the_other_up(tmp_path: Path) -> None:
     """For longer than run.timeout, 24 seconds, in which both have to start."""
-    stuck, waits = reversed(start_run(arguments(tmp_path, **{"run.timeout": 0.4}), 2, Fault(1, 3, signal.SIGSTOP)))
+    stuck, waits = reversed(start_run(arguments(tmp_path, **{"run.timeout": 0.4}), 2, Fault(1, 2, signal.SIGSTOP)))
     try:
         assert ANOTHER_ENDED in waits.finish(1)
     finally:
