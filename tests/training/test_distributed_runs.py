@@ -22,8 +22,8 @@ STEPS = 4
 ARGUMENTS = {
     "data.crop": 64, "data.workers": 0, "model.backbone": "mit_tiny", "model.embedding-dim": 16,
     "model.memory-sync": "all", "train.epochs": 1, "train.batch-size": 2, "train.warmup-epochs": 0,
-    "train.pseudo-from-epoch": 0, "train.kv-source": "image", "train.optimizer": "sgd", "train.lr": 0.01, "train.ema": 0.9,
-    "eval.every": 1, "run.log-every": 1, "run.save-every": 1, "run.device": "cpu",
+    "train.pseudo-from-epoch": 0, "train.kv-source": "image", "train.optimizer": "sgd", "train.lr": 0.01,
+    "train.ema": 0.9, "eval.every": 1, "run.log-every": 1, "run.save-every": 1, "run.device": "cpu",
 }  # fmt: skip
 ANOTHER_ENDED = "error: another rank has ended or is stuck"
 
