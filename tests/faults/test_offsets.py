@@ -40,7 +40,7 @@ PASSES_ON = {"tt.splat", "tt.broadcast", "tt.expand_dims", "tt.reshape", "arith.
 NO_OFFSETS = {
     ("one_pass", "start"),  # the first column of a part: it lies on one axis
     *((kernel, "row") for kernel in ("one_pass", "probability", "gradient")),  # of the map, for the dropout's hash
-    ("cross_entropy_backward", "b_behind"),  # half a ratio of sizes: one axis
+    ("cross_entropy_backward", "b_behind"),  # twice a place along one axis
 }
 
 

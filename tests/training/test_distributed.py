@@ -12,10 +12,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from allspark_fast import distributed
 from allspark_fast.config import TrainConfig
 from allspark_fast.data.loader import SemiBatch
-from allspark_fast.distributed import all_reduce_any, all_reduce_mean, on_rank0, rank, world_size
+from allspark_fast.distributed import all_reduce_any, all_reduce_mean, on_rank0, process_group, rank, world_size
+from allspark_fast.errors import InputError
 from allspark_fast.kernels.upsample_cross_entropy import upsample_cross_entropy
 from allspark_fast.model import build_segmentor
 from allspark_fast.model.cross_attention import CrossAttention
@@ -311,22 +311,14 @@ def test_compiled_blocks_on_two_ranks_equal_one_process(sharding: str, tmp_path:
     assert_close(run_on_ranks(work, 2, tmp_path)[0], train_steps(2, make_state()))
 
 
-@pytest.mark.parametrize(("hosts", "restarts", "shared"), [("2", "0", "True"), ("1", "3", "True"), ("2", "3", "False")])
-def test_restarts_of_torchrun(hosts: str, restarts: str, shared: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each attempt has a part of the store to itself, if all share one."""
-    monkeypatch.setenv("GROUP_WORLD_SIZE", hosts)
-    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", restarts)
-    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", shared)
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "2")
-    assert distributed._restarts() == (2 if shared == "True" else 0)
-
-
 def test_restarts_that_would_hang_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
-    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "1")
-    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
-    with pytest.raises(ValueError, match="set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun"):
-        distributed._restarts()
+    """Those on one host are in tests/training/test_distributed_runs.py."""
+    places = {"RANK": "0", "GROUP_WORLD_SIZE": "2", "TORCHELASTIC_MAX_RESTARTS": "1"}
+    for name, value in {**places, "TORCHELASTIC_USE_AGENT_STORE": "True"}.items():
+        monkeypatch.setenv(name, value)
+    group = process_group("cpu", timedelta(seconds=1))
+    with pytest.raises(InputError, match="set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun"), group:
+        pass
 
 
 def test_a_batch_that_ranks_cannot_share(monkeypatch: pytest.MonkeyPatch) -> None:
