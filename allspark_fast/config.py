@@ -223,7 +223,7 @@ class Config:
     Attributes:
         data: images, labels and crops.
         model: encoder, bottleneck and head.
-        train: the optimisation.
+        train: the optimization.
         eval: validation.
         run: the run folder.
     """

@@ -75,15 +75,15 @@ def draw_predictions(
     mean: Sequence[float],
     std: Sequence[float],
 ) -> None:
-    """Write a picture: a row for each image, a column for the image and for each kind of label.
+    """Write a picture with a row for each image, and a column for the image and for each kind of label.
 
     Args:
         path: of the picture.
-        images: (B, 3, H, W), normalised.
+        images: (B, 3, H, W), normalized.
         labels: by column title, (B, H, W).
-        info: colours and names of the classes.
+        info: colors and names of the classes.
         mean: that was subtracted from the images.
-        std: that they were divided by.
+        std: by which they were divided.
     """
     from matplotlib.figure import Figure  # noqa: PLC0415 slow to import
     from matplotlib.patches import Patch  # noqa: PLC0415

@@ -28,7 +28,7 @@ def test_what_is_recorded_and_replayed_in_each_phase(monkeypatch: pytest.MonkeyP
         steps._graph, steps._batch, steps._losses = Graph(), batch, ()
 
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: done.append("wait"))
-    monkeypatch.setattr(steps, "_step_beside", lambda _: done.append("step"))
+    monkeypatch.setattr(steps, "_warm_up", lambda _: done.append("step"))
     monkeypatch.setattr(steps, "_record", record)
     batches = [random_batch() for _ in range(5)]
     for use_memory in (False, True):
