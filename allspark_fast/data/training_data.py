@@ -6,8 +6,9 @@ from collections.abc import Iterator
 import torch
 
 from allspark_fast.config import Config
+from allspark_fast.data.check import check_sources
 from allspark_fast.data.loader import EvalSample, SemiBatch, SemiLoader, evaluation_loader
-from allspark_fast.data.sources import check_sources, open_sources
+from allspark_fast.data.sources import open_sources
 from allspark_fast.data.transforms import CropTransform
 from allspark_fast.distributed import rank, world_size
 from allspark_fast.errors import DataError
@@ -42,14 +43,14 @@ class TrainingData:
         self.steps_per_epoch = self._loader.steps_per_epoch
 
     def check(self) -> None:
-        """Read some entries of every list, and look whether the files of all are there.
+        """Read some entries of every list, and check that the files of all exist.
 
         Raises:
             DataError: some cannot be used; the first of these are listed.
         """
         # Supervised training counts the unlabeled images, but does not read them.
         harmless = {"labeled_and_unlabeled"} if self._labeled_only else set()
-        problems = check_sources(self._config.data, sample=_CHECKED)
+        problems = check_sources(self.sources, self._config.data.crop, sample=_CHECKED)
         errors = [problem for problem in problems if not problem.is_warning and problem.kind not in harmless]
         if errors:
             more = [f"and {len(errors) - _LISTED} more"] if len(errors) > _LISTED else []

@@ -299,7 +299,7 @@ def backward(
     _depthwise_transposed_kernel[grid](grad_convolved, weight, grad_tokens, *size, channels, **_TILE)
     sums = parts.sum(0)
     grad_weight = sums[:-1].mT.contiguous().view(weight.shape).to(weight.dtype)
-    return grad_tokens, grad_weight, sums[-1].to(bias.dtype)
+    return grad_tokens, grad_weight, sums[-1].to(bias.dtype, copy=True)
 
 
 def _grid(tokens: Tensor, size: tuple[int, int]) -> tuple[int, int, int]:

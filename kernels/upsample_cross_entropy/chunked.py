@@ -7,7 +7,7 @@ from allspark_fast.kernels.bilinear import UpsampledBands
 
 
 def forward(logits: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
-    """Compute ``reference.forward``, for logits of any dtype and strides, and the log-sum-exp (B, H, W) of every pixel."""
+    """Compute ``reference.forward`` for logits of any dtype and strides, and every pixel's log-sum-exp (B, H, W)."""
     bands = UpsampledBands(logits, (target.shape[1], target.shape[2]))
     loss = torch.empty(target.shape, dtype=bands.dtype, device=target.device)
     lse = torch.empty_like(loss)
@@ -25,7 +25,7 @@ def forward(logits: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, 
 
 
 def backward(grad: Tensor, logits: Tensor, target: Tensor, lse: Tensor, ignore_index: int) -> Tensor:
-    """Compute ``reference.backward`` from the log-sum-exp; the result has the dtype and strides of the logits."""
+    """Return the gradient of the logits, in their dtype and strides, given that of every pixel's loss and the LSE."""
     bands = UpsampledBands(logits, (target.shape[1], target.shape[2]))
     grad_logits = torch.empty_like(logits)
     grad_image = logits.new_empty((*logits.shape[2:], logits.shape[1]), dtype=bands.dtype)

@@ -31,7 +31,7 @@ def upsample_cross_entropy(
     ohem_threshold: float | None = None,
     ohem_min_kept: int = 0,
 ) -> Tensor:
-    """Return the cross-entropy of logits that are first upsampled bilinearly (align_corners=False) to the target's size.
+    """Return the cross-entropy of logits that are first upsampled bilinearly (align_corners=False) to the target size.
 
     With ``ohem_threshold``, hard examples are mined by the rule of the reference implementation: of all valid pixels,
     only those whose target probability is at most the threshold count, and at least the ``ohem_min_kept`` hardest; if

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from allspark_fast.kernels.channel_attention import channel_attention
-from tests.kernels.triton_checks import checked_memory, exact_bfloat16, uninitialized_memory_is_nan
+from tests.helpers.triton_checks import checked_memory, exact_bfloat16, uninitialized_memory_is_nan
 
 # isort: split
 from allspark_fast.kernels.channel_attention import kernel as attention_kernel

@@ -155,7 +155,7 @@ def enqueue_on_ranks(memory_sync: str) -> list[dict[str, Tensor]]:
     steps = []
     for _ in range(STEPS):
         features, class_map = torch.randn(1, 4, 8), torch.randn(1, 3, 4)
-        memory.enqueue(features, class_map)
+        memory.start_enqueue(features, class_map)()
         inputs = {"features": features, "channel_class": channel_semantic_grouping(features, class_map)}
         steps.append({**inputs, "queue": memory.kv_queue.clone(), "queue_ptr": memory.queue_ptr.clone()})
     return steps

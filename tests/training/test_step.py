@@ -15,8 +15,8 @@ from allspark_fast.kernels.semantic_memory import op as semantic_memory
 from allspark_fast.kernels.upsample_cross_entropy import op as upsample_cross_entropy
 from allspark_fast.training.step import TrainState, compute_losses, poly_lr, pseudo_pass, train_step
 from bench.step_variants import without_dropout
+from tests.helpers.forbid_sync import forbid_sync
 from tests.helpers.steps import METHODS, build_state, random_batch
-from tests.kernels.forbid_sync import forbid_sync
 
 
 class TestUpdate:
