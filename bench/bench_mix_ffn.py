@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from allspark_fast.model.activation_checkpointing import recompute
+from allspark_fast.model.activation_checkpointing import checkpointed
 from allspark_fast.model.mit import MIT_CONFIGS, STRIDES, MixFFN
 from bench.harness import UNAVAILABLE, Case
 from bench.naive import naive_depthwise_conv
@@ -38,7 +38,7 @@ def _case(name: str, batch: int, channels: int, hidden: int, side: int) -> Case:
     variants = {
         "naive": lambda: ffn.fc2(F.gelu(naive_depthwise_conv(ffn.dwconv, ffn.fc1(tokens), size))),
         "channels last": lambda: mix(ffn.fc1(tokens)),
-        "recomputed": lambda: recompute(mix, ffn.fc1(tokens)),
+        "recomputed": lambda: checkpointed(mix, ffn.fc1(tokens)),
         "operator": lambda: ffn(tokens, size),
     }
     compiled = {f"{name}, compiled": torch.compile(variant) for name, variant in variants.items()}
