@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hint
 from allspark_fast.errors import InputError
 
 Method = Literal["allspark", "semi", "supervised"]
+EvalMode = Literal["whole", "sliding"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,15 +178,17 @@ class EvalConfig:
     Attributes:
         mode: whole images, or windows of the crop's size that slide by two thirds of it (Cityscapes).
         every: epochs between two evaluations.
+        batch_size: images of equal size evaluated together, in each process; more takes more memory.
         workers: processes that load validation images.
     """
 
-    mode: Literal["whole", "sliding"] = "whole"
+    mode: EvalMode = "whole"
     every: int = 1
-    workers: int = 0
+    batch_size: int = 4
+    workers: int = 2
 
     def __post_init__(self) -> None:
-        _within(self, "eval", every=(1, 1_000_000), workers=(0, 1000))
+        _within(self, "eval", every=(1, 1_000_000), batch_size=(1, 10_000), workers=(0, 1000))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,7 +248,7 @@ class Config:
         Raises:
             ValueError: the text is no JSON or has other fields than this version.
         """
-        return _from_plain(cls, json.loads(text), "config")
+        return from_plain(cls, json.loads(text), "config")
 
     @classmethod
     def read(cls, path: Path) -> "Config":
@@ -295,23 +298,73 @@ def _expect(holds: bool, name: str, value: object, expected: str) -> None:
         raise InputError(f"{name} is {value}, expected {expected}")
 
 
-def _from_plain(kind: Any, value: Any, where: str) -> Any:
-    """Dataclasses, paths and tuples out of what JSON makes of them."""
+# Settings of earlier versions: what they are called now, or why they are gone.
+RENAMED = {
+    "model.checkpointing": "model.activation_checkpointing",
+    "train.accumulate": "train.gradient_accumulation_steps",
+    "train.attend": "train.kv_source",
+    "run.folder": "run.output_dir",
+    "run.keep": "run.keep_last",
+}
+REMOVED = {
+    "run.sharded_checkpoints": "a checkpoint is always one file",
+    "run.kernels=strict": "kernels are auto or torch; `python -m allspark_fast selftest` checks them",
+}
+
+
+def refuse_old_setting(name: str, value: object = None) -> None:
+    """Refuse a setting of an earlier version, or a value that it has no more.
+
+    Args:
+        name: ``group.field``.
+        value: of the setting.
+
+    Raises:
+        InputError: the setting was renamed or removed; the message says what to do.
+    """
+    if name in RENAMED:
+        raise InputError(f"{name} was renamed: use {RENAMED[name]}")
+    for removed in (name, f"{name}={value}"):
+        if removed in REMOVED:
+            raise InputError(f"{removed} was removed: {REMOVED[removed]}")
+
+
+def from_plain(kind: Any, value: Any, where: str) -> Any:
+    """Return a value of a type from what JSON makes of it.
+
+    Args:
+        kind: a dataclass, whose every field must be there; ``X | None``, a tuple of fixed length, a Literal, Path, or
+            one of Python's plain types.
+        value: of ``json.loads``; what is a ``kind`` already is returned as it is, if that is a dataclass.
+        where: name of the value, for messages.
+
+    Raises:
+        InputError: a field is missing, unknown, or of another type; the message names it.
+    """
     if isinstance(kind, type) and dataclasses.is_dataclass(kind):
-        hints = get_type_hints(kind)
-        if not isinstance(value, dict) or set(value) != set(hints):
-            different = sorted(set(value) ^ set(hints)) if isinstance(value, dict) else [value]
-            raise InputError(f"{where}: fields {different} are missing or unknown in this version")
-        return kind(**{name: _from_plain(hint, value[name], f"{where}.{name}") for name, hint in hints.items()})
+        return value if isinstance(value, kind) else _dataclass_from_plain(kind, value, where)
     if get_origin(kind) is UnionType:
-        return None if value is None else _from_plain(get_args(kind)[0], value, where)
+        return None if value is None else from_plain(get_args(kind)[0], value, where)
     if get_origin(kind) is tuple:
         kinds = get_args(kind)
-        _expect(isinstance(value, list) and len(value) == len(kinds), where, value, f"{len(kinds)} numbers")
-        return tuple(_from_plain(x, part, where) for x, part in zip(kinds, value, strict=True))
+        _expect(isinstance(value, list) and len(value) == len(kinds), where, value, f"a list of {len(kinds)}")
+        return tuple(from_plain(x, part, where) for x, part in zip(kinds, value, strict=True))
     if get_origin(kind) is Literal:
+        if value not in get_args(kind):
+            refuse_old_setting(where.removeprefix("config."), value)
         _expect(value in get_args(kind), where, value, f"one of {', '.join(get_args(kind))}")
         return value
     written = {Path: str, float: int | float}.get(kind, kind)
-    _expect(isinstance(value, written) and (kind is bool or not isinstance(value, bool)), where, value, kind.__name__)
+    is_written = isinstance(value, written) and (kind is bool or not isinstance(value, bool))
+    _expect(is_written, where, repr(value), kind.__name__)
     return Path(value) if kind is Path else value
+
+
+def _dataclass_from_plain(kind: type, value: Any, where: str) -> Any:
+    hints = get_type_hints(kind)
+    _expect(isinstance(value, dict), where, repr(value), "an object with fields")
+    for name in set(value) - set(hints):
+        refuse_old_setting(f"{where}.{name}".removeprefix("config."))
+    if different := sorted(set(value) ^ set(hints)):
+        raise InputError(f"{where}: fields {different} are missing or unknown in this version")
+    return kind(**{name: from_plain(hint, value[name], f"{where}.{name}") for name, hint in hints.items()})

@@ -10,7 +10,7 @@ from hypothesis import settings
 from allspark_fast.data.info import DatasetInfo, hex_palette
 from allspark_fast.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from allspark_fast.training import trainer
-from allspark_fast.weights.spec import ModelSpec
+from allspark_fast.weights.spec import ModelSpec, save_model
 
 # The same examples in every run: what fails can be repeated.
 settings.register_profile("alike", derandomize=True)
@@ -57,3 +57,10 @@ def tiny_spec() -> ModelSpec:
         std=IMAGENET_STD,
         info=DatasetInfo("fruit", ("apple", "pear", "plum"), hex_palette("ff0000 00ff00 0000ff")),
     )
+
+
+@pytest.fixture
+def weights(tmp_path: Path, tiny_spec: ModelSpec) -> Path:
+    """The file of weights of such a model."""
+    save_model(tiny_spec.build(), tiny_spec, tmp_path / "model.safetensors")
+    return tmp_path / "model.safetensors"

@@ -6,7 +6,7 @@ from allspark_fast.data.sources import open_sources
 
 
 def run(arguments: list[str]) -> int:
-    """List every problem of the data of a recipe; 1 if there are errors."""
+    """List every problem of a recipe's data set; 1 if there are errors."""
     _, config = parse_config(arguments, "check")
     problems = check_sources(open_sources(config.data), config.data.crop)
     for problem in problems:

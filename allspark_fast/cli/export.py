@@ -4,13 +4,14 @@ import argparse
 from pathlib import Path
 
 from allspark_fast.cli import command_parser
+from allspark_fast.errors import InputError
 from allspark_fast.files import require_parent
 from allspark_fast.weights.export import MIN_SIDE, export_model
-from allspark_fast.weights.spec import load_model, save_model
+from allspark_fast.weights.spec import load_model
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of the command line."""
+    """Build the parser of the command's arguments."""
     parser = command_parser("export")
     parser.epilog = (
         f"The graph takes images (B, 3, H, W) in 0..1, any batch, at least {MIN_SIDE} pixels a side, "
@@ -19,24 +20,17 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "weights", metavar="WEIGHTS", type=Path, help="a run folder, or a file such as its best.safetensors"
     )
-    parser.add_argument(
-        "out", metavar="OUT", type=Path, help=".pt2 for torch.export, .onnx for ONNX; .safetensors for weights"
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace OUT if it is there already")
+    parser.add_argument("out", metavar="OUT", type=Path, help=".pt2 for torch.export, .onnx for ONNX")
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
     return parser
 
 
 def run(arguments: list[str]) -> int:
-    """Export a trained model as one graph, or as weights."""
+    """Export a trained model as one graph."""
     options = build_parser().parse_args(arguments)
     if options.out.exists() and not options.overwrite:
-        raise ValueError(f"{options.out} is there already: pass --overwrite to replace it")
+        raise InputError(f"{options.out} exists: pass --overwrite to replace it")
     require_parent(options.out)
-    model, spec = load_model(options.weights)
-    if options.out.suffix == ".safetensors":
-        save_model(model, spec, options.out)
-        print(f"{options.out}: weights, with what `predict` and `info` must know of them")
-        return 0
-    error = export_model(model, spec, options.out)
-    print(f"{options.out}: logits within {error:.0e} of the model's, relative to the largest")
+    error = export_model(*load_model(options.weights), options.out)
+    print(f"{options.out}: largest error of the logits {error:.0e}, relative to the largest logit")
     return 0

@@ -12,50 +12,43 @@ from allspark_fast.weights.spec import load_model
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of the command line."""
+    """Build the parser of the command's arguments."""
     parser = command_parser("predict")
     parser.add_argument("weights", metavar="WEIGHTS", help="a run folder, or a file such as its best.safetensors")
     parser.add_argument(
-        "images", metavar="IMAGE", nargs="+", help="files, folders with all folders in them, patterns like 'a/**/*.jpg'"
+        "images", metavar="IMAGE", nargs="+", help="files, folders (searched recursively), patterns like 'a/**/*.jpg'"
     )
     parser.add_argument(
         "--out",
         type=Path,
         default=Path("predictions"),
-        help="folder for labels/NAME.png (class indices, with colours) and overlays/NAME.jpg, NAME being the path "
-        "below a folder that IMAGE is; %(default)s if not given; images in it are not labeled",
+        help="folder for labels/NAME.png (class indices, with a palette) and overlays/NAME.jpg, where NAME is the path "
+        "below a folder IMAGE; default: %(default)s; images in it are not labeled",
     )
     parser.add_argument("--confidence", action="store_true", help="also write confidence/NAME.png, 255 for certain")
-    parser.add_argument("--overwrite", action="store_true", help="replace predictions that are there already")
+    parser.add_argument("--overwrite", action="store_true", help="replace predictions that exist")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument(
         "--whole",
         dest="mode",
         action="store_const",
         const="whole",
-        help="take images whole; if neither this nor --window is given, as the model was validated, but images of more "
-        f"than {MAX_WHOLE_PIXELS / 2**20:.0f} megapixels in windows",
+        help="predict whole images; default: as the model was validated, but images of more than "
+        f"{MAX_WHOLE_PIXELS / 2**20:.0f} megapixels in windows",
     )
-    mode.add_argument(
-        "--window",
-        dest="mode",
-        action="store_const",
-        const="sliding",
-        help="slide a window as large as a training crop",
-    )
+    window_help = "slide a window as large as a training crop"
+    mode.add_argument("--window", dest="mode", action="store_const", const="sliding", help=window_help)
+    batch_help = "images of equal size predicted together; memory grows with it; default: %(default)s"
+    parser.add_argument("--batch", type=int, default=1, help=batch_help)
     parser.add_argument(
-        "--batch",
-        type=int,
-        default=1,
-        help="as many successive images of equal size together, in as many times the memory; 1 if not given",
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto (default): a GPU if there is one"
     )
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if any")
-    parser.add_argument("--half", action="store_true", help="bfloat16 on a GPU: faster, and less exact")
+    parser.add_argument("--half", action="store_true", help="bfloat16 autocast, on a GPU: faster, less exact")
     return parser
 
 
 def run(arguments: list[str]) -> int:
-    """Label images; 1 if one of them could not be read."""
+    """Label images; 1 if one of them cannot be read."""
     parser = build_parser()
     options = parser.parse_args(arguments)
     if options.batch < 1:
@@ -66,9 +59,11 @@ def run(arguments: list[str]) -> int:
     output = OutputFolder(options.out, spec.info, confidence=options.confidence)
     output.claim(images, overwrite=options.overwrite)
     failed = 0
-    for error in tqdm(predict_files(predictor, images, output, batch=options.batch), total=len(images), unit="image"):
+    for error in tqdm(
+        predict_files(predictor, images, output, batch_size=options.batch), total=len(images), unit="image"
+    ):
         if error is not None:
             failed += 1
             tqdm.write(f"error: {error}", file=sys.stderr)
-    print(f"{options.out}: {len(images) - failed} images labeled" + (f", {failed} could not be read" if failed else ""))
+    print(f"{options.out}: {len(images) - failed} images labeled" + (f", {failed} cannot be read" if failed else ""))
     return int(failed > 0)

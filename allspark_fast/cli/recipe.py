@@ -1,25 +1,33 @@
 """Settings from the command line, for the commands that take a recipe."""
 
 import inspect
+from itertools import pairwise
 
 import tyro
 
-from allspark_fast.config import Config
+from allspark_fast.config import Config, refuse_old_setting
+from allspark_fast.errors import InputError
 from allspark_fast.recipes import RECIPES
-
-DEFAULT_RECIPE = "scenes"
 
 
 def parse_config(arguments: list[str], command: str) -> tuple[str, Config]:
-    """The recipe's name and its settings with the overrides of the command line.
+    """Return the recipe's name, and its settings with those of the command line.
+
+    Args:
+        arguments: of the command: ``[RECIPE] [--group.field value ...]``.
+        command: its name, for the help.
 
     Raises:
-        ValueError: there is no such recipe.
+        InputError: there is no such recipe, or a setting was renamed or removed.
     """
     named = bool(arguments) and not arguments[0].startswith("-")
-    recipe = arguments[0] if named else DEFAULT_RECIPE
+    recipe = arguments[0] if named else "scenes"
     if recipe not in RECIPES:
-        raise ValueError(f"there is no recipe {recipe!r}; recipes are {', '.join(RECIPES)}")
+        raise InputError(f"there is no recipe {recipe!r}; recipes are {', '.join(RECIPES)}")
+    for argument, following in pairwise([*arguments, ""]):
+        name, equals, value = argument.partition("=")
+        if name.startswith("--"):
+            refuse_old_setting(name.removeprefix("--").replace("-", "_"), value if equals else following)
     about = inspect.cleandoc(RECIPES[recipe].__doc__ or "").replace("``", "")
     config = tyro.cli(
         Config,

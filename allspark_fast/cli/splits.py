@@ -8,37 +8,37 @@ from allspark_fast.cli import command_parser
 from allspark_fast.data.datasets import Entry, SegmentationDataset, find_split, scan_folder
 from allspark_fast.data.info import read_info
 from allspark_fast.data.splits import classes_of, make_split, parse_amount, write_split
-from allspark_fast.errors import DataError
+from allspark_fast.errors import DataError, InputError
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of the command line."""
+    """Build the parser of the command's arguments."""
     parser = command_parser("splits")
     parser.add_argument("root", metavar="ROOT", type=Path, help="folder that holds images/, labels/ and meta.json")
     parser.add_argument(
         "amount",
         metavar="AMOUNT",
         nargs="?",
-        help="how many of the images with a label to train on with it: 1/16, 0.125 or a count; all if not given",
+        help="how many images to train on with their label: 1/16, 0.125 or a count; default: all that have one",
     )
     parser.add_argument(
-        "--val", metavar="AMOUNT", help="first set so many of the images with a label aside for validation, in val.txt"
+        "--val", metavar="AMOUNT", help="first set so many labeled images aside for validation, in val.txt"
     )
     parser.add_argument(
         "--list",
         type=Path,
         metavar="FILE",
-        help="split file to divide, below ROOT or here; all of images/ if not given",
+        help="split file to divide, below ROOT or the working directory; default: all of images/",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the choice; 0 if not given")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random choice; default: %(default)s")
     parser.add_argument(
-        "--out", type=Path, metavar="FOLDER", help="where to write; ROOT/splits, or ROOT/splits/AMOUNT, if not given"
+        "--out", type=Path, metavar="FOLDER", help="where to write; default: ROOT/splits, or ROOT/splits/AMOUNT"
     )
     return parser
 
 
 def run(arguments: list[str]) -> int:
-    """Choose which images are labeled; writes labeled.txt, unlabeled.txt and, if asked for, val.txt."""
+    """Choose which images are labeled; write labeled.txt, unlabeled.txt and, if asked for, val.txt."""
     options = build_parser().parse_args(arguments)
     entries = scan_folder(options.root) if options.list is None else find_split(options.root, options.list)
     if not any(entry.label for entry in entries):
@@ -50,7 +50,7 @@ def run(arguments: list[str]) -> int:
     if options.val is not None:
         kept = _labeled(entries) - parse_amount(options.val, _labeled(entries))
         if kept == 0:
-            raise ValueError(f"--val {options.val} leaves no label to train on, {_labeled(entries)} images have one")
+            raise InputError(f"--val {options.val} leaves no label to train on: {_labeled(entries)} images have one")
         # Training gets the rare classes.
         aside = set(make_split([entry for entry in entries if entry.label], kept, options.seed, classes).unlabeled)
         val = [entry for entry in entries if entry in aside]

@@ -8,6 +8,6 @@ from allspark_fast.training.trainer import train
 
 
 def run(arguments: list[str]) -> int:
-    """Train, or go on with a run; the status is 75 where a signal has stopped it."""
+    """Train, or resume a run; the status is 75 if a signal stopped it."""
     recipe, config = parse_config(arguments, "train")
     return 0 if train(config, config.run.output_dir or Path("runs") / recipe) else STOPPED

@@ -253,9 +253,9 @@ class EvalSample(NamedTuple):
     """One whole image.
 
     Attributes:
-        image: (1, 3, H, W) float32, normalised.
+        image: (1, 3, H, W) float32, normalized.
         label: (1, H, W) int64, 255 ignored.
-        entry: Where it came from.
+        entry: where it comes from.
     """
 
     image: Tensor
@@ -282,24 +282,26 @@ def evaluation_loader(
     mean: Sequence[float],
     std: Sequence[float],
     num_workers: int = 0,
+    pin_memory: bool = False,
     rank: int = 0,
     world_size: int = 1,
 ) -> Iterator[EvalSample]:
-    """Returns whole labeled images in order, one at a time.
+    """Return whole labeled images in order, one at a time; ``evaluate`` puts those of equal size together.
 
     Rank r of w gets the images r, r + w, ...: each image goes to one rank, none is repeated to fill up, so
     ranks may get unequal numbers.
 
     Args:
-        source: Images that all have a label.
-        mean: Mean per channel that is subtracted, for images in 0..1.
-        std: Standard deviation per channel that is divided by.
-        num_workers: Worker processes.
-        rank: Index of this process.
-        world_size: Number of processes.
+        source: images that all have a label.
+        mean: mean per channel that is subtracted, for images in 0..1.
+        std: standard deviation per channel that is divided by.
+        num_workers: worker processes.
+        pin_memory: return tensors in page-locked memory, for asynchronous copies to a GPU.
+        rank: index of this process.
+        world_size: number of processes.
 
     Raises:
-        DataError: An entry has no label, or there is none at all.
+        DataError: an entry has no label, or there is none at all.
     """
     _require_labels(source.entries)
     return _deliver(
@@ -308,6 +310,7 @@ def evaluation_loader(
             batch_size=None,
             sampler=range(rank, len(source.entries), world_size),
             num_workers=num_workers,
+            pin_memory=pin_memory,
             generator=torch.Generator(),
             worker_init_fn=ignore_stop_signals,
         )

@@ -75,6 +75,7 @@ class TrainingData:
             mean=data.mean,
             std=data.std,
             num_workers=self._config.eval.workers,
+            pin_memory=self._device.type == "cuda",
             rank=rank(),
             world_size=world_size(),
         )

@@ -1,12 +1,13 @@
-"""Evaluation by the official protocols: whole images, or sliding windows."""
+"""Evaluation by the reference implementation's protocols: whole images, or sliding windows."""
 
-from collections.abc import Iterable, Iterator
-from typing import Literal
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from typing import TypeVar, get_args
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from allspark_fast.config import EvalMode
 from allspark_fast.data.loader import EvalSample
 from allspark_fast.inference.metrics import ConfusionMatrix, Scores
 from allspark_fast.kernels.arguments import check_choice
@@ -14,10 +15,9 @@ from allspark_fast.kernels.bilinear import UpsampledBands
 from allspark_fast.kernels.upsample_argmax import upsample_argmax
 from allspark_fast.model import Segmentor
 
-# A MiT needs so many pixels a side: smaller images are padded.
-MIN_SIDE = 29
-# Windows cut by the border keep at least so many.
-MIN_WINDOW = 32
+Item = TypeVar("Item")
+# Images that wait for others of their size, at most, in batches.
+_WAITING = 4
 
 
 @torch.no_grad()
@@ -26,9 +26,11 @@ def evaluate(
     samples: Iterable[EvalSample],
     num_classes: int,
     *,
-    mode: Literal["whole", "sliding"] = "whole",
+    mode: EvalMode = "whole",
     crop: int = 513,
     device: torch.device | str = "cpu",
+    batch_size: int = 4,
+    amp: bool = False,
 ) -> Scores:
     """Score a model; it is in eval mode afterwards.
 
@@ -39,28 +41,56 @@ def evaluate(
         mode: ``whole`` (Pascal, COCO) or ``sliding`` (Cityscapes).
         crop: side of the windows in pixels.
         device: where to compute.
+        batch_size: images of equal size computed together; the scores change by rounding only.
+        amp: bfloat16 autocast, on a GPU.
 
     Returns:
         IoU of all pixels of all ranks together.
     """
     model.eval()
+    device = torch.device(device)
     confusion = ConfusionMatrix(num_classes, device=device)
-    for sample in samples:
-        labels, _ = predict_labels(model, sample.image.to(device), mode=mode, crop=crop)
-        confusion.update(labels, sample.label.to(device))
+    # One context around all batches, which casts the weights once.
+    with torch.autocast(device.type, torch.bfloat16, enabled=amp and device.type == "cuda"):
+        for batch in batches_of_equal_size(samples, batch_size, lambda sample: sample.image.shape):
+            images = torch.cat([sample.image.to(device, non_blocking=True) for sample in batch])
+            target = torch.cat([sample.label.to(device, non_blocking=True) for sample in batch])
+            labels, _ = predict_labels(model, images, mode=mode, crop=crop)
+            confusion.update(labels, target)
     confusion.add_ranks()
     return confusion.compute()
 
 
+def batches_of_equal_size(
+    items: Iterable[Item], batch_size: int, size: Callable[[Item], Hashable]
+) -> Iterator[list[Item]]:
+    """Yield every item once, with others of equal size; few items wait for others, so order changes little.
+
+    Args:
+        items: what to group.
+        batch_size: items of a batch, at most.
+        size: the size of an item.
+    """
+    waiting: dict[Hashable, list[Item]] = {}
+    for item in items:
+        key = size(item)
+        waiting.setdefault(key, []).append(item)
+        if len(waiting[key]) == batch_size:
+            yield waiting.pop(key)
+        elif sum(map(len, waiting.values())) == _WAITING * batch_size:
+            yield waiting.pop(next(iter(waiting)))  # the one that has waited longest
+    yield from waiting.values()
+
+
 @torch.no_grad()
 def predict_labels(
-    model: Segmentor, images: Tensor, *, mode: Literal["whole", "sliding"] = "whole", crop: int = 513
+    model: Segmentor, images: Tensor, *, mode: EvalMode = "whole", crop: int = 513
 ) -> tuple[Tensor, Tensor]:
     """Label images, each of which is treated alone.
 
     Args:
         model: in eval mode.
-        images: (B, 3, H, W) of any size, normalised.
+        images: (B, 3, H, W) of any size, normalized; smaller ones than ``model.min_size`` are padded.
         mode: ``whole``; or ``sliding``: windows that start every two thirds of the crop and end at the border, whose
             softmax is summed. The memory it takes grows with the width of the images, not with their height.
         crop: side of the windows in pixels.
@@ -69,13 +99,14 @@ def predict_labels(
         labels (B, H, W) int64, and their probability (B, H, W), the mean over windows.
 
     Raises:
-        ValueError: the mode is unknown, windows would be smaller than 32 pixels, or the images do not fit the model.
+        ValueError: the mode is unknown, the crop smaller than ``model.min_size``, or the images do not fit the model.
     """
-    check_choice("mode", mode, ("whole", "sliding"))
+    check_choice("mode", mode, get_args(EvalMode))
     height, width = images.shape[2:]
-    if min(height, width) < MIN_SIDE:
-        missing = (0, max(MIN_SIDE - width, 0), 0, max(MIN_SIDE - height, 0))
-        labels, confidence = predict_labels(model, F.pad(images, missing, mode="replicate"), mode=mode, crop=crop)
+    missing_height, missing_width = (max(model.min_size - side, 0) for side in (height, width))
+    if missing_height or missing_width:
+        padded = F.pad(images, (0, missing_width, 0, missing_height), mode="replicate")
+        labels, confidence = predict_labels(model, padded, mode=mode, crop=crop)
         return labels[:, :height, :width], confidence[:, :height, :width]
     if mode == "whole":
         return upsample_argmax(model(images, kv_source="image"), (height, width))
@@ -84,15 +115,15 @@ def predict_labels(
 
 
 def _sliding_bands(model: Segmentor, images: Tensor, crop: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Labels and confidence of bands of rows, from the top down, as soon as all their windows are summed."""
-    if crop < MIN_WINDOW:
-        raise ValueError(f"crop is {crop}, expected windows of at least {MIN_WINDOW} pixels a side")
+    """Yield labels and confidence of bands of rows, from the top down, as soon as all their windows are summed."""
+    if crop < model.min_size:
+        raise ValueError(f"crop is {crop}, expected windows of at least {model.min_size} pixels a side")
     height, width = images.shape[2:]
-    windows = list(_windows(height, crop))
+    windows = list(_windows(height, crop, model.min_size))
     unfinished: Tensor | None = None
     for rows, stop in zip(windows, [*(window.start for window in windows[1:]), height], strict=True):
         total: Tensor | None = None
-        for columns in _windows(width, crop):
+        for columns in _windows(width, crop, model.min_size):
             window = images[:, :, rows, columns]
             logits = model(window, kv_source="image").float()
             if total is None:
@@ -122,6 +153,7 @@ def _add_softmax(total: Tensor, logits: Tensor) -> None:
             image_total[:, rows] += band.movedim(bands.class_axis, 0)
 
 
-def _windows(length: int, crop: int) -> Iterator[slice]:
+def _windows(length: int, crop: int, smallest: int) -> Iterator[slice]:
+    """Yield windows every two thirds of the crop; the border cuts them, to no less than ``smallest`` pixels."""
     for start in range(0, length, int(crop * 2 / 3)):
-        yield slice(max(min(start, length - MIN_WINDOW), 0), min(start + crop, length))
+        yield slice(max(min(start, length - smallest), 0), min(start + crop, length))

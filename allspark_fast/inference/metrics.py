@@ -16,7 +16,7 @@ class Scores:
     Attributes:
         iou: (K,) float64, in [0, 1]; 0 for a class that occurs neither in a label nor in a prediction.
         present: (K,) bool, whether a class occurs in a label.
-        mean_iou: mean over all K classes, the official protocol's figure.
+        mean_iou: mean over all K classes, as the reference implementation reports it.
         mean_iou_present: mean over the classes that occur in a label.
         confusion: (K, K) int64 pixels; rows are true classes, columns predicted ones.
     """
@@ -29,7 +29,7 @@ class Scores:
 
 
 class ConfusionMatrix:
-    """Counts pixels by true and predicted class, without waiting for the device.
+    """Counts of pixels by true and predicted class, without synchronizing with the device.
 
     Args:
         num_classes: number of classes K, at least 1.
@@ -54,8 +54,8 @@ class ConfusionMatrix:
         Raises:
             TypeError: one of them is floating point.
             ValueError: the shapes differ.
-            RuntimeError: a class that counts is outside [0, K). On a GPU this stops the process by a device
-                assertion, since looking at it would wait for the device.
+            RuntimeError: a class that counts is outside [0, K). On a GPU this is a device assertion, which ends the
+                process: checking on the host would synchronize.
         """
         if prediction.is_floating_point() or target.is_floating_point():
             raise TypeError(f"expected integer classes, got {prediction.dtype} and {target.dtype}")
@@ -74,7 +74,7 @@ class ConfusionMatrix:
         self._counts.scatter_add_(0, bins, torch.ones_like(bins))
 
     def add_ranks(self) -> None:
-        """Add what all ranks have counted; each has to call this, once."""
+        """Add what all ranks have counted; each must call this, once."""
         self._counts = all_reduce_sum(self._counts)
 
     @property
@@ -93,7 +93,7 @@ class ConfusionMatrix:
         return self.matrix.sum(0) + self.matrix.sum(1) - self.intersection
 
     def compute(self) -> Scores:
-        """Scores of all that was counted."""
+        """Return the scores of all that was counted."""
         iou = self.intersection / self.union.clamp(min=1).double()
         present = self.matrix.sum(1) > 0
         mean_present = iou[present].mean().item() if present.any() else 0.0

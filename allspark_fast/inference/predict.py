@@ -6,20 +6,21 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple, get_args
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image
 
+from allspark_fast.config import EvalMode
 from allspark_fast.data.images import IMAGE_SUFFIXES, read_image
 from allspark_fast.data.info import DatasetInfo
 from allspark_fast.data.transforms import normalize_image
 from allspark_fast.device import DeviceName, choose_device
-from allspark_fast.errors import DataError
+from allspark_fast.errors import DataError, InputError
 from allspark_fast.files import make_folder, write_atomically
-from allspark_fast.inference.evaluate import predict_labels
+from allspark_fast.inference.evaluate import batches_of_equal_size, predict_labels
 from allspark_fast.kernels.arguments import check_choice
 from allspark_fast.model import Segmentor
 from allspark_fast.weights.spec import ModelSpec
@@ -55,7 +56,8 @@ class Predictor:
         half: bfloat16 autocast, on a GPU.
 
     Raises:
-        ValueError: ``device`` or ``mode`` is unknown, or there is no GPU, but it was asked for.
+        InputError: there is no GPU, but ``device`` or ``half`` needs one.
+        ValueError: ``device`` or ``mode`` is unknown.
     """
 
     def __init__(
@@ -64,14 +66,14 @@ class Predictor:
         spec: ModelSpec,
         *,
         device: DeviceName = "auto",
-        mode: Literal["whole", "sliding"] | None = None,
+        mode: EvalMode | None = None,
         half: bool = False,
     ) -> None:
         if mode is not None:
-            check_choice("mode", mode, ("whole", "sliding"))
+            check_choice("mode", mode, get_args(EvalMode))
         self.device = choose_device(device)
         if half and self.device.type != "cuda":
-            raise ValueError("half precision needs a GPU: leave it out")
+            raise InputError("half precision needs a GPU: leave --half out")
         self.model = model.to(self.device).eval()
         self.spec = spec
         self.mode = mode
@@ -79,18 +81,18 @@ class Predictor:
 
     @torch.no_grad()
     def __call__(self, images: Sequence[Image.Image]) -> list[Prediction]:
-        """Label RGB images of equal size, as ``read_image`` returns them, together.
+        """Label RGB images of equal size together; ``read_image`` returns such images.
 
         Raises:
-            TypeError: one is no image of Pillow.
+            TypeError: one is no Pillow image.
             ValueError: one is not RGB, their sizes differ, or there is none.
         """
         for image in images:
             if not isinstance(image, Image.Image):
                 kind = type(image).__name__
-                raise TypeError(f"expected images of Pillow, got {kind}: see Image.fromarray, or read_image(path)")
+                raise TypeError(f"expected Pillow images, got {kind}: use Image.fromarray or read_image(path)")
             if image.mode != "RGB":
-                raise ValueError(f"expected RGB images, got mode {image.mode}: convert('RGB') makes one of it")
+                raise ValueError(f"expected RGB images, got mode {image.mode}: use image.convert('RGB')")
         sizes = {image.size for image in images}
         if len(sizes) != 1:
             raise ValueError(f"the images of a batch must have one size, got {sorted(sizes)}")
@@ -121,7 +123,7 @@ class OutputFolder:
 
     Attributes:
         path: of the folder.
-        info: names and colours of the classes.
+        info: names and colors of the classes.
         confidence: whether to write confidences.
     """
 
@@ -133,19 +135,19 @@ class OutputFolder:
         """Make the folders for the predictions of ``images``.
 
         Raises:
+            InputError: two images would share a file, or a file exists and ``overwrite`` is False.
             NotADirectoryError: one is a file.
-            ValueError: two images would share a file, or a file is there and ``overwrite`` is False.
         """
         name, count = Counter(image.name for image in images).most_common(1)[0]
         if count > 1:
             shared = ", ".join(str(image.path) for image in images if image.name == name)
-            raise ValueError(f"{shared}: these would share one file {name}.png; predict them into different folders")
+            raise InputError(f"{shared}: these would share one file {name}.png; predict them into different folders")
         files = [file for image in images for file in self._files(image.name).values()]
         existing = [file for file in files if file.exists()]
         if existing and not overwrite:
-            raise ValueError(
-                f"{existing[0]} is there already, as are {len(existing) - 1} others: "
-                "pass --overwrite, or write to another folder (--out)"
+            raise InputError(
+                f"{existing[0]} exists, as do {len(existing) - 1} others: pass --overwrite, or write to another "
+                "folder (--out)"
             )
         for folder in {file.parent for file in files}:
             make_folder(folder)
@@ -168,7 +170,7 @@ class OutputFolder:
 
 
 def find_images(arguments: Iterable[str], *, skip: Path | None = None) -> list[ImageFile]:
-    """Images that files, folders (with all folders in them) and patterns (``**`` for any folders) name.
+    """Find the images that files, folders (searched recursively) and patterns (``**`` for any folders) name.
 
     Their names are paths below the folder, or below what stands before the first wildcard of a pattern; for a file, its
     own. Hidden files and folders are left out.
@@ -192,7 +194,7 @@ def find_images(arguments: Iterable[str], *, skip: Path | None = None) -> list[I
 
 
 def _search(argument: str, skip: Path | None) -> Iterator[ImageFile]:
-    """Images of a folder or a pattern, in alphabetical order."""
+    """Yield the images of a folder or a pattern, in alphabetical order."""
     is_folder = argument != "" and Path(argument).is_dir()
     parts = Path(argument).parts
     fixed = parts if is_folder else itertools.takewhile(lambda part: not glob.has_magic(part), parts)
@@ -205,7 +207,7 @@ def _search(argument: str, skip: Path | None) -> Iterator[ImageFile]:
 
 
 def predict_files(
-    predictor: Predictor, files: Iterable[ImageFile], output: OutputFolder, *, batch: int = 1
+    predictor: Predictor, files: Iterable[ImageFile], output: OutputFolder, *, batch_size: int = 1
 ) -> Iterator[DataError | None]:
     """Predict files into a folder; yields None, or what is wrong with the file, for each of them as it is done.
 
@@ -213,18 +215,18 @@ def predict_files(
         predictor: labels images.
         files: the images.
         output: where to write.
-        batch: as many consecutive images of equal size are predicted together.
+        batch_size: images of equal size that are predicted together.
     """
-    for size, group in itertools.groupby(map(_read, files), key=_size):
-        while part := list(itertools.islice(group, batch)):
-            images = [image for _, image in part if isinstance(image, Image.Image)]
-            predictions = iter(predictor(images) if size else [])
-            for name, image in part:
-                if isinstance(image, Image.Image):
-                    output.write(name, image, next(predictions))
-                    yield None
-                else:
-                    yield image
+    # Files that cannot be read have no size, and so a batch of their own.
+    for batch in batches_of_equal_size(map(_read, files), batch_size, lambda pair: getattr(pair[1], "size", None)):
+        images = [image for _, image in batch if isinstance(image, Image.Image)]
+        predictions = iter(predictor(images) if images else [])
+        for name, image in batch:
+            if isinstance(image, Image.Image):
+                output.write(name, image, next(predictions))
+                yield None
+            else:
+                yield image
 
 
 def _read(file: ImageFile) -> tuple[Path, Image.Image | DataError]:
@@ -232,7 +234,3 @@ def _read(file: ImageFile) -> tuple[Path, Image.Image | DataError]:
         return file.name, read_image(file.path)
     except DataError as error:
         return file.name, error
-
-
-def _size(read: tuple[Path, Image.Image | DataError]) -> tuple[int, int] | None:
-    return read[1].size if isinstance(read[1], Image.Image) else None

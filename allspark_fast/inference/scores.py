@@ -1,4 +1,4 @@
-"""What people see of scores: a table, plain values for JSON, a picture of the confusion matrix."""
+"""Scores for people: a table, plain values for JSON, a picture of the confusion matrix."""
 
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from allspark_fast.inference.metrics import Scores
 
 
 def score_table(scores: Scores, info: DatasetInfo) -> str:
-    """IoU of every class in percent and the means; classes that no label holds are marked."""
+    """Return a table of the IoU of every class and the means, in percent; classes that no label holds are marked."""
     width = max(map(len, info.classes))
     lines = [
         f"{name:<{width}}  {100 * iou:5.1f}" + ("" if present else "  (in no label)")
@@ -24,7 +24,7 @@ def score_table(scores: Scores, info: DatasetInfo) -> str:
 
 
 def score_record(scores: Scores, info: DatasetInfo) -> dict[str, Any]:
-    """All scores as plain values, for JSON; lists are in the order of the classes."""
+    """Return all scores as plain values, for JSON; lists are in the order of the classes."""
     return {
         "miou": scores.mean_iou,
         "miou_present": scores.mean_iou_present,
@@ -36,20 +36,20 @@ def score_record(scores: Scores, info: DatasetInfo) -> dict[str, Any]:
 
 
 def draw_confusion(path: Path, scores: Scores, info: DatasetInfo) -> None:
-    """Write a picture of the confusion matrix: of the pixels of each true class (row), the part with each label."""
+    """Write a picture of the confusion matrix: of the pixels of each true class (row), the fraction with each label."""
     from matplotlib.figure import Figure  # noqa: PLC0415 slow to import
 
     counts = scores.confusion.cpu().double()
-    part = (counts / counts.sum(1, keepdim=True).clamp(min=1)).numpy()
+    fraction = (counts / counts.sum(1, keepdim=True).clamp(min=1)).numpy()
     classes = len(info.classes)
     side = 2.5 + 0.3 * classes
     figure = Figure(figsize=(side, side), layout="constrained")
     axes = figure.subplots()
-    axes.imshow(part, cmap="viridis", vmin=0, vmax=1)
+    axes.imshow(fraction, cmap="viridis", vmin=0, vmax=1)
     axes.set_xticks(range(classes), info.classes, rotation=90)
     axes.set_yticks(range(classes), info.classes)
     axes.set(xlabel="predicted", ylabel="true", title="percent of the true class")
-    for (row, column), value in np.ndenumerate(part):
+    for (row, column), value in np.ndenumerate(fraction):
         if round(100 * value):
             color = "white" if value < 0.6 else "black"
             axes.text(column, row, f"{100 * value:.0f}", ha="center", va="center", fontsize=7, color=color)

@@ -60,6 +60,11 @@ class Segmentor(nn.Module):
         self.backbone = backbone
         self.decoder = decoder
 
+    @property
+    def min_size(self) -> int:
+        """Side of the smallest images in pixels: the encoder's ``min_size``."""
+        return self.backbone.min_size
+
     def forward(
         self,
         images: Tensor,

@@ -30,6 +30,7 @@ class TimmBackbone(Backbone):
 
     Attributes:
         name: name of the model in timm.
+        min_size: side in pixels of the smallest images that are not enlarged.
 
     Raises:
         InputError: timm has no such model, or it has fewer than four maps, or takes only images of one size.
@@ -44,6 +45,7 @@ class TimmBackbone(Backbone):
         _replace_layers(self.features, timm.layers)
         self.channels = tuple(self.features.feature_info.channels())
         self.stride = max(self.features.feature_info.reduction())
+        self.min_size = self.stride
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Encode images.

@@ -226,10 +226,18 @@ class Trainer:
     def _score(self, asked: Callable[[], bool] = lambda: False) -> Scores:
         """Score the validation images, or those before a signal asked to stop."""
         model, classes = self.state.evaluated_model(), len(self.data.info.classes)
-        mode, crop = self.config.eval.mode, self.config.data.crop
         with torch.compiler.set_stance("force_eager"):  # compiling for every size of image would take longer
             seen = itertools.takewhile(lambda _: not asked(), self.data.validation())
-            return evaluate(model, seen, classes, mode=mode, crop=crop, device=self.device)
+            return evaluate(
+                model,
+                seen,
+                classes,
+                mode=self.config.eval.mode,
+                crop=self.config.data.crop,
+                device=self.device,
+                batch_size=self.config.eval.batch_size,
+                amp=self.config.train.amp,
+            )
 
     @torch.no_grad()
     def _pseudo_labels(self) -> tuple[Tensor, dict[str, Tensor], Record]:

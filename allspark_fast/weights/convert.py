@@ -1,4 +1,4 @@
-"""Weights of others as models of ours: what a file does not say is read off the shapes of its tensors."""
+"""Weights of any origin as models of ours: what a file does not say is inferred from the shapes of its tensors."""
 
 import dataclasses
 import json
@@ -11,21 +11,15 @@ from torch import Tensor
 
 from allspark_fast.config import DataConfig
 from allspark_fast.data.info import DATASETS, VOC_PALETTE, DatasetInfo, parse_meta
-from allspark_fast.errors import DataError
+from allspark_fast.errors import DataError, InputError
 from allspark_fast.model import MIT_CONFIGS, Segmentor
 from allspark_fast.model.mit import STRIDES
 from allspark_fast.weights.files import load_state_dict, read_state_dict
-from allspark_fast.weights.spec import ModelSpec, find_weights, read_spec
+from allspark_fast.weights.spec import ModelSpec, find_weights, load_model, read_spec
 
-# The data sets of the public code: its checkpoints are told by their number of classes.
+# The data sets of the public code: the number of classes tells which one a checkpoint is of.
 _PUBLIC = {len(DATASETS[name].classes): DATASETS[name] for name in ("pascal", "cityscapes", "coco")}
 _MEMORY = "decoder.allspark.attn.kv_queue"
-_HUGGING_FACE_HEAD = (
-    (r"^decode_head\.linear_c\.(\d)\.proj\.", r"linear_c{1}.proj."),
-    (r"^decode_head\.linear_fuse\.", r"linear_fuse.conv."),
-    (r"^decode_head\.batch_norm\.", r"linear_fuse.bn."),
-    (r"^decode_head\.classifier\.", r"linear_pred."),
-)
 
 
 def read_model(path: str | Path, classes: str | None = None) -> tuple[Segmentor, ModelSpec]:
@@ -36,28 +30,29 @@ def read_model(path: str | Path, classes: str | None = None) -> tuple[Segmentor,
 
     Args:
         path: a checkpoint of the public code, a Hugging Face SegFormer (a folder or its weights), or weights of ours.
-        classes: where their names and colours come from: a data set of DATASETS, or a ``meta.json``, see read_info.
+        classes: where their names and colors come from: a data set of DATASETS, or a ``meta.json``, see read_info.
             None takes what the file says, a ``config.json`` of Hugging Face beside it, or else, for ``.pth``, the data
             set of the public code with so many classes; where nothing tells, they become "class 0" and so on.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is damaged, holds an encoder only, another architecture, or other classes.
+        InputError: the file is damaged, holds an encoder only, another architecture, or other classes.
     """
     path = find_weights(path)
-    state = _with_head(read_state_dict(path))
-    spec = read_spec(path)
-    if spec is None:
-        spec = infer_spec(state, path, classes)
-    elif classes is not None:
-        spec = dataclasses.replace(spec, info=_class_info(path, len(spec.info.classes), classes))
-    model = spec.build()
+    if read_spec(path) is not None:
+        model, spec = load_model(path)
+        if classes is not None:
+            spec = dataclasses.replace(spec, info=_class_info(path, len(spec.info.classes), classes))
+        return model, spec
+    state = read_state_dict(path, head=True)
+    spec = infer_spec(state, path, classes)
+    model = spec.build_for(path)
     load_state_dict(model, state, path)
     return model.eval(), spec
 
 
 def infer_spec(state: Mapping[str, Tensor], path: Path, classes: str | None = None) -> ModelSpec:
-    """What a model of these weights must be.
+    """Infer what a model of these weights must be.
 
     The crop is the smallest with as many tokens as the memory has, which is that of the public code (513, 801);
     without a memory it is the default one.
@@ -68,18 +63,19 @@ def infer_spec(state: Mapping[str, Tensor], path: Path, classes: str | None = No
         classes: see read_model.
 
     Raises:
-        ValueError: this is no model that we have.
+        InputError: this is no model that we have.
     """
     if "decoder.decoder.linear_pred.weight" not in state:
-        raise ValueError(
+        raise InputError(
             f"{path}: holds no decoder, so it labels nothing; training starts from an encoder as it is: "
             f"--model.weights {path}"
         )
     info = _class_info(path, len(state["decoder.decoder.linear_pred.weight"]), classes)
     allspark = _MEMORY in state
-    channels = len(state["backbone.norm4.weight"])
+    backbone = _infer_backbone(state, path)
+    channels = MIT_CONFIGS[backbone].embed_dims[-1]
     return ModelSpec(
-        backbone=_infer_backbone(state, path),
+        backbone=backbone,
         allspark=allspark,
         embedding_dim=len(state["decoder.decoder.linear_fuse.conv.weight"]),
         num_heads=len(state["decoder.allspark.attn.q_u.weight"]) // channels if allspark else 1,
@@ -93,20 +89,20 @@ def infer_spec(state: Mapping[str, Tensor], path: Path, classes: str | None = No
 
 
 def _infer_backbone(state: Mapping[str, Tensor], path: Path) -> str:
-    """The Mix Transformer with these widths and depths; loading compares all other shapes."""
+    """Return the Mix Transformer of these widths and depths; loading compares all other shapes."""
     widths = tuple(len(state.get(f"backbone.patch_embed{stage}.proj.bias", ())) for stage in range(1, 5))
     blocks = {match[0] for name in state if (match := re.match(r"backbone\.block\d\.\d+", name))}
     depths = tuple(sum(block.startswith(f"backbone.block{stage}.") for block in blocks) for stage in range(1, 5))
     for name, config in MIT_CONFIGS.items():
         if (config.embed_dims, config.depths) == (widths, depths):
             return name
-    raise ValueError(f"{path}: no Mix Transformer here has widths {widths} and depths {depths}")
+    raise InputError(f"{path}: no Mix Transformer here has widths {widths} and depths {depths}")
 
 
 def _infer_crop(tokens: int, path: Path) -> int:
     side = math.isqrt(tokens)
     if side**2 != tokens:
-        raise ValueError(f"{path}: its memory has {tokens} tokens, expected a square number, for square crops")
+        raise InputError(f"{path}: its memory has {tokens} tokens, expected a square number, for square crops")
     return (side - 1) * STRIDES[-1] + 1
 
 
@@ -120,13 +116,13 @@ def _class_info(path: Path, count: int, classes: str | None) -> DatasetInfo:
         generic = DatasetInfo(path.stem, tuple(f"class {index}" for index in range(count)), VOC_PALETTE)
         info = _PUBLIC.get(count, generic) if path.suffix == ".pth" else generic
     if len(info.classes) != count:
-        raise ValueError(f"{path}: has {count} classes, but {info.name} names {len(info.classes)}: give --classes")
+        raise InputError(f"{path}: has {count} classes, but {info.name} names {len(info.classes)}: give --classes")
     return info
 
 
 def _read_meta(file: Path) -> DatasetInfo:
     if not file.is_file():
-        raise FileNotFoundError(f"{file}: no file of class names, and no data set ({', '.join(DATASETS)})")
+        raise FileNotFoundError(f"{file}: no file of class names, and no data set (known: {', '.join(DATASETS)})")
     try:
         return parse_meta(json.loads(file.read_text(encoding="utf-8")), file.resolve().parent.name)
     except ValueError as error:
@@ -134,24 +130,11 @@ def _read_meta(file: Path) -> DatasetInfo:
 
 
 def _hugging_face_classes(config: Path) -> DatasetInfo | None:
-    """The classes that a config.json of Hugging Face names; None for one of ours, which does not."""
+    """Read the classes that a config.json of Hugging Face names; None for one of ours, which does not."""
     try:
         names = json.loads(config.read_text(encoding="utf-8")).get("id2label")
-        meta = None if names is None else {"classes": [names[str(index)] for index in range(len(names))]}
-        return None if meta is None else parse_meta(meta, config.resolve().parent.name)
+        if names is None:
+            return None
+        return parse_meta({"classes": [names[str(i)] for i in range(len(names))]}, config.resolve().parent.name)
     except (ValueError, KeyError, AttributeError) as error:
         raise DataError(f"{config}: expected a configuration of Hugging Face with 'id2label' ({error!r})") from error
-
-
-def _with_head(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename the head of Hugging Face's SegFormer, which is ours; read_state_dict leaves it, for it keeps encoders."""
-    return {_rename(name): x for name, x in state.items()}
-
-
-def _rename(name: str) -> str:
-    for pattern, replacement in _HUGGING_FACE_HEAD:
-        if match := re.match(pattern, name):
-            # They count maps from 0.
-            stage = str(int(match[1]) + 1) if match.groups() else ""
-            return f"decoder.decoder.{replacement.replace('{1}', stage)}{name[match.end() :]}"
-    return name

@@ -1,4 +1,4 @@
-"""A trained model as one graph of plain operators: a program of torch.export, or ONNX."""
+"""A trained model as one graph of plain operators, by torch.export or as ONNX."""
 
 import copy
 import importlib.util
@@ -10,13 +10,15 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.nn import functional as F
 
+from allspark_fast.errors import InputError, MissingPackageError, RunError
 from allspark_fast.files import write_atomically
 from allspark_fast.model import Segmentor
+from allspark_fast.model.mit import STRIDES
 from allspark_fast.weights.spec import ModelSpec
 
-# Images of any size from here on; below, the deepest maps are a pixel wide, which is another graph.
-MIN_SIDE = 64
-# Traced with sides that differ, so that nothing takes them for equal.
+# torch.export takes a dimension of size 1 for a constant, so all maps must be at least two wide.
+MIN_SIDE = 2 * STRIDES[-1]
+# Traced with sides that differ, so that the graph does not assume equal ones.
 _TRACED = (2, 3, 96, 128)
 _CHECKED = ((1, 3, MIN_SIDE, 97), (3, 3, 128, MIN_SIDE))
 _TOLERANCE = 1e-4
@@ -47,7 +49,7 @@ class PixelsToLogits(nn.Module):
         self.register_buffer("std", torch.tensor(spec.std)[:, None, None])
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) float32 RGB in 0..1 to logits (B, K, H, W)."""
+        """Map (B, 3, H, W) float32 RGB in 0..1 to logits (B, K, H, W)."""
         logits = self.model((images - self.mean) / self.std)
         return F.interpolate(logits, images.shape[2:], mode="bilinear", align_corners=False)
 
@@ -55,7 +57,7 @@ class PixelsToLogits(nn.Module):
 def export_model(model: Segmentor, spec: ModelSpec, path: Path) -> float:
     """Write a model as one graph, for any batch and any image of at least MIN_SIDE pixels a side.
 
-    Its input ``images`` is (B, 3, H, W) float32, RGB in 0..1, not normalised; its output ``logits`` (B, K, H, W), of
+    Its input ``images`` is (B, 3, H, W) float32, RGB in 0..1, not normalized; its output ``logits`` (B, K, H, W), of
     which the argmax over K is the label. What ``ModelSpec.to_json`` says travels with it: as the extra file
     ``model.json`` in ``.pt2``, as the metadata ``allspark_fast`` in ``.onnx``.
 
@@ -68,23 +70,24 @@ def export_model(model: Segmentor, spec: ModelSpec, path: Path) -> float:
         the largest difference to the model, relative to its largest logit, at some batches and sizes.
 
     Raises:
-        ValueError: the suffix is another, a package for ONNX is missing, or the encoder is a Swin.
-        RuntimeError: the graph computes something else than the model; nothing is written.
+        InputError: the suffix is another, or the encoder is a Swin.
+        MissingPackageError: a package for ONNX is not installed.
+        RunError: the graph computes something else than the model; nothing is written.
     """
     missing = [name for name in _ONNX_PACKAGES if importlib.util.find_spec(name) is None]
     if path.suffix not in (".pt2", ".onnx"):
-        raise ValueError(f"{path}: a graph is written to .pt2 or .onnx, weights to .safetensors")
+        raise InputError(f"{path}: a graph is written to .pt2 or .onnx; `convert` writes weights")
     if path.suffix == ".onnx" and missing:
-        raise ValueError(f"ONNX needs {', '.join(missing)}: pip install 'allspark-fast[export]'")
+        raise MissingPackageError(f"ONNX needs {', '.join(missing)}: pip install 'allspark-fast[export]'")
     if "swin" in spec.backbone:
-        # Sizes of windows that depend on sizes: nothing came of it in five minutes (torch 2.14).
-        raise ValueError(f"torch.export does not come to an end with {spec.backbone}: Swin cannot be exported")
+        # Its windows' sizes depend on the image's: tracing did not end within five minutes (torch 2.14).
+        raise InputError(f"{spec.backbone}: Swin cannot be exported, torch.export does not end")
     module = PixelsToLogits(model, spec).eval()
     sizes: dict[int, object] = {0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC}
     with torch.no_grad():
         program = torch.export.export(module, (torch.rand(_TRACED),), dynamic_shapes={"images": sizes})
     if path.suffix == ".pt2":
-        error = _largest_error(program.module(), module, path)
+        error = largest_error(program.module(), module, path)
         extra = {"model.json": spec.to_json()}
         write_atomically(path, lambda temporary: torch.export.save(program, temporary, extra_files=extra))
         return error
@@ -105,19 +108,23 @@ def _write_onnx(program: ExportedProgram, module: nn.Module, spec: ModelSpec, pa
     def run(images: Tensor) -> Tensor:
         return torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
 
-    error = _largest_error(run, module, path)
+    error = largest_error(run, module, path)
     write_atomically(path, onnx.save)
     return error
 
 
 @torch.no_grad()
-def _largest_error(program: Program, module: nn.Module, path: Path) -> float:
-    """The largest difference of logits, relative to the largest logit."""
+def largest_error(program: Program, module: nn.Module, path: Path) -> float:
+    """Compare logits; return the largest difference, relative to the largest logit.
+
+    Raises:
+        RunError: it is more than rounding.
+    """
     errors = []
     for size in _CHECKED:
         images = torch.rand(size)
         expected = module(images)
         errors.append(((program(images) - expected).abs().max() / expected.abs().max()).item())
     if not all(error <= _TOLERANCE for error in errors):  # a NaN, too
-        raise RuntimeError(f"{path}: not written, its logits would differ from the model's by {max(errors):.1e}")
+        raise RunError(f"{path}: not written, its logits would differ from the model's by {max(errors):.1e}")
     return max(errors)

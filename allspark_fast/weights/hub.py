@@ -10,7 +10,7 @@ from allspark_fast.weights.spec import ModelSpec, load_model, save_model
 
 
 class PretrainedSegmentor(Segmentor, ModelHubMixin, library_name="allspark-fast"):
-    """A model with ``from_pretrained``, ``save_pretrained`` and ``push_to_hub``; names and colours travel with it.
+    """A model with ``from_pretrained``, ``save_pretrained`` and ``push_to_hub``; names and colors travel with it.
 
     The folder is that of ``save_model``: the commands and ``load_model`` take it too, without huggingface_hub.
 

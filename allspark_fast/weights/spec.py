@@ -4,11 +4,12 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
 
-from allspark_fast.config import Config
+from allspark_fast.config import Config, EvalMode, from_plain
 from allspark_fast.data.info import DatasetInfo, parse_meta
+from allspark_fast.errors import InputError
 from allspark_fast.files import make_folder, write_atomically
+from allspark_fast.kernels.arguments import check_count
 from allspark_fast.model import AllSparkOptions, Segmentor, build_segmentor
 from allspark_fast.model.options import MemoryInit
 from allspark_fast.weights.files import load_weights, read_metadata, save_weights
@@ -32,9 +33,9 @@ class ModelSpec:
         memory_init: see SemanticMemory.
         crop: side of the training crops in pixels, and of sliding windows.
         mode: how the model was validated, see predict_labels.
-        mean: of each colour channel in 0..1, subtracted from images.
-        std: of each colour channel, which images are divided by.
-        info: names and colours of the classes.
+        mean: of each color channel in 0..1, subtracted from images.
+        std: of each color channel, which images are divided by.
+        info: names and colors of the classes.
     """
 
     backbone: str
@@ -43,14 +44,18 @@ class ModelSpec:
     num_heads: int
     memory_init: MemoryInit
     crop: int
-    mode: Literal["whole", "sliding"]
+    mode: EvalMode
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     info: DatasetInfo
 
+    def __post_init__(self) -> None:
+        for name in ("embedding_dim", "num_heads", "crop"):
+            check_count(name, getattr(self, name))
+
     @classmethod
     def of_run(cls, config: Config, info: DatasetInfo) -> "ModelSpec":
-        """The model of a configuration, trained on the classes of ``info``."""
+        """Return the specification of a configuration's model, trained on the classes of ``info``."""
         return cls(
             backbone=config.model.backbone,
             allspark=config.train.method == "allspark",
@@ -65,7 +70,7 @@ class ModelSpec:
         )
 
     def to_json(self) -> str:
-        """Version, fields and the classes in the form of a ``meta.json``."""
+        """Return version, fields, and the classes in the form of a ``meta.json``."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         info = fields.pop("info")
         palette = info.palette[: len(info.classes)]
@@ -74,25 +79,26 @@ class ModelSpec:
 
     @classmethod
     def from_json(cls, text: str) -> "ModelSpec":
-        """What ``to_json`` wrote.
+        """Read what ``to_json`` wrote.
 
         Raises:
-            ValueError: the text is damaged, or of another version.
+            InputError: the text is damaged, or of another version; the message names the field.
         """
         try:
             fields = json.loads(text)
             if (version := fields.pop("version")) != _VERSION:
-                raise ValueError(f"version {version!r}, expected {_VERSION}")
+                raise InputError(f"version is {version!r}, expected {_VERSION}")
             meta = {name: fields.pop(name) for name in ("classes", "palette")}
-            info = parse_meta(meta, _text(fields.pop("dataset")))
-            return cls(info=info, **{name: _PARSERS[name](value) for name, value in fields.items()})
+            info = parse_meta(meta, from_plain(str, fields.pop("dataset"), "dataset"))
+            return from_plain(cls, {**fields, "info": info}, "model")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"what it says of its model is damaged, or newer than this allspark-fast ({error!r})"
+            detail = f"no {error}" if isinstance(error, KeyError) else error
+            raise InputError(
+                f"damaged description of the model, or newer than this allspark-fast ({detail})"
             ) from error
 
     def build(self) -> Segmentor:
-        """A model with random weights."""
+        """Build the model, with random weights; raises as ``build_segmentor``."""
         return build_segmentor(
             self.backbone,
             len(self.info.classes),
@@ -101,45 +107,20 @@ class ModelSpec:
             embedding_dim=self.embedding_dim,
         )
 
+    def build_for(self, path: Path) -> Segmentor:
+        """Build the model that a file of weights is for.
 
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"expected a text, found {value!r}")
-    return value
-
-
-def _positive(value: Any) -> int:
-    if not isinstance(value, int) or value < 1:
-        raise TypeError(f"expected a positive integer, found {value!r}")
-    return value
-
-
-def _three(value: Any) -> tuple[float, float, float]:
-    red, green, blue = map(float, value)
-    return red, green, blue
-
-
-def _mode(value: Any) -> Literal["whole", "sliding"]:
-    if value not in ("whole", "sliding"):
-        raise ValueError(f"expected whole or sliding, found {value!r}")
-    return cast(Literal["whole", "sliding"], value)
-
-
-_PARSERS: dict[str, Any] = {
-    "backbone": _text,
-    "allspark": bool,
-    "embedding_dim": _positive,
-    "num_heads": _positive,
-    "memory_init": _text,
-    "crop": _positive,
-    "mode": _mode,
-    "mean": _three,
-    "std": _three,
-}
+        Raises:
+            InputError: there is no such model; the message names the file.
+        """
+        try:
+            return self.build()
+        except ValueError as error:
+            raise InputError(f"{path}: no such model: {error}") from error
 
 
 def find_weights(path: str | Path) -> Path:
-    """The file of weights that is meant: ``path`` itself, or what is in the folder, of a run for example.
+    """Return the file of weights that is meant: ``path`` itself, or what is in the folder, of a run for example.
 
     Raises:
         FileNotFoundError: there is none.
@@ -150,21 +131,21 @@ def find_weights(path: str | Path) -> Path:
     for name in _FILES:
         if (path / name).is_file():
             return path / name
-    raise FileNotFoundError(f"{path}: there is none of {', '.join(_FILES)} in this folder; a run writes the first")
+    raise FileNotFoundError(f"{path}: none of {', '.join(_FILES)} in this folder; a run writes the first")
 
 
 def read_spec(path: str | Path) -> ModelSpec | None:
-    """What a file of weights says about its model; None if it says nothing.
+    """Read what a file of weights says about its model; None if it says nothing.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is damaged, or of another version.
+        InputError: the file is damaged, or of another version.
     """
     text = read_metadata(path).get(_KEY)
     try:
         return None if text is None else ModelSpec.from_json(text)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
 
 
 def load_model(path: str | Path) -> tuple[Segmentor, ModelSpec]:
@@ -175,18 +156,18 @@ def load_model(path: str | Path) -> tuple[Segmentor, ModelSpec]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is damaged, or does not say what its model is.
+        InputError: the file is damaged, or does not say what its model is.
     """
     path = find_weights(path)
     spec = read_spec(path)
     if spec is None:
-        raise ValueError(
-            f"{path} does not say what its model is (classes, colours, sizes): if it holds weights, "
+        raise InputError(
+            f"{path} does not say what its model is (classes, colors, sizes): if it holds weights, "
             f"`python -m allspark_fast convert {path} model.safetensors` finds that out and writes it down"
         )
-    model = spec.build()
-    if report := load_weights(model, path).fresh:
-        raise ValueError(f"{path} lacks weights of its model: {', '.join(report[:3])}")
+    model = spec.build_for(path)
+    if fresh := load_weights(model, path).fresh:
+        raise InputError(f"{path} lacks weights of its model: {', '.join(fresh[:3])}")
     return model.eval(), spec
 
 
@@ -200,11 +181,11 @@ def save_model(model: Segmentor, spec: ModelSpec, path: str | Path) -> None:
             README.md, a model card, ready for the Hugging Face Hub.
 
     Raises:
-        ValueError: the path is that of a file of weights of another kind.
+        InputError: the path is that of a file of weights of another kind.
     """
     path = Path(path)
     if path.suffix in (".pth", ".pt", ".bin"):
-        raise ValueError(f"{path}: must be .safetensors or a folder; `convert` writes the public code's .pth")
+        raise InputError(f"{path}: must be .safetensors or a folder; `convert` writes the public code's .pth")
     if path.suffix == ".safetensors":
         metadata = {_KEY: spec.to_json()}
         write_atomically(path, lambda temporary: save_weights(model, temporary, metadata))
@@ -218,8 +199,31 @@ def save_model(model: Segmentor, spec: ModelSpec, path: str | Path) -> None:
         write_atomically(card, lambda temporary: temporary.write_text(model_card(spec), encoding="utf-8"))
 
 
+def describe_model(model: Segmentor, spec: ModelSpec) -> dict[str, str]:
+    """Return what a model is, as text by property."""
+    bottleneck = {"bottleneck": "none, plain SegFormer"}
+    if model.decoder.allspark is not None:
+        memory = model.decoder.allspark.attn
+        classes, slots, tokens = memory.kv_queue.shape
+        filled = classes if memory.queue_filled is None else int(memory.queue_filled.sum())
+        bottleneck = {
+            "bottleneck": f"AllSpark, {spec.num_heads} heads",
+            "memory": f"{slots} channels of {tokens} tokens for each class, initialized {spec.memory_init}; "
+            f"{filled} of {classes} classes filled",
+        }
+    return {
+        "encoder": spec.backbone,
+        **bottleneck,
+        "head": f"{spec.embedding_dim} channels",
+        "parameters": f"{sum(x.numel() for x in model.parameters()) / 1e6:.1f} M",
+        "crop": f"{spec.crop} pixels, validated on {'whole images' if spec.mode == 'whole' else 'sliding windows'}",
+        "colors": f"mean {spec.mean}, std {spec.std}",
+        "classes": f"{len(spec.info.classes)} of {spec.info.name}: {', '.join(spec.info.classes)}",
+    }
+
+
 def model_card(spec: ModelSpec) -> str:
-    """The README.md of a model on the Hugging Face Hub."""
+    """Return the README.md of a model on the Hugging Face Hub."""
     what = "SegFormer with the AllSpark bottleneck" if spec.allspark else "SegFormer"
     validated = "whole images" if spec.mode == "whole" else "sliding windows of that size"
     classes = ", ".join(f"{index} {name}" for index, name in enumerate(spec.info.classes))
@@ -246,7 +250,7 @@ Or, for the folder that holds this file: `python -m allspark_fast predict FOLDER
 
 Classes ({len(spec.info.classes)}): {classes}.
 
-## Licence
+## License
 
 Say here under which terms these weights may be used. If their encoder started from NVIDIA's MiT weights (`mit_b*.pth`,
 SegFormer on Hugging Face), as those of the public AllSpark code do, they are for non-commercial use under the NVIDIA

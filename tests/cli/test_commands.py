@@ -1,19 +1,21 @@
-"""The command line as such, and ``info``."""
+"""The command line as such: help, mistakes, ``info`` and ``selftest``."""
 
+import dataclasses
 import errno
 import importlib
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
 from allspark_fast.__main__ import main
-from allspark_fast.cli import COMMANDS, info, train
+from allspark_fast.cli import COMMANDS, info, selftest, train
+from allspark_fast.config import Config
 from allspark_fast.errors import InputError
-from allspark_fast.kernels.selftest import Result
 from allspark_fast.recipes import RECIPES
 from allspark_fast.weights.spec import ModelSpec, save_model
+
+SETTINGS = [(group, setting) for group in dataclasses.fields(Config) for setting in dataclasses.fields(group.type)]
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -25,6 +27,13 @@ def test_every_command_explains_itself(name: str, capsys: pytest.CaptureFixture[
     assert f"python -m allspark_fast {name}" in printed
     if name in ("train", "check", "evaluate"):
         assert all(recipe in printed for recipe in RECIPES)
+    if name == "train":
+        assert all(f"--{group.name}.{x.name.replace('_', '-')}" in printed for group, x in SETTINGS)
+
+
+@pytest.mark.parametrize(("group", "setting"), SETTINGS)
+def test_every_setting_has_a_description(group: dataclasses.Field, setting: dataclasses.Field) -> None:
+    assert f"\n        {setting.name}: " in group.type.__doc__
 
 
 @pytest.mark.parametrize(("arguments", "status"), [([], 2), (["trian"], 2), (["--help"], 0)])
@@ -38,27 +47,93 @@ def test_without_a_command_the_usage_is_printed(
     assert all(f"  {line}" in printed for line in COMMANDS.values())
 
 
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("train imagenet", "there is no recipe 'imagenet'; recipes are scenes, camvid, folder, pascal"),
+        ("train --train.epoch 3", "--train.epochs"),
+        ("train --train.method fixmatch", "supervised"),
+        ("train pascal --data.root nowhere", "there is no folder nowhere"),
+        ("train --data.scenes 3 8 2 --train.batch-size 9", "8 unlabeled images do not fill a batch of 9"),
+        ("train --model.weights nowhere.pth", "nowhere.pth: no such file"),
+        ("train --run.device cuda", "use cpu or auto"),
+        ("check pascal --data.root .", "split file splits/pascal/1_8/labeled.txt: not found"),
+        ("evaluate nowhere", "nowhere: not a run folder, it holds no config.json"),
+    ],
+)
+def test_mistakes_are_named(
+    command: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if "cuda" in command and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    monkeypatch.chdir(tmp_path)
+    try:
+        status = main(command.split())
+    except SystemExit as stop:  # how argparse and tyro end
+        status = stop.code
+    assert status in (1, 2)
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "error", "advice"),
+    [
+        ("train", RuntimeError("DefaultCPUAllocator: can't allocate memory"), "--train.gradient-accumulation-steps 2"),
+        ("train", torch.OutOfMemoryError("CUDA out of memory"), "--model.activation-checkpointing True"),
+        ("predict", MemoryError("no room"), "--window"),
+        ("export", OSError(errno.ENOMEM, "Cannot allocate memory"), "end other"),
+        ("train", OSError(errno.ENOSPC, "No space left on device"), None),
+    ],
+)
+def test_out_of_memory_is_told_with_what_takes_less(
+    command: str,
+    error: Exception,
+    advice: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def run(_: list[str]) -> None:
+        raise error
+
+    monkeypatch.setattr(importlib.import_module(f"allspark_fast.cli.{command}"), "run", run)
+    assert main([command]) == 1
+    first, *more = capsys.readouterr().err.splitlines()
+    assert first.startswith("error:")
+    if advice is None:
+        assert not more
+    else:
+        assert more[-1].startswith("out of memory; what takes less: ")
+        assert advice in more[-1]
+
+
+@pytest.mark.parametrize(("error", "options"), [(ValueError("a bug"), []), (InputError("a typo"), ["--debug"])])
+def test_unexpected_errors_keep_their_traceback(
+    error: Exception, options: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All do with --debug."""
+
+    def run(_: list[str]) -> None:
+        raise error
+
+    monkeypatch.setattr(train, "run", run)
+    with pytest.raises(ValueError, match=str(error)):
+        main(["train", *options])
+
+
 def test_info_of_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info"]) == 0
     printed = capsys.readouterr().out
     assert torch.__version__.split("+")[0] in printed
-    assert "kernels: plain torch, because Triton has none for CPUs" in printed
+    assert "kernels: plain torch, because Triton has no kernels for CPUs" in printed
 
 
 def test_info_of_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    capability = (7, 5)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert info._kernels(torch.device("cuda", 0)).endswith("compute capability 7.5, the kernels need 8.0")
-    capability = (9, 0)
-    passed = Result("upsample_argmax", "tiny", "float32", 0.0, 1.0, "")
-    failed = passed._replace(op="channel_attention", failure="wrong by 1")
-    for results, expected in (
-        (None, "Triton, not checked yet: python -m allspark_fast selftest"),
-        ([passed], "Triton, which passed the self-test"),
-        ([failed, passed, failed], "Triton, but plain torch for channel_attention, which failed the self-test"),
+    for capability, expected in (
+        ((7, 5), "kernels: plain torch, because the GPU has compute capability 7.5, the kernels need 8.0"),
+        ((9, 0), "kernels: Triton"),
     ):
-        monkeypatch.setattr(info, "remembered_results", lambda _, results=results: results)
-        assert info._kernels(torch.device("cuda", 0)) == f"kernels: {expected}"
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, capability=capability: capability)
+        assert info.kernels_on(torch.device("cuda", 0)) == expected
 
 
 def test_info_of_weights(tmp_path: Path, tiny_spec: ModelSpec, capsys: pytest.CaptureFixture[str]) -> None:
@@ -73,57 +148,10 @@ def test_info_of_weights(tmp_path: Path, tiny_spec: ModelSpec, capsys: pytest.Ca
     assert f"{sum(x.numel() for x in model.parameters()) / 1e6:.1f} M" in printed
 
 
-@pytest.mark.parametrize(
-    ("command", "allocate", "advice"),
-    [
-        ("train", lambda _: torch.empty(2**60), "--train.gradient-accumulation-steps 2"),
-        ("predict", lambda _: bytearray(2**62), "--window"),
-        ("export", lambda _: _raise(OSError(errno.ENOMEM, "Cannot allocate memory")), "end other"),
-        (
-            "train",
-            lambda _: _raise(torch.OutOfMemoryError("CUDA out of memory")),
-            "--model.activation-checkpointing True",
-        ),
-    ],
-)
-def test_out_of_memory_is_told_with_what_takes_less(
-    command: str,
-    allocate: Callable[[list[str]], object],
-    advice: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.setattr(importlib.import_module(f"allspark_fast.cli.{command}"), "run", allocate)
-    assert main([command]) == 1
-    first, *_, last = capsys.readouterr().err.splitlines()
-    assert first.startswith("error:")
-    assert last.startswith("out of memory; what takes less: ")
-    assert advice in last
-
-
-@pytest.mark.parametrize(("error", "options"), [(ValueError("a bug"), []), (InputError("a typo"), ["--debug"])])
-def test_unexpected_errors_keep_their_traceback(
-    error: Exception, options: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """All do with --debug."""
-    monkeypatch.setattr(train, "run", lambda _: _raise(error))
-    with pytest.raises(ValueError, match=str(error)):
-        main(["train", *options])
-
-
-def test_an_error_of_the_user_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(train, "run", lambda _: _raise(InputError("data.root: there is no folder x")))
-    assert main(["train"]) == 1
-    assert capsys.readouterr().err == "error: data.root: there is no folder x\n"
-
-
-def test_other_errors_say_nothing_of_memory(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(train, "run", lambda _: _raise(OSError(errno.ENOSPC, "No space left on device")))
-    assert main(["train"]) == 1
-    assert "memory" not in capsys.readouterr().err
-
-
-def _raise(error: Exception) -> None:
-    raise error
+def test_selftest_fails_if_a_kernel_does(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(selftest, "passed", lambda results: not any(results))
+    monkeypatch.setattr(selftest, "results_table", lambda results: f"table of {results}")
+    for failure, status in (("", 0), ("wrong by 1", 1)):
+        monkeypatch.setattr(selftest, "check_kernels", lambda _, failure=failure: [failure])
+        assert main(["selftest"]) == status
+        assert capsys.readouterr().out == f"table of [{failure!r}]\n"

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from allspark_fast.__main__ import main
+from allspark_fast.config import Config, DataConfig, EvalConfig
 from allspark_fast.data.info import DatasetInfo
 from allspark_fast.inference.evaluate import predict_labels
 from allspark_fast.weights.spec import ModelSpec, load_model, save_model
@@ -35,7 +36,7 @@ def data(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def weights(tmp_path: Path, tiny_spec: ModelSpec) -> Path:
-    """Normalised otherwise than the recipe says."""
+    """Normalized otherwise than the recipe says."""
     spec = replace(tiny_spec, mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2))
     (tmp_path / "weights").mkdir()
     save_model(spec.build(), spec, tmp_path / "weights" / "best.safetensors")
@@ -55,27 +56,41 @@ def expected_confusion(weights: Path, data: Path, names: list[str]) -> np.ndarra
 
 @pytest.mark.parametrize(("split", "names"), [([], ["0", "1"]), (["--split", "test.txt"], ["2"])])
 def test_the_images_of_a_recipe(weights: Path, data: Path, tmp_path: Path, split: list[str], names: list[str]) -> None:
-    scores = tmp_path / "scores.json"
+    scores, picture = tmp_path / "scores.json", tmp_path / "matrix.png"
     recipe = ["folder", "--data.root", str(data), "--data.val", "val.txt"]
-    assert main(["evaluate", str(weights), *split, "--json", str(scores), *recipe]) == 0
+    command = ["evaluate", str(weights), *split, "--json", str(scores)]
+    assert main([*command, *recipe]) == 0
     assert json.loads(scores.read_text())["confusion"] == expected_confusion(weights, data, names).tolist()
-    assert Image.open(weights.parent / "confusion.png").width > 100
+    assert not set(tmp_path.rglob("*.png")) - set(data.rglob("*.png"))
+    assert main([*command, "--confusion", str(picture), *recipe]) == 0
+    assert Image.open(picture).width > 100
+
+
+def test_the_images_of_a_run(weights: Path, data: Path, tmp_path: Path) -> None:
+    """The folder of the run gets the picture, unless another file is named."""
+    config = Config(data=DataConfig(dataset="folder", root=data, val=Path("val.txt")), eval=EvalConfig(workers=1))
+    (weights.parent / "config.json").write_text(config.to_json())
+    assert main(["evaluate", str(weights.parent), "--confusion", str(tmp_path / "matrix.png")]) == 0
+    assert not (weights.parent / "confusion.png").exists()
+    assert main(["evaluate", str(weights.parent)]) == 0
+    assert (weights.parent / "confusion.png").read_bytes() == (tmp_path / "matrix.png").read_bytes()
 
 
 def test_what_cannot_be_scored(
     weights: Path, data: Path, tiny_spec: ModelSpec, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["evaluate", str(weights)]) == 1
-    assert "no config.json in it; to score other weights name a RECIPE" in capsys.readouterr().err
+    assert "it holds no config.json; to score other weights name a RECIPE" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["evaluate", str(weights), "--data.root", str(data)])
     assert "unrecognized arguments: --data.root" in capsys.readouterr().err
     recipe = ["folder", "--data.root", str(data), "--data.val"]
     assert main(["evaluate", str(weights), *recipe, "nowhere.txt"]) == 1
     assert "split file nowhere.txt: not found" in capsys.readouterr().err
-    assert main(["evaluate", str(weights), "--json", str(data / "new" / "scores.json"), *recipe, "val.txt"]) == 1
-    assert "there is no folder" in capsys.readouterr().err
+    for option in ("--json", "--confusion"):
+        assert main(["evaluate", str(weights), option, str(data / "new" / "file"), *recipe, "val.txt"]) == 1
+        assert "there is no folder" in capsys.readouterr().err
     spec = replace(tiny_spec, info=DatasetInfo("two", CLASSES[:2], tiny_spec.info.palette))
     save_model(spec.build(), spec, weights)
     assert main(["evaluate", str(weights), *recipe, "val.txt"]) == 1
-    assert "best.safetensors knows 2 classes, the labels of data are of 3" in capsys.readouterr().err
+    assert "best.safetensors has 2 classes, but the labels of data have 3" in capsys.readouterr().err

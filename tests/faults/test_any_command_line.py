@@ -19,7 +19,7 @@ ARGUMENTS = {
         "--data.crop --train.lr --run.output-dir --model.weights --train.method --no.such",
     ),
     "check": ("folder --data.root data", "--data.root --data.val --data.labeled --data.std --eval.mode"),
-    "evaluate": ("model.safetensors folder --data.root data", "--split --json --data.root --data.crop"),
+    "evaluate": ("model.safetensors folder --data.root data", "--split --json --confusion --data.root --data.crop"),
     "predict": ("model.safetensors photo.png", "--out --confidence --overwrite --whole --window --batch --half"),
     "convert": ("model.safetensors new.pth", "--classes --overwrite"),
     "export": ("model.safetensors new.pt2", "--overwrite"),
@@ -57,7 +57,7 @@ def folder(tmp_path: Path, tiny_spec: ModelSpec, monkeypatch: pytest.MonkeyPatch
     (tmp_path / "given" / "data" / "meta.json").write_text('{"classes": ["one", "two"]}')
     monkeypatch.delenv("ALLSPARK_DATA_DIR", raising=False)
     monkeypatch.setattr(train, "train", lambda *_: True)
-    monkeypatch.setattr(selftest, "check_and_remember", lambda _: [])
+    monkeypatch.setattr(selftest, "check_kernels", lambda _: [])
     return tmp_path
 
 

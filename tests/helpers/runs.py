@@ -19,7 +19,7 @@ def tiny_config(method: str = "allspark", **train_options: object) -> Config:
         data=DataConfig(crop=64, scenes=(3, 8, 2), workers=0),
         model=ModelConfig(backbone="mit_tiny", embedding_dim=16),
         train=TrainConfig(method=method, **options),
-        eval=EvalConfig(every=2),
+        eval=EvalConfig(every=2, workers=0),
         run=RunConfig(log_every=3, save_every=3),
     )
 

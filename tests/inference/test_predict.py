@@ -1,6 +1,5 @@
-"""Predictions for images of every kind, and the model that travels with its weights."""
+"""Predictions for images of every kind."""
 
-import json
 import re
 import subprocess
 import sys
@@ -13,21 +12,15 @@ from PIL import ExifTags, Image
 
 from allspark_fast.__main__ import main
 from allspark_fast.data.images import read_image, read_label
+from allspark_fast.errors import InputError
 from allspark_fast.inference.evaluate import predict_labels
 from allspark_fast.inference.predict import MAX_WHOLE_PIXELS, Predictor, find_images
-from allspark_fast.weights.files import read_metadata, read_state_dict, save_weights
-from allspark_fast.weights.spec import ModelSpec, load_model, save_model
+from allspark_fast.weights.spec import load_model
 
 
 def picture(width: int, height: int, mode: str = "RGB") -> Image.Image:
     noise = torch.randint(256, (height // 8 + 1, width // 8 + 1, 3), dtype=torch.uint8).numpy()
     return Image.fromarray(noise).resize((width, height)).convert(mode)
-
-
-@pytest.fixture
-def weights(tmp_path: Path, tiny_spec: ModelSpec) -> Path:
-    save_model(tiny_spec.build(), tiny_spec, tmp_path / "model.safetensors")
-    return tmp_path / "model.safetensors"
 
 
 @pytest.fixture
@@ -48,147 +41,88 @@ def photos(tmp_path: Path) -> Path:
     return folder
 
 
-class TestSpec:
-    """What travels with the weights."""
-
-    def test_round_trip(self, weights: Path, tiny_spec: ModelSpec) -> None:
-        model, spec = load_model(weights)
-        assert spec == tiny_spec
-        assert not model.training
-        again = weights.with_name("again.safetensors")
-        save_model(model, spec, again)
-        assert read_metadata(again) == read_metadata(weights)
-        for name, x in read_state_dict(weights).items():
-            assert torch.equal(read_state_dict(again)[name], x)
-
-    def test_weights_without_it_are_refused_with_the_remedy(self, tmp_path: Path, tiny_spec: ModelSpec) -> None:
-        for name in ("old.safetensors", "old.pth"):
-            save_weights(tiny_spec.build(), tmp_path / name)
-            with pytest.raises(ValueError, match=rf"{name} does not say what its model is .* allspark_fast convert"):
-                load_model(tmp_path / name)
-
-    def test_weights_of_part_of_the_model_are_refused(self, tmp_path: Path, tiny_spec: ModelSpec) -> None:
-        model = tiny_spec.build()
-        model.decoder = torch.nn.Identity()
-        save_model(model, tiny_spec, tmp_path / "part.safetensors")
-        with pytest.raises(ValueError, match=r"part\.safetensors lacks weights.*decoder"):
-            load_model(tmp_path / "part.safetensors")
-
-    @pytest.mark.parametrize(
-        ("change", "message"),
-        [
-            ({"version": 2}, "newer than this.*version 2, expected 1"),
-            ({"crop": "64"}, "positive integer"),
-            ({"classes": []}, "list of names"),
-            ({"palette": [[1, 2]]}, "three integers"),
-            ({"mode": "tiled"}, "whole or sliding"),
-            ({"mean": [1, 2]}, "damaged"),
-            ({"colour": 1}, "colour"),
-        ],
-    )
-    def test_damage_is_named(self, change: dict, message: str, tmp_path: Path, tiny_spec: ModelSpec) -> None:
-        text = json.dumps(json.loads(tiny_spec.to_json()) | change)
-        save_weights(tiny_spec.build(), tmp_path / "odd.safetensors", {"allspark_fast": text})
-        with pytest.raises(ValueError, match=rf"odd\.safetensors: .*{message}"):
-            load_model(tmp_path / "odd.safetensors")
-
-    def test_a_file_of_another_kind_is_not_written(self, tmp_path: Path, tiny_spec: ModelSpec) -> None:
-        with pytest.raises(ValueError, match=r"model\.pth: must be \.safetensors or a folder"):
-            save_model(tiny_spec.build(), tiny_spec, str(tmp_path / "model.pth"))
-        assert not list(tmp_path.iterdir())
-
-    def test_a_folder_without_weights(self, tmp_path: Path) -> None:
-        with pytest.raises(FileNotFoundError, match=r"none of best\.safetensors"):
-            load_model(tmp_path)
+def names_in(folder: Path) -> set[str]:
+    return {path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.*")}
 
 
-class TestPredictor:
-    """Predictions in memory."""
+@pytest.mark.parametrize("mode", ["whole", "sliding"])
+def test_alone_and_in_a_batch_are_equal(weights: Path, mode: str) -> None:
+    predictor = Predictor(*load_model(weights), mode=mode)
+    images = [picture(90, 70) for _ in range(3)]
+    together = predictor(images)
+    for image, prediction in zip(images, together, strict=True):
+        [alone] = predictor([image])
+        assert np.array_equal(alone.labels, prediction.labels)
+        np.testing.assert_allclose(alone.confidence, prediction.confidence, rtol=1e-5)
+        assert (alone.labels.shape, alone.labels.dtype) == ((70, 90), np.uint8)
+    # Beside other mates in a batch of the same size, nothing changes, not even by rounding.
+    [other, *_] = predictor([images[0], picture(90, 70), picture(90, 70)])
+    assert np.array_equal(other.confidence, together[0].confidence)
 
-    @pytest.mark.parametrize("mode", ["whole", "sliding"])
-    def test_alone_and_in_a_batch_are_equal(self, weights: Path, mode: str) -> None:
-        predictor = Predictor(*load_model(weights), mode=mode)
-        images = [picture(90, 70) for _ in range(3)]
-        together = predictor(images)
-        for image, prediction in zip(images, together, strict=True):
-            [alone] = predictor([image])
-            assert np.array_equal(alone.labels, prediction.labels)
-            np.testing.assert_allclose(alone.confidence, prediction.confidence, rtol=1e-5)
-            assert (alone.labels.shape, alone.labels.dtype) == ((70, 90), np.uint8)
-        # Beside other mates in a batch of the same size, nothing changes, not even by rounding.
-        [other, *_] = predictor([images[0], picture(90, 70), picture(90, 70)])
-        assert np.array_equal(other.confidence, together[0].confidence)
 
-    @pytest.mark.parametrize("mode", ["whole", "sliding"])
-    def test_is_what_evaluation_scores(self, weights: Path, mode: str) -> None:
-        model, spec = load_model(weights)
-        image = picture(100, 150)
-        [(labels, confidence)] = Predictor(model, spec, mode=mode)([image])
-        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255
-        normalized = (pixels - torch.tensor(spec.mean)[:, None, None]) / torch.tensor(spec.std)[:, None, None]
-        expected, probability = predict_labels(model, normalized, mode=mode, crop=64)
-        assert (torch.from_numpy(labels) == expected[0]).float().mean() > 0.999  # ties to rounding
-        torch.testing.assert_close(torch.from_numpy(confidence), probability[0], rtol=1e-4, atol=1e-5)
-        assert len(np.unique(labels)) > 1
-        assert 1 / 3 < confidence.min() < confidence.max() < 1
+@pytest.mark.parametrize("mode", ["whole", "sliding"])
+def test_predicts_what_evaluation_scores(weights: Path, mode: str) -> None:
+    model, spec = load_model(weights)
+    image = picture(100, 150)
+    [(labels, confidence)] = Predictor(model, spec, mode=mode)([image])
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255
+    normalized = (pixels - torch.tensor(spec.mean)[:, None, None]) / torch.tensor(spec.std)[:, None, None]
+    expected, probability = predict_labels(model, normalized, mode=mode, crop=64)
+    assert (torch.from_numpy(labels) == expected[0]).float().mean() > 0.999  # ties to rounding
+    torch.testing.assert_close(torch.from_numpy(confidence), probability[0], rtol=1e-4, atol=1e-5)
+    assert len(np.unique(labels)) > 1
+    assert 1 / 3 < confidence.min() < confidence.max() < 1
 
-    def test_large_images_go_through_windows_unless_told(self, weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        modes = []
 
-        def spy(_: object, images: torch.Tensor, *, mode: str, crop: int) -> tuple[torch.Tensor, torch.Tensor]:
-            modes.append(mode)
-            assert crop == 64
-            return torch.zeros(images.shape[0], *images.shape[2:]), torch.zeros(images.shape[0], *images.shape[2:])
+def test_large_images_go_through_windows_unless_told(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    modes = []
 
-        monkeypatch.setattr("allspark_fast.inference.predict.predict_labels", spy)
-        model, spec = load_model(weights)
-        for mode in (None, "whole"):
-            for width in (MAX_WHOLE_PIXELS // 1024, MAX_WHOLE_PIXELS // 1024 + 1):
-                Predictor(model, spec, mode=mode)([Image.new("RGB", (width, 1024))])
-        assert modes == ["whole", "sliding", "whole", "whole"]
+    def spy(_: object, images: torch.Tensor, *, mode: str, crop: int) -> tuple[torch.Tensor, torch.Tensor]:
+        modes.append(mode)
+        assert crop == 64
+        return images[:, 0], images[:, 0]
 
-    def test_images_of_unequal_size_are_refused(self, weights: Path) -> None:
-        with pytest.raises(ValueError, match=r"one size, got \[\(64, 70\), \(64, 80\)\]"):
-            Predictor(*load_model(weights))([picture(64, 80), picture(64, 70)])
+    monkeypatch.setattr("allspark_fast.inference.predict.predict_labels", spy)
+    model, spec = load_model(weights)
+    for mode in (None, "whole"):
+        for width in (MAX_WHOLE_PIXELS // 1024, MAX_WHOLE_PIXELS // 1024 + 1):
+            Predictor(model, spec, mode=mode)([Image.new("RGB", (width, 1024))])
+    assert modes == ["whole", "sliding", "whole", "whole"]
 
-    @pytest.mark.parametrize(
-        ("image", "error", "message"),
-        [
-            (np.zeros((64, 64, 3), np.uint8), TypeError, "expected images of Pillow, got ndarray"),
-            ("photo.jpg", TypeError, "expected images of Pillow, got str"),
-            (Image.new("L", (64, 64)), ValueError, "got mode L"),
-            (Image.new("RGBA", (64, 64)), ValueError, "got mode RGBA"),
-        ],
-        ids=["array", "path", "grey", "alpha"],
-    )
-    def test_what_is_no_rgb_image_is_refused(
-        self, weights: Path, image: object, error: type[Exception], message: str
-    ) -> None:
-        with pytest.raises(error, match=message):
-            Predictor(*load_model(weights))([image])
 
-    @pytest.mark.parametrize("options", [{"mode": "slide"}, {"device": "tpu"}])
-    def test_unknown_options_are_refused(self, weights: Path, options: dict) -> None:
-        with pytest.raises(ValueError, match=f"{next(iter(options))} must be one of"):
-            Predictor(*load_model(weights), **options)
+@pytest.mark.parametrize(
+    ("options", "images", "error", "message"),
+    [
+        ({}, [np.zeros((64, 64, 3), np.uint8)], TypeError, "expected Pillow images, got ndarray"),
+        ({}, ["photo.jpg"], TypeError, "expected Pillow images, got str"),
+        ({}, [Image.new("RGBA", (64, 64))], ValueError, "got mode RGBA"),
+        ({}, [Image.new("RGB", (64, 80)), Image.new("RGB", (64, 70))], ValueError, r"one size, got \[\(64, 70\), "),
+        ({"mode": "slide"}, [], ValueError, "mode must be one of"),
+        ({"device": "tpu"}, [], ValueError, "device must be one of"),
+        ({"device": "cpu", "half": True}, [], InputError, "needs a GPU"),
+    ],
+)
+def test_what_is_wrong_is_named(
+    weights: Path, options: dict, images: list, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        Predictor(*load_model(weights), **options)(images)
 
-    def test_half_needs_a_gpu(self, weights: Path) -> None:
-        with pytest.raises(ValueError, match="needs a GPU"):
-            Predictor(*load_model(weights), device="cpu", half=True)
 
-    @pytest.mark.gpu
-    @pytest.mark.parametrize("mode", ["whole", "sliding"])
-    def test_half_on_a_gpu(self, weights: Path, mode: str) -> None:
-        image = picture(100, 150)
-        [exact] = Predictor(*load_model(weights), mode=mode)([image])
-        [half] = Predictor(*load_model(weights), mode=mode, half=True)([image])
-        assert (exact.labels == half.labels).mean() > 0.95
-        assert not np.array_equal(exact.confidence, half.confidence)
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["whole", "sliding"])
+def test_half_on_a_gpu(weights: Path, mode: str) -> None:
+    image = picture(100, 150)
+    [exact] = Predictor(*load_model(weights), mode=mode)([image])
+    [half] = Predictor(*load_model(weights), mode=mode, half=True)([image])
+    assert (exact.labels == half.labels).mean() > 0.95
+    assert not np.array_equal(exact.confidence, half.confidence)
 
-    @pytest.mark.slow
-    def test_a_large_photo_takes_less_than_4_gib(self) -> None:
-        """The resident memory of a whole process; windows and classes decide it, not the encoder."""
-        code = """
+
+@pytest.mark.slow
+def test_a_large_photo_takes_less_than_4_gib() -> None:
+    """The resident memory of a whole process; windows and classes decide it, not the encoder."""
+    code = """
 from pathlib import Path
 from PIL import Image
 from allspark_fast.data.info import DATASETS
@@ -200,91 +134,81 @@ spec = ModelSpec(backbone="mit_tiny", allspark=True, embedding_dim=64, num_heads
 assert labels.shape == (3000, 4000)
 print(Path("/proc/self/status").read_text())
 """
-        if not Path("/proc/self/status").exists():
-            pytest.skip("needs /proc: ru_maxrss would count the parent's memory too")
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-        [peak] = re.findall(r"VmHWM:\s+(\d+) kB", done.stdout)
-        assert int(peak) * 1024 < 4 * 2**30
+    if not Path("/proc/self/status").exists():
+        pytest.skip("needs /proc: ru_maxrss would count the parent's memory too")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    [peak] = re.findall(r"VmHWM:\s+(\d+) kB", done.stdout)
+    assert int(peak) * 1024 < 4 * 2**30
 
 
-class TestCommand:
-    """``python -m allspark_fast predict``."""
+def test_every_kind_of_image_alone_and_in_batches(weights: Path, photos: Path, tmp_path: Path) -> None:
+    one, many = tmp_path / "one", tmp_path / "many"
+    command = ["predict", str(weights), str(photos), "--confidence", "--out"]
+    assert main([*command, str(one)]) == 0
+    assert main([*command, str(many), "--batch", "2"]) == 0
+    images = {path.stem: path for path in photos.iterdir() if path.suffix != ".txt"}
+    for kind, suffix in (("labels", "png"), ("overlays", "jpg"), ("confidence", "png")):
+        for folder in (one, many):
+            assert {path.name for path in (folder / kind).iterdir()} == {f"{name}.{suffix}" for name in images}
+    for name, path in images.items():
+        file = one / "labels" / f"{name}.png"
+        assert file.read_bytes() == (many / "labels" / f"{name}.png").read_bytes()
+        label = Image.open(file)
+        assert (label.mode, label.size) == ("P", read_image(path).size)
+        assert label.getpalette()[:9] == [255, 0, 0, 0, 255, 0, 0, 0, 255]
+        assert np.asarray(read_label(file)).max() < 3
+    assert Image.open(one / "labels" / "turned.png").size == (40, 80)
+    assert Image.open(one / "confidence" / "a.png").mode == "L"
 
-    def test_every_kind_of_image(self, weights: Path, photos: Path, tmp_path: Path) -> None:
-        out = tmp_path / "out"
-        assert main(["predict", str(weights), str(photos), "--out", str(out), "--confidence"]) == 0
-        names = {path.stem for path in photos.iterdir() if path.suffix != ".txt"}
-        for kind, suffix in (("labels", "png"), ("overlays", "jpg"), ("confidence", "png")):
-            assert {path.name for path in (out / kind).iterdir()} == {f"{name}.{suffix}" for name in names}
-        for path in photos.iterdir():
-            if path.suffix != ".txt":
-                label, image = Image.open(out / "labels" / f"{path.stem}.png"), read_image(path)
-                assert label.mode == "P"
-                assert label.size == image.size
-                assert label.getpalette()[:9] == [255, 0, 0, 0, 255, 0, 0, 0, 255]
-                assert np.asarray(read_label(out / "labels" / f"{path.stem}.png")).max() < 3
-        assert Image.open(out / "labels" / "turned.png").size == (40, 80)
-        assert Image.open(out / "confidence" / "a.png").mode == "L"
 
-    def test_a_batch_gives_the_same_files(self, weights: Path, photos: Path, tmp_path: Path) -> None:
-        for name, options in (("one", []), ("many", ["--batch", "2"])):
-            assert main(["predict", str(weights), str(photos), "--out", str(tmp_path / name), *options]) == 0
-        labels = sorted((tmp_path / "one" / "labels").iterdir())
-        assert len(labels) == 8
-        for label in labels:
-            assert label.read_bytes() == (tmp_path / "many" / "labels" / label.name).read_bytes()
+def test_a_corrupt_image_is_named_and_the_rest_done(
+    weights: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (photos / "b.png").write_bytes((photos / "b.png").read_bytes()[:100])
+    assert main(["predict", str(weights), str(photos), "--out", str(tmp_path / "out"), "--batch", "4"]) == 1
+    printed = capsys.readouterr()
+    assert "b.png" in printed.err
+    assert "7 images labeled, 1 cannot be read" in printed.out
+    assert len(names_in(tmp_path / "out" / "labels")) == 7
 
-    def test_a_corrupt_image_is_named_and_the_rest_done(
-        self, weights: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-    ) -> None:
-        (photos / "b.png").write_bytes((photos / "b.png").read_bytes()[:100])
-        assert main(["predict", str(weights), str(photos), "--out", str(tmp_path / "out"), "--batch", "4"]) == 1
-        printed = capsys.readouterr()
-        assert "b.png" in printed.err
-        assert "7 images labeled, 1 could not be read" in printed.out
-        assert len(list((tmp_path / "out" / "labels").iterdir())) == 7
 
-    def test_nothing_is_overwritten_unless_asked_for(
-        self, weights: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-    ) -> None:
-        command = ["predict", str(weights), str(photos / "a.png"), "--out", str(tmp_path / "out")]
-        assert main(command) == 0
-        label = tmp_path / "out" / "labels" / "a.png"
-        label.write_bytes(b"mine")
-        assert main(command) == 1
-        assert "a.png is there already" in capsys.readouterr().err
-        assert label.read_bytes() == b"mine"
-        assert main([*command, "--overwrite"]) == 0
-        assert Image.open(label).size == (90, 70)
+def test_nothing_is_overwritten_unless_asked_for(
+    weights: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture(64, 64).save(photos / "a.jpg")
+    assert main(["predict", str(weights), str(photos), "--out", str(tmp_path / "out")]) == 1
+    assert "would share one file a.png" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    command = ["predict", str(weights), str(photos / "a.png"), "--out", str(tmp_path / "out")]
+    assert main(command) == 0
+    label = tmp_path / "out" / "labels" / "a.png"
+    label.write_bytes(b"mine")
+    assert main(command) == 1
+    assert "a.png exists" in capsys.readouterr().err
+    assert label.read_bytes() == b"mine"
+    assert main([*command, "--overwrite"]) == 0
+    assert Image.open(label).size == (90, 70)
 
-    def test_two_images_of_one_name_are_refused(
-        self, weights: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-    ) -> None:
-        picture(64, 64).save(photos / "a.jpg")
-        assert main(["predict", str(weights), str(photos), "--out", str(tmp_path / "out")]) == 1
-        assert "would share one file a.png" in capsys.readouterr().err
-        assert not (tmp_path / "out").exists()
 
-    def test_files_folders_and_patterns(self, photos: Path, tmp_path: Path) -> None:
-        files = find_images([str(photos / "c.png"), str(photos / "[ab].png")])
-        assert [file.path.name for file in files] == ["c.png", "a.png", "b.png"]
-        assert len(find_images([str(photos), str(photos / "a.png")])) == 8
-        assert len(find_images([str(tmp_path / "**" / "*.png")])) == 7
-        with pytest.raises(FileNotFoundError, match=r"nowhere\.png"):
-            find_images([str(photos), str(photos / "nowhere.png")])
-        with pytest.raises(FileNotFoundError, match="'': no image"):  # of a shell variable that is not set, say
-            find_images([""])
+def test_files_folders_and_patterns(photos: Path, tmp_path: Path) -> None:
+    files = find_images([str(photos / "c.png"), str(photos / "[ab].png")])
+    assert [file.path.name for file in files] == ["c.png", "a.png", "b.png"]
+    assert len(find_images([str(photos), str(photos / "a.png")])) == 8
+    assert len(find_images([str(tmp_path / "**" / "*.png")])) == 7
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.png"):
+        find_images([str(photos), str(photos / "nowhere.png")])
+    with pytest.raises(FileNotFoundError, match="'': no image"):  # of a shell variable that is not set, say
+        find_images([""])
 
-    def test_folders_in_a_folder_are_mirrored(self, weights: Path, photos: Path, tmp_path: Path) -> None:
-        for folder in ("site_a/deep", "site_b", ".hidden"):
-            (photos / folder).mkdir(parents=True)
-            picture(64, 64).save(photos / folder / "a.png")
-        out = photos / "predictions"
-        for _ in range(2):  # the second time, the first predictions are there too
-            assert main(["predict", str(weights), str(photos), "--out", str(out), "--overwrite"]) == 0
-            labels = {path.relative_to(out / "labels").as_posix() for path in (out / "labels").rglob("*.png")}
-            assert len(labels) == 10
-            assert {"a.png", "site_a/deep/a.png", "site_b/a.png"} < labels
-            assert (out / "overlays/site_a/deep/a.jpg").is_file()
-        by_pattern = find_images([str(photos / "site_*" / "**" / "a.png")])
-        assert {file.name for file in by_pattern} == {Path("site_a/deep/a"), Path("site_b/a")}
+
+def test_folders_in_a_folder_are_mirrored(weights: Path, photos: Path) -> None:
+    for folder in ("site_a/deep", "site_b", ".hidden"):
+        (photos / folder).mkdir(parents=True)
+        picture(64, 64).save(photos / folder / "a.png")
+    out = photos / "predictions"
+    for _ in range(2):  # the second time, the first predictions are there too
+        assert main(["predict", str(weights), str(photos), "--out", str(out), "--overwrite"]) == 0
+        assert len(names_in(out / "labels")) == 10
+        assert {"a", "site_a/deep/a", "site_b/a"} < names_in(out / "labels") & names_in(out / "overlays")
+    by_pattern = find_images([str(photos / "site_*" / "**" / "a.png")])
+    assert {file.name for file in by_pattern} == {Path("site_a/deep/a"), Path("site_b/a")}

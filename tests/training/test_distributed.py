@@ -30,8 +30,8 @@ from allspark_fast.training.setup import build_state, describe_batch
 from allspark_fast.training.sharding import block_policy, gather_state
 from allspark_fast.training.step import TrainState, compute_losses, pseudo_pass, train_step
 from bench.step_variants import without_dropout
+from tests.helpers.models import Threshold, sample
 from tests.helpers.ranks import run_on_ranks
-from tests.inference.test_evaluate import Threshold, sample
 
 STEPS = 3
 # With BatchNorm alone, and with an activation behind it.

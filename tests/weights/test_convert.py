@@ -4,24 +4,16 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 from allspark_fast.__main__ import main
+from allspark_fast.errors import InputError
 from allspark_fast.model import MIT_CONFIGS, build_segmentor
-from allspark_fast.model.options import AllSparkOptions
 from allspark_fast.weights.convert import infer_spec, read_model
-from allspark_fast.weights.files import save_weights
+from allspark_fast.weights.files import load_weights, save_weights
 from allspark_fast.weights.spec import ModelSpec, load_model, save_model
-
-
-def official_checkpoint(path: Path, classes: int = 21, crop: int = 65, **options: object) -> Path:
-    """The layout that the public trainer saves, entries that are no weights included."""
-    model = build_segmentor("mit_tiny", classes, (crop, crop), allspark=AllSparkOptions(**options), embedding_dim=16)
-    state = {f"module.{name}": x for name, x in model.state_dict().items()}
-    torch.save({"model": state, "epoch": 3, "previous_best": np.mean([61.0])}, path)
-    return path
+from tests.helpers.public_code import public_checkpoint
 
 
 def test_an_encoder_of_timm_has_no_layout_of_the_public_code(
@@ -35,8 +27,8 @@ def test_an_encoder_of_timm_has_no_layout_of_the_public_code(
     assert not (tmp_path / "model.pth").exists()
 
 
-def test_official_to_ours_to_official_is_bit_equal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    source, ours, target = official_checkpoint(tmp_path / "a.pth"), tmp_path / "b.safetensors", tmp_path / "c.pth"
+def test_there_and_back_is_bit_equal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, ours, target = public_checkpoint(tmp_path / "a.pth"), tmp_path / "b.safetensors", tmp_path / "c.pth"
     assert main(["convert", str(source), str(ours)]) == 0
     assert "21 of pascal: background, aeroplane" in capsys.readouterr().out
     assert main(["convert", str(ours), str(target)]) == 0
@@ -54,7 +46,7 @@ def test_official_to_ours_to_official_is_bit_equal(tmp_path: Path, capsys: pytes
 def test_everything_is_read_off_the_shapes(
     tmp_path: Path, classes: int, crop: int, num_heads: int, mode: str, dataset: str
 ) -> None:
-    model, spec = read_model(official_checkpoint(tmp_path / "a.pth", classes, crop, num_heads=num_heads))
+    model, spec = read_model(public_checkpoint(tmp_path / "a.pth", classes, crop, num_heads=num_heads))
     assert (spec.backbone, spec.embedding_dim, spec.num_heads, spec.crop) == ("mit_tiny", 16, num_heads, crop)
     assert (spec.mode, spec.info.name, len(spec.info.classes)) == (mode, dataset, classes)
     assert model.decoder.allspark.attn.kv_queue.shape == (classes, 128, (crop // 32 + 1) ** 2)
@@ -78,7 +70,7 @@ def test_plain_segformer_of_ours_without_metadata(tmp_path: Path) -> None:
 
 
 def test_classes_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    source = official_checkpoint(tmp_path / "a.pth", classes=3)
+    source = public_checkpoint(tmp_path / "a.pth", classes=3)
     meta = tmp_path / "meta.json"
     meta.write_text(json.dumps({"classes": ["x", "y", "z"], "palette": [[1, 2, 3], [4, 5, 6], [7, 8, 9]]}))
     assert main(["convert", str(source), str(tmp_path / "out"), "--classes", str(meta)]) == 0
@@ -94,7 +86,7 @@ def test_classes_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 
 
 def test_nothing_is_overwritten_unless_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = ["convert", str(official_checkpoint(tmp_path / "a.pth")), str(tmp_path / "b.safetensors")]
+    command = ["convert", str(public_checkpoint(tmp_path / "a.pth")), str(tmp_path / "b.safetensors")]
     (tmp_path / "b.safetensors").write_bytes(b"mine")
     assert main(command) == 1
     assert "--overwrite" in capsys.readouterr().err
@@ -102,32 +94,25 @@ def test_nothing_is_overwritten_unless_asked_for(tmp_path: Path, capsys: pytest.
     load_model(tmp_path / "b.safetensors")
 
 
-def test_an_empty_memory_counts_as_filled_in_the_public_layout(tmp_path: Path) -> None:
-    source = official_checkpoint(tmp_path / "a.pth", memory_init="empty")
-    assert main(["convert", str(source), str(tmp_path / "b.pth")]) == 0
-    names = torch.load(tmp_path / "b.pth", weights_only=True)["model"]
-    assert "module.decoder.allspark.attn.kv_queue" in names
-    assert not any("queue_filled" in name for name in names)
-
-
 def test_what_is_no_model_of_ours_is_refused(tmp_path: Path) -> None:
     encoder = build_segmentor("mit_tiny", 3, (65, 65), embedding_dim=16).backbone.state_dict()
     torch.save(encoder, tmp_path / "mit.pth")
-    with pytest.raises(ValueError, match=r"mit\.pth: holds no decoder.*--model\.weights"):
+    with pytest.raises(InputError, match=r"mit\.pth: holds no decoder.*--model\.weights"):
         read_model(tmp_path / "mit.pth")
     state = build_segmentor("mit_tiny", 3, (65, 65), embedding_dim=16).state_dict()
     wide = {name: x for name, x in state.items() if not name.startswith("backbone.block3.")}
     torch.save(wide, tmp_path / "wide.pth")
-    with pytest.raises(ValueError, match=r"wide\.pth: no Mix Transformer.*depths \(1, 1, 0, 1\)"):
+    with pytest.raises(InputError, match=r"wide\.pth: no Mix Transformer.*depths \(1, 1, 0, 1\)"):
         read_model(tmp_path / "wide.pth")
-    official_checkpoint(tmp_path / "wide.pth", crop=65)
+    public_checkpoint(tmp_path / "wide.pth", crop=65)
     tall = build_segmentor("mit_tiny", 3, (65, 97), embedding_dim=16)
     save_weights(tall, tmp_path / "tall.pth")
-    with pytest.raises(ValueError, match=r"tall\.pth: its memory has 12 tokens, expected a square"):
+    with pytest.raises(InputError, match=r"tall\.pth: its memory has 12 tokens, expected a square"):
         read_model(tmp_path / "tall.pth")
 
 
-def test_hugging_face_segformer_whole(tmp_path: Path) -> None:
+def test_a_hugging_face_segformer(tmp_path: Path) -> None:
+    """Whole, as a model; and its encoder alone, to start training from."""
     transformers = pytest.importorskip("transformers", reason="needs Hugging Face transformers")
     sizes = MIT_CONFIGS["mit_tiny"]
     config = transformers.SegformerConfig(
@@ -144,6 +129,13 @@ def test_hugging_face_segformer_whole(tmp_path: Path) -> None:
     model, spec = read_model(tmp_path / "hf")
     assert spec.info.classes == ("sky", "sea", "sand")
     assert not spec.allspark
-    images = torch.randn(2, 3, 64, 96)
+    other = build_segmentor("mit_tiny", 5, (65, 65), embedding_dim=8).eval()
+    report = load_weights(other, tmp_path / "hf" / "model.safetensors")
+    assert all(name.startswith("decode_head.") for name in report.dropped)
+    assert all(name.startswith("decoder.") for name in report.fresh)
+    images = torch.randn(2, 3, 65, 97)
     with torch.no_grad():
-        torch.testing.assert_close(model(images), theirs(images).logits, rtol=1e-3, atol=1e-3)
+        expected = theirs(images, output_hidden_states=True)
+        torch.testing.assert_close(model(images), expected.logits, rtol=1e-3, atol=1e-3)
+        for ours, feature in zip(other.backbone(images), expected.hidden_states, strict=True):
+            torch.testing.assert_close(ours, feature, rtol=1e-3, atol=1e-3)

@@ -1,0 +1,74 @@
+"""The model that travels with its weights."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from allspark_fast.errors import InputError
+from allspark_fast.weights.files import read_metadata, read_state_dict, save_weights
+from allspark_fast.weights.spec import ModelSpec, load_model, save_model
+
+
+def test_round_trip(weights: Path, tiny_spec: ModelSpec) -> None:
+    model, spec = load_model(weights)
+    assert spec == tiny_spec
+    assert not model.training
+    again = weights.with_name("again.safetensors")
+    save_model(model, spec, again)
+    assert read_metadata(again) == read_metadata(weights)
+    for name, x in read_state_dict(weights).items():
+        assert torch.equal(read_state_dict(again)[name], x)
+
+
+def test_weights_without_it_are_refused_with_the_remedy(tmp_path: Path, tiny_spec: ModelSpec) -> None:
+    for name in ("old.safetensors", "old.pth"):
+        save_weights(tiny_spec.build(), tmp_path / name)
+        with pytest.raises(InputError, match=rf"{name} does not say what its model is .* allspark_fast convert"):
+            load_model(tmp_path / name)
+
+
+def test_weights_of_part_of_the_model_are_refused(tmp_path: Path, tiny_spec: ModelSpec) -> None:
+    model = tiny_spec.build()
+    model.decoder = torch.nn.Identity()
+    save_model(model, tiny_spec, tmp_path / "part.safetensors")
+    with pytest.raises(InputError, match=r"part\.safetensors lacks weights.*decoder"):
+        load_model(tmp_path / "part.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"version": 2}, "newer than this.*version is 2, expected 1"),
+        ({"allspark": "no"}, "model.allspark is 'no', expected bool"),
+        ({"crop": "64"}, "model.crop is '64', expected int"),
+        ({"crop": True}, "model.crop is True, expected int"),
+        ({"crop": -1}, "crop must be at least 1, got -1"),
+        ({"backbone": None}, "model.backbone is None, expected str"),
+        ({"backbone": "mit_b9"}, "no such model: backbone must be one of"),
+        ({"classes": []}, "list of names"),
+        ({"dataset": 3}, "dataset is 3, expected str"),
+        ({"palette": [[1, 2]]}, "three integers"),
+        ({"mode": "tiled"}, "model.mode is tiled, expected one of whole, sliding"),
+        ({"mean": [1, 2]}, r"model.mean is \[1, 2\], expected a list of 3"),
+        ({"std": [1, 1, "1"]}, "model.std is '1', expected float"),
+        ({"color": 1}, r"fields \['color'\] are missing or unknown"),
+    ],
+)
+def test_damage_is_named(change: dict, message: str, tmp_path: Path, tiny_spec: ModelSpec) -> None:
+    text = json.dumps(json.loads(tiny_spec.to_json()) | change)
+    save_weights(tiny_spec.build(), tmp_path / "odd.safetensors", {"allspark_fast": text})
+    with pytest.raises(InputError, match=rf"odd\.safetensors: .*{message}"):
+        load_model(tmp_path / "odd.safetensors")
+
+
+def test_a_file_of_another_kind_is_not_written(tmp_path: Path, tiny_spec: ModelSpec) -> None:
+    with pytest.raises(InputError, match=r"model\.pth: must be \.safetensors or a folder"):
+        save_model(tiny_spec.build(), tiny_spec, str(tmp_path / "model.pth"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_without_weights(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"none of best\.safetensors"):
+        load_model(tmp_path)
