@@ -9,7 +9,6 @@ import torch
 
 from bench import bench_channel_attention, bench_mix_ffn, bench_semantic_memory, bench_train_step, bench_upsample
 from bench.harness import COLUMNS, Case, Record, conditions, device_rates, run, table, write_records
-from bench.step_variants import SIZES as STEP_SIZES
 
 
 class Benchmark(NamedTuple):
@@ -65,9 +64,9 @@ BENCHMARKS = {
     "memory": _operator(bench_semantic_memory.cases),
     "loss": _operator(lambda size: bench_upsample.cases(size)[:1], bench_upsample.SIZES),
     "argmax": _operator(lambda size: bench_upsample.cases(size)[1:], bench_upsample.SIZES),
-    "ffn": _operator(bench_mix_ffn.cases, STEP_SIZES, _TIMED_STEPS),
-    "step": Benchmark(bench_train_step.measure, STEP_SIZES, _TIMED_STEPS),
-    "flops": Benchmark(bench_train_step.measure_counts, STEP_SIZES, _FULL_STEPS),
+    "ffn": _operator(bench_mix_ffn.cases, bench_train_step.SIZES, _TIMED_STEPS),
+    "step": Benchmark(bench_train_step.measure, bench_train_step.SIZES, _TIMED_STEPS),
+    "flops": Benchmark(bench_train_step.measure_counts, bench_train_step.SIZES, _FULL_STEPS),
     "static": Benchmark(_static, _TARGETS, _TARGETS),
 }
 

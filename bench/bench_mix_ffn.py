@@ -6,9 +6,9 @@ from torch.nn import functional as F
 
 from allspark_fast.model.activation_checkpointing import checkpointed
 from allspark_fast.model.mit import MIT_CONFIGS, STRIDES, MixFFN
+from bench.bench_train_step import SIZES
 from bench.harness import UNAVAILABLE, Case
 from bench.naive import naive_depthwise_conv
-from bench.step_variants import SIZES
 
 
 def cases(size: str) -> list[Case]:

@@ -57,7 +57,7 @@ class TimmBackbone(Backbone):
         Returns:
             four maps (B, channels[i], h_i, w_i), finest first.
         """
-        # The layout that convolutions on a CPU and tensor cores read; docs/performance.md has measurements.
+        # The layout that convolutions on a CPU and tensor cores read.
         images = images.contiguous(memory_format=torch.channels_last)
         height, width = self.deepest_size(map_size(images))
         # Also where the size fits already: without a branch, one exported graph serves all sizes.

@@ -10,8 +10,8 @@ from allspark_fast.config import TrainConfig
 from allspark_fast.data.loader import SemiBatch
 from allspark_fast.model import Segmentor, build_segmentor
 from allspark_fast.training.step import TrainState, build_optimizer, compute_losses, train_step
+from bench.bench_train_step import without_dropout
 from bench.naive import make_naive, naive_losses, naive_train_step
-from bench.step_variants import without_dropout
 
 CONFIG = TrainConfig()
 

@@ -1,6 +1,8 @@
 """Tiny runs: their settings, a death in the middle, and the comparison of what two of them left."""
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,23 +26,32 @@ def tiny_config(method: str = "allspark", **train_options: object) -> Config:
     )
 
 
+def changed(config: Config, **groups: dict[str, Any]) -> Config:
+    """A configuration with other settings: ``changed(config, train={"lr": 0.1})``."""
+    return replace(config, **{name: replace(getattr(config, name), **fields) for name, fields in groups.items()})
+
+
 def logged(folder: Path) -> list[dict]:
     """Records without what depends on the clock."""
     return [{key: x for key, x in record.items() if key != "images_per_s"} for record in read_metrics(folder)]
 
 
-def different_states(a: Path, b: Path) -> list[str]:
-    """Names of all that differs between the newest checkpoints of two runs."""
-    states = [load_latest_checkpoint(folder / "checkpoints") for folder in (a, b)]
-    leaves = [dict(torch.utils._pytree.tree_flatten_with_path(state)[0]) for state in states]
-    assert len(leaves[0]) > 100
-    both = leaves[0].keys() & leaves[1].keys()
+def differences(a: object, b: object) -> list[str]:
+    """Names of all that differs between two states."""
+    leaves = [dict(torch.utils._pytree.tree_flatten_with_path(state)[0]) for state in (a, b)]
     wrong = leaves[0].keys() ^ leaves[1].keys()
-    for path in both:
+    for path in leaves[0].keys() & leaves[1].keys():
         x, y = (leaf[path] for leaf in leaves)
         if not (torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y):
             wrong.add(path)
     return sorted(map(str, wrong))
+
+
+def different_states(a: Path, b: Path) -> list[str]:
+    """Names of all that differs between the newest checkpoints of two runs."""
+    states = [load_latest_checkpoint(folder / "checkpoints") for folder in (a, b)]
+    assert len(states[0]["model"]) > 100
+    return differences(*states)
 
 
 def assert_same_run(a: Path, b: Path) -> None:

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -16,6 +16,7 @@ from allspark_fast.kernels.depthwise_gelu import depthwise_gelu
 from bench.harness import saved_bytes
 from tests.helpers.compare import TOLERANCE, assert_close, output_and_grads, strided
 from tests.helpers.forbid_sync import forbid_sync
+from tests.helpers.kernels import MOSTLY_TORCH, use_kernels
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -45,8 +46,9 @@ def assert_right(inputs: list[Tensor], size: tuple[int, int]) -> None:
 class TestNumbers:
     """Values and gradients."""
 
-    @settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @settings(max_examples=20, deadline=None)
     @given(
+        kernels=MOSTLY_TORCH,
         batch=st.integers(1, 2),
         size=st.tuples(st.integers(1, 5), st.integers(1, 9)),
         channels=st.integers(1, 20),
@@ -57,7 +59,8 @@ class TestNumbers:
         self, kernels: str, batch: int, size: tuple[int, int], channels: int, dtype: torch.dtype, seed: int
     ) -> None:
         torch.manual_seed(seed)
-        assert_right(example(batch, size, channels, dtype), size)
+        with use_kernels(kernels):
+            assert_right(example(batch, size, channels, dtype), size)
 
     # A tile has 16 rows, 8 columns and 64 channels.
     @pytest.mark.parametrize(

@@ -27,8 +27,9 @@ TESTS = {
 
 
 def _case(name: str) -> object:
-    """Interpreting whole models takes a minute."""
-    return pytest.param(name, marks=pytest.mark.slow if name.startswith(("c_", "d_")) else ())
+    """Those that take the interpreter more than a few seconds are slow tests."""
+    slow = name.startswith(("a_n289c8h2k21", "c_", "d_", "x_"))
+    return pytest.param(name, marks=pytest.mark.slow if slow else ())
 
 
 @pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")  # NumPy's of log(0) and 1 / 0

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.library import opcheck
@@ -13,9 +13,9 @@ from torch.nn.functional import normalize
 from allspark_fast.kernels.semantic_memory import channel_semantic_grouping, reference, semantic_memory_enqueue
 from tests.helpers.compare import strided
 from tests.helpers.forbid_sync import forbid_sync
+from tests.helpers.kernels import MOSTLY_TORCH, use_kernels
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-FIXTURES = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture]}
 
 
 def example(
@@ -39,8 +39,9 @@ def assert_equals_the_loop(queue: Tensor, queue_ptr: Tensor, features: Tensor, c
 class TestEnqueue:
     """Ring buffers."""
 
-    @settings(max_examples=40, **FIXTURES)
+    @settings(max_examples=150, deadline=None)
     @given(
+        kernels=MOSTLY_TORCH,
         batch=st.integers(0, 4),
         classes=st.integers(1, 5),
         slots=st.integers(1, 70),
@@ -52,7 +53,8 @@ class TestEnqueue:
         self, kernels: str, batch: int, classes: int, slots: int, tokens: int, channels: int, seed: int
     ) -> None:
         torch.manual_seed(seed)
-        assert_equals_the_loop(*example(batch, classes, slots, tokens, channels))
+        with use_kernels(kernels):
+            assert_equals_the_loop(*example(batch, classes, slots, tokens, channels))
 
     @pytest.mark.parametrize("slots", [3, 64, 100])
     def test_one_class_gets_everything_over_several_steps(self, kernels: str, slots: int) -> None:
@@ -134,8 +136,9 @@ class TestEnqueue:
 class TestGrouping:
     """Classes of channels."""
 
-    @settings(max_examples=20, **FIXTURES)
+    @settings(max_examples=60, deadline=None)
     @given(
+        kernels=MOSTLY_TORCH,
         batch=st.integers(0, 3),
         classes=st.integers(1, 70),
         tokens=st.integers(1, 70),
@@ -145,7 +148,8 @@ class TestGrouping:
     def test_any_shape(self, kernels: str, batch: int, classes: int, tokens: int, channels: int, seed: int) -> None:
         torch.manual_seed(seed)
         features, class_map = torch.randn(batch, tokens, channels), torch.randn(batch, classes, tokens)
-        actual = channel_semantic_grouping(features, class_map)
+        with use_kernels(kernels):
+            actual = channel_semantic_grouping(features, class_map)
         assert actual.shape == (batch, channels)
         # A tie to rounding may go either way: compare the similarity reached.
         similarity = normalize(class_map.double(), dim=2) @ features.double()

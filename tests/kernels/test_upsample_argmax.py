@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.library import opcheck
 from torch.nn.functional import interpolate
@@ -14,10 +14,12 @@ from allspark_fast.kernels.upsample_argmax import reference, upsample_argmax
 from bench.harness import peak_bytes
 from tests.helpers.compare import assert_close, strided
 from tests.helpers.forbid_sync import forbid_sync
+from tests.helpers.kernels import MOSTLY_TORCH, use_kernels
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, deadline=None)
 @given(
+    kernels=MOSTLY_TORCH,
     batch=st.integers(0, 2),
     classes=st.integers(1, 20),
     small=st.tuples(st.integers(1, 6), st.integers(1, 6)),
@@ -29,7 +31,8 @@ def test_any_size(
 ) -> None:
     torch.manual_seed(seed)
     logits = torch.randn(batch, classes, *small)
-    labels, confidence = upsample_argmax(logits, size)
+    with use_kernels(kernels):
+        labels, confidence = upsample_argmax(logits, size)
     assert labels.shape == confidence.shape == (batch, *size)
     if batch:
         probability = interpolate(logits.double(), size, mode="bilinear", align_corners=False).softmax(1)
@@ -58,7 +61,7 @@ def test_equals_the_reference(classes: int) -> None:
 
 
 def test_more_than_one_block_of_pixels(kernels: str) -> None:
-    logits = torch.randn(1, 171, 2, 30)
+    logits = torch.randn(1, 20, 2, 30)
     labels, confidence = upsample_argmax(logits, (3, 130))
     expected = reference.upsample_argmax(logits.double(), (3, 130))
     assert torch.equal(labels, expected[0])
@@ -68,7 +71,7 @@ def test_more_than_one_block_of_pixels(kernels: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_dtypes_and_strides(kernels: str, dtype: torch.dtype) -> None:
     """Half precision is computed in float32."""
-    logits = torch.randn(2, 11, 4, 6).to(dtype)
+    logits = torch.randn(1, 11, 4, 6).to(dtype)
     computed = logits.to(torch.promote_types(dtype, torch.float32))
     expected = upsample_argmax(computed, (9, 13))
     for other in (logits, *strided(logits)):

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -17,6 +17,7 @@ from allspark_fast.kernels.upsample_cross_entropy import upsample_cross_entropy
 from bench.harness import peak_bytes, saved_bytes
 from tests.helpers.compare import TOLERANCE, assert_close, output_and_grads, strided
 from tests.helpers.forbid_sync import forbid_sync
+from tests.helpers.kernels import MOSTLY_TORCH, use_kernels
 
 
 def example(
@@ -50,12 +51,13 @@ def assert_right(logits: Tensor, target: Tensor, reduction: str = "none") -> Non
 class TestLoss:
     """Values and gradients."""
 
-    @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @settings(max_examples=40, deadline=None)
     @given(
+        kernels=MOSTLY_TORCH,
         batch=st.integers(1, 2),
         classes=st.integers(1, 10),
-        small=st.tuples(st.integers(1, 5), st.integers(1, 6)),
-        large=st.tuples(st.integers(1, 8), st.integers(1, 11)),
+        small=st.tuples(st.integers(1, 4), st.integers(1, 5)),
+        large=st.tuples(st.integers(1, 6), st.integers(1, 9)),
         reduction=st.sampled_from(["mean", "sum", "none"]),
         seed=st.integers(0, 2**31),
     )
@@ -72,7 +74,8 @@ class TestLoss:
         torch.manual_seed(seed)
         logits, target = example(batch, classes, small, large)
         target[0, 0, 0] = 0
-        assert_right(logits, target, reduction)
+        with use_kernels(kernels):
+            assert_right(logits, target, reduction)
 
     def test_no_images(self, kernels: str) -> None:
         logits, target = example(0)
@@ -138,7 +141,7 @@ class TestLoss:
         assert kernel.backward(torch.rand(target.shape), logits, target, lse, 255)[1].isnan().any()
 
     def test_any_strides(self, kernels: str) -> None:
-        logits, target = example()
+        logits, target = example(1)
         function = functools.partial(upsample_cross_entropy, target=strided(target)[0], reduction="none")
         expected = output_and_grads(function, [logits])
         for other in (logits.contiguous(memory_format=torch.channels_last), *strided(logits)):

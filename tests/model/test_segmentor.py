@@ -13,8 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from allspark_fast.errors import InputError
 from allspark_fast.model import MIT_CONFIGS, AllSparkOptions, MixTransformer, SegFormerHead, build_segmentor
 from allspark_fast.model.mit import Block, MixFFN
+from bench.bench_train_step import without_dropout
 from bench.harness import saved_bytes
-from bench.step_variants import without_dropout
 from tests.helpers.forbid_sync import forbid_sync
 from tests.helpers.models import tiny_segmentor, training_logits
 

@@ -1,22 +1,11 @@
-"""What is measured of pseudo labels and memory, by hand and in whole runs."""
-
-import dataclasses
-from pathlib import Path
+"""What is measured of pseudo labels and memory, by hand."""
 
 import pytest
 import torch
-from PIL import Image
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from allspark_fast.data.loader import SemiBatch
-from allspark_fast.data.scenes import SCENES
-from allspark_fast.model import AllSpark
-from allspark_fast.model.options import AllSparkOptions
+from allspark_fast.model import AllSpark, AllSparkOptions
 from allspark_fast.training.diagnostics import memory_record, pseudo_label_record
-from allspark_fast.training.log import read_metrics
-from allspark_fast.training.pictures import draw_curves
-from allspark_fast.training.trainer import Trainer
-from tests.helpers.runs import tiny_config
 
 
 def crops(truth: torch.Tensor | None, valid: torch.Tensor) -> SemiBatch:
@@ -72,27 +61,3 @@ class TestMemory:
 
     def test_none_without_memory(self) -> None:
         assert memory_record(torch.zeros(0, dtype=torch.int64)) == {}
-
-
-def test_a_run_logs_it(tmp_path: Path) -> None:
-    config = dataclasses.replace(tiny_config(), train=dataclasses.replace(tiny_config().train, epochs=1))
-    trainer = Trainer(config, tmp_path)
-    trainer.run()
-    record = read_metrics(tmp_path)[-1]
-    channels = trainer.state.model.decoder.allspark.attn.kv_queue.shape[1]
-    assert sum(record["memory_received"]) == trainer.total_steps * config.train.batch_size * channels
-    events = EventAccumulator(str(tmp_path)).Reload()
-    for name in ("pseudo_label_accuracy", "pseudo_label_coverage", "memory_filled"):
-        assert events.Scalars(name)[0].value == pytest.approx(record[name])
-    for index, count in enumerate(record["memory_received"]):
-        assert events.Scalars(f"memory_received/{index}")[0].value == count
-
-
-def test_the_memory_is_drawn(tmp_path: Path) -> None:
-    pictures = []
-    for received in ([4, 0, 0, 0, 0, 0, 0, 0], [1, 1, 1, 1, 0, 0, 0, 0]):
-        record = {"miou": 0.5, "memory_filled": 8, "memory_received": received}
-        records = [{"step": step, **record, "memory_received": [step * x for x in received]} for step in range(20)]
-        draw_curves(tmp_path, records, SCENES)
-        pictures.append(Image.open(tmp_path / "curves.png").convert("RGB").tobytes())
-    assert pictures[0] != pictures[1]

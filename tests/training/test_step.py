@@ -14,9 +14,8 @@ from allspark_fast.inference.evaluate import predict_labels
 from allspark_fast.kernels.semantic_memory import op as semantic_memory
 from allspark_fast.kernels.upsample_cross_entropy import op as upsample_cross_entropy
 from allspark_fast.training.step import TrainState, compute_losses, poly_lr, pseudo_pass, train_step
-from bench.step_variants import without_dropout
 from tests.helpers.forbid_sync import forbid_sync
-from tests.helpers.steps import METHODS, build_state, random_batch
+from tests.helpers.steps import METHODS, build_state, random_batch, without_dropout
 
 
 class TestUpdate:
@@ -188,23 +187,14 @@ class TestAccumulation:
         for whole, *pieces in zip(data[:4], *(part[:4] for part in parts), strict=True):
             assert torch.equal(torch.cat(pieces), whole)
 
-    @pytest.mark.parametrize(
-        ("gradient_accumulation_steps", "expected"), [(0, "1 to 100000"), (3, "divisor of train.batch_size = 8")]
-    )
-    def test_a_batch_that_cannot_be_split_is_refused(self, gradient_accumulation_steps: int, expected: str) -> None:
-        with pytest.raises(
-            ValueError,
-            match=rf"train.gradient_accumulation_steps is {gradient_accumulation_steps}, expected .*{expected}",
-        ):
-            TrainConfig(gradient_accumulation_steps=gradient_accumulation_steps)
-
 
 class TestSkippedSteps:
     """A loss or gradient that is not finite changes nothing, on the first step as on any other."""
 
-    @pytest.mark.parametrize("steps_before", [0, 2])
     @pytest.mark.parametrize(
-        "options", [{"optimizer": "sgd"}, {"optimizer": "adamw"}, {"gradient_accumulation_steps": 2}], ids=str
+        ("options", "steps_before"),
+        [({"optimizer": "sgd"}, 0), ({"optimizer": "adamw"}, 0), ({"gradient_accumulation_steps": 2}, 2)],
+        ids=str,
     )
     def test_nothing_changes(self, options: dict, steps_before: int) -> None:
         state = build_state(ema=0.9, **options)
@@ -269,30 +259,35 @@ class TestNoSync:
         monkeypatch.setattr(semantic_memory, "_check_pointers", lambda *_, **__: None)
 
     @pytest.mark.parametrize(
-        "options", [{}, {"optimizer": "adamw", "ema": 0.9, "gradient_accumulation_steps": 2}], ids=str
+        "options",
+        [
+            {},
+            {"optimizer": "adamw", "ema": 0.9, "gradient_accumulation_steps": 2},
+            {"loss": "ohem", "pseudo_padding": False, "kv_source": "image"},
+            {"method": "supervised"},
+        ],
+        ids=str,
     )
-    @pytest.mark.parametrize("method", METHODS)
-    def test_on_cpu_tensors(self, method: str, options: dict, unchecked: None) -> None:
-        state, data = build_state(method=method, **options), random_batch()
+    def test_on_cpu_tensors(self, options: dict, unchecked: None) -> None:
+        state, data = build_state(**options), random_batch()
         with forbid_sync(inside_operators=True):
             train_step(state, data, use_memory=False)
             train_step(state, data, use_memory=True)
         assert state.step == 2
 
-    def test_ohem_and_own_padding(self, unchecked: None) -> None:
-        state, data = build_state(loss="ohem", pseudo_padding=False, kv_source="image"), random_batch()
-        with forbid_sync(inside_operators=True):
-            train_step(state, data, use_memory=True)
-
     @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-    @pytest.mark.parametrize("method", METHODS)
-    def test_on_fake_cuda_tensors(self, method: str, optimizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_on_fake_cuda_tensors(self, optimizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
         """All but backward, for which torch asks for a driver, and the fused kernels, which have no fake."""
         monkeypatch.setattr(torch, f"_fused_{optimizer}_", lambda *_, **__: None)
         monkeypatch.setattr(nn.init, "trunc_normal_", lambda tensor, **_: tensor)  # looks at numbers
         with FakeTensorMode(), torch.device("cuda"):
-            state, data = build_state(method=method, optimizer=optimizer, ema=0.9, amp=False), random_batch()
-            monkeypatch.setattr(torch.Tensor, "backward", lambda _: make_up_gradients(state.model))
+            state, data = build_state(optimizer=optimizer, ema=0.9, amp=False), random_batch()
+
+            def make_up_gradients(_: torch.Tensor) -> None:
+                for parameter in state.model.parameters():
+                    parameter.grad = torch.empty_like(parameter)
+
+            monkeypatch.setattr(torch.Tensor, "backward", make_up_gradients)
             with forbid_sync():
                 losses = train_step(state, data, use_memory=True)
         for x in (*losses, state.step, state.skipped, state.loss_sums, *state.model.state_dict().values()):
@@ -309,11 +304,6 @@ class TestNoSync:
             train_step(state, data, use_memory=True)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-
-
-def make_up_gradients(model: nn.Module) -> None:
-    for parameter in model.parameters():
-        parameter.grad = torch.empty_like(parameter)
 
 
 @pytest.mark.slow
