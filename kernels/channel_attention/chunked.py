@@ -1,133 +1,111 @@
-"""Channel attention in plain torch, a block of rows of the map at a time: no (Cq, L) map exists, forward or backward.
+"""Channel attention in plain torch, some rows of the map at a time: no (Cq, L) map exists, forward or backward.
 
 This is the CPU path and the fallback on any device. It runs at the rate of its matrix products: two in forward, five in
-backward, where a block of the map is computed again. A softmax cannot start before the norm's factor is known, and that
-is one number of the whole map; a product more for it would cost as much time as the output. So here the norm is taken
-of N x N matrices:
+backward, where the rows are computed again. A block of whole rows is made in chunks of columns that stay in the caches.
+Softmax needs the variance of the whole map first, for which the rows would have to be computed once more. So here it is
+taken of N x N matrices: with q_d and k_l the channels of query and key, k̄ the mean of the latter and Σ their covariance,
 
-    InstanceNorm(S) = rstd S + constant,    var(S) = <Σq + q̄q̄ᵀ, Σk> + k̄ᵀ Σq k̄
-
-with means q̄, k̄ over channels and covariances Σq, Σk (N, N).
+    var(S) = <E[q qᵀ], Σ> + var(q · k̄)
 """
 
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from allspark_fast.kernels.channel_attention.dropout import hash_keys, keep_mask
 
-# Entries of a block of rows, unless its rows would be fewer than MIN_ROWS: of all maps together.
-BLOCK_ENTRIES = 3 << 19
-MIN_ROWS = 32
+# On a CPU a chunk of a block, 256 KB in float32, stays in the L2 cache, and the products still run at their full rate.
+BLOCK_ROWS = 128
+CHUNK = 512
 # Exponentials and logarithms have base 2, and rows this factor: exp2 takes half of the time of exp on a CPU.
 _LOG2E = math.log2(math.e)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which values of ``dtype`` are summed: float32, or float64 for float64."""
+    """Return the dtype in which values of ``dtype`` are summed: float32, or float64 for float64."""
     return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-class _Keys(NamedTuple):
-    """Keys and values in the accumulation dtype.
-
-    Attributes:
-        centered: (maps, N, L), without their mean, and zero at masked columns.
-        mean: (maps, N, 1), of the columns that count.
-        count: how many these are, at least 1; a tensor if there is a mask, so that nothing waits for the device.
-        value: (maps, N, L).
-        bias: (L,), -inf at masked columns.
-    """
-
-    centered: Tensor
-    mean: Tensor
-    count: Tensor | int
-    value: Tensor
-    bias: Tensor
-
-    def covariance(self) -> Tensor:
-        """Of tokens over columns, (maps, N, N)."""
-        return self.centered @ self.centered.mT / self.count
-
-
-def _prepare(key: Tensor, value: Tensor, column_mask: Tensor | None) -> _Keys:
-    dtype = accumulation_dtype(key.dtype)
-    value = value.flatten(0, 1).to(dtype)
-    centered = key.flatten(0, 1).to(dtype, copy=True)
-    bias = value.new_zeros(key.shape[-1])
-    count: Tensor | int = key.shape[-1]
-    if column_mask is not None:
-        bias.masked_fill_(~column_mask, -torch.inf)
-        count = column_mask.sum().clamp(min=1)
-        centered.masked_fill_(~column_mask, 0)
-    mean = centered.sum(-1, keepdim=True) / count
-    centered -= mean
-    if column_mask is not None:
-        centered.masked_fill_(~column_mask, 0)
-    return _Keys(centered, mean, count, value, bias)
-
-
-class _Query(NamedTuple):
-    """The query in the accumulation dtype, and its statistics.
-
-    Attributes:
-        query: (B, H, N, Cq).
-        mean: (B, H, N, 1).
-        second_moment: (B, H, N, N), mean of the products of two tokens.
-    """
-
-    query: Tensor
-    mean: Tensor
-    second_moment: Tensor
-
-    def times_covariance(self, x: Tensor) -> Tensor:
-        """The covariance of tokens over channels, times x (B or 1, H, N, 1)."""
-        return self.second_moment @ x - self.mean * (self.mean * x).sum(2, keepdim=True)
-
-
-def _query(query: Tensor) -> _Query:
-    query = query.to(accumulation_dtype(query.dtype))
-    mean = query.mean(-1, keepdim=True)
-    centered = query - mean
-    covariance = centered @ centered.mT / query.shape[3]
-    return _Query(query, mean, covariance + mean @ mean.mT)
 
 
 def _rows_first(x: Tensor, maps: int) -> Tensor:
     """(B, H, N, C) -> (maps, rows, N); samples that share a key are rows of one map: its keys are read once."""
-    return x.permute(1, 0, 3, 2).reshape(maps, -1, x.shape[2]) if maps == x.shape[1] else x.mT.flatten(0, 1)
+    return x.reshape(-1, maps, *x.shape[2:]).permute(1, 0, 3, 2).reshape(maps, -1, x.shape[2])
 
 
 def _samples_first(x: Tensor, shape: torch.Size) -> Tensor:
     """(maps, rows, N) -> (B, H, N, C)."""
-    batch, heads, tokens, channels = shape
-    if len(x) == heads:
-        return x.view(heads, batch, channels, tokens).permute(1, 0, 3, 2).contiguous()
-    return x.view(batch, heads, channels, tokens).mT.contiguous()
+    return x.unflatten(1, (-1, shape[3])).permute(1, 0, 3, 2).reshape(shape)
 
 
-class _Blocks:
-    """Blocks of rows, and what dropout keeps of them."""
+class _Map:
+    """The operands of all maps in the accumulation dtype, and the numbers of their norm.
 
-    def __init__(self, shape: torch.Size, maps: int, columns: int, dropout_p: float, seed: Tensor | None) -> None:
-        batch, heads, _, channels = shape
-        self.rows = batch * heads * channels // maps
-        self.step = max(MIN_ROWS, BLOCK_ENTRIES // (maps * columns))
+    Attributes:
+        query: (B, H, N, Cq).
+        key: (maps, N, L), without its mean, and zero at masked columns.
+        value: (maps, N, L).
+        bias: (L,), -inf at masked columns.
+        count: columns that count, at least 1; a tensor if there is a mask, so that nothing waits for the device.
+        key_mean: (B or 1, H, N, 1).
+        covariance: of the key's tokens, (B or 1, H, N, N).
+        moment: mean over channels of the products of two of the query's tokens, (B, H, N, N).
+        shift: products of query and key's mean without their own mean, (B, H, 1, Cq).
+    """
+
+    def __init__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        column_mask: Tensor | None,
+        dropout_p: float,
+        seed: Tensor | None,
+    ) -> None:
+        dtype = accumulation_dtype(key.dtype)
+        self.query = query.to(dtype)
+        self.key = key.flatten(0, 1).to(dtype, copy=True)
+        self.value = value.flatten(0, 1).to(dtype)
+        self.bias = self.value.new_zeros(key.shape[3])
+        self.count: Tensor | int = key.shape[3]
+        if column_mask is not None:
+            self.bias.masked_fill_(~column_mask, -torch.inf)
+            self.count = column_mask.sum().clamp(min=1)
+            self.key.masked_fill_(~column_mask, 0)
+        mean = self.key.sum(-1, keepdim=True) / self.count
+        self.key -= mean
+        if column_mask is not None:
+            self.key.masked_fill_(~column_mask, 0)
+        self.key_mean = mean.unflatten(0, key.shape[:2])
+        self.covariance = (self.key @ self.key.mT / self.count).unflatten(0, key.shape[:2])
+        self.moment = self.query @ self.query.mT / query.shape[3]
+        shift = (self.key_mean * self.query).sum(2, keepdim=True)
+        self.shift = shift - shift.mean(-1, keepdim=True)
         self.dropout_p = dropout_p
         if dropout_p > 0:
             assert seed is not None
-            row_key, self.column_key = hash_keys(seed, batch, heads, channels, columns)
-            self.row_key = _rows_first(row_key[:, :, None], maps)[..., 0]
+            row_key, self.column_key = hash_keys(seed, *query.shape[:2], *(x.shape[3] for x in (query, key)))
+            self.row_key = _rows_first(row_key[:, :, None], len(self.key))[..., 0]
 
-    def __iter__(self) -> Iterator[slice]:
-        return (slice(start, min(start + self.step, self.rows)) for start in range(0, self.rows, self.step))
+    def blocks(self) -> Iterator[slice]:
+        """Rows of a map to be computed at a time."""
+        rows = self.query.numel() // self.query.shape[2] // len(self.key)
+        return (slice(start, min(start + BLOCK_ROWS, rows)) for start in range(0, rows, BLOCK_ROWS))
 
-    def keep(self, block: slice) -> Tensor | int:
-        """The mask (maps, rows of the block, L)."""
-        return 1 if self.dropout_p == 0 else keep_mask(self.row_key[:, block], self.column_key, self.dropout_p)
+    def chunks(self) -> Iterator[slice]:
+        """Columns of a block to be computed at a time."""
+        columns = self.key.shape[2]
+        return (slice(start, min(start + CHUNK, columns)) for start in range(0, columns, CHUNK))
+
+    def logits(self, rows: Tensor, chunk: slice) -> Tensor:
+        """Products (maps, rows, chunk) of rows (maps, rows, N) and the chunk's keys, masked columns at -inf."""
+        return torch.baddbmm(self.bias[chunk], rows, self.key[..., chunk])
+
+    def drop(self, x: Tensor, block: slice, chunk: slice) -> Tensor:
+        """Return x (maps, rows, chunk) with zeros where dropout has them; without dropout x itself."""
+        if self.dropout_p == 0:
+            return x
+        return x * keep_mask(self.row_key[:, block], self.column_key[chunk], self.dropout_p)
 
 
 def forward(
@@ -151,33 +129,32 @@ def forward(
         seed: int64 (), needed if ``dropout_p`` > 0.
 
     Returns:
-        the output (B, H, N, Cq) in the query's dtype, and in the accumulation dtype (2, B, H, Cq): for every row the
-        log-sum-exp of its normalized logits, without their constant and in units of log2, and the factor rstd of its
-        map. Rows whose columns are all masked give zeros.
+        the output (B, H, N, Cq) in the query's dtype, and in the accumulation dtype (2, B, H, Cq): the log-sum-exp of
+        every row's normalized logits, without their constant and in units of log2, and the factor rstd of its map.
+        Rows whose columns are all masked give zeros.
     """
-    keys, samples = _prepare(key, value, column_mask), _query(query)
-    maps, _, columns = keys.centered.shape
-    batch_first = key.shape[:2]
-    key_mean = keys.mean.unflatten(0, batch_first)
-    variance = (samples.second_moment * keys.covariance().unflatten(0, batch_first)).sum((-2, -1), keepdim=True)
-    variance = variance + (key_mean * samples.times_covariance(key_mean)).sum(2, keepdim=True)
+    own = _Map(query, key, value, column_mask, dropout_p, seed)
+    maps = len(own.key)
+    variance = (own.moment * own.covariance).sum((-2, -1)) + own.shift.square().mean(-1)[..., 0]
     # Both terms are sums of squares, but the first is formed from products that can cancel below zero.
-    rstd = torch.rsqrt(variance.clamp_min(0) + eps)
-    blocks = _Blocks(query.shape, maps, columns, dropout_p, seed)
-    rows = _rows_first(samples.query * (rstd * _LOG2E), maps)
-    output, lse = torch.empty_like(rows), rows.new_empty((maps, blocks.rows, 1))
-    for block in blocks:
-        probability = torch.baddbmm(keys.bias, rows[:, block], keys.centered)
-        # Finite, so that rows without a column give exp2(-inf - max) = 0 rather than NaN.
-        maximum = probability.amax(-1, keepdim=True).clamp_(min=torch.finfo(rows.dtype).min)
-        probability.sub_(maximum).exp2_()
-        total = probability.sum(-1, keepdim=True)
-        probability *= blocks.keep(block)
-        divisor = total.masked_fill(total == 0, 1)
-        output[:, block] = (probability @ keys.value.mT).div_(divisor * (1 - dropout_p))
-        lse[:, block] = maximum + divisor.log2_()
-    lse = _samples_first(lse, torch.Size((*query.shape[:2], 1, query.shape[3])))
-    return _samples_first(output, query.shape).to(query.dtype), torch.stack([lse, rstd.expand_as(lse)])[:, :, :, 0]
+    rstd = torch.rsqrt(variance.clamp_min(0) + eps)[..., None, None]
+    rows = _rows_first(own.query * (rstd * _LOG2E), maps)
+    output, lse = torch.zeros_like(rows), torch.empty_like(rows[..., :1])
+    for block in own.blocks():
+        logits = [own.logits(rows[:, block], chunk) for chunk in own.chunks()]
+        maximum = torch.stack([x.amax(-1) for x in logits]).amax(0)[..., None]
+        maximum.clamp_(min=torch.finfo(rows.dtype).min)  # so that a row without a column gives exp2(-inf - max) = 0
+        total = torch.zeros_like(maximum)
+        for chunk, x in zip(own.chunks(), logits, strict=True):
+            probability = x.sub_(maximum).exp2_()
+            total += probability.sum(-1, keepdim=True)
+            output[:, block].baddbmm_(own.drop(probability, block, chunk), own.value[..., chunk].mT)
+        total.masked_fill_(total == 0, 1)
+        output[:, block] /= total * (1 - dropout_p)
+        lse[:, block] = maximum + total.log2()
+    lse = _samples_first(lse, torch.Size((*query.shape[:2], 1, query.shape[3])))[:, :, 0]
+    statistics = torch.stack([lse, rstd[..., 0].expand_as(lse)])
+    return _samples_first(output, query.shape).to(query.dtype), statistics
 
 
 def backward(
@@ -205,40 +182,24 @@ def backward(
     Returns:
         gradients in the shapes and dtypes of query, key and value.
     """
-    keys, samples = _prepare(key, value, column_mask), _query(query)
-    maps, _, columns = keys.centered.shape
-    blocks = _Blocks(query.shape, maps, columns, dropout_p, seed)
-    lse = _rows_first(statistics[0][:, :, None], maps)
-    rstd = statistics[1, :, :, None, :1]
-    rows = _rows_first(samples.query * rstd, maps)
-    grad_output = _rows_first(grad, maps).to(rows.dtype) / (1 - dropout_p)
-    grad_rows = torch.empty_like(rows)
-    grad_key, grad_value = torch.zeros_like(keys.centered), torch.zeros_like(keys.centered)
-    for block in blocks:
-        probability = torch.baddbmm(keys.bias, rows[:, block] * _LOG2E, keys.centered).sub_(lse[:, block]).exp2_()
-        kept = probability * blocks.keep(block)
-        grad_value.baddbmm_(grad_output[:, block].mT, kept)
-        grad_logits = torch.bmm(grad_output[:, block], keys.value).mul_(kept)
-        del kept
-        # Of these very numbers: what dO · O rounds would not cancel where a row attends to one key.
-        delta = grad_logits.sum(-1, keepdim=True)
-        grad_logits.addcmul_(probability, delta, value=-1)
-        grad_key.baddbmm_(rows[:, block].mT, grad_logits)
-        grad_rows[:, block] = grad_logits @ keys.centered.mT
+    own = _Map(query, key, value, column_mask, dropout_p, seed)
+    maps = len(own.key)
+    lse, rstd = _rows_first(statistics[0][:, :, None], maps), statistics[1][:, :, None, :1]
+    rows = _rows_first(own.query * rstd, maps)
+    grad_output = _rows_first(grad.to(rows.dtype) / (1 - dropout_p), maps)
+    grad_rows, grad_key, grad_value = (torch.zeros_like(x) for x in (rows, own.key, own.key))
+    for block in own.blocks():
+        operands = rows[:, block], grad_output[:, block], lse[:, block]
+        _add_block_gradients(own, block, *operands, grad_rows[:, block], grad_key, grad_value)
     grad_query = _samples_first(grad_rows, query.shape)
-    # rstd multiplies the query, so its gradient is their product. The rest are derivatives of the variance.
-    grad_variance = -(rstd**3) / 2 * (grad_query * samples.query).sum((-2, -1), keepdim=True)
-    batch_first = key.shape[:2]
-    key_mean = keys.mean.unflatten(0, batch_first)
-    shift = (key_mean * (samples.query - samples.mean)).sum(2, keepdim=True)
-    covariance = keys.covariance().unflatten(0, batch_first)
-    grad_query *= rstd
-    grad_query += 2 * grad_variance / query.shape[3] * (covariance @ samples.query + key_mean * shift)
-    factor = 2 * grad_variance / keys.count
-    matrix, offset = factor * samples.second_moment, factor * samples.times_covariance(key_mean)
-    # Samples that share their keys are added.
-    matrix, offset = (x.view(-1, maps, *x.shape[2:]).sum(0) for x in (matrix, offset))
-    grad_key.baddbmm_(matrix, keys.centered).add_(offset)
+    # rstd multiplies the query, so its gradient is their product; then the derivatives of the variance.
+    grad_variance = -(rstd**3) / 2 * (grad_query * own.query).sum((-2, -1), keepdim=True)
+    slope = 2 * grad_variance / query.shape[3]
+    grad_query = grad_query * rstd + slope * (own.covariance @ own.query + own.key_mean * own.shift)
+    slope = 2 * grad_variance / own.count
+    of_key = slope * own.moment, slope * (own.query * own.shift).mean(-1, keepdim=True)
+    matrix, offset = (x.reshape(-1, maps, *x.shape[2:]).sum(0) for x in of_key)  # over samples that share their keys
+    grad_key.baddbmm_(matrix, own.key).add_(offset)
     if column_mask is not None:
         grad_key.masked_fill_(~column_mask, 0)
     return (
@@ -246,3 +207,31 @@ def backward(
         grad_key.view(key.shape).to(key.dtype),
         grad_value.view(value.shape).to(value.dtype),
     )
+
+
+def _add_block_gradients(
+    own: _Map,
+    block: slice,
+    rows: Tensor,
+    grad_output: Tensor,
+    lse: Tensor,
+    grad_rows: Tensor,
+    grad_key: Tensor,
+    grad_value: Tensor,
+) -> None:
+    delta, total = torch.zeros_like(lse), torch.zeros_like(lse)
+    chunks = []
+    for chunk in own.chunks():
+        probability = own.logits(rows * _LOG2E, chunk).sub_(lse).exp2_()
+        kept = own.drop(probability, block, chunk)
+        grad_value[..., chunk].baddbmm_(grad_output.mT, kept)
+        product = torch.bmm(grad_output, own.value[..., chunk]).mul_(kept)
+        delta += product.sum(-1, keepdim=True)
+        total += probability.sum(-1, keepdim=True)
+        chunks.append((chunk, probability, product))
+    # A row of the gradient sums to zero, however P is rounded: where one key gets it all, little else is left.
+    delta /= total.masked_fill_(total == 0, 1)
+    for chunk, probability, product in chunks:
+        grad_logits = product.addcmul_(probability, delta, value=-1)
+        grad_key[..., chunk].baddbmm_(rows.mT, grad_logits)
+        grad_rows.baddbmm_(grad_logits, own.key[..., chunk].mT)
