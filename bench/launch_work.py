@@ -2,12 +2,10 @@
 
 import functools
 import math
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
-import torch
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from bench.gpus import GPUS
 from bench.launches import Call
@@ -32,19 +30,17 @@ class Work(NamedTuple):
 
     Attributes:
         arithmetic: its operations.
-        half: whether products are of half precision.
         moved: bytes of its tensors, each read or written once.
     """
 
     arithmetic: Arithmetic
-    half: bool
     moved: float
 
     def bound(self, device: str) -> tuple[str, float]:
         """What takes longest at the peaks of ``device``, and how many seconds."""
         peaks = GPUS[device].peaks
         seconds = {
-            "products": self.arithmetic.flops / (peaks.half if self.half else peaks.single),
+            "products": self.arithmetic.flops / peaks.single,
             "exponentials": self.arithmetic.exponentials / (_EXPONENTIALS * peaks.processor_clocks),
             "integers": self.arithmetic.integers / (_INTEGERS * peaks.processor_clocks),
             "memory": self.moved / peaks.bytes,
@@ -56,40 +52,13 @@ class Work(NamedTuple):
 def work_of(kernel: str, call: Call) -> Work:
     """The work of a launch, by the kernel's name; its tensors may be fake."""
     arithmetic = _ARITHMETIC.get(kernel, lambda _: Arithmetic())(call)
-    tensors = [x for x in call.arguments.values() if isinstance(x, Tensor | TensorDescriptor)]
-    half = kernel in _PRODUCTS and next(x.dtype for x in tensors if isinstance(x, Tensor)) != torch.float32
-    return Work(arithmetic, half, sum(_bytes(x, call.arguments) for x in tensors))
+    return Work(arithmetic, sum(x.nbytes for x in call.arguments.values() if isinstance(x, Tensor)))
 
 
-def _bytes(x: Tensor | TensorDescriptor, arguments: Mapping[str, Any]) -> float:
-    if isinstance(x, TensorDescriptor):  # several cover the tokens of one tensor
-        return x.base.nbytes * x.block_shape[1] / sum(arguments["CHUNKS"])
-    chunked = "start" in arguments and x.ndim == 3 and x.shape[2] == arguments["L"]
-    return x.nbytes * min(arguments["W"] / arguments["L"], 1.0) if chunked else x.nbytes
-
-
-def _map(call: Call, columns: int, products: int) -> Arithmetic:
-    """A softmax, with dropout or without, of so many columns of the attention map, and products of its size."""
-    entries = float(call.arguments["scale"].shape[0] * call.arguments["R"] * columns)
-    integers = 0.0 if call.arguments["seed"] is None else _DROPOUT_INTEGERS * entries
-    return Arithmetic(2 * products * entries * call.arguments["N"], entries, integers)
-
-
-def _probability(call: Call) -> Arithmetic:
-    return _map(call, call.grid[1] * call.arguments["BLOCK_L"], products=1)
-
-
-def _merge(call: Call) -> Arithmetic:
-    maps, rows, width = call.arguments["probability"].shape
-    return Arithmetic(2.0 * maps * rows * width * call.arguments["N"], float(maps * rows * call.arguments["tiles"]))
-
-
-def _gradient(call: Call) -> Arithmetic:
-    return _map(call, call.grid[1] * call.arguments["BLOCK_L"], products=2)
-
-
-def _one_pass(call: Call) -> Arithmetic:
-    return _map(call, call.arguments["L"], products=2)
+def _rows(call: Call) -> Arithmetic:
+    """An exponential, with dropout or without, for every entry of the attention map."""
+    entries = float(call.arguments["logits"].numel())
+    return Arithmetic(0.0, entries, 0.0 if call.arguments["row_key"] is None else _DROPOUT_INTEGERS * entries)
 
 
 def _grouping(call: Call) -> Arithmetic:
@@ -114,12 +83,10 @@ def _depthwise(call: Call, *, passes: int, exponentials: int) -> Arithmetic:
     return Arithmetic(18 * passes * entries, exponentials * entries)
 
 
-_PRODUCTS = {"probability", "merge", "gradient", "one_pass"}
 _ARITHMETIC: dict[str, Callable[[Call], Arithmetic]] = {
-    "probability": _probability,
-    "merge": _merge,
-    "gradient": _gradient,
-    "one_pass": _one_pass,
+    "softmax": _rows,
+    "row_sums": _rows,
+    "gradient": _rows,
     "grouping": _grouping,
     "cross_entropy": _upsampled,
     "cross_entropy_backward": _upsampled_backward,

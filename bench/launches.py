@@ -5,7 +5,7 @@ need not be there. TRITON_INTERPRET must not be set in the process.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.runtime import JITFunction
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from allspark_fast.kernels.channel_attention import kernel as channel_attention
 from allspark_fast.kernels.depthwise_gelu import kernel as depthwise_gelu
@@ -93,8 +92,6 @@ def _specialize(kernel: JITFunction, arguments: Mapping[str, Any], options: Mapp
             signature[parameter.name] = _TYPES[value.dtype]
             if value.storage_offset() * value.itemsize % 16 == 0:
                 aligned.append(index)
-        elif isinstance(value, TensorDescriptor):
-            signature[parameter.name] = _descriptor_type(value)
         elif isinstance(value, int):
             signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
             if specialized and value % 16 == 0:
@@ -104,10 +101,6 @@ def _specialize(kernel: JITFunction, arguments: Mapping[str, Any], options: Mapp
     return Launch(
         kernel, tuple(signature.items()), tuple(constants.items()), tuple(aligned), tuple(sorted(options.items()))
     )
-
-
-def _descriptor_type(x: TensorDescriptor) -> str:
-    return f"tensordesc<{_TYPES[x.base.dtype].strip('*')}{list(x.block_shape)}>"
 
 
 @contextmanager
@@ -122,26 +115,20 @@ def _device_at_hand(gpu: Gpu) -> Iterator[None]:
 
 
 def channel_attention_launches(device: str, dtype: torch.dtype, tokens: int, dropout_p: float) -> Launches:
-    """Kernels of a step with ``tokens`` tokens, 21 · 1024 keys and a group mask, for all tiles to choose from."""
+    """Kernels of a step with ``tokens`` tokens, 21 · 1024 keys and a group mask."""
 
     def step() -> None:
-        query = torch.empty(4, 1, tokens, 1024, device="cuda")
+        query = torch.empty(2, 1, tokens, 1024, dtype=dtype, device="cuda")
         key = torch.empty(1, 1, tokens, 21 * 1024, dtype=dtype, device="cuda")
-        scale, mean = torch.empty(4, 1, 1, 1, device="cuda"), torch.empty(1, 1, tokens, 1, device="cuda")
         mask = torch.empty(key.shape[3], dtype=torch.bool, device="cuda")
         seed = torch.empty((), dtype=torch.int64, device="cuda")
-        output, lse = channel_attention.forward(query, key, key, scale, mean, mask, dropout_p, seed)
-        channel_attention.backward(output, query, key, key, scale, mean, output, lse, mask, dropout_p, seed)
-
-    def with_all(_: str, __: object, choices: Sequence[Any], run: Callable[[Any], object]) -> Any:
-        for tiles in choices:
-            run(tiles)
-        return choices[0]
+        output, statistics = channel_attention.forward(query, key, key, mask, 1e-5, dropout_p, seed)
+        channel_attention.backward(output, query, key, key, statistics, mask, dropout_p, seed)
 
     with (
         FakeTensorMode(),
         _device_at_hand(GPUS[device]),
-        patch.object(channel_attention, "_select", with_all),
+        patch.object(channel_attention, "_product", lambda *_, **__: None),
     ):
         return record_launches(step)
 

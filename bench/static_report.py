@@ -81,7 +81,7 @@ def compile_launch(launch: Launch, call: Call, device: str) -> dict[str, Any]:
         "target": device,
         "dtype": dict(launch.signature)[launch.kernel.arg_names[0]].strip("*"),
         "tokens": call.arguments.get("N"),
-        "dropout": dict(launch.signature).get("seed") == "*i64",
+        "dropout": dict(launch.signature).get("row_key") == "*i32",
         "config": launch.config,
         "registers": resources.registers,
         "spill_bytes": resources.spill_bytes,

@@ -36,11 +36,6 @@ def _attention_backward(grad: Shape, _: Shape, key: Shape, *__: object, **___: o
     return 5 * 2 * math.prod(grad) * key[3]
 
 
-def _covariance(x: Shape, *_: object, **__: object) -> int:
-    """Products of all pairs of tokens: x (B, H, N, C)."""
-    return 2 * math.prod(x) * x[2]
-
-
 def _grouping(features: Shape, class_map: Shape, *_: object, **__: object) -> int:
     """Cosine similarities: features (B, N, C), class_map (B, K, N)."""
     return 2 * math.prod(features) * class_map[1]
@@ -66,9 +61,8 @@ def _depthwise_backward(grad: Shape, *_: object, **__: object) -> int:
 # What torch has no formula for: our operators, and its own attention on a CPU. Its formula for the backward pass of a
 # convolution overlooks groups.
 FORMULAS: dict[object, Callable[..., int]] = {
-    torch.ops.allspark_fast.softmax_attention: _attention,
-    torch.ops.allspark_fast.softmax_attention_backward: _attention_backward,
-    torch.ops.allspark_fast.covariance: _covariance,
+    torch.ops.allspark_fast.channel_attention: _attention,
+    torch.ops.allspark_fast.channel_attention_backward: _attention_backward,
     torch.ops.allspark_fast.channel_semantic_grouping: _grouping,
     torch.ops.allspark_fast.depthwise_gelu: _depthwise,
     torch.ops.allspark_fast.depthwise_gelu_backward: _depthwise_backward,

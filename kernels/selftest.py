@@ -11,12 +11,10 @@ import torch
 from torch import Tensor
 
 from allspark_fast.kernels.channel_attention import channel_attention
-from allspark_fast.kernels.channel_attention.configs import MAX_CHOICES
 from allspark_fast.kernels.depthwise_gelu import reference as depthwise_reference
 from allspark_fast.kernels.depthwise_gelu.configs import BACKWARD_TILES, FORWARD_TILES
 from allspark_fast.kernels.semantic_memory import reference as memory_reference
 from allspark_fast.kernels.triton_support import is_interpreted, why_no_triton
-from allspark_fast.kernels.tuning import fixed
 from allspark_fast.kernels.upsample_cross_entropy import reference as cross_entropy_reference
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 1e-2}
@@ -128,15 +126,7 @@ def _attention(
         return torch.autograd.grad(output, tensors, weight.to(where, computed_in)) if backward else [output]
 
     expected = run(torch.device("cpu"), torch.float64, "reference")
-    if not triton:
-        return run(device, dtype, "chunked"), expected
-    # Any of these may be the fastest at the size of a training step.
-    choices = 1 if is_interpreted() else MAX_CHOICES
-    actual: list[Tensor] = []
-    for index in range(choices):
-        with fixed(index):
-            actual += run(device, dtype, "triton")
-    return actual, choices * list(expected)
+    return run(device, dtype, "triton" if triton else "chunked"), expected
 
 
 def _grouping(device: torch.device, dtype: torch.dtype, triton: bool) -> tuple[Sequence[Tensor], Sequence[Tensor]]:

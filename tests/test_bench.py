@@ -102,8 +102,8 @@ def test_flops_of_our_attention_are_those_of_the_plain_one() -> None:
         channel_attention(query, key, key).sum().backward()
     counts = ours.get_flop_counts()["Global"]
     forward = naive.get_total_flops()
-    assert counts[torch.ops.allspark_fast.softmax_attention] == forward
-    assert counts[torch.ops.allspark_fast.softmax_attention_backward] == 5 * forward / 2  # the similarity once more
+    assert counts[torch.ops.allspark_fast.channel_attention] == forward
+    assert counts[torch.ops.allspark_fast.channel_attention_backward] == 5 * forward / 2  # the similarity once more
 
 
 def test_every_operator_that_multiplies_has_a_formula() -> None:

@@ -10,7 +10,7 @@ from bench.launch_work import work_of
 from bench.launches import Call, record_launches
 from bench.static_report import instruction_mix
 
-MAPS, TOKENS, ROWS, COLUMNS, WIDTH, TILE = 2, 289, 4096, 21 * 1024, 8192, 128
+MAPS, ROWS, COLUMNS = 2, 4096, 21 * 1024
 
 
 def test_instructions_of_nvidia() -> None:
@@ -52,35 +52,17 @@ _kernel:                                ; @kernel
     assert instruction_mix(assembly) == expected
 
 
-def probability_call(dtype: torch.dtype, seed: torch.Tensor | None) -> Call:
-    arguments = {
-        "query": torch.empty(MAPS, TOKENS, ROWS, dtype=dtype, device="meta"),
-        "key": torch.empty(MAPS, TOKENS, COLUMNS, dtype=dtype, device="meta"),
-        "scale": torch.empty(MAPS, ROWS, device="meta"),
-        "probability": torch.empty(MAPS, ROWS, WIDTH, dtype=dtype, device="meta"),
-        "seed": seed,
-    }
-    sizes = {"N": TOKENS, "R": ROWS, "L": COLUMNS, "W": WIDTH, "start": 0, "BLOCK_L": TILE}
-    return Call({**arguments, **sizes}, (ROWS // TILE, WIDTH // TILE, MAPS))
-
-
 @pytest.mark.parametrize("dropout", [False, True])
-def test_work_of_a_chunk_of_the_map(dropout: bool) -> None:
-    seed = torch.empty((), dtype=torch.int64, device="meta") if dropout else None
-    work = work_of("probability", probability_call(torch.bfloat16, seed))
-    entries = MAPS * ROWS * WIDTH
-    assert work.arithmetic == (2 * entries * TOKENS, entries, 7 * entries if dropout else 0)
-    elements = MAPS * (TOKENS * ROWS + TOKENS * WIDTH + ROWS * WIDTH)  # of the key, only this chunk's columns
-    assert work.moved == pytest.approx(2 * elements + 4 * MAPS * ROWS + (8 if dropout else 0))
-
-
-def test_what_bounds_depends_on_the_gpu_and_the_dtype() -> None:
-    half, single = (work_of("probability", probability_call(x, None)) for x in (torch.bfloat16, torch.float32))
-    bound, seconds = single.bound("sm_80")
-    assert bound == "products"
-    assert seconds == single.arithmetic.flops / GPUS["sm_80"].peaks.single
-    assert half.bound("sm_80")[1] < seconds
-    assert half.bound("sm_90")[0] == "memory"
+def test_work_of_a_map(dropout: bool) -> None:
+    logits = torch.empty(MAPS, ROWS, COLUMNS, dtype=torch.float16, device="meta")
+    row_key = torch.empty(MAPS, ROWS, dtype=torch.int32, device="meta") if dropout else None
+    work = work_of("softmax", Call({"logits": logits, "row_key": row_key}, (1,)))
+    entries = MAPS * ROWS * COLUMNS
+    assert work.arithmetic == (0, entries, 7 * entries if dropout else 0)
+    assert work.moved == 2 * entries + (4 * MAPS * ROWS if dropout else 0)
+    bound, seconds = work.bound("sm_90")
+    assert bound == "exponentials"
+    assert seconds == pytest.approx(entries / (16 * GPUS["sm_90"].peaks.processor_clocks))
 
 
 def test_a_kernel_without_arithmetic_moves_its_tensors() -> None:

@@ -220,9 +220,9 @@ def _add_block_gradients(
     grad_value: Tensor,
 ) -> None:
     delta, total = torch.zeros_like(lse), torch.zeros_like(lse)
-    chunks = []
+    log2_rows, chunks = rows * _LOG2E, []
     for chunk in own.chunks():
-        probability = own.logits(rows * _LOG2E, chunk).sub_(lse).exp2_()
+        probability = own.logits(log2_rows, chunk).sub_(lse).exp2_()
         kept = own.drop(probability, block, chunk)
         grad_value[..., chunk].baddbmm_(grad_output.mT, kept)
         product = torch.bmm(grad_output, own.value[..., chunk]).mul_(kept)

@@ -12,8 +12,6 @@ docs/kernels.md has the derivation, and counts FLOPs and bytes.
 """
 
 import math
-from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 import triton
@@ -29,107 +27,74 @@ PIECE_COLUMNS = 4096
 SOFTMAX_TILE, SOFTMAX_COLUMNS, SOFTMAX_WARPS = 8192, 4096, 8
 GRADIENT_TILE, GRADIENT_COLUMNS, GRADIENT_WARPS = 4096, 1024, 4
 MIN_COLUMNS = 512
-# Largest magnitude of a sum of N products of numbers below 2, in half precision.
-_HALF_RANGE = 2**15
 
 
-class _Samples(NamedTuple):
-    """Some samples, and the keys of their maps as the products take them.
+class _Samples:
+    """Some samples, and their keys as the products take them; row_kernels.py says what the attributes are.
 
-    Attributes:
-        query: (B, H, N, Cq).
-        key: (maps, N, L); there are H maps if the samples share their keys, else B · H.
-        value: (maps, N, L).
-        half_key: (maps, N, L), see row_kernels.py, as are the next three.
-        key_unit: (maps,).
-        mean: (maps, N).
-        count: (maps, N).
-        column_mask: bool (L,) or None.
-        row_key: (B, H, Cq) or None.
-        column_key: (L,) or None.
-        threshold: hashes below are dropped, see dropout.keep_mask.
-        keep_scale: factor of what is kept.
+    Args:
+        first: number of the first of these samples.
+        others: arguments of ``forward``, cut to these samples.
     """
 
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    half_key: Tensor
-    key_unit: Tensor
-    mean: Tensor
-    count: Tensor
-    column_mask: Tensor | None
-    row_key: Tensor | None
-    column_key: Tensor | None
-    threshold: int
-    keep_scale: float
-
-    @property
-    def sizes(self) -> tuple[int, int, int]:
-        """Channels Cq, rows R of a map and columns L."""
-        channels = self.query.shape[3]
-        return channels, self.query.shape[0] * self.query.shape[1] * channels // len(self.key), self.key.shape[2]
-
-    def parts(self, buffers: int) -> Iterator[tuple[slice, slice, "_Samples"]]:
-        """As many samples as fit into the workspace with so many buffers, at least one: which, their maps, and they."""
-        batch, heads, _, channels = self.query.shape
-        shared = len(self.key) == heads
-        step = max(1, WORKSPACE_BYTES // (buffers * heads * channels * self.key.shape[2] * self.key.itemsize))
-        for start in range(0, batch, step):
-            samples = slice(start, min(start + step, batch))
-            maps = slice(0, heads) if shared else slice(samples.start * heads, samples.stop * heads)
-            own = {name: getattr(self, name)[maps] for name in ("key", "value", "half_key", "key_unit", "mean", "count")}
-            row_key = None if self.row_key is None else self.row_key[samples]
-            yield samples, maps, self._replace(query=self.query[samples], row_key=row_key, **own)
+    def __init__(
+        self,
+        first: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        column_mask: Tensor | None,
+        dropout_p: float,
+        seed: Tensor | None,
+    ) -> None:
+        batch, heads, _, channels = query.shape
+        self.query = query.contiguous()
+        self.key, self.value = (x.flatten(0, 1).contiguous() for x in (key, value))
+        self.column_mask = None if column_mask is None else column_mask.contiguous()
+        self.maps, self.tokens, columns = self.key.shape
+        self.sizes = channels, batch * heads * channels // self.maps, columns
+        self.half_key = torch.empty_like(self.key, dtype=_half(key.dtype))
+        self.key_unit = key.new_empty(self.maps, dtype=torch.float32)
+        self.mean, peak, self.count = self.key_unit.new_empty((3, self.maps, self.tokens))
+        row_kernels.key_statistics_kernel[(self.maps * self.tokens,)](
+            self.key, self.column_mask, self.mean, peak, self.count, columns,
+            BLOCK_L=_width(columns, SOFTMAX_COLUMNS), num_warps=SOFTMAX_WARPS,
+        )  # fmt: skip
+        row_kernels.half_key_kernel[triton.cdiv(self.tokens, 16), triton.cdiv(columns, 512), self.maps](
+            self.key, self.column_mask, self.mean, peak, self.half_key, self.key_unit, self.tokens, columns,
+            BLOCK_N=16, BLOCK_L=512, num_warps=8,
+        )  # fmt: skip
+        row_key = column_key = None
+        if dropout_p > 0:
+            row_key = torch.empty((batch, heads, channels), dtype=torch.int32, device=key.device)
+            column_key = torch.empty(columns, dtype=torch.int32, device=key.device)
+            rows = row_key.numel()
+            row_kernels.hash_keys_kernel[(triton.cdiv(max(rows, columns), 1024),)](
+                seed, row_key, column_key, first * heads * channels, rows, columns, BLOCK=1024
+            )
+        # Hashes below the threshold are dropped, see dropout.keep_mask.
+        self.mask = self.column_mask, row_key, column_key, round(dropout_p * 2**32) - 2**31
+        self.keep_scale = 1 / (1 - dropout_p)
 
     def pack(
         self, x: Tensor, rows: Tensor | None, half_rows: Tensor | None, unit: Tensor, shift: Tensor | None = None
     ) -> None:
-        """Launch pack_kernel on the query, or on a gradient, which has no shift and meets the value."""
+        """Pack the query, or a gradient, which has no shift and will meet the value."""
         channels, row_count, _ = self.sizes
-        maps, tokens, _ = self.key.shape
-        of_key = (None, None) if shift is None else (self.mean, self.key_unit)
+        mean, key_unit = (None, None) if shift is None else (self.mean, self.key_unit)
         peak = None
         if half_rows is not None and shift is None:
             peak = torch.linalg.vector_norm(self.value, math.inf, (1, 2), dtype=torch.float32)
-        row_kernels.pack_kernel[triton.cdiv(row_count, 32), maps](
-            x, *of_key, peak, rows, half_rows, unit, shift, tokens, channels, row_count,
-            _HALF_RANGE / (4 * triton.next_power_of_2(tokens)), BLOCK_R=32, BLOCK_N=64,
+        # Sums of N products of numbers below 2 and 2 · range_factor stay within float16.
+        range_factor = 2**13 / triton.next_power_of_2(self.tokens)
+        row_kernels.pack_kernel[triton.cdiv(row_count, 32), self.maps](
+            x, mean, key_unit, peak, rows, half_rows, unit, shift, self.tokens, channels, row_count, range_factor,
+            BLOCK_R=32, BLOCK_N=64,
         )  # fmt: skip
 
 
-def _prepare(
-    query: Tensor, key: Tensor, value: Tensor, column_mask: Tensor | None, dropout_p: float, seed: Tensor | None
-) -> _Samples:
-    """All samples."""
-    batch, heads, tokens, channels = query.shape
-    key, value = (x.flatten(0, 1).contiguous() for x in (key, value))
-    column_mask = None if column_mask is None else column_mask.contiguous()
-    maps, _, columns = key.shape
-    mean, peak, count = key.new_empty((3, maps, tokens), dtype=torch.float32)
-    row_kernels.key_statistics_kernel[(maps * tokens,)](
-        key, column_mask, mean, peak, count, columns, BLOCK_L=_width(columns, SOFTMAX_COLUMNS), num_warps=8
-    )
-    half_key = torch.empty_like(key, dtype=_half(key.dtype))
-    key_unit = mean.new_empty(maps)
-    row_kernels.half_key_kernel[triton.cdiv(tokens, 16), triton.cdiv(columns, 1024), maps](
-        key, column_mask, mean, peak, half_key, key_unit, tokens, columns, BLOCK_N=16, BLOCK_L=1024, num_warps=8
-    )
-    row_key = column_key = None
-    if dropout_p > 0:
-        row_key = torch.empty((batch, heads, channels), dtype=torch.int32, device=key.device)
-        column_key = torch.empty(columns, dtype=torch.int32, device=key.device)
-        blocks = triton.cdiv(max(row_key.numel(), columns), 1024)
-        row_kernels.hash_keys_kernel[(blocks,)](seed, row_key, column_key, row_key.numel(), columns, BLOCK=1024)
-    threshold, keep_scale = round(dropout_p * 2**32) - 2**31, 1 / (1 - dropout_p)
-    return _Samples(
-        query.contiguous(), key, value, half_key, key_unit, mean, count, column_mask, row_key, column_key,
-        threshold, keep_scale,
-    )  # fmt: skip
-
-
 def _half(dtype: torch.dtype) -> torch.dtype:
-    """What products S are made of and stored in: bfloat16 has too few digits, and fits float16 over powers of two."""
+    """What S is made of and stored in: bfloat16 has too few digits; over powers of two its numbers fit float16."""
     return torch.float32 if dtype == torch.float32 else torch.float16
 
 
@@ -137,12 +102,20 @@ def _width(columns: int, most: int) -> int:
     return min(most, max(MIN_COLUMNS, triton.next_power_of_2(columns)))
 
 
+def _parts(query: Tensor, key: Tensor, value: Tensor, buffers: int) -> list[tuple[slice, Tensor, Tensor, Tensor]]:
+    """The samples that fit into the workspace with so many maps at a time, at least one, and their operands."""
+    batch, heads, _, channels = query.shape
+    step = max(1, WORKSPACE_BYTES // (buffers * heads * channels * key.shape[3] * key.itemsize))
+    parts = [slice(start, min(start + step, batch)) for start in range(0, batch, step)]
+    return [(x, query[x], *((key, value) if key.shape[0] == 1 else (key[x], value[x]))) for x in parts]
+
+
 def _product(a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool = False) -> None:
-    """Set ``out`` to a b, batched, or add that to float32; sums are float32, whatever the dtype of ``out``."""
+    """Set ``out`` to a b, batched, or add that to it; sums are float32, whatever the dtype of ``out``."""
     if a.device.type == "cpu":  # whose products of half precision are slow, and have no other dtype for the result
         a, b = a.float(), b.float()
     if a.dtype == out.dtype:
-        torch.baddbmm(out, a, b, out=out) if accumulate else torch.bmm(a, b, out=out)
+        torch.baddbmm(out, a, b, beta=int(accumulate), out=out)
     elif a.device.type == "cpu":
         out.copy_(a @ b)
     elif accumulate:
@@ -179,40 +152,42 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """As ``chunked.forward``, for float16, bfloat16 and float32."""
     batch, heads, _, channels = query.shape
-    output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    output = query.new_empty(query.shape)
     statistics = query.new_empty((2, batch, heads, channels), dtype=torch.float32)
-    for samples, _, part in _prepare(query, key, value, column_mask, dropout_p, seed).parts(buffers=1):
-        _attend(part, eps, output[samples], *statistics[:, samples])
+    for which, *operands in _parts(query, key, value, buffers=1):
+        samples = _Samples(which.start, *operands, column_mask, dropout_p, seed)
+        _attend(samples, eps, output[which], *statistics[:, which])
     return output, statistics
 
 
-def _attend(part: _Samples, eps: float, output: Tensor, lse: Tensor, rstd: Tensor) -> None:
-    maps, tokens, _ = part.key.shape
-    channels, rows, columns = sizes = part.sizes
-    half_rows = part.half_key.new_empty((maps, tokens, rows))
+def _attend(samples: _Samples, eps: float, output: Tensor, lse: Tensor, rstd: Tensor) -> None:
+    """Fill output, lse and rstd."""
+    maps, tokens, (channels, rows, columns) = samples.maps, samples.tokens, samples.sizes
+    half_rows = samples.half_key.new_empty((maps, tokens, rows))
     unit, shift, maximum, squares = lse.new_empty((4, *lse.shape))
-    part.pack(part.query, None, half_rows, unit, shift)
+    samples.pack(samples.query, None, half_rows, unit, shift)
 
-    probability = part.key.new_empty((maps, rows, columns))
-    logits = probability.view(part.half_key.dtype)
-    _product(half_rows.mT, part.half_key, logits)
+    probability = samples.key.new_empty((maps, rows, columns))
+    logits = probability.view(half_rows.dtype)
+    _product(half_rows.mT, samples.half_key, logits)
     width = _width(columns, SOFTMAX_COLUMNS)
     row_kernels.row_statistics_kernel[rows, maps](
-        logits, part.column_mask, maximum, squares, *sizes, BLOCK_L=width, num_warps=SOFTMAX_WARPS
+        logits, samples.column_mask, maximum, squares, *samples.sizes, BLOCK_L=width, num_warps=SOFTMAX_WARPS
     )
+    block_c = triton.next_power_of_2(channels)
     row_kernels.rstd_kernel[rows // channels, maps](
-        squares, unit, shift, part.count, rstd, tokens, channels, eps, BLOCK_C=triton.next_power_of_2(channels)
+        squares, unit, shift, samples.count, rstd, tokens, channels, eps, BLOCK_C=block_c
     )
     block_r, tiles = SOFTMAX_TILE // width, triton.cdiv(columns, width)
     sums = lse.new_empty((tiles, *lse.shape))
     row_kernels.softmax_kernel[triton.cdiv(rows, block_r), tiles, maps](
-        logits, probability, unit, rstd, maximum, part.column_mask, part.row_key, part.column_key, part.threshold, sums,
-        *sizes, BLOCK_R=block_r, BLOCK_L=width, num_warps=SOFTMAX_WARPS,
+        probability, logits, unit, rstd, maximum, *samples.mask, sums, *samples.sizes,
+        BLOCK_R=block_r, BLOCK_L=width, num_warps=SOFTMAX_WARPS,
     )  # fmt: skip
-    parts = _pieces_product(part.value, probability)
+    parts = _pieces_product(samples.value, probability)
     row_kernels.finish_kernel[triton.cdiv(rows, 128), triton.cdiv(tokens, 16), maps](
         parts, sums, unit, rstd, maximum, lse, None, None, None, output, tokens, channels, rows, len(parts), tiles,
-        part.keep_scale, BLOCK_R=128, BLOCK_N=16,
+        samples.keep_scale, BLOCK_R=128, BLOCK_N=16,
     )  # fmt: skip
 
 
@@ -227,69 +202,65 @@ def backward(
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As ``chunked.backward``, for float16, bfloat16 and float32."""
-    parts = [*_prepare(query, key, value, column_mask, dropout_p, seed).parts(buffers=2)]
-    grad = grad.contiguous()
-    grad_query = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    # Several parts that share their keys are added before they are rounded.
-    accumulate = len(parts) > 1 and key.shape[0] == 1
-    dtype = torch.float32 if accumulate else key.dtype
-    shape = key.flatten(0, 1).shape
-    grad_key, grad_value = (torch.empty(shape, dtype=dtype, device=key.device) for _ in range(2))
-    for samples, maps, part in parts:
-        _differentiate(
-            part, grad[samples], *statistics[:, samples], grad_query[samples], (grad_value[maps], grad_key[maps]),
-            accumulate=accumulate and samples.start > 0,
-        )  # fmt: skip
-    return grad_query, grad_key.to(key.dtype).view(key.shape), grad_value.to(value.dtype).view(value.shape)
+    parts = _parts(query, key, value, buffers=2)
+    shared = key.shape[0] == 1
+    grad, grad_query = grad.contiguous(), query.new_empty(query.shape)
+    # What several parts add to shared keys is rounded once.
+    dtype = torch.float32 if shared and len(parts) > 1 else key.dtype
+    grad_key, grad_value = (key.new_empty(key.shape, dtype=dtype) for _ in range(2))
+    for which, *operands in parts:
+        samples = _Samples(which.start, *operands, column_mask, dropout_p, seed)
+        own = slice(None) if shared else which
+        grads = grad_query[which], grad_key[own].flatten(0, 1), grad_value[own].flatten(0, 1)
+        _differentiate(samples, grad[which], *statistics[:, which], *grads, accumulate=shared and which.start > 0)
+    return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype)
 
 
 def _differentiate(
-    part: _Samples,
+    samples: _Samples,
     grad_output: Tensor,
     lse: Tensor,
     rstd: Tensor,
     grad_query: Tensor,
-    grads: tuple[Tensor, Tensor],
+    grad_key: Tensor,
+    grad_value: Tensor,
     *,
     accumulate: bool,
 ) -> None:
-    maps, tokens, _ = part.key.shape
-    channels, rows, columns = sizes = part.sizes
-    half_rows = part.half_key.new_empty((maps, tokens, rows))
-    left = part.key.new_empty((2, maps, tokens, rows))  # dO and q, of which dV and dK are products
+    """Fill the gradients, or add to those of key and value."""
+    maps, tokens, (channels, rows, columns) = samples.maps, samples.tokens, samples.sizes
+    packed_query, packed_grad = samples.key.new_empty((2, maps, tokens, rows))
+    half_rows = samples.half_key.new_empty((maps, tokens, rows))
     unit, shift, grad_unit, delta, slope, offset = lse.new_empty((6, *lse.shape))
-    part.pack(part.query, left[1], half_rows, unit, shift)
+    samples.pack(samples.query, packed_query, half_rows, unit, shift)
     # The gradient of a scaled loss can be so large that dP overflows float16.
-    half_grad = torch.empty_like(half_rows) if part.key.dtype == torch.float16 else None
-    part.pack(grad_output, left[0], half_grad, grad_unit)
+    half_grad = torch.empty_like(half_rows) if samples.key.dtype == torch.float16 else None
+    samples.pack(grad_output, packed_grad, half_grad, grad_unit)
 
-    buffers = part.key.new_empty((2, maps, rows, columns))
-    logits = buffers[0].view(half_rows.dtype)
-    _product(half_rows.mT, part.half_key, logits)
-    _product((left[0] if half_grad is None else half_grad).mT, part.value, buffers[1])
+    probability, grad_logits = samples.key.new_empty((2, maps, rows, columns))
+    logits = probability.view(half_rows.dtype)
+    _product(half_rows.mT, samples.half_key, logits)
+    _product((packed_grad if half_grad is None else half_grad).mT, samples.value, grad_logits)
     width = _width(columns, GRADIENT_COLUMNS)
     block_r, tiles = GRADIENT_TILE // width, triton.cdiv(columns, width)
-    sums = lse.new_empty((3, tiles, *lse.shape))
     grid = triton.cdiv(rows, block_r), tiles, maps
-    entries = (
-        unit, None if half_grad is None else grad_unit, rstd, lse,
-        part.column_mask, part.row_key, part.column_key, part.threshold, part.keep_scale,
-    )  # fmt: skip
+    sums = lse.new_empty((4, tiles, *lse.shape))
+    entries = unit, None if half_grad is None else grad_unit, rstd, lse, *samples.mask, samples.keep_scale
     row_kernels.row_sums_kernel[grid](
-        logits, buffers[1], *entries, sums, *sizes, BLOCK_R=block_r, BLOCK_L=width, num_warps=GRADIENT_WARPS
+        grad_logits, logits, *entries, sums, *samples.sizes, BLOCK_R=block_r, BLOCK_L=width, num_warps=GRADIENT_WARPS
     )
+    block_c = triton.next_power_of_2(channels)
     row_kernels.norm_gradient_kernel[rows // channels, maps](
-        sums, shift, rstd, part.count, delta, slope, offset, tokens, channels, tiles,
-        BLOCK_C=triton.next_power_of_2(channels),
-    )  # fmt: skip
+        sums, shift, rstd, samples.count, delta, slope, offset, tokens, channels, tiles, BLOCK_C=block_c
+    )
     row_kernels.gradient_kernel[grid](
-        logits, buffers[1], *buffers, *entries, delta, slope, offset, sums[0], *sizes,
+        probability, grad_logits, logits, grad_logits, *entries, delta, slope, offset, sums[0], *samples.sizes,
         BLOCK_R=block_r, BLOCK_L=width, num_warps=GRADIENT_WARPS,
     )  # fmt: skip
-    for a, b, out in zip(left, buffers, grads, strict=True):
-        _product(a, b, out, accumulate=accumulate)
-    parts = _pieces_product(part.key, buffers[1])
+    _product(packed_grad, probability, grad_value, accumulate=accumulate)
+    _product(packed_query, grad_logits, grad_key, accumulate=accumulate)
+    parts = _pieces_product(samples.key, grad_logits)
     row_kernels.finish_kernel[triton.cdiv(rows, 128), triton.cdiv(tokens, 16), maps](
-        parts, sums[0], None, rstd, None, None, offset, part.count, part.mean, grad_query, tokens, channels, rows,
-        len(parts), tiles, part.keep_scale, BLOCK_R=128, BLOCK_N=16,
+        parts, sums[0], None, rstd, None, None, offset, samples.count, samples.mean, grad_query, tokens, channels,
+        rows, len(parts), tiles, samples.keep_scale, BLOCK_R=128, BLOCK_N=16,
     )  # fmt: skip

@@ -21,7 +21,7 @@ import triton.language as tl
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 # These vary from call to call, and must not compile anew.
-_UNSPECIALIZED = ["threshold", "keep_scale", "range_factor", "eps", "pieces", "tiles"]
+_UNSPECIALIZED = ["threshold", "keep_scale", "range_factor", "eps", "pieces", "tiles", "first_row"]
 
 
 @triton.jit
@@ -47,6 +47,18 @@ def _counting(column_mask, o_l, L):
 
 
 @triton.jit
+def _tile(C, R, L, BLOCK_R: tl.constexpr, BLOCK_L: tl.constexpr):
+    """A program's columns, which rows and columns exist, and where its rows, their sums and its entries stand."""
+    i_r, i_l, i_map = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    maps = tl.num_programs(2)
+    o_r = i_r * BLOCK_R + tl.arange(0, BLOCK_R)
+    o_l = tl.program_id(1) * BLOCK_L + tl.arange(0, BLOCK_L)
+    o_row = _row_index(i_map, o_r, C, maps)
+    o_entry = (i_map * R + o_r[:, None]) * L + o_l[None, :]  # [BR, BL]
+    return o_l, o_r < R, o_l < L, o_row, i_l * maps * R + o_row, o_entry
+
+
+@triton.jit
 def _inverse_power_of_two(x):
     """2^-e with e the exponent of x > 0, so that their product lies in [1, 2); 1 for zero."""
     exponent = (x.to(tl.int32, bitcast=True) >> 23) & 0xFF
@@ -61,13 +73,13 @@ def _lowbias32(x):
     return x ^ (x >> 16)
 
 
-@triton.jit
-def hash_keys_kernel(seed, row_key, column_key, row_count, column_count, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
+def hash_keys_kernel(seed, row_key, column_key, first_row, row_count, column_count, BLOCK: tl.constexpr):
     """What dropout.hash_keys computes, with the first step of an entry's hash taken: it is linear in xor."""
     o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     b_seed = tl.load(seed)
     stream = _lowbias32(b_seed.to(tl.uint32) ^ _lowbias32((b_seed >> 32).to(tl.uint32)))
-    b_row = _lowbias32(stream ^ _lowbias32(o.to(tl.uint32)))
+    b_row = _lowbias32(stream ^ _lowbias32((first_row + o).to(tl.uint32)))
     b_column = _lowbias32(_lowbias32(stream) ^ _lowbias32(o.to(tl.uint32)))
     tl.store(row_key + o, (b_row ^ (b_row >> 16)).to(tl.int32, bitcast=True), mask=o < row_count)
     tl.store(column_key + o, (b_column ^ (b_column >> 16)).to(tl.int32, bitcast=True), mask=o < column_count)
@@ -217,24 +229,18 @@ def _log2_scale(unit, rstd, o_row, m_r):
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
 def softmax_kernel(
-    logits, probability, unit, rstd, maximum, column_mask, row_key, column_key, threshold, sums, C, R, L,
+    probability, logits, unit, rstd, maximum, column_mask, row_key, column_key, threshold, sums, C, R, L,
     BLOCK_R: tl.constexpr, BLOCK_L: tl.constexpr,
 ):  # fmt: skip
     """P = exp2(normalized logits - maximum) after dropout, and the row sums of a tile before it."""
-    i_r, i_l, i_map = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    maps = tl.num_programs(2)
-    o_r = i_r * BLOCK_R + tl.arange(0, BLOCK_R)
-    o_l = i_l * BLOCK_L + tl.arange(0, BLOCK_L)
-    m_r, m_l = o_r < R, o_l < L
+    o_l, m_r, m_l, o_row, o_sum, o_entry = _tile(C, R, L, BLOCK_R, BLOCK_L)
     m = m_r[:, None] & m_l[None, :]
-    o_row = _row_index(i_map, o_r, C, maps)
-    o_entry = (i_map * R + o_r[:, None]) * L + o_l[None, :]
     b_scale = _log2_scale(unit, rstd, o_row, m_r)
     b_maximum = tl.load(maximum + o_row, mask=m_r, other=0.0) * b_scale
     b_logits = tl.load(logits + o_entry, mask=m, other=0.0).to(tl.float32) * b_scale[:, None]
     b_probability = tl.exp2(b_logits - b_maximum[:, None])  # [BR, BL]
     b_probability = tl.where(_counting(column_mask, o_l, L)[None, :], b_probability, 0.0)
-    tl.store(sums + i_l.to(tl.int64) * maps * R + o_row, tl.sum(b_probability, 1), mask=m_r)
+    tl.store(sums + o_sum, tl.sum(b_probability, 1), mask=m_r)
     if row_key is not None:
         b_probability = tl.where(_kept(row_key, column_key, o_row, o_l, m_r, m_l, threshold), b_probability, 0.0)
     tl.store(probability + o_entry, b_probability.to(probability.dtype.element_ty), mask=m)
@@ -286,13 +292,10 @@ def finish_kernel(
 @triton.jit
 def _entries(
     logits, grad, unit, grad_unit, rstd, lse, column_mask, row_key, column_key, threshold, keep_scale,
-    i_map, o_r, o_l, C, R, L,
+    o_l, m_r, m_l, o_row, o_entry, L,
 ):  # fmt: skip
-    """Of a tile: the entries that count, normalized logits, P, P after dropout, and dP, which dropout has not met."""
-    m_r, m_l = o_r < R, o_l < L
+    """Of a tile: the entries that count, S, P, P M and dP, with M the mask of dropout."""
     m = m_r[:, None] & m_l[None, :]
-    o_row = _row_index(i_map, o_r, C, tl.num_programs(2))
-    o_entry = (i_map * R + o_r[:, None]) * L + o_l[None, :]
     b_logits = tl.load(logits + o_entry, mask=m, other=0.0).to(tl.float32)
     b_logits *= _log2_scale(unit, rstd, o_row, m_r)[:, None]
     b_grad = tl.load(grad + o_entry, mask=m, other=0.0).to(tl.float32)
@@ -309,25 +312,21 @@ def _entries(
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
 def row_sums_kernel(
-    logits, grad, unit, grad_unit, rstd, lse, column_mask, row_key, column_key, threshold, keep_scale, sums, C, R, L,
+    grad, logits, unit, grad_unit, rstd, lse, column_mask, row_key, column_key, threshold, keep_scale, sums, C, R, L,
     BLOCK_R: tl.constexpr, BLOCK_L: tl.constexpr,
 ):  # fmt: skip
-    """A tile's row sums (3, tiles, B, H, C) of P M dP, of P M dP S and of P S, with M the mask of dropout."""
-    i_r, i_l, i_map = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    maps = tl.num_programs(2)
-    o_r = i_r * BLOCK_R + tl.arange(0, BLOCK_R)
-    o_l = i_l * BLOCK_L + tl.arange(0, BLOCK_L)
-    m_r = o_r < R
+    """A tile's row sums (4, tiles, B, H, C) of P M dP, of P, and of both times S."""
+    o_l, m_r, m_l, o_row, o_sum, o_entry = _tile(C, R, L, BLOCK_R, BLOCK_L)
     _, b_logits, b_probability, b_kept, b_grad = _entries(
         logits, grad, unit, grad_unit, rstd, lse, column_mask, row_key, column_key, threshold, keep_scale,
-        i_map, o_r, o_l, C, R, L,
+        o_l, m_r, m_l, o_row, o_entry, L,
     )  # fmt: skip
-    b_product = b_kept * b_grad
-    p_sums = sums + i_l.to(tl.int64) * maps * R + _row_index(i_map, o_r, C, maps)
-    size = tl.num_programs(1).to(tl.int64) * maps * R
-    tl.store(p_sums, tl.sum(b_product, 1), mask=m_r)
-    tl.store(p_sums + size, tl.sum(b_product * b_logits, 1), mask=m_r)
-    tl.store(p_sums + 2 * size, tl.sum(b_probability * b_logits, 1), mask=m_r)
+    b_grad *= b_kept
+    size = tl.num_programs(1).to(tl.int64) * tl.num_programs(2) * R
+    tl.store(sums + o_sum, tl.sum(b_grad, 1), mask=m_r)
+    tl.store(sums + size + o_sum, tl.sum(b_probability, 1), mask=m_r)
+    tl.store(sums + 2 * size + o_sum, tl.sum(b_grad * b_logits, 1), mask=m_r)
+    tl.store(sums + 3 * size + o_sum, tl.sum(b_probability * b_logits, 1), mask=m_r)
 
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
@@ -339,9 +338,11 @@ def norm_gradient_kernel(sums, shift, rstd, count, delta, slope, offset, N, C, t
     o_row = (i_sample * tl.num_programs(1) + i_map) * C + o_c
     row_count = tl.num_programs(0).to(tl.int64) * tl.num_programs(1) * C
     size = row_count * tiles
-    b_delta = _sum_tiles(sums, o_row, m_c, row_count, tiles, BLOCK_C)
-    b_dot = _sum_tiles(sums + size, o_row, m_c, row_count, tiles, BLOCK_C)
-    b_dot -= b_delta * _sum_tiles(sums + 2 * size, o_row, m_c, row_count, tiles, BLOCK_C)
+    # P sums to 1 but for rounding. Over its very sum, rows of dS sum to zero even where one key gets nearly all.
+    b_total = _sum_tiles(sums + size, o_row, m_c, row_count, tiles, BLOCK_C)
+    b_delta = _sum_tiles(sums, o_row, m_c, row_count, tiles, BLOCK_C) / tl.where(b_total == 0.0, 1.0, b_total)
+    b_dot = _sum_tiles(sums + 2 * size, o_row, m_c, row_count, tiles, BLOCK_C)
+    b_dot -= b_delta * _sum_tiles(sums + 3 * size, o_row, m_c, row_count, tiles, BLOCK_C)
     b_slope = tl.zeros([BLOCK_C], tl.float32) + tl.sum(b_dot, 0) / (C * tl.load(count + i_map * N))
     b_shift = tl.load(shift + o_row, mask=m_c, other=0.0)
     b_shift = (b_shift - tl.sum(b_shift, 0) / C) * tl.load(rstd + o_row, mask=m_c, other=0.0)
@@ -352,27 +353,21 @@ def norm_gradient_kernel(sums, shift, rstd, count, delta, slope, offset, N, C, t
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
 def gradient_kernel(
-    logits, grad, probability, grad_logits, unit, grad_unit, rstd, lse, column_mask, row_key, column_key, threshold,
+    probability, grad_logits, logits, grad, unit, grad_unit, rstd, lse, column_mask, row_key, column_key, threshold,
     keep_scale, delta, slope, offset, sums, C, R, L, BLOCK_R: tl.constexpr, BLOCK_L: tl.constexpr,
 ):  # fmt: skip
     """P M and dS = rstd (P (M dP - delta) - slope S - offset), and a tile's row sums of dS as rounded."""
-    i_r, i_l, i_map = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    maps = tl.num_programs(2)
-    o_r = i_r * BLOCK_R + tl.arange(0, BLOCK_R)
-    o_l = i_l * BLOCK_L + tl.arange(0, BLOCK_L)
-    m_r = o_r < R
-    m = m_r[:, None] & (o_l < L)[None, :]
-    o_row = _row_index(i_map, o_r, C, maps)
-    o_entry = (i_map * R + o_r[:, None]) * L + o_l[None, :]
+    o_l, m_r, m_l, o_row, o_sum, o_entry = _tile(C, R, L, BLOCK_R, BLOCK_L)
     m_counts, b_logits, b_probability, b_kept, b_grad = _entries(
         logits, grad, unit, grad_unit, rstd, lse, column_mask, row_key, column_key, threshold, keep_scale,
-        i_map, o_r, o_l, C, R, L,
+        o_l, m_r, m_l, o_row, o_entry, L,
     )  # fmt: skip
     b_grad = b_kept * b_grad - b_probability * tl.load(delta + o_row, mask=m_r, other=0.0)[:, None]
     b_grad -= b_logits * tl.load(slope + o_row, mask=m_r, other=0.0)[:, None]
     b_grad -= tl.load(offset + o_row, mask=m_r, other=0.0)[:, None]
     b_grad *= tl.load(rstd + o_row, mask=m_r, other=0.0)[:, None]
     b_grad = tl.where(m_counts, b_grad, 0.0).to(grad_logits.dtype.element_ty)
+    m = m_r[:, None] & m_l[None, :]
     tl.store(probability + o_entry, b_kept.to(probability.dtype.element_ty), mask=m)
     tl.store(grad_logits + o_entry, b_grad, mask=m)
-    tl.store(sums + i_l.to(tl.int64) * maps * R + o_row, tl.sum(b_grad.to(tl.float32), 1), mask=m_r)
+    tl.store(sums + o_sum, tl.sum(b_grad.to(tl.float32), 1), mask=m_r)
