@@ -71,7 +71,10 @@ _FULL_STEPS = ["pascal", "cityscapes", "coco"]
 _TIMED_STEPS = _FULL_STEPS if torch.cuda.is_available() else ["pascal_b0"]
 _TARGETS = ["sm_80", "sm_86", "sm_90", "sm_100", "gfx942"]
 BENCHMARKS = {
-    "attention": _operator(bench_channel_attention.cases),
+    "attention": _operator(
+        bench_channel_attention.cases,
+        default=list(bench_channel_attention.GRID) if torch.cuda.is_available() else ["pascal"],
+    ),
     "memory": _operator(bench_semantic_memory.cases),
     "loss": _operator(lambda size: bench_upsample.cases(size)[:1], bench_upsample.SIZES),
     "argmax": _operator(lambda size: bench_upsample.cases(size)[1:], bench_upsample.SIZES),

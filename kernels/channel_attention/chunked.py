@@ -3,9 +3,9 @@
 This is the CPU path and the fallback on any device. It runs at the rate of its matrix products: two in forward, five in
 backward, where the rows are computed again. A block of whole rows is made in chunks of columns that stay in the caches.
 Softmax needs the variance of the whole map first, for which the rows would have to be computed once more. So here it is
-taken of N x N matrices: with q_d and k_l the channels of query and key, k̄ the mean of the latter and Σ their covariance,
+taken of N x N matrices: with q and k the channels of query and key, k̄ the mean of the latter and Σ their covariance,
 
-    var(S) = <E[q qᵀ], Σ> + var(q · k̄)
+    var(S) = <E[q qᵀ], Σ> + var(q · k̄)  (E and var over channels)
 """
 
 import math
@@ -35,7 +35,7 @@ def _rows_first(x: Tensor, maps: int) -> Tensor:
 
 def _samples_first(x: Tensor, shape: torch.Size) -> Tensor:
     """(maps, rows, N) -> (B, H, N, C)."""
-    return x.unflatten(1, (-1, shape[3])).permute(1, 0, 3, 2).reshape(shape)
+    return x.unflatten(1, (-1, shape[3])).permute(1, 0, 3, 2).reshape(shape).contiguous()
 
 
 class _Map:

@@ -102,12 +102,11 @@ def _width(columns: int, most: int) -> int:
     return min(most, max(MIN_COLUMNS, triton.next_power_of_2(columns)))
 
 
-def _parts(query: Tensor, key: Tensor, value: Tensor, buffers: int) -> list[tuple[slice, Tensor, Tensor, Tensor]]:
-    """The samples that fit into the workspace with so many maps at a time, at least one, and their operands."""
+def _parts(query: Tensor, key: Tensor, buffers: int) -> list[slice]:
+    """Samples to compute at a time: as many as fit into the workspace with so many maps each, at least one."""
     batch, heads, _, channels = query.shape
     step = max(1, WORKSPACE_BYTES // (buffers * heads * channels * key.shape[3] * key.itemsize))
-    parts = [slice(start, min(start + step, batch)) for start in range(0, batch, step)]
-    return [(x, query[x], *((key, value) if key.shape[0] == 1 else (key[x], value[x]))) for x in parts]
+    return [slice(start, min(start + step, batch)) for start in range(0, batch, step)]
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool = False) -> None:
@@ -125,7 +124,7 @@ def _product(a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool = False) -> 
 
 
 def _pieces_product(a: Tensor, b: Tensor) -> Tensor:
-    """a (maps, N, L) times b (maps, R, L) transposed, as float32 pieces (pieces, maps, N, R) that nobody has added."""
+    """Return a (maps, N, L) times b (maps, R, L) transposed, as float32 pieces (pieces, maps, N, R) to be added."""
     maps, tokens, columns = a.shape
     fewest = triton.cdiv(columns, PIECE_COLUMNS)
     # Pieces of equal width, with rows of whole 16 bytes.
@@ -154,9 +153,11 @@ def forward(
     batch, heads, _, channels = query.shape
     output = query.new_empty(query.shape)
     statistics = query.new_empty((2, batch, heads, channels), dtype=torch.float32)
-    for which, *operands in _parts(query, key, value, buffers=1):
-        samples = _Samples(which.start, *operands, column_mask, dropout_p, seed)
-        _attend(samples, eps, output[which], *statistics[:, which])
+    for which in _parts(query, key, buffers=1):
+        own = slice(None) if key.shape[0] == 1 else which
+        samples = _Samples(which.start, query[which], key[own], value[own], column_mask, dropout_p, seed)
+        lse, rstd = statistics[:, which]
+        _attend(samples, eps, output[which], lse, rstd)
     return output, statistics
 
 
@@ -202,32 +203,26 @@ def backward(
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As ``chunked.backward``, for float16, bfloat16 and float32."""
-    parts = _parts(query, key, value, buffers=2)
+    parts = _parts(query, key, buffers=2)
     shared = key.shape[0] == 1
     grad, grad_query = grad.contiguous(), query.new_empty(query.shape)
     # What several parts add to shared keys is rounded once.
     dtype = torch.float32 if shared and len(parts) > 1 else key.dtype
     grad_key, grad_value = (key.new_empty(key.shape, dtype=dtype) for _ in range(2))
-    for which, *operands in parts:
-        samples = _Samples(which.start, *operands, column_mask, dropout_p, seed)
+    for which in parts:
         own = slice(None) if shared else which
+        samples = _Samples(which.start, query[which], key[own], value[own], column_mask, dropout_p, seed)
+        lse, rstd = statistics[:, which]
         grads = grad_query[which], grad_key[own].flatten(0, 1), grad_value[own].flatten(0, 1)
-        _differentiate(samples, grad[which], *statistics[:, which], *grads, accumulate=shared and which.start > 0)
+        _differentiate(samples, grad[which], lse, rstd, grads, accumulate=shared and which.start > 0)
     return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype)
 
 
 def _differentiate(
-    samples: _Samples,
-    grad_output: Tensor,
-    lse: Tensor,
-    rstd: Tensor,
-    grad_query: Tensor,
-    grad_key: Tensor,
-    grad_value: Tensor,
-    *,
-    accumulate: bool,
+    samples: _Samples, grad_output: Tensor, lse: Tensor, rstd: Tensor, grads: tuple[Tensor, ...], *, accumulate: bool
 ) -> None:
-    """Fill the gradients, or add to those of key and value."""
+    """Fill the gradients of query, key and value, or add to the last two."""
+    grad_query, grad_key, grad_value = grads
     maps, tokens, (channels, rows, columns) = samples.maps, samples.tokens, samples.sizes
     packed_query, packed_grad = samples.key.new_empty((2, maps, tokens, rows))
     half_rows = samples.half_key.new_empty((maps, tokens, rows))

@@ -218,7 +218,7 @@ class TestMemory:
 
     @pytest.mark.parametrize(("batch", "tokens"), [(1, 289), (4, 289), (16, 289), (2, 676), (4, 1369)])
     def test_workspace_is_bounded(self, batch: int, tokens: int) -> None:
-        """A map of the samples that fit in forward, two in backward, and copies and pieces of the size of the inputs."""
+        """A map of the samples that fit in forward, two in backward, and tensors of the size of the inputs."""
         rows, columns = batch * 1024, 21 * 1024
         one_map = columns * 1024 * 2
         keys, query = columns * tokens * 2, rows * tokens * 2

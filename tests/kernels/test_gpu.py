@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from allspark_fast.kernels.channel_attention import channel_attention, chunked
+from allspark_fast.kernels.channel_attention import channel_attention
 from allspark_fast.kernels.depthwise_gelu import depthwise_gelu
 from allspark_fast.kernels.selftest import TOLERANCE, check_kernels, passed, results_table
 from allspark_fast.kernels.semantic_memory import channel_semantic_grouping, reference, semantic_memory_enqueue
@@ -98,7 +98,7 @@ class TestChannelAttention:
         assert_parity(tensors, **options(device, 0.1))
 
     def test_a_training_step(self, cuda: torch.device, dtype: torch.dtype) -> None:
-        """Pascal: the columns are cut into parts, and into chunks."""
+        """Pascal, whose products over the columns are cut into pieces."""
         assert_parity(inputs(cuda, dtype, 289, channels=1024, columns=21 * 1024), **options(cuda, 0.1))
 
     def test_auto_is_triton(self, cuda: torch.device, dtype: torch.dtype) -> None:
@@ -138,28 +138,19 @@ class TestChannelAttention:
 
     def test_offsets_beyond_2_to_the_31(self, cuda: torch.device) -> None:
         """Only the last columns of a key of more than 2^31 numbers count."""
-        from allspark_fast.kernels.channel_attention import kernel  # noqa: PLC0415 needs triton
-
-        need_bytes(24e9)
-        tokens, kept = 1369, 64
-        columns = 2**31 // tokens // 1024 * 1024 + 2048
+        need_bytes(40e9)
+        tokens, kept = 1369, 1024
+        columns = (2**31 // tokens // kept + 2) * kept
         assert tokens * columns > 2**31
-        key, value = (torch.randn(1, 1, tokens, columns, dtype=torch.bfloat16, device=cuda) for _ in range(2))
-        query = torch.randn(1, 1, tokens, 32, device=cuda).bfloat16().float()
-        grad = torch.randn_like(query).bfloat16()
-        scale, mean = torch.full((1, 1, 1, 1), tokens**-0.5, device=cuda), torch.zeros(1, 1, tokens, 1, device=cuda)
-        mask = torch.arange(columns, device=cuda) >= columns - kept
-        output, lse = kernel.forward(query, key, value, scale, mean, mask, 0.0, None)
-        grads = kernel.backward(grad, query, key, value, scale, mean, output, lse, mask, 0.0, None)
-        assert not grads[1][..., 0].any()
-        ends = [x[..., -kept:].double() for x in (key, value)]
-        others = scale.double(), mean.double()
-        expected, expected_lse = chunked.forward(query.double(), *ends, *others, None, 0.0, None)
-        expected_grads = chunked.backward(
-            grad.double(), query.double(), *ends, *others, expected, expected_lse, None, 0.0, None
-        )
-        actual = [output, grads[0], grads[1][..., -kept:], grads[2][..., -kept:]]
-        assert_close(actual, [expected, *expected_grads[:3]], TOLERANCE[torch.bfloat16])
+        tensors = [torch.randn(1, 1, tokens, x, dtype=torch.bfloat16, device=cuda) for x in (32, columns, columns)]
+        leaves = [x.requires_grad_() for x in tensors]
+        ends = [leaves[0].detach(), *(x[..., -kept:].detach() for x in leaves[1:])]
+        mask = torch.arange(columns // kept, device=cuda) == columns // kept - 1
+        actual = output_and_grads(leaves, group_mask=mask, backend="triton")
+        assert not actual[2][..., 0].any()
+        actual[2:] = [x[..., -kept:] for x in actual[2:]]
+        doubles = [x.double().requires_grad_() for x in ends]
+        assert_close(actual, output_and_grads(doubles, backend="reference"), TOLERANCE[torch.bfloat16])
 
 
 class TestSemanticMemory:
