@@ -52,7 +52,7 @@ def assert_equal_to_reference(tensors: list[Tensor], tolerance: float, **options
 
 def relative_errors(actual: list[Tensor], expected: list[Tensor]) -> list[float]:
     return [
-        ((x.double() - y).abs().max() / y.abs().max().clamp(min=1e-12)).item()
+        ((x.double() - y).abs().max() / y.abs().max().clamp(min=1e-5)).item()
         for x, y in zip(actual, expected, strict=True)
     ]
 
@@ -77,8 +77,8 @@ def assert_parity_with_grad(tensors: list[Tensor], grad: Tensor, **options: obje
 
 def saturated_inputs(tokens: int, dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
     """Queries that are noisy copies of key channels: each row attends to one key, and gradients are what it leaves."""
-    key, value = (torch.randn(1, 1, tokens, 640) for _ in range(2))
-    query = torch.stack([key[0][..., torch.randint(640, (48,))] for _ in range(2)])
+    key, value = (torch.randn(1, 1, tokens, 320) for _ in range(2))
+    query = torch.stack([key[0][..., torch.randint(320, (24,))] for _ in range(2)])
     query += 0.3 * torch.randn_like(query)
     return [x.to(dtype) for x in (query, key, value)], torch.randn_like(query).to(dtype)
 
