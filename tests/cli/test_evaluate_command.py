@@ -80,7 +80,7 @@ def test_what_cannot_be_scored(
     weights: Path, data: Path, tiny_spec: ModelSpec, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["evaluate", str(weights)]) == 1
-    assert "it holds no config.json; to score other weights name a RECIPE" in capsys.readouterr().err
+    assert "not a run folder (no config.json); for other weights name a RECIPE" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["evaluate", str(weights), "--data.root", str(data)])
     assert "unrecognized arguments: --data.root" in capsys.readouterr().err
