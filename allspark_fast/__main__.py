@@ -8,19 +8,25 @@ import os
 import sys
 
 from allspark_fast.cli import COMMANDS
+from allspark_fast.errors import UserError
 
 # What takes less memory, by command.
 _LESS_MEMORY = {
-    "train": "--train.gradient-accumulation-steps 2 or more, --model.activation-checkpointing True, a smaller "
-    "--data.crop or --train.batch-size; for validation --eval.mode sliding; with several processes "
-    "--train.sharding fsdp",
+    "train": "the same run goes on with --model.activation-checkpointing True and, with several processes, "
+    "--train.sharding fsdp; a new one (--run.output-dir) with --train.gradient-accumulation-steps 2 or more, a smaller "
+    "--data.crop or --train.batch-size, for validation --eval.mode sliding",
     "predict": "--window, --batch 1, or a smaller image",
 }
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command; returns the exit status."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    """Run a command and return the exit status.
+
+    Errors that the user can mend are printed without a traceback, unless ``--debug`` is given; all others raise.
+    """
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if debug := "--debug" in arguments:
+        arguments.remove("--debug")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # names of files need not be text
@@ -35,20 +41,23 @@ def main(arguments: list[str] | None = None) -> int:
     name, *rest = arguments
     try:
         return importlib.import_module(f"allspark_fast.cli.{name}").run(rest)
-    except (ValueError, OSError, ImportError, RuntimeError, MemoryError) as error:
+    except KeyboardInterrupt:
+        resumes = "; the same command goes on from the last checkpoint" if name == "train" else ""
+        print(f"interrupted{resumes}", file=sys.stderr)
+        return 130
+    except Exception as error:
+        out_of_memory = _is_out_of_memory(error)
+        if debug or not (out_of_memory or isinstance(error, UserError | OSError)):
+            raise
         print(f"{prefix}error: {error}", file=sys.stderr)
-        if _is_out_of_memory(error):
-            advice = _LESS_MEMORY.get(name, "ending other programs, or a machine with more of it")
+        if out_of_memory:
+            advice = _LESS_MEMORY.get(name, "end other programs, or use a machine with more of it")
             print(f"{prefix}out of memory; what takes less: {advice}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        goes_on = "; the same command goes on from the last checkpoint" if name == "train" else ""
-        print(f"interrupted{goes_on}", file=sys.stderr)
-        return 130
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    """Whether Python, the operating system, a GPU or torch's CPU allocator has no more."""
+    """Return whether Python, the operating system, a GPU or torch's CPU allocator has no more."""
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
     # By its name, because torch may not be loaded.
@@ -58,7 +67,10 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 def _usage() -> str:
     lines = "\n".join(f"  {line}" for line in COMMANDS.values())
-    return f"usage: python -m allspark_fast COMMAND ...\n\n{lines}\n\nCOMMAND --help tells more."
+    return (
+        f"usage: python -m allspark_fast COMMAND ...\n\n{lines}\n\nCOMMAND --help tells more; --debug shows the "
+        "traceback of an error."
+    )
 
 
 if __name__ == "__main__":

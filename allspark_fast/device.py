@@ -1,27 +1,48 @@
-"""The device that work runs on."""
+"""The device that work runs on, and how many CPUs there are for it."""
 
 import os
 from typing import Literal, get_args
 
 import torch
 
-from allspark_fast.kernels.arguments import check_choice
+from allspark_fast.errors import InputError
 
 DeviceName = Literal["auto", "cpu", "cuda"]
 
 
 def choose_device(name: DeviceName) -> torch.device:
-    """The device of a name; ``auto`` is a GPU where there is one.
+    """Return the device of a name; ``auto`` is a GPU where there is one.
 
     Raises:
-        ValueError: the name is none of these, or there is no GPU, but ``cuda`` was asked for.
+        InputError: the name is none of these, or ``cuda`` was requested, but no CUDA device is available.
     """
-    check_choice("device", name, get_args(DeviceName))
+    if name not in get_args(DeviceName):
+        raise InputError(f"device must be one of {', '.join(get_args(DeviceName))}, got {name!r}")
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("the device is to be cuda, but no GPU is there: use cpu or auto")
+        raise InputError("device='cuda' requested, but no CUDA device is available: use cpu or auto")
     return torch.device(name)
+
+
+def available_cpus() -> int:
+    """Return how many CPUs this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS and Windows
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def limit_threads(workers: int) -> None:
+    """Leave CPUs to the DataLoader workers and to the other processes of this host.
+
+    Threads that wait for a CPU which a worker has are slower than fewer threads. OMP_NUM_THREADS, or whoever set
+    torch's number, may have asked for still fewer.
+
+    Args:
+        workers: DataLoader workers of this process.
+    """
+    cpus = available_cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    torch.set_num_threads(min(torch.get_num_threads(), max(1, cpus - workers)))
 
 
 def use_deterministic_operations() -> None:

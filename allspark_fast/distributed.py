@@ -1,6 +1,6 @@
 """Several processes: joining them, and the collectives of a run; each does nothing in a single process.
 
-Without an initialised process group there is one process, of rank 0. ``process_group`` is the only place that makes
+Without an initialized process group there is one process, of rank 0. ``process_group`` is the only place that makes
 the default one.
 """
 
@@ -17,31 +17,36 @@ from torch.distributed import _functional_collectives as functional
 from torch.distributed.rendezvous import rendezvous
 
 from allspark_fast.device import DeviceName, choose_device
+from allspark_fast.errors import InputError, RunError
 
 
 @contextmanager
-def process_group(device: DeviceName, timeout: timedelta) -> Iterator[None]:
+def process_group(device: DeviceName, timeout: timedelta) -> Iterator[torch.device]:
     """Join the processes that ``torchrun`` started, if it did: NCCL between GPUs, gloo between CPUs.
 
-    The device ``cuda`` is then the GPU of this process. The group is left only after success: after an error the end of
-    this process is what tells the others, who may wait for it.
+    The group is left only after success: after an error the end of this process is what tells the others, who may wait
+    for it.
 
     Args:
         device: that the run computes on.
         timeout: how long a rank waits for the others before it gives up.
 
+    Yields:
+        the device of this process; ``cuda`` is the GPU with its local rank.
+
     Raises:
-        RuntimeError: another rank has ended, or kept this one waiting for too long.
-        ValueError: this host has fewer GPUs than processes, or torchrun would restart on several hosts what cannot be.
+        RunError: another rank has ended, or kept this one waiting for too long.
+        InputError: this host has fewer GPUs than processes, or torchrun would restart on several hosts what cannot be.
     """
+    chosen = choose_device(device)
     if "RANK" not in os.environ:
-        yield
+        yield chosen
         return
     backend = "cpu:gloo"
-    if choose_device(device).type == "cuda":
+    if chosen.type == "cuda":
         index, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if index >= gpus:
-            raise ValueError(f"process {index} of this host has no GPU, there are {gpus}: lower --nproc-per-node")
+            raise InputError(f"process {index} of this host has no GPU, there are {gpus}: lower --nproc-per-node")
         torch.cuda.set_device(index)
         backend += ",cuda:nccl"
     restarts = _restarts()
@@ -49,19 +54,19 @@ def process_group(device: DeviceName, timeout: timedelta) -> Iterator[None]:
     store = dist.distributed_c10d.PrefixStore(f"after {restarts} restarts", store)
     dist.init_process_group(backend, timeout=timeout, store=store, rank=index, world_size=size)
     try:
-        yield
+        yield chosen
     except RuntimeError as error:
         if "gloo" not in str(error).lower() and not isinstance(error, dist.DistError):
             raise
-        raise RuntimeError(
-            f"another rank has ended or is stuck, its own message tells why; the same command goes on from the last "
+        raise RunError(
+            "another rank has ended or is stuck, its own message tells why; the same command goes on from the last "
             f"checkpoint ({str(error).splitlines()[0]})"
         ) from error
     dist.destroy_process_group()
 
 
 def _restarts() -> int:
-    """How often ``torchrun --max-restarts`` has started these processes again; 0 without it.
+    """Return how often ``torchrun --max-restarts`` has started these processes again; 0 without it.
 
     The processes of all its attempts share one store (https://github.com/pytorch/pytorch/issues/135712), where they
     would find the addresses of those that have died; on several hosts each counts for itself.
@@ -69,29 +74,20 @@ def _restarts() -> int:
     shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     several_hosts = int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1
     if shared and several_hosts and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0:
-        raise ValueError(
+        raise InputError(
             "torchrun --max-restarts on several hosts fails or hangs when it restarts, since torch hands the addresses "
             "of dead processes on: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun, or leave --max-restarts out"
         )
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) if shared else 0
 
 
-def new_gloo_group(timeout: timedelta) -> dist.ProcessGroup | None:
-    """Another group of all ranks, between their CPUs; all have to ask. None, the default group, in a single process."""
-    if world_size() == 1:
-        return None
-    group = dist.new_group(backend="gloo", timeout=timeout)
-    assert isinstance(group, dist.ProcessGroup)  # this rank is in it
-    return group
-
-
 def world_size() -> int:
-    """Number of processes of the default group, 1 without one."""
+    """Return the number of processes of the default group, 1 without one."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """Index of this process in the default group, 0 without one."""
+    """Return the index of this process in the default group, 0 without one."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
@@ -132,7 +128,7 @@ def start_broadcast(x: Tensor) -> Callable[[], object]:
 
 
 def all_reduce_mean(x: Tensor) -> Tensor:
-    """The mean of a tensor over ranks, the same bits on each.
+    """Average a tensor over ranks; the same bits on each.
 
     The gradient is that of the mean of all ranks' losses, given that gradients of parameters are averaged too.
     """
@@ -152,7 +148,7 @@ class _AllReduceMean(torch.autograd.Function):
 
 
 def all_reduce_sum(x: Tensor) -> Tensor:
-    """The sum of a tensor without gradient over ranks, the same bits on each."""
+    """Sum a tensor without gradient over ranks; the same bits on each."""
     if world_size() == 1:
         return x
     total = x.clone()
@@ -161,24 +157,24 @@ def all_reduce_sum(x: Tensor) -> Tensor:
 
 
 def all_reduce_any(flag: bool) -> bool:
-    """Whether a flag is set on any rank; only the CPU waits."""
+    """Return whether a flag is set on any rank; only the CPU waits."""
     if world_size() == 1:
         return flag
     return bool(all_reduce_sum(torch.tensor(int(flag))))
 
 
-def on_rank0(action: Callable[[], object]) -> None:
-    """Let rank 0 do something while the others wait; if it fails there, all ranks stop.
+@contextmanager
+def failing_together() -> Iterator[None]:
+    """Let all ranks stop if what one of them does in this context fails; the others wait for it.
 
     Raises:
-        RuntimeError: it failed; on rank 0 the error itself is raised.
+        RunError: it failed on another rank; where it did, the error itself is raised.
     """
-    failed = rank() == 0
+    failed = True
     try:
-        if rank() == 0:
-            action()
-            failed = False
+        yield
+        failed = False
     finally:
-        failed_there = all_reduce_any(failed)
-    if failed_there:
-        raise RuntimeError("rank 0 has failed, its message tells why")
+        failed_somewhere = all_reduce_any(failed)
+    if failed_somewhere:
+        raise RunError("another rank has failed, its message tells why")

@@ -159,8 +159,9 @@ def coco() -> Config:
 
     ``python train.py coco --data.root coco --model.weights mit_b5.pth``
 
-    Paper, 1/512 to 1/64: 34.10, 41.65, 45.48, 49.56. Ours: not yet run. The public configuration leaves
-    ``warmup_epoch`` out, without which the public code does not start: here it is 1 of 10 epochs, our choice.
+    Paper, 1/512 to 1/64: 34.10, 41.65, 45.48, 49.56. Ours: not yet run. The reference
+    configuration leaves ``warmup_epoch`` out, without which its code does not start: here it is 1 of 10 epochs, our
+    choice.
     """
     return Config(
         data=DataConfig(

@@ -1,4 +1,4 @@
-"""What asks a run to save and stop: signals, and the end of the torchrun that started it."""
+"""Requests to save and stop: signals, and the end of the torchrun that started this process."""
 
 import os
 import signal
@@ -13,26 +13,28 @@ STOPPED = 75
 
 @contextmanager
 def stop_signals() -> Iterator[Callable[[], bool]]:
-    """Note the signals instead of dying of them; yields a function that tells whether one has come.
+    """Note stop signals instead of dying of them.
 
-    It does so too once the ``torchrun`` that started this process is gone: nobody would end it with the other ranks.
+    Yields:
+        a function that returns whether one has arrived, or whether the ``torchrun`` that started this process is gone:
+        nobody would end it with the other ranks then.
     """
-    come = False
+    arrived = False
     torchrun = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
 
     def note(*_: object) -> None:
-        nonlocal come
-        come = True
+        nonlocal arrived
+        arrived = True
 
     before = [signal.signal(number, note) for number in STOP_SIGNALS]
     try:
-        yield lambda: come or (torchrun is not None and os.getppid() != torchrun)
+        yield lambda: arrived or (torchrun is not None and os.getppid() != torchrun)
     finally:
         for number, handler in zip(STOP_SIGNALS, before, strict=True):
             signal.signal(number, handler)
 
 
 def ignore_stop_signals(*_: object) -> None:
-    """For loading processes: schedulers signal all processes, but only the run decides when it stops."""
+    """Ignore stop signals in a DataLoader worker: schedulers signal all processes, but the run decides when to stop."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)

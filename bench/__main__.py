@@ -1,27 +1,14 @@
-"""``python -m bench``: tables of the operators, of the training step, and of what the step costs by count."""
+"""``python -m bench``: tables of the operators, of the training step, and of what the compiled kernels need."""
 
 import argparse
-import json
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from bench import (
-    bench_channel_attention,
-    bench_data,
-    bench_mix_ffn,
-    bench_semantic_memory,
-    bench_train_step,
-    bench_upsample,
-    footprint,
-    rank_cost,
-    step_cost,
-)
-from bench.device_rates import device_rates
-from bench.harness import COLUMNS, Case, Record, conditions, run, table
-from bench.step_variants import SIZES as STEP_SIZES
+from bench import bench_channel_attention, bench_mix_ffn, bench_semantic_memory, bench_train_step, bench_upsample
+from bench.harness import COLUMNS, Case, Record, conditions, device_rates, run, table, write_records
 
 
 class Benchmark(NamedTuple):
@@ -38,10 +25,17 @@ class Benchmark(NamedTuple):
     default: Collection[str]
 
 
+_CUDA = torch.cuda.is_available()
+_OPERATORS = ["pascal", "cityscapes", "coco", "vit14"] if _CUDA else ["pascal"]
+_FULL_STEPS = ["pascal", "cityscapes", "coco"]
+_TIMED_STEPS = _FULL_STEPS if _CUDA else ["pascal_b0"]
+_TARGETS = ["sm_80", "sm_86", "sm_90", "sm_100", "gfx942"]
+
+
 def _operator(
     cases: Callable[[str], list[Case]],
     sizes: Collection[str] = tuple(bench_channel_attention.SIZES),
-    default: Collection[str] | None = None,
+    default: Collection[str] = _OPERATORS,
 ) -> Benchmark:
     def measure(size: str, repeats: int) -> Iterator[tuple[list[Record], str]]:
         for case in cases(size):
@@ -50,54 +44,46 @@ def _operator(
             measured = f"{case.dtype} product {rates.flops / 1e12:.3g} TFLOP/s, copy {rates.bytes / 1e9:.3g} GB/s"
             yield records, f"{table(records, COLUMNS)}\n\nMeasured in this run: {measured}."
 
-    if default is None:
-        default = ["pascal", "cityscapes", "coco", "vit14"] if torch.cuda.is_available() else ["pascal"]
     return Benchmark(measure, sizes, default)
 
 
 def _static(target: str, _: int) -> Iterator[tuple[list[Record], str]]:
     """What the compiled Triton kernels need on a GPU that need not be there."""
-    from bench.static_report import STATIC_COLUMNS, report  # noqa: PLC0415 triton is optional
+    from bench import static  # noqa: PLC0415 triton is optional
 
     records: list[Record] = []
-    for compiled in report([target], full=True):
+    for compiled in static.report([target], full=True):
         record = {"op": "static", "size": target, **compiled}
         if record not in records:  # sizes that differ in what the compiler does not see
             records.append(record)
-    yield records, table(records, STATIC_COLUMNS)
+    yield records, table(records, static.COLUMNS)
 
 
-_FULL_STEPS = ["pascal", "cityscapes", "coco"]
-_TIMED_STEPS = _FULL_STEPS if torch.cuda.is_available() else ["pascal_b0"]
-_TARGETS = ["sm_80", "sm_86", "sm_90", "sm_100", "gfx942"]
 BENCHMARKS = {
     "attention": _operator(bench_channel_attention.cases),
     "memory": _operator(bench_semantic_memory.cases),
     "loss": _operator(lambda size: bench_upsample.cases(size)[:1], bench_upsample.SIZES),
     "argmax": _operator(lambda size: bench_upsample.cases(size)[1:], bench_upsample.SIZES),
-    "ffn": _operator(bench_mix_ffn.cases, STEP_SIZES, _TIMED_STEPS),
-    "step": Benchmark(bench_train_step.measure, STEP_SIZES, _TIMED_STEPS),
-    "flops": Benchmark(step_cost.measure, STEP_SIZES, _FULL_STEPS),
-    "ranks": Benchmark(rank_cost.measure, STEP_SIZES, _FULL_STEPS),
-    "footprint": Benchmark(footprint.measure, footprint.SIZES, list(footprint.SIZES)),
-    "data": Benchmark(bench_data.measure, bench_data.SIZES, bench_data.DEFAULT),
+    "ffn": _operator(bench_mix_ffn.cases, bench_train_step.SIZES, _TIMED_STEPS),
+    "step": Benchmark(bench_train_step.measure, bench_train_step.SIZES, _TIMED_STEPS),
+    "flops": Benchmark(bench_train_step.measure_counts, bench_train_step.SIZES, _FULL_STEPS),
     "static": Benchmark(_static, _TARGETS, _TARGETS),
 }
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of the command line."""
+    """Return the parser of the command line."""
     sizes = sorted({size for benchmark in BENCHMARKS.values() for size in benchmark.sizes})
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("benchmark", nargs="?", default="all", choices=[*BENCHMARKS, "all"])
     parser.add_argument("--size", choices=sizes, help="default: the benchmark's own; `all` skips those without it")
     parser.add_argument("--repeats", type=int, default=7, help="rounds, at least 5 for figures to quote")
-    parser.add_argument("--json", type=Path, help="write the records of the tables to this file")
+    parser.add_argument("--json", type=Path, help="write a JSON list of the tables' records to this file")
     return parser
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the benchmarks named on the command line."""
+    """Run the benchmarks named on the command line; the file holds what is finished after each of them."""
     parser = build_parser()
     options = parser.parse_args(arguments)
     chosen = list(BENCHMARKS.values()) if options.benchmark == "all" else [BENCHMARKS[options.benchmark]]
@@ -115,8 +101,8 @@ def main(arguments: list[str] | None = None) -> None:
         for new, tables in benchmark.measure(size, options.repeats):
             records += new
             print(f"\n{new[0]['op']}, {new[0]['size']}\n\n{tables}", flush=True)
-    if options.json:
-        options.json.write_text(json.dumps({"conditions": conditions(), "records": records}, indent=1))
+            if options.json:
+                write_records(options.json, records)
 
 
 if __name__ == "__main__":

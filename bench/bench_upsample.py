@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from allspark_fast.kernels.upsample_argmax import upsample_argmax
 from allspark_fast.kernels.upsample_cross_entropy import upsample_cross_entropy
-from bench.harness import UNAVAILABLE, Case
+from bench.harness import Case
 
 # Batch, classes, crop in pixels.
 SIZES = {
@@ -27,7 +27,7 @@ SIZES = {
 
 
 def cases(size: str) -> list[Case]:
-    """Both operators on logits at a quarter of the crop."""
+    """Return both operators on logits at a quarter of the crop."""
     batch, classes, crop = SIZES[size]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     side = -(-crop // 4)
@@ -43,8 +43,6 @@ def cases(size: str) -> list[Case]:
             op=op,
             size=f"{size}: B={batch} K={classes} {side} -> {crop} pixels",
             variants={name: functools.partial(function, logits) for name, function in functions.items()},
-            comparators=() if "naive, compiled" in UNAVAILABLE else ("naive, compiled",),
-            unavailable=UNAVAILABLE,
             **counts,
         )
 

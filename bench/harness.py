@@ -1,23 +1,25 @@
-"""Timing, memory and tables of the benchmarks."""
+"""Timing, memory, parity and tables of the benchmarks."""
 
+import functools
 import itertools
+import json
 import platform
 import statistics
+import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity
 
-from bench.clock import give_head_start, seconds_between, stamp
-from bench.device_rates import device_rates
-
 Record = dict[str, str | int | float | None]
+Moment = float | torch.cuda.Event
 
 # Heading, key of the record and factor.
 COLUMNS = {
@@ -31,18 +33,19 @@ COLUMNS = {
     "TFLOP/s": ("flops_per_s", 1e-12),
     "GB/s": ("bytes_per_s", 1e-9),
     "% of GEMM": ("gemm_fraction", 100.0),
-    "% of roofline": ("roofline_fraction", 100.0),
     "saved MB": ("saved_mb", 1.0),
     "peak MB": ("peak_mb", 1.0),
 }
 
-
-# Why variants that every operator's table has cannot run where the table is made.
+# Why variants of these names cannot run on the device at hand.
 UNAVAILABLE = (
-    {"chunked": "is for CPUs"}
+    dict.fromkeys(("chunked", "vectorized"), "is for CPUs")
     if torch.cuda.is_available()
     else {"naive, compiled": "compiling takes a minute on a CPU, and gains little there", "triton": "needs a GPU"}
 )
+# About 10 ms at the clock rates of today's GPUs.
+_HEAD_START_CYCLES = 20_000_000
+_RATE_ROUNDS = 7
 
 
 @dataclass(frozen=True)
@@ -53,14 +56,14 @@ class Case:
         op: name of the operator.
         size: name of the size and its numbers.
         variants: by name, what to run; the first is the baseline of the ratios.
-        inputs: tensors of which gradients are taken; empty if there is no backward.
-        comparators: names of variants by others, which may refuse the size or device: their cells are then n/a.
-        unavailable: reasons, by name, why further variants cannot run here.
+        inputs: tensors whose gradients are taken; empty if there is no backward pass.
+        comparators: names of variants that may refuse the size or device: their cells are then n/a.
+        unavailable: by name, why other variants than those in ``UNAVAILABLE`` cannot run here.
         flops: floating-point operations of the mathematics, forward and backward.
-        moved: bytes that inputs, outputs and their gradients make, each read or written once.
+        moved: bytes of inputs, outputs and their gradients, each read or written once.
         dtype: of the matrix product whose rate they are compared with.
         parity: by name, the same computations without randomness, if ``variants`` are random.
-        tolerance: largest difference of any variant's output and gradients to the baseline's, relative to the largest
+        tolerance: largest difference of any variant's output and gradients from the baseline's, relative to the largest
             entry of each.
     """
 
@@ -68,7 +71,7 @@ class Case:
     size: str
     variants: Mapping[str, Callable[[], Tensor]]
     inputs: Sequence[Tensor] = ()
-    comparators: Collection[str] = ()
+    comparators: Collection[str] = ("naive, compiled",)
     unavailable: Mapping[str, str] = field(default_factory=dict)
     flops: tuple[float, float] = (0.0, 0.0)
     moved: float = 0.0
@@ -95,10 +98,10 @@ def run(case: Case, repeats: int = 7) -> list[Record]:
     _check_parity(case, variants)
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in variants}
     for variant in variants.values():
-        _time(case, variant)
+        _time(variant, case.inputs)
     for _ in range(repeats):
         for name, variant in variants.items():
-            seconds[name].append(_time(case, variant))
+            seconds[name].append(_time(variant, case.inputs))
     baseline = statistics.median(map(sum, seconds[next(iter(variants))]))
     records = [_record(case, name, seconds[name], baseline) for name in variants]
     empty: Record = dict.fromkeys(records[0])
@@ -107,11 +110,11 @@ def run(case: Case, repeats: int = 7) -> list[Record]:
 
 
 def _unavailable(case: Case) -> dict[str, str]:
-    """Reasons why variants have no numbers: those known, and what comparators raise when they are tried."""
-    reasons = dict(case.unavailable)
-    for name in case.comparators:
+    """Reasons why variants have no figures: those known, and what comparators raise when they are tried."""
+    reasons = {name: reason for name, reason in UNAVAILABLE.items() if name in case.variants} | dict(case.unavailable)
+    for name in (name for name in case.comparators if name in case.variants and name not in reasons):
         try:
-            _time(case, case.variants[name])
+            _time(case.variants[name], case.inputs)
         except Exception as error:  # each has exceptions of its own
             reasons[name] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
     return reasons
@@ -130,7 +133,7 @@ def _check_parity(case: Case, names: Iterable[str]) -> None:
 
 
 def _results(case: Case, computation: Callable[[], Tensor]) -> list[tuple[str, Tensor]]:
-    """The output and, by noise that is the same for all, the gradients of the inputs."""
+    """Return the output and, for one output gradient that all share, the gradients of the inputs."""
     output = computation()
     if not case.inputs:
         return [("output", output)]
@@ -139,16 +142,61 @@ def _results(case: Case, computation: Callable[[], Tensor]) -> list[tuple[str, T
     return [("output", output.detach()), *((f"gradient {i}", x) for i, x in enumerate(gradients))]
 
 
-def _time(case: Case, variant: Callable[[], Tensor]) -> tuple[float, float]:
-    """Seconds of forward and of backward; on a GPU without the time to launch them, which a CUDA graph saves."""
-    give_head_start()
+def stamp() -> Moment:
+    """Return the present moment of the device's work, which is not waited for."""
+    if not torch.cuda.is_available():
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def seconds_between(before: Moment, after: Moment) -> float:
+    """Return the seconds from one moment to the other, both from ``stamp``."""
+    if isinstance(before, float) and isinstance(after, float):
+        return after - before
+    assert isinstance(before, torch.cuda.Event)
+    assert isinstance(after, torch.cuda.Event)
+    after.synchronize()
+    return before.elapsed_time(after) / 1e3
+
+
+def _time(variant: Callable[[], Tensor], inputs: Sequence[Tensor] = ()) -> tuple[float, float]:
+    """Return seconds of forward and backward; on a GPU without launching, which a CUDA graph saves."""
+    if torch.cuda.is_available():  # busy for a while, it finds what follows queued when it gets there
+        torch.cuda._sleep(_HEAD_START_CYCLES)
     start = stamp()
     output = variant()
     middle = stamp()
-    if case.inputs:
-        torch.autograd.grad(output, case.inputs, torch.ones_like(output))
+    if inputs:
+        torch.autograd.grad(output, inputs, torch.ones_like(output))
     end = stamp()
     return seconds_between(start, middle), seconds_between(middle, end)
+
+
+class Rates(NamedTuple):
+    """Floating-point operations and bytes (read and written) in a second."""
+
+    flops: float
+    bytes: float
+
+
+@functools.cache
+def device_rates(dtype: torch.dtype) -> Rates:
+    """Measure a large matrix product and a copy on the device at hand, once in a process."""
+    cuda = torch.cuda.is_available()
+    device, side, copied = ("cuda", 8192, 1 << 30) if cuda else ("cpu", 1024, 1 << 27)
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    source = torch.zeros(copied, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return Rates(
+        2 * side**3 / _median_seconds(lambda: a @ b), 2 * copied / _median_seconds(lambda: target.copy_(source))
+    )
+
+
+def _median_seconds(run_once: Callable[[], Tensor]) -> float:
+    run_once()
+    return statistics.median(_time(run_once)[0] for _ in range(_RATE_ROUNDS))
 
 
 def _record(case: Case, name: str, seconds: list[tuple[float, float]], baseline: float) -> Record:
@@ -159,26 +207,29 @@ def _record(case: Case, name: str, seconds: list[tuple[float, float]], baseline:
         for percent in (20, 50, 80):
             record[f"{part}_p{percent}_ms"] = 1e3 * percentile(values, percent)
     median, flops = statistics.median(both), sum(case.flops)
-    rates = device_rates(case.dtype)
-    record["ratio"] = median / baseline
-    record["flops_per_s"] = flops / median if flops else None
-    record["bytes_per_s"] = case.moved / median if case.moved else None
-    record["gemm_fraction"] = flops / median / rates.flops if flops else None
-    known = bool(flops or case.moved)
-    record["roofline_fraction"] = rates.seconds(flops, case.moved) / median if known else None
     variant = case.variants[name]
-    record["saved_mb"] = saved_bytes(variant) / 1e6 if case.inputs else 0.0
-    record["peak_mb"] = peak_bytes(lambda: _time(case, variant)) / 1e6
-    return record
+    return record | {
+        "ratio": median / baseline,
+        "flops_per_s": flops / median if flops else None,
+        "bytes_per_s": case.moved / median if case.moved else None,
+        "gemm_fraction": flops / median / device_rates(case.dtype).flops if flops else None,
+        "saved_mb": saved_bytes(variant) / 1e6 if case.inputs else 0.0,
+        "peak_mb": peak_bytes(lambda: _time(variant, case.inputs)) / 1e6,
+    }
 
 
 def percentile(values: Sequence[float], percent: int) -> float:
-    """The value that ``percent`` of the values do not exceed."""
+    """Return the value that ``percent`` of the values do not exceed."""
     return sorted(values)[round(percent / 100 * (len(values) - 1))]
 
 
 def saved_bytes(forward: Callable[[], Tensor], beyond: Iterable[Tensor] = ()) -> int:
-    """Bytes of all distinct storages that ``forward`` keeps for backward, without those of the tensors ``beyond``."""
+    """Return the bytes of all distinct storages that ``forward`` saves for backward.
+
+    Args:
+        forward: runs the forward pass; on fake tensors nothing is computed.
+        beyond: tensors, such as parameters, whose storages do not count.
+    """
     storages: dict[int, int] = {}
     kept = []  # a freed storage could give its identity to another
     known = {_storage_id(x) for x in beyond}
@@ -195,11 +246,11 @@ def saved_bytes(forward: Callable[[], Tensor], beyond: Iterable[Tensor] = ()) ->
 
 
 def _storage_id(x: Tensor) -> int:
-    return x.untyped_storage()._cdata  # unlike its address, also told of fake tensors
+    return x.untyped_storage()._cdata  # unlike its address, also distinct for fake tensors
 
 
 def peak_bytes(run_once: Callable[[], object]) -> float:
-    """Bytes of tensors that a computation needs at once, beyond what was held before."""
+    """Return the bytes of tensors that a computation allocates at most at once, beyond what was allocated before."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -214,7 +265,7 @@ def peak_bytes(run_once: Callable[[], object]) -> float:
 
 
 def conditions() -> str:
-    """Device, threads, versions and date of a run, for the head of its tables."""
+    """Return device, threads, versions and date of a run."""
     if torch.cuda.is_available():
         device = torch.cuda.get_device_name()
     else:
@@ -227,14 +278,12 @@ def conditions() -> str:
 
 def _cpu_name() -> str:
     info = Path("/proc/cpuinfo")
-    if not info.exists():
-        return platform.processor()
-    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def table(records: Sequence[Record], columns: Mapping[str, tuple[str, float]]) -> str:
-    """A Markdown table of records; ``columns`` give a heading, the key of its cells and a factor for numbers."""
+    """Return a Markdown table of records; ``columns`` give a heading, the key of its cells and a factor for numbers."""
     lines = ["| " + " | ".join(columns) + " |", "| --- " * len(columns) + "|"]
     for record in records:
         cells = [(record[key], factor) for key, factor in columns.values()]
@@ -244,10 +293,15 @@ def table(records: Sequence[Record], columns: Mapping[str, tuple[str, float]]) -
 
 
 def cell(value: str | float | None, factor: float) -> str:
-    """One cell of a table: None is n/a."""
+    """Return one cell of a table; None is n/a."""
     if value is None:
         return "n/a"
     if isinstance(value, int | float) and not (isinstance(value, int) and factor == 1):
         value *= factor
         return f"{value:.2f}" if abs(value) >= 1 or value == 0 else f"{value:.3g}"
     return str(value)
+
+
+def write_records(file: Path, records: Sequence[Record]) -> None:
+    """Write a JSON list of flat records, each with the conditions of the run."""
+    file.write_text(json.dumps([record | {"conditions": conditions()} for record in records], indent=1), "utf-8")

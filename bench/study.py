@@ -20,7 +20,7 @@ from allspark_fast.data.sources import open_sources
 from allspark_fast.signals import STOPPED
 from allspark_fast.training.log import read_metrics
 from allspark_fast.training.trainer import train
-from bench.harness import Record, conditions, table
+from bench.harness import Record, conditions, table, write_records
 
 METHODS: tuple[Method, ...] = ("supervised", "semi", "allspark")
 _MEANS = ("mIoU on val", "mIoU on test", "minutes")
@@ -39,7 +39,7 @@ class Run(NamedTuple):
 def plan(
     config: Config, folder: Path, seeds: Sequence[int], methods: Sequence[Method], every_label: Path | None = None
 ) -> list[Run]:
-    """The runs, all of a seed before the next seed.
+    """Return the runs, all of a seed before the next seed.
 
     Args:
         config: what they share; ``seed0`` in the paths of its split files becomes ``seed1``, ...
@@ -91,7 +91,7 @@ def finish(run: Run, test: Path | None) -> Record:
 
 
 def summary(records: Sequence[Record]) -> str:
-    """A Markdown table: for each method mean ± sample standard deviation over its seeds."""
+    """Return a Markdown table: for each method mean ± sample standard deviation over its seeds."""
     rows = []
     for method in dict.fromkeys(record["method"] for record in records):
         of_method = [record for record in records if record["method"] == method]
@@ -107,7 +107,7 @@ def _mean(cells: Sequence[str | float | None]) -> str | None:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of the study's own options; what it leaves is for ``parse_config``."""
+    """Return the parser of the study's own options; what it leaves is for ``parse_config``."""
     parser = argparse.ArgumentParser("python -m bench.study [RECIPE] [--group.field value ...]", description=__doc__)
     parser.add_argument("--folder", type=Path, default=Path("runs/study"), help="of the run folders: %(default)s")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -127,10 +127,10 @@ def main(arguments: list[str] | None = None) -> None:
     for run in plan(config, options.folder, options.seeds, options.methods, options.every_label):
         records.append(finish(run, options.test))
         report = f"{conditions()}\n\n{summary(records)}"
-        written = json.dumps({"conditions": conditions(), "records": records}, indent=1)
-        for file, text in ((options.out, f"{report}\n"), (options.json, written)):
-            if file is not None:
-                file.write_text(text, encoding="utf-8")
+        if options.out is not None:
+            options.out.write_text(f"{report}\n", encoding="utf-8")
+        if options.json is not None:
+            write_records(options.json, records)
     print(report)
 
 

@@ -1,4 +1,4 @@
-"""AllSpark in a model of segmentation_models_pytorch: the bottleneck between encoder and decoder of a U-Net.
+"""Put AllSpark into a model of segmentation_models_pytorch, between the encoder and the decoder of a U-Net.
 
 pip install segmentation-models-pytorch && python examples/smp_unet.py
 """
@@ -22,24 +22,24 @@ class UnetWithAllSpark(nn.Module):
         self.allspark = AllSpark(self.unet.encoder.out_channels[-1], CLASSES, tokens=(CROP // 32) ** 2)
 
     def forward(self, images: Tensor, class_logits: Tensor | None = None, *, use_memory: bool = False) -> Tensor:
-        """Images (B, 3, H, W) to logits (B, K, H, W); in training the labeled half of the batch comes first."""
+        """Map images (B, 3, H, W) to logits (B, K, H, W); in training the labeled half of the batch comes first."""
         *finer, deepest = self.unet.encoder(images)
         rebuilt = self.allspark(deepest, class_logits, crop_size=images.shape[2:], use_memory=use_memory)
         return self.unet.segmentation_head(self.unet.decoder([*finer, rebuilt]))
 
 
 def main() -> None:
-    """One training step on noise, then a prediction."""
+    """Train one step on noise, then predict."""
     torch.manual_seed(0)
     model = UnetWithAllSpark()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
-    images, more = torch.rand(2, 2, 3, CROP, CROP)
+    images, unlabeled = torch.rand(2, 2, 3, CROP, CROP)
     target = torch.randint(CLASSES, (2, CROP, CROP))
 
     with torch.no_grad():
-        class_logits = model.eval()(more)
-    labeled, unlabeled = model.train()(torch.cat([images, more]), class_logits, use_memory=True).chunk(2)
-    loss = (cross_entropy(labeled, target) + cross_entropy(unlabeled, class_logits.argmax(1))) / 2
+        class_logits = model.eval()(unlabeled)  # the pseudo-label pass
+    logits, unlabeled_logits = model.train()(torch.cat([images, unlabeled]), class_logits, use_memory=True).chunk(2)
+    loss = (cross_entropy(logits, target) + cross_entropy(unlabeled_logits, class_logits.argmax(1))) / 2
     loss.backward()
     optimizer.step()
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Checks of operator arguments: every message names the argument, what came and what was expected."""
+"""Checks of operator arguments: every message names the argument, its value and what was expected."""
 
 from collections.abc import Collection
 from numbers import Integral, Real
@@ -23,7 +23,7 @@ def check_tensor(
         like: a tensor whose device ``value`` must share.
 
     Raises:
-        TypeError: ``value`` is no tensor or has another dtype.
+        TypeError: ``value`` is not a tensor or has another dtype.
         ValueError: the number of axes, the layout or the device is wrong.
     """
     if not isinstance(value, Tensor):
@@ -62,21 +62,21 @@ def check_not_empty(name: str, value: Tensor, axes: dict[str, int]) -> None:
 
 
 def check_number(name: str, value: object) -> None:
-    """Check that ``value`` is a number, of Python, NumPy or a graph that is traced.
+    """Check that ``value`` is a number of Python or NumPy, or symbolic in a traced graph.
 
     Raises:
-        TypeError: it is none.
+        TypeError: it is not.
     """
     if not isinstance(value, (Real, torch.SymInt, torch.SymFloat)):
         raise TypeError(f"{name} must be a number, got {value!r}")
 
 
 def check_integer(name: str, value: object) -> None:
-    """Check that ``value`` is an integer that an int64 holds, of Python, NumPy or a graph that is traced.
+    """Check that ``value`` is an integer that fits in int64, of Python or NumPy, or symbolic in a traced graph.
 
     Raises:
-        TypeError: it is no integer.
-        ValueError: it is too large.
+        TypeError: it is not an integer.
+        ValueError: it does not fit in int64.
     """
     if not isinstance(value, (Integral, torch.SymInt)):
         raise TypeError(f"{name} must be an integer, got {value!r}")
@@ -85,11 +85,11 @@ def check_integer(name: str, value: object) -> None:
 
 
 def check_count(name: str, value: Any) -> None:
-    """Check that ``value`` is an integer of at least 1, as ``check_integer`` takes them.
+    """Check that ``value`` is an integer of at least 1.
 
     Raises:
-        TypeError: it is no integer.
-        ValueError: it is less, or too large.
+        TypeError: it is not an integer.
+        ValueError: it is less than 1, or does not fit in int64.
     """
     check_integer(name, value)
     if value < 1:
@@ -97,11 +97,11 @@ def check_count(name: str, value: Any) -> None:
 
 
 def check_size(name: str, value: object) -> None:
-    """Check that ``value`` is a height and a width, of at least 1 pixel each.
+    """Check that ``value`` is a pair (H, W) of integers of at least 1.
 
     Raises:
-        TypeError: it is no sequence of integers.
-        ValueError: it has not two of them, or a side is less.
+        TypeError: it is not a tuple or list of integers.
+        ValueError: its length is not 2, or a side is less than 1.
     """
     if not isinstance(value, (tuple, list)):
         raise TypeError(f"{name} must be a pair (H, W), got {value!r}")

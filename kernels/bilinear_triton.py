@@ -6,7 +6,7 @@ import triton.language as tl
 
 @triton.jit
 def linear_taps(o_x, source, target):
-    """As in ``bilinear``: source positions before and after output position ``o_x`` (int64), the latter's weight."""
+    """Return the source positions before and after output position ``o_x`` (int64), and the weight of the latter."""
     b_position = tl.maximum((2 * o_x + 1) * source - target, 0)
     b_before = b_position // (2 * target)
     b_weight = (b_position % (2 * target)).to(tl.float32) / (2.0 * target)
@@ -15,7 +15,7 @@ def linear_taps(o_x, source, target):
 
 @triton.jit
 def load_upsampled(logits, i_b, i_y, o_x, o_k, m_xk, h, w, H, W, stride_b, stride_k, stride_h, stride_w):
-    """Upsampled logits [BX, BK] of output row ``i_y``, 0 where masked."""
+    """Return upsampled logits [BX, BK] of output row ``i_y``, 0 where masked."""
     y_before, y_after, b_fy = linear_taps(i_y, h, H)
     x_before, x_after, b_fx = linear_taps(o_x, w, W)
     p_classes = logits + i_b * stride_b + o_k[None, :].to(tl.int64) * stride_k
@@ -27,7 +27,7 @@ def load_upsampled(logits, i_b, i_y, o_x, o_k, m_xk, h, w, H, W, stride_b, strid
 
 @triton.jit
 def load_between(pointers, before, after, weight, mask):
-    """What lies between two source rows, in float32; 0 where masked."""
+    """Load from two source rows and interpolate between them, in float32; 0 where masked."""
     b_before = tl.load(pointers + before, mask=mask, other=0.0).to(tl.float32)
     b_after = tl.load(pointers + after, mask=mask, other=0.0).to(tl.float32)
     return b_before * (1.0 - weight) + b_after * weight
@@ -35,7 +35,7 @@ def load_between(pointers, before, after, weight, mask):
 
 @triton.jit
 def first_output(i, source, target):
-    """The first output position, or ``target``, that lies after source position ``i - 1`` (int64)."""
+    """Return the first output position that lies after source position ``i - 1``, or ``target`` (int64)."""
     # (2x + 1) * source - target > 2 * target * (i - 1)
     b_numerator = (2 * i - 1) * target - source
     return tl.minimum(tl.where(b_numerator < 0, 0, b_numerator // (2 * source) + 1), target)

@@ -2,45 +2,43 @@
 
 import importlib.util
 import os
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+Kernels = Literal["auto", "triton", "torch"]
+
 _INSTALLED = importlib.util.find_spec("triton") is not None
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_kernels: Kernels = "auto"
 
 
-# Operators with Triton kernels, and those that must do without in this process.
-TRITON_OPS = (
-    "channel_attention",
-    "channel_semantic_grouping",
-    "semantic_memory_enqueue",
-    "upsample_cross_entropy",
-    "upsample_argmax",
-    "depthwise_gelu",
-)
-_disabled: set[str] = set()
+def set_kernels(kernels: Kernels) -> Kernels:
+    """Set where the operators of this process use Triton; ``backend="triton"`` of an operator overrides it.
 
-
-def disable_triton(op: str) -> None:
-    """Let an operator use plain torch in this process, but where ``backend="triton"`` is asked for.
-
-    Call it before training, not between a forward pass and its backward pass.
+    Call it between training steps, not between a forward pass and its backward pass.
 
     Args:
-        op: a name in ``TRITON_OPS``.
+        kernels: ``auto`` (on CUDA from sm_80), ``triton`` (also on CPU tensors, if Triton's interpreter runs the
+            kernels) or ``torch`` (nowhere).
+
+    Returns:
+        the previous value.
 
     Raises:
-        ValueError: ``op`` has no Triton kernels.
+        ValueError: ``kernels`` is none of these.
     """
-    if op not in TRITON_OPS:
-        raise ValueError(f"{op!r} has no Triton kernels; {', '.join(TRITON_OPS)} have")
-    _disabled.add(op)
+    global _kernels
+    if kernels not in ("auto", "triton", "torch"):
+        raise ValueError(f"kernels must be auto, triton or torch, got {kernels!r}")
+    previous, _kernels = _kernels, kernels
+    return previous
 
 
 def why_no_triton(device: torch.device) -> str | None:
-    """Why the Triton kernels cannot run on ``device``, or None if they can."""
+    """Return why the Triton kernels cannot run on ``device``, or None if they can."""
     if not _INSTALLED:
         return "the package triton is not installed"
     if device.type != "cuda":
@@ -50,20 +48,16 @@ def why_no_triton(device: torch.device) -> str | None:
 
 
 def is_interpreted() -> bool:
-    """Whether Triton's interpreter runs the kernels."""
+    """Return whether Triton's interpreter runs the kernels."""
     return _INTERPRETED
 
 
-def prefers_triton(op: str, tensor: Tensor) -> bool:
-    """Whether the Triton kernels of an operator are the best choice for ``tensor``.
-
-    They are for half or single precision on CUDA from sm_80, unless ``disable_triton`` was called.
-    """
-    return op not in _disabled and tensor.dtype in _DTYPES and _is_fast_on(tensor.device)
-
-
-def _is_fast_on(device: torch.device) -> bool:
-    return device.type == "cuda" and why_no_triton(device) is None
+def prefers_triton(*tensors: Tensor) -> bool:
+    """Return whether an operator on ``tensors`` should use its Triton kernels, as ``set_kernels`` has it."""
+    if _kernels == "torch" or any(x.dtype not in _DTYPES for x in tensors):
+        return False
+    devices = {x.device for x in tensors}
+    return all((_kernels == "triton" or x.type == "cuda") and why_no_triton(x) is None for x in devices)
 
 
 def check_triton_runs(name: str, tensor: Tensor) -> None:

@@ -1,9 +1,9 @@
-"""Parity with the public code on every golden file, as close as float32 itself allows.
+"""Parity with the reference implementation on every golden file, as close as float32 itself allows.
 
 Each test computes the values of a file twice, in float32 and in float64. A float32 value must agree with the file to
-1e-5 of the tensor's largest entry, or to ten times the float32 noise of that tensor: the file's own where its meta
-tells, and the difference between our two runs, which is large where a gradient is zero but for rounding (a bias before
-BatchNorm) and cannot hide an error of ours, since it does not involve the file's value.
+1e-5 of the tensor's largest entry, or to ten times the float32 noise of that tensor. The noise is what the file's meta
+records, or the difference between our two runs. That is large where a gradient is zero up to rounding (a bias before
+BatchNorm), and cannot hide an error of ours, since it does not involve the file's value.
 """
 
 import json
@@ -28,10 +28,7 @@ from allspark_fast.model.options import AllSparkOptions
 from allspark_fast.model.semantic_memory import token_class_map
 from allspark_fast.training.step import TrainState, poly_lr, train_step
 
-FOLDERS = [
-    Path(__file__).parent / "golden",
-    *map(Path, filter(None, [os.environ.get("ALLSPARK_GOLDEN_DIR")])),
-]
+FOLDERS = [Path(__file__).parent / "golden", *map(Path, filter(None, [os.environ.get("ALLSPARK_GOLDEN_DIR")]))]
 FILES = {path.name: path for folder in FOLDERS for path in sorted(folder.glob("*.npz"))}
 Results = dict[str, Tensor]
 
@@ -49,17 +46,14 @@ class Golden:
     def __getitem__(self, key: str) -> Tensor:
         return self.tensors[key].clone()
 
-    def __contains__(self, key: str) -> bool:
-        return key in self.tensors
-
     def load(self, module: nn.Module, prefix: str = "w/", **buffers: Tensor) -> None:
         state = {key.removeprefix(prefix): self[key] for key in self.tensors if key.startswith(prefix)}
         state = {key: x[0] if key.endswith("num_batches_tracked") else x for key, x in state.items()}
         module.to(self.dtype).load_state_dict({**state, **buffers})
 
     def gradients(self, prefix: str, inputs: Results, module: nn.Module) -> Results:
-        """Gradients of all that the file holds a gradient of."""
-        # The eval pass leaves out the unlabeled branch, whose gradients the file holds as zeros.
+        """Return the gradients of every tensor for which the file holds one."""
+        # Eval mode skips the unlabeled branch, whose gradients the file holds as zeros.
         leaves = [*inputs.items(), *module.named_parameters()]
         grads = {key: torch.zeros_like(x) if x.grad is None else x.grad for key, x in leaves}
         names = [key for key in self.tensors if key.startswith(f"{prefix}g/")]
@@ -73,7 +67,7 @@ class Golden:
 
 
 def assert_parity(name: str, compute: Callable[[Golden], Results], prefixes: Iterable[str] = ()) -> None:
-    """Compare what ``compute`` returns with the file; all that the file holds under ``prefixes`` must be there."""
+    """Compare what ``compute`` returns with the file; it must return every tensor of the file under ``prefixes``."""
     golden = Golden(name)
     results, doubles = compute(golden), compute(Golden(name, torch.float64))
     missing = [key for key in golden.tensors if key.startswith(tuple(prefixes)) and key not in results]
@@ -89,6 +83,10 @@ def assert_parity(name: str, compute: Callable[[Golden], Results], prefixes: Ite
         assert error <= max(1e-5, 10 * noise, 10 * golden.noise(key)), f"{key}: {error:.1e}, noise {noise:.1e}"
 
 
+def assert_parity_in_every_mode(name: str, compute: Callable[[Golden], Results]) -> None:
+    assert_parity(name, compute, [f"{mode}/" for mode in Golden(name).meta["modes"]])
+
+
 def golden_files(prefix: str) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("name", [name for name in FILES if name.startswith(prefix)])
 
@@ -98,10 +96,21 @@ def test_every_file_is_run() -> None:
     assert all(name.startswith(("a_", "b_allspark", "b_semidecoder", "c_", "d_", "x_")) for name in FILES)
 
 
+def options(meta: dict) -> AllSparkOptions:
+    return AllSparkOptions(num_heads=meta["heads"], dropout=0.0)
+
+
+def upsample(logits: Tensor, size: tuple[int, int]) -> Tensor:
+    return nn.functional.interpolate(logits, size, mode="bilinear", align_corners=False)
+
+
+def memory_results(attention: CrossAttention) -> Results:
+    return {"queue_after": attention.kv_queue, "ptr_after": attention.queue_ptr}
+
+
 @golden_files("a_")
 def test_cross_attention(name: str) -> None:
-    modes = Golden(name).meta["modes"]
-    assert_parity(name, cross_attention_results, [f"{mode}/" for mode in modes])
+    assert_parity_in_every_mode(name, cross_attention_results)
 
 
 def cross_attention_results(golden: Golden) -> Results:
@@ -110,9 +119,7 @@ def cross_attention_results(golden: Golden) -> Results:
     class_map = token_class_map(golden["prob_map"], (side, side))
     results = {"channel_cls": channel_semantic_grouping(golden["emb"][meta["B"] :], class_map)}
     for mode in meta["modes"]:
-        attention = CrossAttention(
-            meta["C"], meta["K"], meta["N"], AllSparkOptions(num_heads=meta["heads"], dropout=0.0)
-        )
+        attention = CrossAttention(meta["C"], meta["K"], meta["N"], options(meta))
         golden.load(attention, kv_queue=golden["queue_before"], queue_ptr=golden["ptr_before"])
         attention.train(mode != "eval")
         emb = golden["emb"].requires_grad_()
@@ -129,17 +136,14 @@ def cross_attention_results(golden: Golden) -> Results:
 
 @golden_files("b_allspark")
 def test_bottleneck(name: str) -> None:
-    modes = Golden(name).meta["modes"]
-    assert_parity(name, bottleneck_results, [f"{mode}/" for mode in modes])
+    assert_parity_in_every_mode(name, bottleneck_results)
 
 
 def bottleneck_results(golden: Golden) -> Results:
     meta = golden.meta
     results: Results = {}
     for mode in meta["modes"]:
-        bottleneck = AllSpark(
-            meta["C"], meta["K"], meta["n"] ** 2, AllSparkOptions(num_heads=meta["heads"], dropout=0.0)
-        )
+        bottleneck = AllSpark(meta["C"], meta["K"], meta["n"] ** 2, options(meta))
         golden.load(bottleneck)
         rect = "_rect" if mode == "eval_rect" else ""
         inputs = {f"en{rect}": golden[f"en{rect}"].requires_grad_()}
@@ -155,14 +159,9 @@ def bottleneck_results(golden: Golden) -> Results:
     return results
 
 
-def memory_results(attention: CrossAttention) -> Results:
-    return {"queue_after": attention.kv_queue, "ptr_after": attention.queue_ptr}
-
-
 @golden_files("b_semidecoder")
 def test_decoder(name: str) -> None:
-    modes = Golden(name).meta["modes"]
-    assert_parity(name, decoder_results, [f"{mode}/" for mode in modes])
+    assert_parity_in_every_mode(name, decoder_results)
 
 
 def decoder_results(golden: Golden) -> Results:
@@ -170,9 +169,7 @@ def decoder_results(golden: Golden) -> Results:
     results: Results = {}
     for mode in meta["modes"]:
         tokens = (meta["image_size"] // 32 + 1) ** 2
-        bottleneck = AllSpark(
-            meta["planes"][-1], meta["K"], tokens, AllSparkOptions(num_heads=meta["heads"], dropout=0.0)
-        )
+        bottleneck = AllSpark(meta["planes"][-1], meta["K"], tokens, options(meta))
         head = SegFormerHead(meta["planes"], meta["K"], meta["embedding_dim"], dropout=0.0)
         decoder = Decoder(head, bottleneck)
         golden.load(decoder)
@@ -190,17 +187,11 @@ def decoder_results(golden: Golden) -> Results:
     return results
 
 
-def upsample(logits: Tensor, size: tuple[int, int]) -> Tensor:
-    return nn.functional.interpolate(logits, size, mode="bilinear", align_corners=False)
-
-
 def build_model(meta: dict) -> Segmentor:
     config = {name: tuple(sizes) for name, sizes in meta["cfg"].items()}
     encoder = MixTransformer(MiTConfig(**config, drop_path=0.0))
     height, width = encoder.deepest_size((meta["crop"], meta["crop"]))
-    bottleneck = AllSpark(
-        encoder.channels[-1], meta["K"], height * width, AllSparkOptions(num_heads=meta["heads"], dropout=0.0)
-    )
+    bottleneck = AllSpark(encoder.channels[-1], meta["K"], height * width, options(meta))
     head = SegFormerHead(encoder.channels, meta["K"], meta["embedding_dim"], dropout=0.0)
     return Segmentor(encoder, Decoder(head, bottleneck))
 
@@ -271,7 +262,7 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 
 @golden_files("d_")
 def test_first_pseudo_labels_of_trajectory(name: str) -> None:
-    """They depend on the stored weights alone and must agree wherever the margin is above rounding."""
+    """They depend on the stored weights alone, and must agree where the margin between two classes exceeds rounding."""
     golden = Golden(name)
     model = build_model(golden.meta)
     golden.load(model, "w0/")

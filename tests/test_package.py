@@ -41,16 +41,12 @@ sys.exit(main(["train", *options, "--run.output-dir", {str(tmp_path)!r}]))
 
 
 def test_library_parts_import_nothing_they_do_not_use() -> None:
+    """What torch does not import itself, and takes the most time."""
     code = """
-import sys, time, torch
-start = time.perf_counter()
-import allspark_fast.model, allspark_fast.weights.files, allspark_fast.inference.metrics
-print(time.perf_counter() - start)
+import sys, allspark_fast.model, allspark_fast.weights.files, allspark_fast.inference.metrics
 print([name for name in ("triton", "matplotlib", "tyro", "torchvision", "tensorboard", "PIL") if name in sys.modules])
 """
-    seconds, loaded = python(code).splitlines()
-    assert loaded == "[]"
-    assert float(seconds) < 2
+    assert python(code) == "[]\n"
 
 
 def test_help_starts_fast() -> None:
@@ -62,6 +58,7 @@ print(main(["--help"]), [name for name in ("torch", "numpy", "matplotlib", "tyro
     assert python(code).splitlines()[-1] == "0 []"
 
 
+@pytest.mark.slow
 def test_a_hugging_face_model_at_the_root_does_not_load_our_kernels_under_another_name() -> None:
     pytest.importorskip("transformers", reason="needs Hugging Face transformers")
     code = """

@@ -19,7 +19,7 @@ from allspark_fast.training.checkpoint import load_latest_checkpoint
 from allspark_fast.training.log import read_metrics
 from allspark_fast.training.step import TrainState, train_step
 from allspark_fast.training.trainer import Trainer, train
-from tests.training.test_trainer import assert_same_run, tiny_config
+from tests.helpers.runs import assert_same_run, tiny_config
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 
@@ -49,40 +49,41 @@ def test_after_signals_that_ask_to_stop(tmp_path: Path, monkeypatch: pytest.Monk
     assert_same_run(tmp_path / "whole", tmp_path / "broken")
 
 
-@pytest.mark.parametrize("dies", [False, True])
-def test_after_signals_during_evaluations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dies: bool) -> None:
+def test_after_signals_during_evaluations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One in the middle of the run, then one at the end: either is broken off, saved as due, and made on resuming.
 
-    In the second case the run then dies between the record of the resumed evaluation and its checkpoint.
+    Between them the run dies, after the record of the resumed evaluation and before its checkpoint.
     """
     config = tiny_config()
     Trainer(config, tmp_path / "whole").run()
     broken = tmp_path / "broken"
-    evaluations = []
-    signaled = (1, 4 if dies else 3)
+    evaluations = 0
 
     def signaled_evaluate(model: nn.Module, samples: Iterable[EvalSample], *args: object, **kwargs: object) -> Scores:
-        evaluations.append(None)
+        nonlocal evaluations
+        evaluations += 1
 
         def watched() -> Iterator[EvalSample]:
             for sample in samples:
-                if len(evaluations) in signaled:
+                if evaluations in (1, 4):
                     os.kill(os.getpid(), signal.SIGTERM)
                 yield sample
 
         return evaluate(model, watched(), *args, **kwargs)
+
+    def die(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
 
     monkeypatch.setattr(trainer_module, "evaluate", signaled_evaluate)
     assert not train(config, broken)
     first = load_latest_checkpoint(broken / "checkpoints")
     assert first["evaluation_due"]
     assert not any("miou" in record for record in read_metrics(broken))
-    if dies:
-        with monkeypatch.context() as dying:
-            dying.setattr(Trainer, "_save", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
-            with pytest.raises(KeyboardInterrupt):
-                train(config, broken)
-        assert "miou" in read_metrics(broken)[-1]
+    with monkeypatch.context() as dying:
+        dying.setattr(trainer_module, "save_checkpoint", die)
+        with pytest.raises(KeyboardInterrupt):
+            train(config, broken)
+    assert "miou" in read_metrics(broken)[-1]
     assert not train(config, broken)
     last = Trainer(config, broken)
     assert (last.step, last.finished) == (last.total_steps, False)

@@ -1,1 +1,1 @@
-"""Data: data sets, joint transforms, the labeled + unlabeled loader, procedural scenes, splits, checks."""
+"""Data: datasets, joint transforms, the loader of labeled and unlabeled crops, scenes, splits, checks."""

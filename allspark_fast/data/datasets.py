@@ -1,4 +1,4 @@
-"""Data sets as lists of files: official split files, a folder of one's own, and the images behind them."""
+"""Datasets as lists of files: split files, folders with images/ and labels/, and the images they name."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -19,8 +19,8 @@ class Entry:
     """One line of a split file.
 
     Attributes:
-        image: Path of the image, relative to the data root.
-        label: Path of the label, or None where there is none.
+        image: path of the image, relative to the data root.
+        label: path of its label, or None.
     """
 
     image: str
@@ -32,9 +32,9 @@ def _is_image_path(text: str) -> bool:
 
 
 def _cuts(line: str) -> Iterator[Entry]:
-    """Every way to read a line as two image paths."""
-    for blank in re.finditer(r"\s+", line):
-        image, label = line[: blank.start()], line[blank.end() :]
+    """Yield every way to read a line as two image paths."""
+    for gap in re.finditer(r"\s+", line):
+        image, label = line[: gap.start()], line[gap.end() :]
         if _is_image_path(image) and _is_image_path(label):
             yield Entry(image, label)
 
@@ -49,37 +49,37 @@ def _parse_line(line: str) -> Entry:
 
 
 def split_line(entry: Entry) -> str:
-    """The line of a split file from which ``read_split`` gets the entry back.
+    """Return the line of a split file that ``read_split`` reads as this entry.
 
     Raises:
-        DataError: there is none, since a path is no UTF-8, holds an end of line, or reads like two paths.
+        DataError: no line does: a path is not valid UTF-8, contains a line break, or reads as two paths.
     """
     line = entry.image if entry.label is None else f"{entry.image} {entry.label}"
     try:
         line.encode()
-        comes_back = line.splitlines() == [line.strip().lstrip("\ufeff")] and _parse_line(line) == entry
+        survives = line.splitlines() == [line.strip().lstrip("\ufeff")] and _parse_line(line) == entry
     except ValueError:
-        comes_back = False
-    if not comes_back:
-        raise DataError(f"{line!r}: names like this cannot stand in a split file, rename it")
+        survives = False
+    if not survives:
+        raise DataError(f"{line!r}: a split file cannot hold such a name, rename the file")
     return line
 
 
 def read_split(path: str | Path) -> list[Entry]:
-    """Reads a split file as the public code of AllSpark, UniMatch and their like writes them.
+    """Read a split file in the format of AllSpark, UniMatch and related code.
 
-    One `image_path label_path` per line; a lone image path is an unlabeled image. Blank lines, blanks around
-    a line, tabs, CRLF and a byte order mark are tolerated. Paths may hold blanks: a line is cut where both
-    sides end in the suffix of an image (.jpg, .png, ...); without such a place the whole line is one path.
+    Each line is ``image_path label_path``; a single path is an unlabeled image. Blank lines, surrounding whitespace,
+    tabs, CRLF and a byte order mark are accepted. Paths may contain spaces: a line is split where both parts end in an
+    image suffix (.jpg, .png, ...), otherwise the whole line is one path.
 
     Args:
-        path: Split file, UTF-8.
+        path: split file, UTF-8.
 
     Returns:
-        The entries in the order of the lines, repeated lines included.
+        entries in the order of the lines, repeated lines included.
 
     Raises:
-        DataError: No such file, or a line that holds no image path or more than two; names file and line.
+        DataError: no such file, or a line with no image path or more than two; names file and line.
     """
     path = Path(path)
     try:
@@ -98,14 +98,14 @@ def read_split(path: str | Path) -> list[Entry]:
 
 
 def _files_by_stem(folder: Path) -> dict[str, Path]:
-    """Image files below a folder, keyed by their path without suffix; hidden files are left out."""
+    """Return the image files below a folder by their path without suffix; skips hidden files."""
     files: dict[str, Path] = {}
     for file in sorted(folder.rglob("*")):
         if file.name.startswith(".") or not _is_image_path(file.name):
             continue
         key = file.relative_to(folder).with_suffix("").as_posix()
         if key in files:
-            raise DataError(f"{file}: has the same stem as {files[key].name}; keep one (labels go by stem)")
+            raise DataError(f"{file}: has the same stem as {files[key].name}; keep one (stems match labels to images)")
         files[key] = file
     return files
 
@@ -114,30 +114,30 @@ def find_split(root: Path, file: Path) -> list[Entry]:
     """Read a split file whose path is relative to the data root or to the working directory, or absolute.
 
     Raises:
-        DataError: it is in neither place, or malformed.
+        DataError: the file is in neither place, or malformed.
     """
     for candidate in (root / file, file):
         if candidate.is_file():
             return read_split(candidate)
     raise DataError(
-        f"split file {file}: not found below {root} nor here; check the folder of the data and the split's name"
-        " (`python -m allspark_fast splits` makes lists out of a folder)"
+        f"split file {file}: not found below {root} nor in the working directory; check both paths"
+        " (`python -m allspark_fast splits` writes split files for a folder)"
     )
 
 
 def scan_folder(root: str | Path) -> list[Entry]:
-    """Lists a folder of one's own: `images/` and `labels/`, nested alike on both sides.
+    """List a folder with ``images/`` and ``labels/``, which have the same subfolders.
 
-    An image `images/a/b.jpg` has the label `labels/a/b.png` (any suffix); an image without one is unlabeled.
+    The label of ``images/a/b.jpg`` is ``labels/a/b.png`` (any suffix); an image without one is unlabeled.
 
     Args:
-        root: Folder holding `images/`, and `labels/` if there are any.
+        root: folder that holds ``images/`` and, if there are labels, ``labels/``.
 
     Returns:
-        Entries in alphabetical order.
+        entries in alphabetical order.
 
     Raises:
-        DataError: No `images/` folder, two files with the same stem, or labels none of which belongs to an image.
+        DataError: no ``images/`` folder, two files with the same stem, or labels of which none matches an image.
     """
     root = Path(root)
     if not (root / "images").is_dir():
@@ -145,8 +145,8 @@ def scan_folder(root: str | Path) -> list[Entry]:
     images, labels = _files_by_stem(root / "images"), _files_by_stem(root / "labels")
     if labels and not labels.keys() & images.keys():
         raise DataError(
-            f"{root}: no label has the name of an image; {next(iter(labels.values())).name} would belong to an image"
-            f" {next(iter(labels))}.jpg (or .png, ...): rename labels like their images"
+            f"{root}: no label has the name of an image; {next(iter(labels.values())).name} needs an image named"
+            f" {next(iter(labels))}.jpg (or .png, ...): give each label the name of its image"
         )
     return [
         Entry(
@@ -158,103 +158,90 @@ def scan_folder(root: str | Path) -> list[Entry]:
 
 
 def values_of(label: Image.Image) -> list[int]:
-    """The different values of a label, ascending."""
+    """Return the distinct values of a label (mode L), ascending."""
     return [value for value, count in enumerate(label.histogram()) if count]
 
 
 def wrong_values(values: Sequence[int], info: DatasetInfo) -> str:
-    """What is wrong with the values of a label file, and how to mend it; empty if nothing is."""
+    """Say which values of a label file stand for no class, and how to fix that; empty if all do."""
     allowed = info.class_indices()
     wrong = [value for value in values if value not in allowed]
     if not wrong:
         return ""
-    owned = f"the values {list(info.values)}" if info.values else f"the indices 0..{len(info.classes) - 1}"
+    expected = f"the values {list(info.values)}" if info.values else f"the indices 0..{len(info.classes) - 1}"
     return (
-        f"holds {wrong}, but the {len(info.classes)} classes of {info.name} have {owned}; convert the label,"
-        " or name the missing classes, or the values of the classes, in meta.json"
+        f"holds {wrong}, but the {len(info.classes)} classes of {info.name} have {expected}; convert the label,"
+        " or list the missing classes, or the values of the classes, in meta.json"
     )
 
 
 class ImageSource(Protocol):
-    """What the loaders need of a data set: the name of every sample, its image, its image with the label."""
+    """What the loaders need of a dataset."""
 
     @property
     def entries(self) -> Sequence[Entry]:
         """Names of the samples."""
 
     def image(self, index: int) -> Image.Image:
-        """Returns the RGB image alone."""
+        """Read the RGB image alone."""
 
     def __getitem__(self, index: int) -> tuple[Image.Image, Image.Image | None]:
-        """Returns the RGB image and its label (mode L, 255 ignored), None where the entry has none."""
+        """Read the RGB image and its label (mode L, 255 ignored), None where the entry has none."""
 
 
 class SegmentationDataset(Dataset[tuple[Image.Image, Image.Image | None]]):
-    """Images and labels of a list of entries, as PIL images; transforms belong to the loader.
+    """Images and labels of a list of entries as PIL images; the loaders apply the transforms.
 
     Args:
-        root: Folder that the paths of the entries are relative to.
-        entries: What to read, in order.
-        info: What the values and colours of label files mean, to refuse any other; None takes labels as they are.
-        allow_outside: Accept paths that leave `root`.
+        root: folder that the paths of the entries are relative to.
+        entries: what to read, in order.
+        info: meaning of the values and colors of label files; others are refused. None reads labels as they are.
     """
 
-    def __init__(
-        self,
-        root: str | Path,
-        entries: Sequence[Entry],
-        *,
-        info: DatasetInfo | None = None,
-        allow_outside: bool = False,
-    ):
+    def __init__(self, root: str | Path, entries: Sequence[Entry], *, info: DatasetInfo | None = None):
         self.root = Path(root)
         self.entries = list(entries)
         self.info = info
-        self.allow_outside = allow_outside
 
     def __len__(self) -> int:
         return len(self.entries)
 
     def image(self, index: int) -> Image.Image:
-        """Reads the image alone: a PIL image of mode RGB.
+        """Read the RGB image alone.
 
         Raises:
-            DataError: The file is missing, unreadable or outside the root.
+            DataError: the file is missing, unreadable or outside the root.
         """
-        return read_image(self._path(self.entries[index].image))
+        return read_image(resolve_path(self.root, self.entries[index].image))
 
     def label(self, index: int) -> Image.Image | None:
-        """Reads the label alone (mode L, 255 ignored), None where the entry has none.
+        """Read the label alone: class indices (mode L, 255 ignored), None where the entry has none.
 
         Raises:
-            DataError: The file is missing, unreadable or outside the root, or holds a value or colour that is no class.
+            DataError: the file is missing, unreadable or outside the root, or a value or color stands for no class.
         """
         path = self.entries[index].label
         if path is None:
             return None
-        label = read_label(self._path(path), None if self.info is None else self.info.label_colors())
+        label = read_label(resolve_path(self.root, path), None if self.info is None else self.info.label_colors())
         if self.info is None:
             return label
         wrong = wrong_values(values_of(label), self.info)
         if wrong:
-            raise DataError(f"{path}: {wrong} (`python -m allspark_fast check` lists all such files)")
+            raise DataError(f"{path}: {wrong}")
         indices = self.info.class_indices()
         return label.point([indices.get(value, value) for value in range(256)])
 
     def __getitem__(self, index: int) -> tuple[Image.Image, Image.Image | None]:
-        """Reads one sample: an RGB image and its label (mode L, 255 ignored), None where the entry has none.
+        """Read one sample: an RGB image and its label (mode L, 255 ignored), None where the entry has none.
 
         Raises:
-            DataError: A file is missing, unreadable or outside the root, the label holds an index that is no class,
-                or the two sizes differ.
+            DataError: as for ``image`` and ``label``, or their sizes differ.
         """
         entry, image, label = self.entries[index], self.image(index), self.label(index)
         if label is not None and label.size != image.size:
             raise DataError(
-                f"{entry.image} is {image.width}x{image.height} pixels (EXIF orientation applied) but its"
-                f" label {entry.label} is {label.width}x{label.height}; they must be equal"
+                f"{entry.image} is {image.width}x{image.height} pixels (EXIF orientation applied), but its label"
+                f" {entry.label} is {label.width}x{label.height}; the sizes must be equal"
             )
         return image, label
-
-    def _path(self, relative: str) -> Path:
-        return resolve_path(self.root, relative, allow_outside=self.allow_outside)

@@ -1,7 +1,8 @@
-"""Reading images and labels from disk, whatever mode they were saved in."""
+"""Images and labels on disk, in whatever mode they were saved."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
@@ -9,16 +10,18 @@ import numpy as np
 import numpy.typing as npt
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+from allspark_fast.device import available_cpus
 from allspark_fast.errors import DataError
 
 Color = tuple[int, int, int]
+Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
-# Files are read by their content, whatever they are called, and Pillow knows kinds that start other programs (EPS).
+# Pillow identifies files by content, not by suffix, and for some formats (EPS) it starts other programs.
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 
-_TURNS = {
+_TRANSPOSITIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -29,42 +32,48 @@ _TURNS = {
 }
 
 
-def resolve_path(root: str | Path, relative: str, *, allow_outside: bool = False) -> Path:
-    """Returns the path of a file of a data set, the only place where a listed path becomes a real one.
+def resolve_path(root: str | Path, relative: str) -> Path:
+    """Resolve a path of a split file; every listed path passes through here.
+
+    Symbolic links inside ``root`` may point anywhere: only the owner of the folder can create them, not a split file.
 
     Args:
-        root: Folder of the data set.
-        relative: Path as written in a split file, relative to `root`. Its `..` are resolved as text, so that none
-            can climb out through a symbolic link.
-        allow_outside: Accept absolute paths and paths that climb out of `root` with `..`.
+        root: folder of the dataset.
+        relative: path relative to ``root``; its ``..`` are resolved as text, so none climbs out through a link.
 
     Raises:
-        DataError: The path leaves `root` and `allow_outside` is false. Symbolic links inside `root` may point
-            anywhere: whoever owns the folder made them, which split files cannot do.
+        DataError: the path leaves ``root``.
     """
     inside = Path(os.path.normpath(relative))
-    if (inside.is_absolute() or inside.parts[:1] == ("..",)) and not allow_outside:
+    if inside.is_absolute() or inside.parts[:1] == ("..",):
         raise DataError(
-            f"{relative}: this path leaves the data root {root}; write it relative to the root, without a"
-            f" leading slash and without '..', or put a symbolic link to the folder into the root"
+            f"{relative}: this path leaves the data root {root}; make it relative to the root, without a leading slash"
+            " or '..', or create a symbolic link to the folder inside the root"
         )
     return Path(root) / inside
 
 
 def require_bytes(path: Path) -> None:
-    """Looks whether a file holds anything.
+    """Check that a file exists and is not empty, without reading it.
 
     Raises:
-        DataError: No such file, or it is empty.
+        DataError: no such file, or it is empty.
     """
     if not path.is_file():
         raise DataError(f"{path}: no such file; check the data root and the split file that lists it")
     if path.stat().st_size == 0:
-        raise DataError(f"{path}: the file is empty (0 bytes); fetch it again")
+        raise DataError(f"{path}: the file is empty (0 bytes); download it again")
+
+
+def map_in_threads(function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
+    """Call a function that reads files on every item, in threads, and return the results in order."""
+    # More threads than CPUs, as some wait for the disk.
+    with ThreadPoolExecutor(available_cpus() + 4) as pool:
+        return list(pool.map(function, items))
 
 
 def _decode(path: Path, convert: Callable[[Image.Image], Result]) -> Result:
-    """Opens, decodes and converts an image, so that a damaged file fails here and by name."""
+    """Open, decode and convert an image, so that a damaged file fails here and by name."""
     require_bytes(path)
     try:
         with Image.open(path, formats=_FORMATS) as image:
@@ -73,59 +82,56 @@ def _decode(path: Path, convert: Callable[[Image.Image], Result]) -> Result:
         raise DataError(f"{path}: {error}") from error
     except UnidentifiedImageError as error:
         raise DataError(
-            f"{path}: cannot be read as an image of the kinds {', '.join(_FORMATS)}; fetch or convert it again"
+            f"{path}: not an image in a supported format ({', '.join(_FORMATS)}); convert it or download it again"
         ) from error
     except Image.DecompressionBombError as error:
         raise DataError(f"{path}: {error}; cut it into tiles of at most {Image.MAX_IMAGE_PIXELS} pixels") from error
     # Decoders raise OSError, SyntaxError, ValueError, EOFError, struct.error and more on damaged files.
     except Exception as error:
-        raise DataError(f"{path}: cannot be read as an image ({error}); fetch or convert it again") from error
+        raise DataError(f"{path}: cannot be read as an image ({error}); convert it or download it again") from error
 
 
 def read_orientation(path: str | Path) -> int:
-    """Reads the EXIF orientation of an image: 1 is upright, 2 to 8 say how `read_image` turns it.
+    """Read the EXIF orientation of an image: 1 is upright; ``read_image`` rotates or mirrors by 2 to 8.
 
     Raises:
-        DataError: No such file, or not an image.
+        DataError: no such file, or not an image.
     """
     return _decode(Path(path), _orientation)
 
 
 def _orientation(image: Image.Image) -> int:
-    """EXIF orientation; of TIFF only before its pixels are loaded, which turns it and removes the tag."""
-    found = image.getexif().get(ExifTags.Base.Orientation)
-    return found if found in _TURNS else 1
+    """Return the EXIF orientation; for TIFF only before loading the pixels, which applies it and removes the tag."""
+    orientation = image.getexif().get(ExifTags.Base.Orientation)
+    return orientation if orientation in _TRANSPOSITIONS else 1
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """Applies the EXIF orientation. ImageOps.exif_transpose also rewrites the EXIF block, which can fail."""
+    """Apply the EXIF orientation; ImageOps.exif_transpose also rewrites the EXIF block, which can fail."""
     image.load()
-    turn = _TURNS.get(_orientation(image))
-    return image if turn is None else image.transpose(turn)
+    transposition = _TRANSPOSITIONS.get(_orientation(image))
+    return image if transposition is None else image.transpose(transposition)
 
 
-def _wide_to_grey(image: Image.Image) -> Image.Image:
-    """Brings 16-bit grey (`I;16*`, or `I` from older files) to 8 bits: full scale 65535 becomes 255."""
+def _wide_to_gray(image: Image.Image) -> Image.Image:
+    """Scale 16-bit gray (``I;16*``, or ``I`` from older files) from 0..65535 to 0..255."""
     values = np.asarray(image).astype(np.int64)
     if values.min() < 0 or values.max() > 65535:
-        raise DataError("grey values outside 0..65535; convert the image to 8 bits per channel")
+        raise DataError("gray values outside 0..65535; convert the image to 8 bits per channel")
     return Image.fromarray(((values + 128) // 257).astype(np.uint8))
 
 
 def read_image(path: str | Path) -> Image.Image:
-    """Reads an image as 8-bit RGB, upright.
+    """Read an image as 8-bit RGB, upright.
 
-    The EXIF orientation is applied. Grey, palette and CMYK images are converted, alpha is dropped, 16-bit
-    grey is scaled from 0..65535 to 0..255.
-
-    Args:
-        path: Image file.
+    Applies the EXIF orientation, converts gray, palette and CMYK images, drops alpha, and scales 16-bit gray from
+    0..65535 to 0..255.
 
     Returns:
         PIL image of mode RGB.
 
     Raises:
-        DataError: No such file, not an image, truncated, or floating point.
+        DataError: no such file, not an image, truncated, or floating point.
     """
     return _decode(Path(path), _to_rgb)
 
@@ -133,52 +139,51 @@ def read_image(path: str | Path) -> Image.Image:
 def _to_rgb(image: Image.Image) -> Image.Image:
     image = _upright(image)
     if image.mode == "F":
-        raise DataError("floating point pixels have no fixed range; convert the image to 8 bits")
+        raise DataError("floating point pixels have no fixed range; convert the image to 8 bits per channel")
     if image.mode.startswith("I"):
-        image = _wide_to_grey(image)
+        image = _wide_to_gray(image)
     if image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")  # Pillow warns on the direct way
+        image = image.convert("RGBA")  # Pillow warns about the direct conversion
     return image.convert("RGB")
 
 
 def read_label(path: str | Path, colors: Mapping[Color, int] | None = None) -> Image.Image:
-    """Reads a label as class indices, pixel for pixel as stored.
+    """Read a label as class indices, pixel by pixel as stored.
 
-    It belongs to the upright image of `read_image`. One that has itself to be turned is refused: whether its pixels
-    fit the image as stored or upright cannot be told, and half of the orientations change no size.
+    Palette images give their indices; gray, 1-bit and 16-bit gray images their values; RGB images, and RGBA images
+    without regard to alpha, the values that ``colors`` assigns.
 
-    Palette images give their indices; grey, 1-bit and 16-bit grey images their values; RGB images, and RGBA images
-    whose alpha does not count, what `colors` says.
+    A label whose own EXIF orientation is not 1 is refused: whether its pixels match the image as stored or upright
+    cannot be known, and half of the orientations do not change the size.
 
     Args:
-        path: Label file of a lossless format.
-        colors: What each colour of a colour image stands for; None refuses such images.
+        path: label file of a lossless format.
+        colors: value of every color in RGB labels; None refuses such labels.
 
     Returns:
-        PIL image of mode L holding class indices.
+        PIL image of mode L.
 
     Raises:
-        DataError: No such file, not an image, truncated, JPEG, an EXIF orientation other than 1, a colour that is not
-            in `colors`, or values outside 0..255.
+        DataError: no such file, not an image, truncated, JPEG, an EXIF orientation other than 1, a color that is not
+            in ``colors``, or values outside 0..255.
     """
     return _decode(Path(path), lambda image: _to_indices(image, colors))
 
 
 def _to_indices(image: Image.Image, colors: Mapping[Color, int] | None) -> Image.Image:
     if image.format == "JPEG":
-        raise DataError("JPEG changes class indices; save labels as PNG")
+        raise DataError("JPEG compression changes class indices; save labels as PNG")
     if (orientation := _orientation(image)) != 1:
         raise DataError(
-            f"its EXIF orientation is {orientation}, by which viewers turn it, but labels are read as stored; save it"
-            " without that tag, so that it lies on its image as viewers show that"
+            f"its EXIF orientation is {orientation}, but labels are read as stored; save it upright, without that tag,"
+            " so that it matches the image as viewers show it"
         )
     if image.mode in ("RGB", "RGBA") and colors is not None:
         return _indices_of_colors(np.asarray(image.convert("RGB")), colors)
     if image.mode not in ("1", "L", "P", "I") and not image.mode.startswith("I;16"):
         raise DataError(
-            f"labels must hold one class index per pixel (grey or palette image), this one has mode {image.mode};"
-            f" convert it to class indices, or, if its colours stand for classes, to RGB, and give them as 'palette' in"
-            f" meta.json"
+            f"labels must hold one class index per pixel (gray or palette image), this one has mode {image.mode};"
+            " convert it to class indices, or, if colors stand for classes, to RGB with 'palette' in meta.json"
         )
     values = np.asarray(image)
     if values.min() < 0 or values.max() > 255:
@@ -191,13 +196,13 @@ def _indices_of_colors(pixels: npt.NDArray[np.uint8], colors: Mapping[Color, int
     known = np.array([[(red << 16) + (green << 8) + blue, index] for (red, green, blue), index in colors.items()])
     known = known[known[:, 0].argsort()]
     position = known[:, 0].searchsorted(codes).clip(max=len(known) - 1)
-    strange = codes != known[position, 0]
-    if strange.any():
-        unknown = [[code >> 16, code >> 8 & 255, code & 255] for code in np.unique(codes[strange]).tolist()]
-        shown = f"{unknown[:5]}" + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else "")
+    unknown = np.unique(codes[codes != known[position, 0]]).tolist()
+    if unknown:
+        shown = f"{[[code >> 16, code >> 8 & 255, code & 255] for code in unknown[:5]]}"
+        more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
         raise DataError(
-            f"holds colours that are not those of one class: {shown}; known are {sorted(map(list, colors))}. Correct"
-            " 'palette' in meta.json (the colours of the classes, in their order), or repaint these pixels; many like"
-            " colours come of smoothing or of JPEG"
+            f"holds colors that do not stand for exactly one class: {shown}{more}; known are"
+            f" {sorted(map(list, colors))}. Correct 'palette' in meta.json (one color per class, in class order), or"
+            " repaint these pixels; many similar colors come from anti-aliasing or JPEG compression"
         )
     return Image.fromarray(known[position, 1].astype(np.uint8))

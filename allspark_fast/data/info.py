@@ -1,14 +1,13 @@
-"""What is known about a data set besides its files: class names, colours, the ignored index."""
+"""Metadata of datasets: class names, colors, label values, the ignored index."""
 
 import json
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from allspark_fast.data.images import IMAGE_SUFFIXES, Color, read_label
+from allspark_fast.data.images import IMAGE_SUFFIXES, Color, map_in_threads, read_label
 from allspark_fast.errors import DataError
 
 Palette = tuple[Color, ...]
@@ -18,14 +17,14 @@ IGNORE_INDEX = 255
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """Metadata of a data set.
+    """Metadata of a dataset.
 
     Attributes:
-        name: Short name.
-        classes: Class names; position is class index.
-        palette: 256 RGB colours, one per value of a label.
-        ignore_index: Value of label *files* that no class owns. In batches it is always 255.
-        values: Value of label files that stands for each class, where that is not its index.
+        name: short name.
+        classes: class names in the order of their indices.
+        palette: 256 RGB colors, one per value of a label.
+        ignore_index: value of label files that stands for no class; in batches it is always 255.
+        values: value of label files that stands for each class, None where that is its index.
     """
 
     name: str
@@ -35,17 +34,16 @@ class DatasetInfo:
     values: tuple[int, ...] | None = None
 
     def class_indices(self) -> dict[int, int]:
-        """Class index of every value that label files may hold, 255 where it is ignored."""
+        """Return the class index of every value that label files may hold, 255 where it is ignored."""
         ignored = {IGNORE_INDEX: IGNORE_INDEX, self.ignore_index: IGNORE_INDEX}
         if self.values is None:
             return {index: index for index in range(len(self.classes))} | ignored
         return ignored | {value: index for index, value in enumerate(self.values)}
 
     def label_colors(self) -> dict[Color, int]:
-        """Value that every colour of a label in RGB stands for; colours that classes share are left out.
+        """Return the value that every color of an RGB label stands for, without colors that classes share.
 
-        Pixels of the colour of `ignore_index`, which is black if the palette does not go so far, are ignored, unless
-        that is the colour of a class.
+        The color of ``ignore_index`` (black if the palette is shorter) is ignored, unless it is the color of a class.
         """
         values = range(len(self.classes)) if self.values is None else self.values
         colors = self.palette[: len(values)]
@@ -56,7 +54,7 @@ class DatasetInfo:
 
 
 def _voc_color(index: int) -> Color:
-    """Colour of a class in the VOC map: the bits of its index, dealt to R, G, B from the top down."""
+    """Return a color of the VOC color map: the bits of the index, dealt to R, G, B from the most significant down."""
     red = green = blue = 0
     for bit in range(8):
         red |= (index >> (3 * bit) & 1) << (7 - bit)
@@ -69,12 +67,12 @@ VOC_PALETTE: Palette = tuple(_voc_color(index) for index in range(256))
 
 
 def _padded(colors: Sequence[Color]) -> Palette:
-    """Fills a list of colours up with black to the 256 entries of a palette."""
+    """Fill a list of colors up with black to the 256 entries of a palette."""
     return tuple(colors) + ((0, 0, 0),) * (256 - len(colors))
 
 
 def hex_palette(text: str) -> Palette:
-    """Palette of colours written as rrggbb, separated by blanks; the rest is black."""
+    """Parse a palette of colors written as rrggbb and separated by spaces; the rest is black."""
     return _padded([(color[0], color[1], color[2]) for color in map(bytes.fromhex, text.split())])
 
 
@@ -91,7 +89,7 @@ _PASCAL = DatasetInfo(
     VOC_PALETTE,
 )
 
-# Train ids, as in the gtFine_labelTrainIds files.
+# Train IDs, as in the gtFine_labelTrainIds files.
 _CITYSCAPES = DatasetInfo(
     "cityscapes",
     _names(
@@ -104,7 +102,7 @@ _CITYSCAPES = DatasetInfo(
     ),
 )
 
-# The 80 things of COCO in the order of their category ids, after the background.
+# The 80 thing classes of COCO in the order of their category IDs, after the background.
 _COCO = DatasetInfo(
     "coco",
     _names(
@@ -133,7 +131,7 @@ def _parse_classes(value: Any) -> tuple[str, ...]:
     if not isinstance(value, list) or not value or not all(isinstance(name, str) for name in value):
         raise ValueError("'classes' must be a list of names, in the order of their indices")
     if len(value) > 255:
-        raise ValueError(f"at most 255 classes fit beside the ignored index, found {len(value)}")
+        raise ValueError(f"at most 255 classes are possible beside the ignored index, found {len(value)}")
     return tuple(value)
 
 
@@ -153,21 +151,21 @@ def _parse_values(value: Any, classes: int) -> tuple[int, ...]:
 def _parse_palette(value: Any, classes: int) -> Palette:
     """Accepts [[r, g, b], ...] and the flat [r, g, b, r, g, b, ...]."""
     if not isinstance(value, list):
-        raise ValueError("'palette' must be a list of colours [r, g, b]")
+        raise ValueError("'palette' must be a list of colors [r, g, b]")
     flat = [part for entry in value for part in (entry if isinstance(entry, list) else [entry])]
     if not all(isinstance(part, int) and 0 <= part <= 255 for part in flat) or len(flat) % 3:
-        raise ValueError("'palette' must hold three integers in 0..255 per colour")
+        raise ValueError("'palette' must hold three integers in 0..255 per color")
     colors = [(flat[i], flat[i + 1], flat[i + 2]) for i in range(0, len(flat), 3)]
     if not classes <= len(colors) <= 256:
-        raise ValueError(f"'palette' must hold a colour for each of {classes} classes, found {len(colors)}")
+        raise ValueError(f"'palette' must hold a color for each of {classes} classes, found {len(colors)}")
     return _padded(colors)
 
 
 def parse_meta(meta: Any, name: str) -> DatasetInfo:
-    """Metadata from the object of a `meta.json`; see `read_info`.
+    """Validate the object of a ``meta.json``, see ``read_info``.
 
     Raises:
-        ValueError: The object is not valid; the message says what was expected.
+        ValueError: it is not valid; the message says what was expected.
     """
     if not isinstance(meta, dict):
         raise ValueError("expected an object with the key 'classes'")
@@ -181,38 +179,36 @@ def parse_meta(meta: Any, name: str) -> DatasetInfo:
 
 
 def _highest_class(path: Path) -> int:
-    """Highest class index of a label file, -1 where all is ignored."""
-    used = [value for _, value in read_label(path).getcolors(256) or [] if value != IGNORE_INDEX]
-    return max((int(value) for value in used if isinstance(value, int)), default=-1)
+    """Return the highest class index of a label file, -1 where all is ignored."""
+    return max((value for value, count in enumerate(read_label(path).histogram()[:IGNORE_INDEX]) if count), default=-1)
 
 
 def _infer_info(root: Path, file: Path) -> DatasetInfo:
     labels = sorted(path for path in (root / "labels").rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
-    with ThreadPoolExecutor() as pool:
-        highest = max(pool.map(_highest_class, labels), default=-1)
+    highest = max(map_in_threads(_highest_class, labels), default=-1)
     if highest < 0:
         raise DataError(f"{root}: no class in labels/ and no meta.json; name the classes in {file}")
     if highest == 0:
         raise DataError(
-            f"{root}: no meta.json, and labels/ holds no class but 0 (255 is ignored); write {file}, for masks of black"
-            ' and white {"classes": ["background", "object"], "values": [0, 255]}'
+            f"{root}: no meta.json, and labels/ holds no class but 0 (255 is ignored); write {file}, for"
+            ' black-and-white masks {"classes": ["background", "object"], "values": [0, 255]}'
         )
     return DatasetInfo(root.name, tuple(f"class {index}" for index in range(highest + 1)), VOC_PALETTE)
 
 
 def read_info(root: str | Path) -> DatasetInfo:
-    """Reads the metadata of a folder of one's own.
+    """Read the metadata of a folder with images/ and labels/.
 
-    `meta.json` is an object `{"classes": [name, ...], "ignore_index": 255, "palette": [[r, g, b], ...], "values":
-    [0, 1, ...]}`; all but the first may be left out. `values` says which value of the label files stands for each
-    class, if not its index: [0, 255] for black-and-white masks. Without the file the number of classes is the highest
-    index in `labels/` plus one, which reads every label.
+    ``meta.json`` is an object with the keys "classes": [name, ...] and, optionally, "ignore_index": 255, "palette":
+    [[r, g, b], ...] and "values": [0, 1, ...]. "values" gives the value of each class in label files, if that is not
+    its index: [0, 255] for black-and-white masks. Without the file, the number of classes is the highest index in
+    ``labels/`` plus one, which reads every label.
 
     Args:
-        root: Folder holding `images/`, `labels/` and, if one likes, `meta.json`.
+        root: folder that holds ``images/``, ``labels/`` and, optionally, ``meta.json``.
 
     Raises:
-        DataError: `meta.json` is not valid, or there is neither it nor any label.
+        DataError: ``meta.json`` is not valid, or there is neither it nor any label.
     """
     root = Path(root).resolve()
     file = root / "meta.json"

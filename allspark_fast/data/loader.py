@@ -1,4 +1,4 @@
-"""Batches of labeled and unlabeled crops whose position is one counter, and whole images for evaluation."""
+"""Batches of labeled and unlabeled crops, whose position is a single counter, and whole images for evaluation."""
 
 import atexit
 import logging
@@ -13,12 +13,12 @@ from torch.utils.data import DataLoader, Dataset
 from allspark_fast.data.datasets import Entry, ImageSource
 from allspark_fast.data.seeding import make_generator
 from allspark_fast.data.transforms import CropTransform, Sample, label_tensor, normalize_image
-from allspark_fast.errors import DataError
+from allspark_fast.errors import DataError, RunError
 from allspark_fast.signals import ignore_stop_signals
 
 logger = logging.getLogger(__name__)
 
-# Parts of seeds: recorded runs depend on these numbers.
+# Parts of seeds: the numbers of every run depend on them.
 _LABELED, _UNLABELED = 0, 1
 _ORDER, _AUGMENT = 0, 1
 
@@ -31,8 +31,8 @@ class SemiBatch(NamedTuple):
         label: (B, H, W) int64, 255 ignored.
         unlabeled_image: (B, 3, H, W) float32; (0, 3, H, W) from a loader of labeled images only.
         unlabeled_valid: (B, H, W) bool, False where the crop added padding; (0, H, W) likewise.
-        unlabeled_label: (B, H, W) int64, labels that training must not see, 255 where there are none; None
-            unless asked for.
+        unlabeled_label: (B, H, W) int64, labels that training must not see, 255 where there are none; None unless
+            requested.
     """
 
     image: Tensor
@@ -42,21 +42,21 @@ class SemiBatch(NamedTuple):
     unlabeled_label: Tensor | None
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "SemiBatch":
-        """Returns the batch on another device."""
+        """Return the batch on another device."""
         return SemiBatch._make(x if x is None else x.to(device, non_blocking=non_blocking) for x in self)
 
     def split(self, count: int) -> "Iterator[SemiBatch]":
-        """Yields `count` equal micro-batches, which must divide B."""
+        """Yield ``count`` equal micro-batches; ``count`` must divide B."""
         parts = [[None] * count if x is None else x.unflatten(0, (count, -1)) for x in self]
         return map(SemiBatch._make, zip(*parts, strict=True))
 
     def pin_memory(self) -> "SemiBatch":
-        """Returns the batch in page-locked memory."""
+        """Return the batch in page-locked memory."""
         return SemiBatch._make(x if x is None else x.pin_memory() for x in self)
 
 
 class _Key(NamedTuple):
-    """Names one crop of the whole training: `place` is a position in the list that an epoch shuffles."""
+    """Identifies one crop of a whole run: ``place`` is a position in the list that an epoch shuffles."""
 
     stream: int
     epoch: int
@@ -64,7 +64,7 @@ class _Key(NamedTuple):
 
 
 class _Crops(Dataset[Sample]):
-    """Reads and transforms the crops that keys name; this is what workers run."""
+    """The crops that keys identify, read and transformed; this is what workers run."""
 
     def __init__(
         self,
@@ -82,14 +82,14 @@ class _Crops(Dataset[Sample]):
 
     def __getitem__(self, key: _Key) -> Sample:
         source = self.sources[key.stream]
-        # Labeled images come round several times in an epoch, so places may exceed their number.
+        # Labeled images are repeated within an epoch, so places may exceed their number.
         index = key.place % len(source.entries)
         image, label = source[index] if key.stream == _LABELED else self._unlabeled(source, index)
         generator = make_generator(self.seed, _AUGMENT, key.stream, key.epoch, key.place)
         return self.transforms[key.stream](image, label, generator)
 
     def _unlabeled(self, source: ImageSource, index: int) -> tuple[Image.Image, Image.Image | None]:
-        """An image, and its hidden label if that is asked for and there: training needs none of these files."""
+        """Read an image, and its hidden label if requested and readable: training does not need these files."""
         if self.hidden_labels:
             try:
                 return source[index]
@@ -98,7 +98,7 @@ class _Crops(Dataset[Sample]):
         return source.image(index), None
 
     def collate(self, samples: list[Sample]) -> SemiBatch:
-        """Stacks the labeled crops (all, or the first half) and the unlabeled ones (the second half)."""
+        """Stack the labeled crops (all, or the first half) and the unlabeled ones (the second half)."""
         half = len(samples) if self.labeled_only else len(samples) // 2
         image, label, valid = (torch.stack(part) for part in zip(*samples[:half], strict=True))
         if self.labeled_only:
@@ -111,33 +111,31 @@ class _Crops(Dataset[Sample]):
 class SemiLoader:
     """Pairs of labeled and unlabeled batches, in an order that is a function of the seed and the step alone.
 
-    An epoch passes once over the unlabeled images and drops what does not fill a batch. The labeled images
-    are repeated, and cut to the number of unlabeled ones, as in the official code; where there are more
-    labeled than unlabeled images, every epoch cuts another part. Both lists are shuffled for every epoch,
-    independently.
+    An epoch passes once over the unlabeled images and drops the incomplete batch. The labeled images are repeated, and
+    cut to the number of unlabeled ones, as in the reference implementation; where there are more labeled than unlabeled
+    images, every epoch uses another part. Both lists are shuffled independently for every epoch.
 
-    The position is the number of the step, counted over epochs: `iterate(k, n)` yields exactly what
-    `iterate(0, n)` yields from its k-th batch on, bit for bit, for any number of workers. The ranks of a step
-    share its global batch, which is the same set of crops for any `world_size`. The global random state is
-    never touched.
+    The position is the number of the step, counted over epochs: ``iterate(k, n)`` yields exactly what ``iterate(0, n)``
+    yields from its k-th batch on, bit for bit, for any number of workers. The ranks of a step share its global batch,
+    which is the same set of crops for any ``world_size``. The global random state is never touched.
 
     Args:
-        labeled: Images that all have a label.
-        unlabeled: Images whose labels are not read unless `hidden_labels`.
-        labeled_transform: Transform of the former.
-        unlabeled_transform: Transform of the latter.
-        batch_size: Number of labeled, and of unlabeled, images per step over all ranks.
-        seed: Seed of order and augmentation.
-        num_workers: Worker processes; they live as long as one call of `iterate`, across epochs.
-        pin_memory: Deliver batches in page-locked memory, for copies to a GPU that overlap with work.
-        labeled_only: Leave the unlabeled images unread; order, labeled crops and number of steps stay the same.
-        hidden_labels: Also deliver the labels of unlabeled images, to measure pseudo labels with.
-        rank: Index of this process.
-        world_size: Number of processes.
+        labeled: images that all have a label.
+        unlabeled: images whose labels are not read unless ``hidden_labels``.
+        labeled_transform: transform of the labeled images.
+        unlabeled_transform: transform of the unlabeled images.
+        batch_size: number of labeled, and of unlabeled, images per step over all ranks.
+        seed: seed of order and augmentation.
+        num_workers: worker processes; they live as long as one call of ``iterate``, across epochs.
+        pin_memory: return batches in page-locked memory, for asynchronous copies to a GPU.
+        labeled_only: do not read the unlabeled images; order, labeled crops and number of steps stay the same.
+        hidden_labels: also return the labels of unlabeled images, to measure pseudo-labels with.
+        rank: index of this process.
+        world_size: number of processes.
 
     Raises:
-        DataError: A labeled entry has no label, there are no labeled images, or too few unlabeled ones.
-        ValueError: `batch_size` cannot be divided by `world_size`.
+        DataError: a labeled entry has no label, there are no labeled images, or too few unlabeled ones.
+        ValueError: ``batch_size`` is not divisible by ``world_size``.
     """
 
     def __init__(
@@ -159,11 +157,11 @@ class SemiLoader:
         _require_labels(labeled.entries)
         if len(unlabeled.entries) < batch_size:
             raise DataError(
-                f"{len(unlabeled.entries)} unlabeled images do not fill a batch of {batch_size}; add images"
-                f" or lower the batch size"
+                f"{len(unlabeled.entries)} unlabeled images do not fill a batch of {batch_size}; add images or lower"
+                " train.batch_size"
             )
         if batch_size % world_size:
-            raise ValueError(f"batch_size {batch_size} cannot be shared equally by {world_size} processes")
+            raise ValueError(f"batch_size {batch_size} is not divisible by world_size {world_size}")
         transforms = (labeled_transform, unlabeled_transform)
         self._crops = _Crops((labeled, unlabeled), transforms, seed, labeled_only, hidden_labels)
         # Of the labeled list an epoch uses as many positions as there are unlabeled images.
@@ -181,11 +179,12 @@ class SemiLoader:
         return self._lengths[_UNLABELED] // self._batch_size
 
     def iterate(self, start_step: int, stop_step: int) -> Iterator[SemiBatch]:
-        """Yields the batches of steps start_step, ..., stop_step - 1, counted from 0 over all epochs.
+        """Yield the batches of steps start_step, ..., stop_step - 1, counted from 0 over all epochs.
 
         Raises:
-            DataError: While iterating, where a file cannot be read; the message names it. From a worker it
-                comes with the worker's traceback.
+            DataError: while iterating, a file cannot be read; the message names it, and contains the traceback of the
+                worker if there is one.
+            RunError: while iterating, a worker died.
         """
         return _deliver(
             DataLoader(
@@ -194,14 +193,14 @@ class SemiLoader:
                 collate_fn=self._crops.collate,
                 num_workers=self._num_workers,
                 pin_memory=self._pin_memory,
-                # Without a generator of its own every iterator draws from the global one.
+                # Without its own generator, every iterator draws from the global one.
                 generator=torch.Generator(),
                 worker_init_fn=ignore_stop_signals,
             )
         )
 
     def _steps(self, start_step: int, stop_step: int) -> Iterator[list[_Key]]:
-        """Keys of this rank's part of every step: labeled ones, then unlabeled ones if they are asked for."""
+        """Yield the keys of this rank's part of every step: labeled ones, then unlabeled ones unless labeled_only."""
         streams = (_LABELED,) if self._crops.labeled_only else (_LABELED, _UNLABELED)
         share = self._batch_size // self._world_size
         shuffled_epoch = -1
@@ -213,7 +212,7 @@ class SemiLoader:
             yield [_Key(stream, epoch, place) for stream in streams for place in orders[stream][first : first + share]]
 
     def _orders(self, epoch: int) -> tuple[list[int], list[int]]:
-        """Permutations of the labeled and the unlabeled list for one epoch."""
+        """Return permutations of the labeled and the unlabeled list for one epoch."""
         labeled, unlabeled = (
             torch.randperm(length, generator=make_generator(self._seed, _ORDER, stream, epoch)).tolist()
             for stream, length in enumerate(self._lengths)
@@ -222,35 +221,32 @@ class SemiLoader:
 
 
 def _deliver(loader: "DataLoader[Any]") -> Iterator[Any]:
-    """Pass batches on; the death of a loading process gets one message, however it shows."""
+    """Yield the batches of a loader; the death of a worker raises RunError, however it shows."""
     batches = iter(loader)
-    # Loading processes ignore SIGTERM, so multiprocessing would wait for them at exit without an end, if something
-    # (a traceback, say) still holds the iterator then.
-    end_processes = getattr(batches, "_shutdown_workers", lambda: None)
-    atexit.register(end_processes)
+    # Workers ignore SIGTERM, so multiprocessing would join them forever at exit if something (a traceback, say) still
+    # holds the iterator then.
+    end_workers = getattr(batches, "_shutdown_workers", lambda: None)
+    atexit.register(end_workers)
     try:
         yield from batches
     except (EOFError, ConnectionError, RuntimeError) as error:
-        # A broken connection if it dies while it hands a batch over, else "DataLoader worker (pid ...) ..." of torch.
+        # A broken connection if it dies while it sends a batch, else torch's "DataLoader worker (pid ...) ...".
         if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker (pid"):
             raise
-        raise RuntimeError(
-            f"a loading process is killed ({error!r}), perhaps because memory was short; the same command goes on from "
-            "the last checkpoint"
+        raise RunError(
+            f"a DataLoader worker died ({error!r}), perhaps of too little memory: use fewer workers"
         ) from error
     finally:
-        atexit.unregister(end_processes)
-        end_processes()
+        atexit.unregister(end_workers)
+        end_workers()
 
 
 def _require_labels(entries: Sequence[Entry]) -> None:
     if not entries:
-        raise DataError("the labeled list is empty; it needs at least one image with a label")
+        raise DataError("the list of images with labels is empty; it needs at least one")
     missing = [entry.image for entry in entries if entry.label is None]
     if missing:
-        raise DataError(
-            f"{missing[0]}: has no label but is in a list that needs them, as are {len(missing) - 1} others"
-        )
+        raise DataError(f"{missing[0]}: has no label, but its list needs labels, as for {len(missing) - 1} others")
 
 
 class EvalSample(NamedTuple):

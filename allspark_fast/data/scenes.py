@@ -1,14 +1,13 @@
-"""Procedural scenes: the data set that needs no download.
+"""Procedural scenes: a dataset that needs no download.
 
-Every scene is a room with five to nine lit, textured objects that overlap, cast shadows and vary in size,
-colour and pattern, among flat clutter that resembles them. Labels are exact. A scene is a function of (seed,
-index).
+A scene is a room with five to nine lit, textured objects that overlap and cast shadows, among flat clutter that
+resembles them. It is a function of (seed, index), and looks the same at any size. Constants were chosen by eye.
 """
 
-import math
+import colorsys
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.random import Generator
@@ -18,161 +17,234 @@ from torch.utils.data import Dataset
 
 from allspark_fast.data.datasets import Entry
 from allspark_fast.data.info import DatasetInfo, hex_palette
-from allspark_fast.data.scene_room import fractal_noise, render_room
-from allspark_fast.data.scene_shapes import SHAPES, Array, Surface
 
+Array = NDArray[Any]  # mostly float32: a single float64 array would slow down all that follow
+# An object that stands on y = 1 and reaches from -1 to 1, seen on h x w pixels: distance to its outline, positive
+# inside (h, w); depth, towards the camera (h, w); albedo (3, h, w); strength of the highlight.
+Surface = tuple[Array, Array, Array, float]
+
+
+def _color(rng: Generator, low: Sequence[float], high: Sequence[float]) -> Array:
+    """Draw hue, saturation and value between two colors; return RGB of shape (3, 1, 1)."""
+    return np.array(colorsys.hsv_to_rgb(*map(rng.uniform, low, high)), np.float32).reshape(3, 1, 1)
+
+
+def _noise(rng: Generator, size: tuple[int, int], cells: int) -> Array:
+    """Draw smooth (H, W) noise in -1..1 with ``cells`` bumps a side."""
+    lattice = Image.fromarray(rng.uniform(-1.0, 1.0, (cells, cells)).astype(np.float32))
+    return np.asarray(lattice.resize(size[::-1], Image.Resampling.BILINEAR))
+
+
+def _bulge(across: Array) -> Array:
+    """Return the depth of a round body at -1..1 across it."""
+    return np.sqrt(np.maximum(1.0 - across * across, 0.0))
+
+
+def _polyhedron(x: Array, y: Array, normals: Array, half: Array) -> tuple[Array, Array]:
+    """Return outline distance and visible points (3, h, w) of {p: |normals p| <= half}; the normals face the camera."""
+    nx, ny, nz = normals.T[:, :, None, None]
+    reach, slope = half[:, None, None] / nz, (nx * x + ny * y) / nz
+    depth = (reach - slope).min(axis=0)
+    return 0.3 * (depth + (reach + slope).min(axis=0)), np.stack(np.broadcast_arrays(x, y, depth))
+
+
+def _frustum(x: Array, y: Array, top: float, bottom: float, rim: float) -> tuple[Array, Array, Array, Array]:
+    """Return outline distance, depth, height (0 at the rim, 1 on the ground) and lid of a round body."""
+    tilt = 0.22  # half height of a level circle of radius 1, as the camera sees it
+    length = 1.0 - tilt * (bottom + top) - rim
+    radius = top + (bottom - top) * np.clip((y - rim) / length, 0.0, 1.0)
+    bulge, level = _bulge(x / radius), y - rim - tilt * top
+    height = (level - tilt * radius * bulge) / length
+    inside = np.minimum(radius - np.abs(x), np.minimum(length * (1.0 - height), level + tilt * top * bulge))
+    lid = (x / top) ** 2 + (level / (tilt * top)) ** 2 < 1
+    return inside, np.where(lid, 1.6 * y, radius * bulge), height, lid
+
+
+def ball(x: Array, y: Array, grain: Array, rng: Generator) -> Surface:
+    """Draw a sphere with beach ball panels or bands."""
+    first, second = _color(rng, (0, 0.5, 0.65), (1, 0.9, 0.95)), _color(rng, (0, 0, 0.8), (1, 0.5, 1))
+    turn, count = np.linalg.qr(rng.normal(size=(3, 3)))[0].astype(np.float32), int(rng.integers(2, 5))
+    radius = np.sqrt(x * x + y * y)
+    depth = _bulge(radius)
+    u, v, w = np.tensordot(turn, np.stack(np.broadcast_arrays(x, y, depth)), 1)
+    mark = np.sin(3 * count * w) if count == 3 else np.sin(count * np.arctan2(v, u))
+    return 1.0 - radius, depth, np.where(mark > 0.1, first, second), 0.55
+
+
+def crate(x: Array, y: Array, grain: Array, rng: Generator) -> Surface:
+    """Draw a wooden box, sometimes painted: boards with a frame around each side."""
+    color = _color(rng, (0.05, 0.3, 0.45), (0.12 if rng.random() < 0.7 else 1.0, 0.7, 0.8))
+    yaw, pitch, boards = rng.uniform(0.3, 1.27), rng.uniform(0.35, 0.5), rng.uniform(1.5, 3.0)
+    sin, cos, lift = np.sin(yaw), np.cos(yaw), np.sqrt(1.0 - pitch * pitch)
+    normals = np.array([[0, -lift, pitch], [-sin, cos * pitch, cos * lift], [cos, sin * pitch, sin * lift]], np.float32)
+    half = rng.uniform(0.6, 0.66) * np.array([0.75, 1.0, 1.0], np.float32)
+    inside, points = _polyhedron(x, y - 1.0 + half @ np.abs(normals[:, 1]), normals, half)
+    sides = np.tensordot(normals / half[:, None], points, 1)
+    board = boards * (sides[1] + sides[2])
+    tone = np.where(board % 1.0 < 0.1, np.float32(0.4), 1.0 + 0.1 * np.sin(np.floor(board) * 2.7) + 0.2 * grain)
+    framed = np.sort(np.abs(sides), axis=0)[1] > 0.78
+    return inside, points[2], color * np.where(framed, 1.15 + 0.15 * grain, tone), 0.05
+
+
+def can(x: Array, y: Array, grain: Array, rng: Generator) -> Surface:
+    """Draw a tin can: a ribbed metal cylinder with a lid and a printed label."""
+    metal, paper = _color(rng, (0, 0.05, 0.6), (1, 0.1, 0.8)), _color(rng, (0, 0.5, 0.5), (1, 0.9, 0.9))
+    ink, half, letters = _color(rng, (0, 0, 0.75), (1, 0.4, 1)), rng.uniform(0.5, 0.66), rng.uniform(9, 16)
+    inside, depth, height, lid = _frustum(x, y, half, half, -1.0)
+    middle = np.abs(height - 0.5)
+    label = np.where((middle < 0.14) & (np.sin(x * letters) > 0), ink, paper)
+    side = np.where(middle < 0.34, label, metal * (1.0 + 0.12 * np.sin(height * 60.0)))
+    return inside, depth, np.where(lid, 0.85 * metal, side), 0.7
+
+
+def cone(x: Array, y: Array, grain: Array, rng: Generator) -> Surface:
+    """Draw a traffic cone with two stripes, on a flat foot."""
+    color, stripe = _color(rng, (0, 0.9, 0.8), (1, 0.9, 1)), _color(rng, (0, 0, 0.95), (1, 0.12, 0.95))
+    half, first, width = rng.uniform(0.5, 0.62), rng.uniform(0.3, 0.4), rng.uniform(0.06, 0.1)
+    body, depth, height, _ = _frustum(x, y + 0.06, 0.04, half, -0.95)
+    foot, foot_depth, _, _ = _frustum(x, y, half + 0.22, half + 0.22, 0.55)
+    striped = (np.abs(np.abs(height - first - 0.16) - 0.16) < width) & (body > 0)
+    return np.maximum(body, foot), np.where(body > 0, depth, foot_depth), np.where(striped, stripe, color), 0.25
+
+
+def ring(x: Array, y: Array, grain: Array, rng: Generator) -> Surface:
+    """Draw a doughnut: a tilted torus of dough under glaze with sprinkles."""
+    glaze, sprinkle = _color(rng, (0, 0.3, 0.4), (1, 0.75, 1)), _color(rng, (0, 0.3, 1), (1, 0.6, 1))
+    dough = _color(rng, (0.07, 0.5, 0.65), (0.1, 0.6, 0.8)) * (1.0 + 0.25 * grain)
+    squash, thick, phase = rng.uniform(0.62, 0.85), rng.uniform(0.3, 0.38), rng.uniform(0, 6.28)
+    upright = (y - (1.0 - squash)) / squash
+    angle, across = np.arctan2(upright, x), (np.sqrt(x * x + upright * upright) - (1.0 - thick)) / thick
+    depth = _bulge(across)
+    glazed = depth + 0.12 * np.sin(angle * 5 + phase) - 0.35 * upright > 0.42
+    sprinkled = np.sin(angle * 19 + phase) * np.sin(across * 7 + 3 * np.sin(angle * 5)) > 0.6
+    albedo = np.where(glazed, np.where(sprinkled, sprinkle, glaze), dough)
+    return thick * squash * (1.0 - np.abs(across)), thick * depth + 0.2 * y, albedo, 0.3
+
+
+def plant(x: Array, y: Array, grain: Array, rng: Generator) -> Surface:
+    """Draw a pot plant: pointed leaves, the dark ones behind, that spread from a clay pot."""
+    green, clay = _color(rng, (0.2, 0.45, 0.5), (0.42, 0.8, 0.8)), _color(rng, (0.02, 0.3, 0.5), (0.09, 0.7, 0.75))
+    turns = np.linspace(-1.9, 1.9, 11) + rng.uniform(-0.15, 0.15, 11)
+    leaves = np.array([turns, rng.uniform(0.75, 1.25, 11), 0.5 + 0.05 * rng.permutation(11)], np.float32)
+    turns, lengths, tones = leaves[:, :, None, None]
+    along = (x * np.sin(turns) - (y - 0.35) * np.cos(turns)) / (lengths * (1.0 - 0.12 * np.abs(turns)))
+    across, width = x * np.cos(turns) + (y - 0.35) * np.sin(turns), rng.uniform(0.13, 0.2)
+    inside = width * (1.1 * np.sin(np.clip(along, 0.0, 1.0) * 3.14) - 0.1) - np.abs(across)
+    top = ((inside > 0) * tones).argmax(axis=0, keepdims=True)
+    inside, (pot, depth, _, _) = inside.max(axis=0), _frustum(x, y, 0.42, 0.3, 0.3)
+    lean = 0.5 * y - np.take_along_axis(across, top, 0)[0] ** 2 / width
+    tone = tones[top[0], 0, 0] + 0.2 * np.take_along_axis(along, top, 0)[0] + 0.2 * grain
+    albedo = np.where(pot > inside, clay, green * tone)
+    return np.maximum(inside, pot), np.where(pot > inside, depth, lean), albedo, 0.1
+
+
+def stone(x: Array, y: Array, grain: Array, rng: Generator) -> Surface:
+    """Draw a boulder with a speckled grain and flat facets, whose normals lie on a jittered spiral."""
+    color, height = _color(rng, (0.02, 0.03, 0.45), (0.62, 0.25, 0.75)), rng.uniform(0.65, 0.9)
+    nz, turn = np.linspace(0.95, 0.3, 9), 2.4 * np.arange(9) + rng.uniform(-0.3, 0.3, 9) + rng.uniform(0, 6.28)
+    normals = np.stack([np.cos(turn) * _bulge(nz), np.sin(turn) * _bulge(nz), nz], axis=1).astype(np.float32)
+    inside, points = _polyhedron(x, (y - 1.0) / height + 1.0, normals, rng.uniform(0.65, 0.8, 9).astype(np.float32))
+    return inside, points[2] + 0.03 * grain, color * (1.0 + 0.5 * grain), 0.05
+
+
+_SHAPES = (ball, crate, can, cone, ring, plant, stone)
 SCENES = DatasetInfo(
     "scenes",
-    ("background", *SHAPES),
+    ("background", *(shape.__name__ for shape in _SHAPES)),
     hex_palette("202430 e6475b c98a3c 7f9fd1 f58b2a d67bd0 4fae5a 9b9b8e"),
 )
 
-_KEPT_BYTES = 64 * 2**20
+
+def _room(size: tuple[int, int], horizon: float, grain: Array, rng: Generator) -> Array:
+    """Draw wall and floor, plain, tiled or of bricks, with pictures and rugs; they meet at y = ``horizon`` in 0..1."""
+    y, x = ((np.arange(length, dtype=np.float32) + 0.5) / length for length in size)
+    y, is_wall = y[:, None], y[:, None] < horizon
+    depth = 1.3 / (np.maximum(y - horizon, 0.0) / (1.0 - horizon) + 0.3)
+    repeats = np.where(is_wall, np.float32(rng.uniform(4, 10)), depth * rng.uniform(3, 6))
+    relief = np.where(is_wall, *rng.integers(2, size=2).astype(np.float32))
+    row = 2.0 * repeats * np.where(is_wall, y, np.float32(1.0))
+    column = (x - 0.5) * repeats + float(rng.choice([0.0, 0.5])) * (np.floor(row) % 2)
+    blocks = 0.12 * np.sin(np.floor(row) * 5.1 + np.floor(column) * 3.3)
+    blocks = np.where((row % 1.0 < 0.14) | (column % 1.0 < 0.07), np.float32(-0.3), blocks)
+    wall, floor = _color(rng, (0, 0.05, 0.45), (1, 0.4, 0.85)), _color(rng, (0, 0.1, 0.35), (1, 0.5, 0.75))
+    canvas = np.where(is_wall, wall, floor) * (1.0 + 0.2 * grain + relief * blocks)
+    for _ in range(rng.integers(4)):
+        first, second = (_color(rng, (0, 0.1, 0.25), (1, 0.8, 0.95)) for _ in range(2))
+        center_y, center_x, half_y, half_x = rng.uniform((0, 0, 0.05, 0.05), (1, 1, 0.13, 0.13)).tolist()
+        on_wall = center_y < horizon
+        u, v = (x - center_x) / half_x, (y - center_y) / (half_y if on_wall else 0.5 * half_x)
+        square, circle = np.maximum(np.abs(u), np.abs(v)), np.sqrt(u * u + v * v)
+        outline, motif = ((square, circle)[i] for i in rng.integers(2, size=2))
+        rings = np.where(np.sin(motif * rng.uniform(3, 15)) > 0, first, second)
+        np.copyto(canvas, rings, where=(outline < 1) & (is_wall == on_wall))
+    return canvas * (1.0 - 0.25 / (1.0 + (18.0 * (y - horizon)) ** 2))  # the corner gets less light
 
 
-class _Placement(NamedTuple):
-    """Where an object stands: all in fractions of the picture's sides, `half` of the shorter one."""
-
-    shape: str
-    x: float
-    ground: float
-    half: float
-
-
-def _place_objects(rng: Generator, horizon: float) -> list[_Placement]:
-    """Draws five to nine objects of mixed kinds, the farthest first."""
-    count = int(rng.integers(5, 10))
-    names = list(SHAPES)
-    kinds = [*rng.permutation(len(names)), *rng.integers(len(names), size=2)][:count]
-    near = sorted(rng.uniform(0.08, 1.0, count).tolist())
-    columns = rng.permutation(count).tolist()
-    return [
-        _Placement(
-            names[kind],
-            (column + rng.uniform(0.1, 0.9)) / count,
-            horizon + (1.0 - horizon) * depth,
-            (0.075 + 0.115 * depth) * rng.uniform(0.85, 1.35),
-        )
-        for kind, depth, column in zip(kinds, near, columns, strict=True)
-    ]
+def _draw(canvas: Array, label: Array, shape: int, place: Array, grain: Array, light: Array, rng: Generator) -> None:
+    """Draw an object with its shadow; ``place`` is its y, x and unit in pixels, ``light`` points towards the light."""
+    y, x = ((np.arange(length, dtype=np.float32) + 0.5) / place[2] for length in label.shape)
+    y, x = y - place[0] / place[2], x - place[1] / place[2]
+    rows, columns = slice(*y.searchsorted((0.1, 2.0))), slice(*x.searchsorted((-2.6, 2.6)))
+    distance = ((x[columns] + 0.5 * light[0]) / 0.9) ** 2 + ((y[rows, None] - 0.92) / 0.26) ** 2
+    canvas[:, rows, columns] *= 1.0 - 0.6 / (1.0 + distance * distance)
+    rows, columns = (slice(*axis.searchsorted((-1.08, 1.08))) for axis in (y, x))
+    inside, depth, albedo, gloss = _SHAPES[shape](x[columns], y[rows, None], grain[rows, columns], rng)
+    down, right = np.gradient(depth, 1.0 / place[2])
+    normal = np.stack([-right, -down, np.ones_like(depth)])
+    normal /= np.sqrt((normal * normal).sum(axis=0))
+    # Ambient light from above, diffuse light, and a highlight.
+    diffuse = np.maximum(np.tensordot(light, normal, 1), 0.0)
+    color = albedo * (0.36 - 0.12 * normal[1] + 0.8 * diffuse) + gloss * np.exp(24.0 * (diffuse - 1.0))
+    canvas[:, rows, columns] += np.clip(inside * place[2] + 0.5, 0.0, 1.0) * (color - canvas[:, rows, columns])
+    label[rows, columns][inside > 0] = shape + 1
 
 
-def _draw_light(rng: Generator) -> Array:
-    """(3,) unit vector towards the light: from above, from the left or the right, in front of the wall."""
-    light = np.array([rng.uniform(-0.8, 0.8), -rng.uniform(0.5, 0.9), rng.uniform(0.4, 0.8)], np.float32)
-    return light / np.linalg.norm(light)
+def render_scene(seed: int, index: int, size: tuple[int, int]) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """Render a scene of ``size`` (H, W) pixels: image (H, W, 3) and label (H, W), both uint8, with classes of SCENES.
 
-
-def _window(
-    size: tuple[int, int], place: _Placement, reach_x: float, reach_y: float
-) -> tuple[slice, slice, Array, Array]:
-    """Rows and columns around an object, and the coordinates x (1, w) and y (h, 1) in its own units."""
-    height, width = size
-    unit = place.half * min(size)
-    center_x, center_y = place.x * width, place.ground * height - unit
-    rows = slice(max(int(center_y - reach_y * unit), 0), min(math.ceil(center_y + reach_y * unit), height))
-    columns = slice(max(int(center_x - reach_x * unit), 0), min(math.ceil(center_x + reach_x * unit), width))
-    x = (np.arange(columns.start, columns.stop, dtype=np.float32) + np.float32(0.5 - center_x)) / np.float32(unit)
-    y = (np.arange(rows.start, rows.stop, dtype=np.float32) + np.float32(0.5 - center_y)) / np.float32(unit)
-    return rows, columns, x[None], y[:, None]
-
-
-def _cast_shadow(canvas: Array, place: _Placement, light: Array) -> None:
-    """Darkens the ground at the foot of an object, away from the light."""
-    rows, columns, x, y = _window((canvas.shape[1], canvas.shape[2]), place, 2.6, 1.9)
-    lean = -float(light[0])
-    contact = (x / 0.8) ** 2 + ((y - 0.95) / 0.22) ** 2
-    cast = ((x - 0.75 * lean) / (0.8 + 0.6 * abs(lean))) ** 2 + ((y - 0.9) / 0.3) ** 2
-    shade = 0.35 / (1.0 + contact * contact) + 0.4 / (1.0 + cast * cast)
-    canvas[:, rows, columns] *= 1.0 - shade
-
-
-def _shade(surface: Surface, light: Array) -> Array:
-    """(3, h, w) colours under the light: ambient from above, diffuse, and a highlight (Blinn-Phong)."""
-    halfway = light + np.array([0.0, 0.0, 1.0], np.float32)
-    halfway /= np.linalg.norm(halfway)
-    diffuse = np.maximum(np.tensordot(light, surface.normal, 1), 0.0)
-    highlight = np.maximum(np.tensordot(halfway, surface.normal, 1), 0.0)
-    for _ in range(5):  # to the power of 32
-        highlight = highlight * highlight
-    ambient = 0.36 - 0.12 * surface.normal[1]
-    return surface.albedo * (ambient + 0.8 * diffuse) + surface.gloss * highlight
-
-
-def _draw_object(
-    canvas: Array, label: NDArray[np.uint8], place: _Placement, grain: Array, light: Array, rng: Generator
-) -> None:
-    _cast_shadow(canvas, place, light)
-    rows, columns, x, y = _window(label.shape, place, 1.08, 1.08)
-    surface = SHAPES[place.shape](x, y, grain[rows, columns], rng)
-    coverage = np.clip(surface.inside * (place.half * min(label.shape)) + 0.5, 0.0, 1.0)
-    under = canvas[:, rows, columns]
-    under += coverage * (_shade(surface, light) - under)
-    label[rows, columns][coverage > 0.5] = SCENES.classes.index(place.shape)
-
-
-def _develop(canvas: Array, rng: Generator) -> NDArray[np.uint8]:
-    """Exposure, tint, darker corners and sensor noise; returns (H, W, 3) uint8."""
-    exposure, warmth, noise = rng.uniform(0.85, 1.25), rng.uniform(-0.08, 0.08), rng.uniform(0.01, 0.035)
-    canvas *= (exposure * np.array([1 + warmth, 1, 1 - warmth])).astype(np.float32).reshape(3, 1, 1)
-    y, x = (np.linspace(-1, 1, length, dtype=np.float32) ** 2 for length in canvas.shape[1:])
-    canvas *= 1.0 - 0.14 * (y[:, None] + x)
-    canvas += (rng.random(canvas.shape, np.float32) - 0.5) * (2 * noise)
-    return np.rint(np.clip(canvas, 0.0, 1.0) * 255.0).astype(np.uint8).transpose(1, 2, 0)
-
-
-def render_scene(seed: int, index: int, size: int | tuple[int, int]) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """Renders one scene.
-
-    The composition does not depend on `size`. On one machine the result is the same bit for bit; elsewhere
-    the last bit of sin and its like may round a few pixels differently.
-
-    Args:
-        seed: Seed of the data set, not negative.
-        index: Number of the scene, not negative.
-        size: Side in pixels, or (height, width).
-
-    Returns:
-        Image (H, W, 3) uint8 and label (H, W) uint8 with the classes of `SCENES`; no pixel is ignored.
+    On one machine the result is the same bit for bit; elsewhere rounding may differ.
     """
-    height, width = (size, size) if isinstance(size, int) else size
     rng = np.random.default_rng([seed, index])
-    grain = fractal_noise(rng, (height, width))
-    canvas, horizon = render_room(rng, (height, width), grain)
-    light = _draw_light(rng)
-    label = np.zeros((height, width), np.uint8)
-    for place in _place_objects(rng, horizon):
-        _draw_object(canvas, label, place, grain, light, rng)
-    return _develop(canvas, rng), label
+    grain, horizon = 0.6 * _noise(rng, size, 10) + 0.4 * _noise(rng, size, 50), rng.uniform(0.26, 0.42)
+    canvas, label = _room(size, horizon, grain, rng), np.zeros(size, np.uint8)
+    light = np.array([rng.uniform(-0.6, 0.6), -0.6, 0.7], np.float32)
+    light /= np.linalg.norm(light)
+    shapes = [*rng.permutation(7).tolist(), *rng.integers(7, size=2).tolist()][: rng.integers(5, 10)]
+    depths, columns = np.sort(rng.uniform(0.08, 1.0, len(shapes))).tolist(), rng.permutation(len(shapes)).tolist()
+    for shape, depth, column in zip(shapes, depths, columns, strict=True):
+        unit = (0.075 + 0.115 * depth) * rng.uniform(0.85, 1.35) * min(size)
+        x = (column + rng.uniform(0.1, 0.9)) / len(shapes) * size[1]
+        place = np.array([(horizon + (1.0 - horizon) * depth) * size[0] - unit, x, unit], np.float32)
+        _draw(canvas, label, shape, place, grain, light, rng)
+    canvas *= rng.uniform(0.85, 1.25) * rng.uniform(0.92, 1.08, (3, 1, 1)).astype(np.float32)  # exposure and tint
+    canvas += rng.uniform(0.01, 0.035) * (2.0 * rng.random(canvas.shape, np.float32) - 1.0)
+    return np.rint(np.clip(canvas, 0.0, 1.0) * 255.0).astype(np.uint8).transpose(1, 2, 0), label
 
 
 class ScenesDataset(Dataset[tuple[Image.Image, Image.Image]]):
-    """Scenes first, first + 1, ... of a seed, in place of a data set on disk.
-
-    Each process keeps up to 64 MiB of the scenes that it has rendered.
+    """Rendered scenes in place of images on disk; each process keeps up to 64 MiB of those it has rendered.
 
     Args:
-        indices: Numbers of the scenes. Parts of one data set are disjoint ranges of one seed.
-        size: Side in pixels, or (height, width).
-        seed: Seed of the data set.
+        indices: numbers of the scenes, not negative; the parts of one dataset are disjoint ranges.
+        size: side in pixels, or (height, width).
+        seed: seed of the dataset, not negative.
     """
 
     def __init__(self, indices: Sequence[int], size: int | tuple[int, int], seed: int):
         self.indices = indices
-        self.size = size
+        self.size = (size, size) if isinstance(size, int) else size
         self.seed = seed
         self.entries = [Entry(f"scene {index}", f"label of scene {index}") for index in indices]
-        height, width = (size, size) if isinstance(size, int) else size
-        self._render = lru_cache(_KEPT_BYTES // (4 * height * width))(render_scene)
+        self._render = lru_cache(2**24 // (self.size[0] * self.size[1]))(render_scene)  # 64 MiB
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def image(self, index: int) -> Image.Image:
-        """Renders the image alone: a PIL image of mode RGB."""
+        """Render the image alone, of mode RGB."""
         return self[index][0]
 
     def __getitem__(self, index: int) -> tuple[Image.Image, Image.Image]:
-        """Renders one scene: an RGB image and its label (mode L)."""
+        """Render one scene: an RGB image and its label (mode L)."""
         image, label = self._render(self.seed, self.indices[index], self.size)
         return Image.fromarray(image), Image.fromarray(label)

@@ -1,4 +1,4 @@
-"""Random streams that are functions of what they are for: any sample can be drawn again on its own."""
+"""Seeds and random generators that are functions of what they are for, so that any sample can be drawn again."""
 
 import torch
 
@@ -6,10 +6,10 @@ _MASK = 2**64 - 1
 
 
 def mix_seed(*parts: int) -> int:
-    """Mixes integers into one seed of 64 bits with the finaliser of SplitMix64.
+    """Mix integers into one 64-bit seed with the finalizer of SplitMix64.
 
-    Per part: `state = finalise(state + part + 0x9E3779B97F4A7C15)`, all modulo 2^64, starting from 0. The
-    order of the parts matters. Fixed for good: changing it changes every recorded run.
+    For each part, ``state = finalize(state + part + 0x9E3779B97F4A7C15)`` modulo 2^64, starting from 0. The order of
+    the parts matters. Changing this function changes the numbers of every run.
 
     Source: Steele, Lea and Flood, "Fast Splittable Pseudorandom Number Generators", OOPSLA 2014.
     """
@@ -23,5 +23,5 @@ def mix_seed(*parts: int) -> int:
 
 
 def make_generator(*parts: int) -> torch.Generator:
-    """Returns a CPU generator seeded with `mix_seed(*parts)`."""
+    """Return a CPU generator seeded with ``mix_seed(*parts)``."""
     return torch.Generator().manual_seed(mix_seed(*parts))

@@ -1,25 +1,25 @@
-"""Splitting a list of entries into a labeled and an unlabeled part."""
+"""Splits of a list of entries into a labeled and an unlabeled part."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from allspark_fast.data.datasets import Entry, SegmentationDataset, split_line
+from allspark_fast.data.datasets import Entry, SegmentationDataset, split_line, values_of
+from allspark_fast.data.images import map_in_threads
 from allspark_fast.data.info import IGNORE_INDEX
 from allspark_fast.data.seeding import mix_seed
-from allspark_fast.errors import DataError
+from allspark_fast.errors import DataError, InputError
 
 
 class Split(NamedTuple):
     """A labeled and an unlabeled part.
 
     Attributes:
-        labeled: Entries to train on with their labels, in the order of the list that was split.
-        unlabeled: All others, in the same order; they keep their label paths for measurements.
-        uncovered: Classes that occur in the list but in no labeled entry.
+        labeled: entries to train on with their labels, in the order of the list that was split.
+        unlabeled: all others, in the same order; they keep their label paths for measurements.
+        uncovered: classes that occur in the list but in no labeled entry.
     """
 
     labeled: list[Entry]
@@ -28,17 +28,17 @@ class Split(NamedTuple):
 
 
 def parse_amount(text: str, total: int) -> int:
-    """Reads how much to label: a fraction like `1/16`, a share like `0.125`, or a count like `100`.
+    """Parse how many entries to label: a fraction like ``1/16``, a share like ``0.125``, or a count like ``100``.
 
     Args:
-        text: What the user wrote.
-        total: Number of entries that could be labeled.
+        text: what the user wrote.
+        total: number of entries that could be labeled.
 
     Returns:
-        A count in 1..total, fractions rounded to the nearest, at least 1.
+        count in 1..total; fractions are rounded to the nearest, but at least to 1.
 
     Raises:
-        ValueError: `text` is none of the three, or asks for nothing or for more than there is.
+        InputError: ``text`` is none of the three, zero, or more than there is.
     """
     try:
         numerator, _, denominator = text.partition("/")
@@ -47,24 +47,23 @@ def parse_amount(text: str, total: int) -> int:
         amount = 0.0
     is_count = text.strip().isdecimal()
     if not 0 < amount <= (total if is_count else 1):
-        raise ValueError(f"{text!r}: expected a fraction such as 1/16, a share such as 0.125 or a count up to {total}")
+        raise InputError(f"{text!r}: expected a fraction such as 1/16, a share such as 0.125 or a count up to {total}")
     return int(amount) if is_count else max(round(amount * total), 1)
 
 
 def classes_of(dataset: SegmentationDataset) -> Callable[[Entry], frozenset[int]]:
-    """Returns a function that reads the classes present in the label of an entry of `dataset`."""
+    """Return a function that reads the classes present in the label of an entry of ``dataset``."""
     index = {entry: position for position, entry in enumerate(dataset.entries)}
 
     def present(entry: Entry) -> frozenset[int]:
         label = dataset.label(index[entry])
-        counts = np.bincount(np.asarray(label).ravel(), minlength=256)[:IGNORE_INDEX]
-        return frozenset(np.flatnonzero(counts).tolist())
+        return frozenset(() if label is None else values_of(label)) - {IGNORE_INDEX}
 
     return present
 
 
 def _cover_first(classes: Mapping[int, Collection[int]], order: Sequence[int]) -> list[int]:
-    """Moves a greedy cover to the front of `order`: each time the first entry that adds the most classes."""
+    """Move a greedy cover to the front of ``order``: each time the first entry that adds the most classes."""
     rest, cover = list(order), []
     missing = set().union(*classes.values())
     while missing:
@@ -76,28 +75,28 @@ def _cover_first(classes: Mapping[int, Collection[int]], order: Sequence[int]) -
 
 
 def make_split(entries: Sequence[Entry], count: int, seed: int, labels_of: Callable[[Entry], Collection[int]]) -> Split:
-    """Chooses the labeled part: seeded, nested, with every class where `count` allows.
+    """Choose the labeled part: seeded, nested, and with every class if ``count`` allows.
 
-    One order of the list is drawn from the seed, with a greedy cover of all classes in front; the labeled
-    part is its beginning. So with one seed a smaller labeled part is contained in a larger one.
+    The seed determines one order of the list, with a greedy cover of all classes first; the labeled part is its
+    beginning. So with one seed, a smaller labeled part is contained in a larger one.
 
     Args:
-        entries: The list to split; entries without a label can only go to the unlabeled part.
-        count: Number of labeled entries.
-        seed: Seed of the choice.
-        labels_of: Gives the classes present in an entry's label; called for all, from several threads.
+        entries: list to split; entries without a label can only be unlabeled.
+        count: number of labeled entries.
+        seed: seed of the choice.
+        labels_of: returns the classes present in an entry's label; called for all, from several threads.
 
     Raises:
-        DataError: Fewer than `count` entries have a label.
-        ValueError: `count` is not positive.
+        DataError: fewer than ``count`` entries have a label.
+        ValueError: ``count`` is not positive.
     """
     if count < 1:
         raise ValueError(f"count must be at least 1, found {count}")
     candidates = [position for position, entry in enumerate(entries) if entry.label is not None]
     if len(candidates) < count:
-        raise DataError(f"{count} labeled entries were asked for, but only {len(candidates)} have a label")
-    with ThreadPoolExecutor() as pool:
-        classes = dict(zip(candidates, pool.map(lambda i: labels_of(entries[i]), candidates), strict=True))
+        raise DataError(f"{count} labeled entries were requested, but only {len(candidates)} have a label")
+    present = map_in_threads(labels_of, [entries[position] for position in candidates])
+    classes = dict(zip(candidates, present, strict=True))
     shuffled = np.random.default_rng(mix_seed(seed)).permutation(candidates).tolist()
     chosen = set(_cover_first(classes, shuffled)[:count])
     covered = set().union(*(classes[position] for position in chosen))
@@ -109,12 +108,12 @@ def make_split(entries: Sequence[Entry], count: int, seed: int, labels_of: Calla
 
 
 def write_split(folder: str | Path, split: Split, val: Sequence[Entry] = ()) -> None:
-    """Writes `labeled.txt`, `unlabeled.txt` and, unless it is empty, `val.txt` in the official format into a folder.
+    """Write the split files ``labeled.txt``, ``unlabeled.txt`` and, unless it is empty, ``val.txt`` into a folder.
 
-    The folder is made if need be.
+    Creates the folder if it does not exist.
 
     Raises:
-        DataError: a path cannot stand in a split file; nothing is written.
+        DataError: a split file cannot hold one of the paths; nothing is written.
     """
     folder = Path(folder)
     lists = {"labeled": split.labeled, "unlabeled": split.unlabeled, **({"val": val} if val else {})}

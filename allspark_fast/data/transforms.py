@@ -1,6 +1,6 @@
-"""Joint transforms of image and label with the official distributions, every draw from one generator.
+"""Joint transforms of image and label; one generator provides all randomness.
 
-Sources: the public code of AllSpark (`dataset/semi.py`) and of UniMatch, from which it takes its transforms.
+The distributions are those of the reference implementation (``dataset/semi.py``) and of UniMatch, its origin.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ class Sample(NamedTuple):
     """One transformed crop.
 
     Attributes:
-        image: (3, H, W) float32, normalised.
+        image: (3, H, W) float32, normalized.
         label: (H, W) int64, 255 ignored; all 255 where there is no label.
         valid: (H, W) bool, False where the crop added padding.
     """
@@ -36,9 +36,9 @@ class Geometry(NamedTuple):
     """A resize, a crop and a flip.
 
     Attributes:
-        scaled: (width, height) in pixels that the image is resized to.
+        scaled: (width, height) of the resized image in pixels.
         offset: (x, y) of the crop's upper left corner in the resized image.
-        flip: Whether the crop is mirrored, its padding included.
+        flip: whether the crop, including its padding, is mirrored.
     """
 
     scaled: tuple[int, int]
@@ -51,7 +51,7 @@ def _uniform(generator: Generator, low: float, high: float) -> float:
 
 
 def _integer(generator: Generator, low: int, high: int) -> int:
-    """Uniform over low..high, both included."""
+    """Draw uniformly from low..high, both included."""
     return int(torch.randint(low, high + 1, (), generator=generator))
 
 
@@ -62,17 +62,17 @@ def _chance(generator: Generator, probability: float) -> bool:
 def draw_geometry(
     size: tuple[int, int], crop_size: tuple[int, int], scale_range: tuple[float, float], generator: Generator
 ) -> Geometry:
-    """Draws resize, crop and flip.
+    """Draw resize, crop and flip.
 
-    The long side is an integer, uniform over int(scale_range * long side), both ends included; the short side
-    follows, rounded half up. The crop is uniform over all places inside the resized image, which is padded on
+    The long side is an integer, uniform over int(scale_range * long side), both ends included; the short side keeps the
+    aspect ratio, rounded half up. The crop is uniform over all positions inside the resized image, which is padded on
     the right and at the bottom where it is smaller than the crop. The flip has probability 0.5.
 
     Args:
         size: (width, height) of the image.
         crop_size: (height, width) of the crop.
-        scale_range: Least and greatest scale.
-        generator: Source of randomness.
+        scale_range: least and greatest scale.
+        generator: source of randomness.
     """
     long_side, short_side = max(size), min(size)
     long_scaled = _integer(generator, int(long_side * scale_range[0]), int(long_side * scale_range[1]))
@@ -92,17 +92,17 @@ def apply_geometry(
     resample: Image.Resampling,
     fill: int,
 ) -> Image.Image:
-    """Resizes, crops, pads and flips in one go: only the part that the crop keeps is ever resized.
+    """Resize, crop, pad and flip at once: only the part that the crop keeps is resized.
 
-    Against resizing the whole image first this saves a factor scale^2 * area / crop area; the results agree
-    up to rounding (two grey levels; for labels the choice between two equally near pixels).
+    Compared with resizing the whole image first, this resizes fewer pixels by a factor scale^2 * area / crop area; the
+    results agree up to rounding (two gray levels; for labels, the choice between two equally near pixels).
 
     Args:
-        image: Image or label.
-        geometry: What to do, drawn for the size of `image`.
+        image: image or label.
+        geometry: drawn for the size of ``image``.
         crop_size: (height, width) of the result.
-        resample: Filter of the resize.
-        fill: Value of the padding, in every channel.
+        resample: filter of the resize.
+        fill: value of the padding in every channel.
     """
     (scaled_width, scaled_height), (x, y), flip = geometry
     width, height = min(crop_size[1], scaled_width), min(crop_size[0], scaled_height)
@@ -121,7 +121,7 @@ def _valid_mask(geometry: Geometry, crop_size: tuple[int, int]) -> Tensor:
 
 
 def _color_jitter(image: Image.Image, generator: Generator) -> Image.Image:
-    """ColorJitter(0.5, 0.5, 0.5, 0.25): the four changes in random order."""
+    """Apply ColorJitter(0.5, 0.5, 0.5, 0.25): its four adjustments in random order."""
     steps = (
         (tvf.adjust_brightness, _uniform(generator, 0.5, 1.5)),
         (tvf.adjust_contrast, _uniform(generator, 0.5, 1.5)),
@@ -135,7 +135,7 @@ def _color_jitter(image: Image.Image, generator: Generator) -> Image.Image:
 
 
 def jitter_colors(image: Image.Image, generator: Generator) -> Image.Image:
-    """Colour jitter (p 0.8), grey (p 0.2), then Gaussian blur (p 0.5, radius 0.1 to 2 pixels)."""
+    """Apply color jitter (p 0.8), grayscale (p 0.2) and Gaussian blur (p 0.5, sigma 0.1 to 2 pixels)."""
     if _chance(generator, 0.8):
         image = _color_jitter(image, generator)
     if _chance(generator, 0.2):
@@ -146,28 +146,28 @@ def jitter_colors(image: Image.Image, generator: Generator) -> Image.Image:
 
 
 def normalize_image(image: Image.Image, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Turns an RGB image into a (3, H, W) float32 tensor: scaled to 0..1, minus `mean`, divided by `std`."""
+    """Convert an RGB image to a (3, H, W) float32 tensor: scaled to 0..1, minus ``mean``, divided by ``std``."""
     tensor = tvf.to_dtype(tvf.pil_to_tensor(image), torch.float32, scale=True)
     return tvf.normalize(tensor, list(mean), list(std), inplace=True)
 
 
 def label_tensor(label: Image.Image) -> Tensor:
-    """Turns a label of mode L into an (H, W) int64 tensor."""
+    """Convert a label of mode L to an (H, W) int64 tensor."""
     return torch.from_numpy(np.array(label, dtype=np.int64))
 
 
 class CropTransform:
-    """Random resize, crop and flip of image and label; for labeled images also changes of colour.
+    """Random resize, crop and flip of image and label, and photometric changes of the image.
 
     Args:
-        crop_size: Side of the square crop, or (height, width), in pixels.
-        photometric: Jitter colours, as the official code does for labeled images only.
-        mean: Mean per channel that is subtracted, for images in 0..1.
-        std: Standard deviation per channel that is divided by.
-        scale_range: Least and greatest scale of the resize.
+        crop_size: side of the square crop, or (height, width), in pixels.
+        photometric: whether to jitter colors; the reference implementation does so for labeled images only.
+        mean: mean per channel that is subtracted, for images in 0..1.
+        std: standard deviation per channel that is divided by.
+        scale_range: least and greatest scale of the resize.
 
     Raises:
-        ValueError: `crop_size` or `scale_range` is not positive, or the latter not ascending.
+        ValueError: ``crop_size`` or ``scale_range`` is not positive, or the latter not ascending.
     """
 
     def __init__(
@@ -181,7 +181,7 @@ class CropTransform:
     ):
         self.crop_size = (crop_size, crop_size) if isinstance(crop_size, int) else crop_size
         if min(self.crop_size) < 1:
-            raise ValueError(f"crop_size is {crop_size}, expected at least 1 pixel a side")
+            raise ValueError(f"crop_size is {crop_size}, expected at least 1 pixel per side")
         if not 0 < scale_range[0] <= scale_range[1]:
             raise ValueError(f"scale_range is {scale_range}, expected 0 < least <= greatest")
         self.photometric = photometric
@@ -189,18 +189,18 @@ class CropTransform:
         self.scale_range = scale_range
 
     def __call__(self, image: Image.Image, label: Image.Image | None, generator: Generator) -> Sample:
-        """Transforms one image.
+        """Transform one image.
 
         Args:
             image: RGB image.
-            label: Class indices (mode L) of the size of `image`, or None.
-            generator: Source of all randomness.
+            label: class indices (mode L) of the size of ``image``, or None.
+            generator: source of all randomness.
 
         Raises:
-            ValueError: The image is not RGB, or the label not of mode L and of its size.
+            ValueError: the image is not RGB, or the label is not of mode L and of its size.
         """
         if image.mode != "RGB":
-            raise ValueError(f"the image has mode {image.mode}, expected RGB (`read_image` converts)")
+            raise ValueError(f"image has mode {image.mode}, expected RGB (`read_image` converts)")
         if label is not None and (label.mode, label.size) != ("L", image.size):
             raise ValueError(f"the label is {label.size} of mode {label.mode}, expected {image.size} of mode L")
         geometry = draw_geometry(image.size, self.crop_size, self.scale_range, generator)

@@ -1,6 +1,7 @@
-"""Model parts: Mix Transformer encoders, the AllSpark bottleneck, the SegFormer head, the whole segmentor."""
+"""Encoders, the AllSpark bottleneck, the SegFormer head, and the segmentor made of them."""
 
 from allspark_fast.model.allspark import AllSpark
+from allspark_fast.model.backbone import Backbone
 from allspark_fast.model.mit import MIT_CONFIGS, MiTConfig, MixTransformer
 from allspark_fast.model.options import AllSparkOptions
 from allspark_fast.model.segformer_head import SegFormerHead
@@ -11,6 +12,7 @@ __all__ = [
     "MIT_CONFIGS",
     "AllSpark",
     "AllSparkOptions",
+    "Backbone",
     "Decoder",
     "MiTConfig",
     "MixTransformer",

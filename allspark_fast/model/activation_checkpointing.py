@@ -1,4 +1,4 @@
-"""Activations that backward computes again instead of keeping them (activation checkpointing, Chen et al. 2016)."""
+"""Activation checkpointing: recompute activations in backward instead of keeping them (Chen et al. 2016)."""
 
 from collections.abc import Callable
 from typing import TypeVar
@@ -9,14 +9,17 @@ from torch.utils.checkpoint import checkpoint
 T = TypeVar("T")
 
 
-def recompute(function: Callable[..., T], *arguments: object, random: bool = False) -> T:
-    """Call a function and keep only its arguments for backward, which calls it again as far as it needs to.
+def checkpointed(function: Callable[..., T], *arguments: object, preserve_rng_state: bool = False) -> T:
+    """Call a function, but keep only its arguments for backward, which calls it again.
 
     Args:
-        function: may not change anything but its own tensors.
+        function: must have no side effects, since it runs twice.
         arguments: what it is called with.
-        random: whether it draws random numbers, which then have to be the same again.
+        preserve_rng_state: whether it draws random numbers; the second call then draws the same ones.
+
+    Returns:
+        what the function returned.
     """
-    if not torch.is_grad_enabled():  # checkpoint would take its time even so
+    if not torch.is_grad_enabled():  # checkpoint has a cost even without gradients
         return function(*arguments)
-    return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=random)
+    return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=preserve_rng_state)

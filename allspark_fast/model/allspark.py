@@ -1,26 +1,21 @@
-"""The AllSpark bottleneck: goes between any encoder's deepest map and its decoder."""
+"""The AllSpark bottleneck, for the deepest feature map between any encoder and its decoder."""
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from allspark_fast.kernels.arguments import (
-    FLOATING,
-    check_choice,
-    check_count,
-    check_not_empty,
-    check_tensor,
-)
+from allspark_fast.kernels.arguments import FLOATING, check_choice, check_count, check_not_empty, check_tensor
 from allspark_fast.model.cross_attention import CrossAttention, KVSource
 from allspark_fast.model.options import AllSparkOptions
 from allspark_fast.model.semantic_memory import token_class_map
-from allspark_fast.model.tokens import pointwise, to_map, to_tokens
+from allspark_fast.model.tokens import map_size, to_map, to_tokens
 
 
 class AllSpark(nn.Module):
     """Rebuilds the deepest features of labeled images from unlabeled channels (AllSpark, CVPR 2024, fig. 2).
 
-    In training the batch holds B labeled images, then B unlabeled ones; at test time every image is rebuilt from its
-    own channels (or its batch's)::
+    In training the batch holds B labeled images, then B unlabeled ones. At test time every image is rebuilt from its
+    own channels, or from those of its batch::
 
         bottleneck = AllSpark(channels=512, num_classes=21, tokens=17 * 17)
         deepest = bottleneck(deepest, class_logits, crop_size=(513, 513), use_memory=epoch >= 5)  # training
@@ -30,10 +25,10 @@ class AllSpark(nn.Module):
         channels: channels C of the deepest map.
         num_classes: number of classes K.
         tokens: spatial tokens h · w of the training crops' deepest map.
-        options: heads, dropout and the named switches.
+        options: heads, dropout and named switches.
 
     Raises:
-        TypeError: a size is no integer.
+        TypeError: a size is not an integer.
         ValueError: a size is less than 1.
     """
 
@@ -41,11 +36,10 @@ class AllSpark(nn.Module):
         self, channels: int, num_classes: int, tokens: int, options: AllSparkOptions = AllSparkOptions()
     ) -> None:
         super().__init__()
-        sizes = {"channels": channels, "num_classes": num_classes, "tokens": tokens}
-        for name, size in sizes.items():
+        for name, size in {"channels": channels, "num_classes": num_classes, "tokens": tokens}.items():
             check_count(name, size)
         self.options = options
-        # The 1x1 convolutions are kept as such for their names and shapes in the state_dict.
+        # Linear layers in effect; Conv2d keeps names and shapes in the state_dict.
         self.map_in = nn.Sequential(nn.Conv2d(channels, channels, 1), nn.GELU())
         self.attn_norm = nn.LayerNorm(channels, eps=1e-6)
         self.attn = CrossAttention(channels, num_classes, tokens, options)
@@ -66,17 +60,17 @@ class AllSpark(nn.Module):
         Args:
             feature_map: (2B, C, h, w) in training, labeled images first; (B, C, h, w) of any size in eval mode.
             class_logits: (B, K, h', w'), training only: logits of the pseudo-label pass on the unlabeled images.
-            crop_size: (H, W) of the images in pixels; see token_class_map.
-            use_memory: training only: rebuild labeled features from the memory rather than from this batch.
+            crop_size: training only: (H, W) of the images in pixels; see token_class_map.
+            use_memory: training only: rebuild labeled features from the memory instead of this batch.
             kv_source: eval mode only; see CrossAttention.infer.
 
         Returns:
             a map of the shape of ``feature_map``, channels-last in memory.
 
         Raises:
-            TypeError: an argument is no float tensor.
-            ValueError: a shape is wrong; in training, class_logits are missing or the batch is not 2B; in eval mode,
-                there are class_logits, or ``kv_source`` is unknown.
+            TypeError: an argument is not a float tensor.
+            ValueError: a shape or ``kv_source`` is wrong; ``class_logits`` are missing in training or given in eval
+                mode.
         """
         check_tensor("feature_map", feature_map, "(B, C, h, w)", FLOATING)
         if feature_map.shape[1] != self.attn_norm.normalized_shape[0]:
@@ -84,9 +78,9 @@ class AllSpark(nn.Module):
                 f"feature_map has {feature_map.shape[1]} channels, expected {self.attn_norm.normalized_shape[0]}"
             )
         check_choice("kv_source", kv_source, ("batch", "image"))
-        size = (feature_map.shape[2], feature_map.shape[3])
         self._check_batch(feature_map, class_logits)
-        tokens = self.map_in[1](pointwise(self.map_in[0], to_tokens(feature_map)))  # type: ignore[arg-type]
+        size = map_size(feature_map)
+        tokens = _pointwise(self.map_in, to_tokens(feature_map))
         normalized = self.attn_norm(tokens)
         if class_logits is None:
             attended = self.attn.infer(normalized, kv_source=kv_source)
@@ -94,14 +88,14 @@ class AllSpark(nn.Module):
             class_map = token_class_map(class_logits, size, crop_size=crop_size, kind=self.options.class_map)
             labeled, unlabeled = normalized.chunk(2)
             attended = torch.cat(self.attn(labeled, unlabeled, class_map, use_memory=use_memory))
-        # The residual is the map behind the GELU, not the input.
+        # The residual is the map after the GELU, not the input.
         tokens = self.encoder_norm(attended + tokens)
-        return to_map(self.map_out[1](pointwise(self.map_out[0], tokens)), size)  # type: ignore[arg-type]
+        return to_map(_pointwise(self.map_out, tokens), size)
 
     def _check_batch(self, feature_map: Tensor, class_logits: Tensor | None) -> None:
         if not self.training:
             if class_logits is not None:
-                raise ValueError("class_logits are for training: call train() first, or leave them out in eval mode")
+                raise ValueError("class_logits are for training only: call train() first, or leave them out")
             return
         if class_logits is None:
             raise ValueError("training needs class_logits, the logits of the pseudo-label pass; or call eval() first")
@@ -109,6 +103,13 @@ class AllSpark(nn.Module):
         check_not_empty("class_logits", class_logits, {"B": 0, "h'": 2, "w'": 3})
         if feature_map.shape[0] != 2 * class_logits.shape[0]:
             raise ValueError(
-                f"feature_map holds {feature_map.shape[0]} images, expected 2B = {2 * class_logits.shape[0]}: as many "
-                "labeled as the unlabeled ones of class_logits, labeled first"
+                f"feature_map holds {feature_map.shape[0]} images, expected 2B = {2 * class_logits.shape[0]}: labeled "
+                "images, then as many unlabeled ones, whose logits are class_logits"
             )
+
+
+def _pointwise(layers: nn.Sequential, tokens: Tensor) -> Tensor:
+    """Apply a 1x1 convolution and its activation to tokens (B, N, C), as the matrix product that it is."""
+    conv, activation = layers
+    assert isinstance(conv, nn.Conv2d)
+    return activation(F.linear(tokens, conv.weight.flatten(1), conv.bias))

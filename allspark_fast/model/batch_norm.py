@@ -1,4 +1,4 @@
-"""BatchNorm of one process and of several."""
+"""BatchNorm that synchronizes over ranks and whose running statistics survive a bad batch."""
 
 import torch
 from torch import Tensor, nn
@@ -9,10 +9,10 @@ from allspark_fast.distributed import all_reduce_mean, world_size
 
 
 class FiniteBatchNorm(_BatchNorm):
-    """BatchNorm whose running statistics skip batches that are not finite: one bad image spoils one step only.
+    """BatchNorm whose running statistics skip non-finite batches, so that one bad image spoils one step only.
 
-    With several processes, the statistics of training are those of the batches of all ranks, which must be of one
-    shape (synchronised BatchNorm, on CPUs too).
+    With several processes the statistics of training are those of the global batch (synchronized BatchNorm, which torch
+    has for GPUs only). The batches of all ranks must have the same shape.
     """
 
     running_mean: Tensor
@@ -21,7 +21,7 @@ class FiniteBatchNorm(_BatchNorm):
     momentum: float
 
     def forward(self, feature_map: Tensor) -> Tensor:
-        """(B, C, ...) -> (B, C, ...)."""
+        """Normalize (B, C, ...) and, in training, update the running statistics."""
         if not self.training:
             return super().forward(feature_map)
         feature_map, mean, var = self.normalize(feature_map)
@@ -29,14 +29,14 @@ class FiniteBatchNorm(_BatchNorm):
         return feature_map
 
     def normalize(self, feature_map: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Normalise (B, C, ...) by its own statistics and leave the module as it is, so that this may run again.
+        """Normalize (B, C, ...) by its own statistics without side effects, so that checkpointing may run it again.
 
         Returns:
-            the normalised map, and the batch's mean and unbiased variance (C,), for ``update_statistics``.
+            the normalized map, and the batch's mean and unbiased variance (C,), for ``update_statistics``.
         """
         if world_size() > 1:
             return self._normalize_over_ranks(feature_map)
-        # With a momentum of 1 these become the statistics of the batch.
+        # With momentum 1, F.batch_norm writes the statistics of the batch into them.
         mean, var = (self.weight.new_zeros(self.num_features) for _ in range(2))
         feature_map = F.batch_norm(feature_map, mean, var, self.weight, self.bias, True, 1.0, self.eps)
         return feature_map, mean, var
@@ -54,21 +54,21 @@ class FiniteBatchNorm(_BatchNorm):
         return normalized.to(feature_map.dtype), mean.detach(), unbiased
 
     def update_statistics(self, mean: Tensor, var: Tensor) -> None:
-        """Move the running statistics towards a batch's mean and variance (C,), where these are finite."""
+        """Update the running statistics with a batch's mean and variance (C,), channel by channel where finite."""
         for running, batch in ((self.running_mean, mean), (self.running_var, var)):
             running.copy_(running.lerp(batch, self.momentum).where(batch.isfinite(), running))
         self.num_batches_tracked += 1
 
     def scale_and_shift(self) -> tuple[Tensor, Tensor]:
-        """What eval mode multiplies each channel with and then adds, (C,) each, of the parameters' dtype."""
+        """Return eval mode as an affine map: scale and shift of each channel, (C,), in the dtype of the parameters."""
         scale = self.weight * torch.rsqrt(self.running_var + self.eps)
         shift = self.bias - self.running_mean * scale
         return scale.to(self.weight.dtype), shift.to(self.bias.dtype)
 
 
 class FiniteBatchNorm1d(FiniteBatchNorm, nn.BatchNorm1d):
-    """Of vectors (B, C) or sequences (B, C, L)."""
+    """FiniteBatchNorm of vectors (B, C) or sequences (B, C, L)."""
 
 
 class FiniteBatchNorm2d(FiniteBatchNorm, nn.BatchNorm2d):
-    """Of maps (B, C, h, w)."""
+    """FiniteBatchNorm of feature maps (B, C, h, w)."""

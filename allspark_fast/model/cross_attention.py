@@ -15,17 +15,17 @@ KVSource = Literal["batch", "image"]
 class CrossAttention(SemanticMemory):
     """Rebuilds labeled features from unlabeled channels (AllSpark, "Channel-wise Cross-attention").
 
-    It inherits from the memory, rather than holding one, so that the buffers keep the public code's names
-    ``attn.kv_queue`` and ``attn.queue_ptr``. None of the eight projections has a bias.
+    It inherits from the memory instead of holding one, so that the buffers keep their names ``attn.kv_queue`` and
+    ``attn.queue_ptr`` of the reference implementation. None of the eight projections has a bias.
 
     Args:
-        channels: channels C of the features, and slots of each class in the memory.
+        channels: channels C of the features, which is also the number of slots of each class in the memory.
         num_classes: number of classes K.
         tokens: spatial tokens N of the training crops' deepest map.
-        options: see AllSparkOptions; D = H · C.
+        options: see AllSparkOptions; the hidden size is D = H · C.
 
     Attributes:
-        backend: see channel_attention; ``reference`` leaves plain torch operators only, for exported graphs.
+        backend: see channel_attention; ``reference`` uses only plain torch operators, for exported graphs.
     """
 
     backend: Backend = "auto"
@@ -49,18 +49,18 @@ class CrossAttention(SemanticMemory):
         Args:
             labeled: (B, N, C).
             unlabeled: (B, N, C).
-            class_map: (B, K, N), the classes' scores on the unlabeled images; with it, their channels enter the
-                memory first, in warm-up too.
-            use_memory: whether labeled features are rebuilt from the memory, or (in warm-up) from the unlabeled
-                features of this batch.
+            class_map: (B, K, N), scores of the classes on the unlabeled images; if given, their channels are enqueued
+                first, in warm-up too.
+            use_memory: rebuild labeled features from the memory, or (in warm-up) from the unlabeled features of this
+                batch.
 
         Returns:
-            labeled and unlabeled features, (B, N, C) each.
+            rebuilt labeled and refined unlabeled features, (B, N, C) each.
         """
-        enqueue = None if class_map is None else self.start_enqueue(unlabeled, class_map)
-        refined = self._self_attention(unlabeled)  # while channels travel between ranks
-        if enqueue is not None:
-            enqueue()
+        finish_enqueue = None if class_map is None else self.start_enqueue(unlabeled, class_map)
+        refined = self._self_attention(unlabeled)  # overlaps with the communication between ranks
+        if finish_enqueue is not None:
+            finish_enqueue()
         if use_memory:
             memory = self.stored_channels()[None].to(unlabeled.dtype)
             rebuilt = self._cross_attention(labeled, memory, self.queue_filled)
@@ -70,12 +70,12 @@ class CrossAttention(SemanticMemory):
         return rebuilt, refined
 
     def infer(self, features: Tensor, *, kv_source: KVSource) -> Tensor:
-        """Rebuild features from their own channels, as labeled features at test time.
+        """Rebuild features from their own channels, as the labeled branch does at test time.
 
         Args:
             features: (B, N, C), any N.
-            kv_source: ``batch`` takes keys and values from all images of the batch (the reference implementation: a
-                prediction then depends on its batch mates), ``image`` from the same image.
+            kv_source: where keys and values come from: ``batch``, all images of the batch (the reference
+                implementation; a prediction then depends on the other images), or ``image``, the same image.
 
         Returns:
             (B, N, C).
@@ -84,11 +84,11 @@ class CrossAttention(SemanticMemory):
         return self._cross_attention(features, source, None)
 
     def _cross_attention(self, labeled: Tensor, source: Tensor, group_mask: Tensor | None) -> Tensor:
-        """Labeled branch: one map of D query channels and groups · D key channels, without heads.
+        """Compute the labeled branch: one similarity map [D, groups · D] for each image, without heads.
 
         Args:
             labeled: (B, N, C).
-            source: (B or 1, N, groups, C), where keys and values are projected from.
+            source: (B or 1, N, groups, C), from which keys and values are projected.
             group_mask: bool (groups,) or None.
         """
         query = self.q_l2u(labeled)[:, None]
@@ -100,13 +100,13 @@ class CrossAttention(SemanticMemory):
         return F.dropout(self.out_l2u(rebuilt[:, 0]), self._dropout_p)
 
     def _self_attention(self, unlabeled: Tensor) -> Tensor:
-        """Unlabeled branch: one map of C x C channels for each head and image."""
+        """Compute the unlabeled branch: one similarity map [C, C] for each image and head."""
         query, key, value = (
             projection(unlabeled).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
             for projection in (self.q_u, self.k_u, self.v_u)
         )
         attended = channel_attention(query, key, value, dropout_p=self._dropout_p, backend=self.backend)
-        # The public code interleaves the heads here, (C, H), unlike in the labeled branch.
+        # The reference implementation interleaves the heads as (C, H) here, unlike in the labeled branch.
         return F.dropout(self.out_u(attended.permute(0, 2, 3, 1).flatten(2)), self._dropout_p)
 
     @property

@@ -1,19 +1,20 @@
 """Mix Transformer encoders MiT-B0 to B5 (SegFormer, Xie et al. 2021, sec. 3.1), tokens channels-last throughout."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from allspark_fast.errors import InputError
 from allspark_fast.kernels.arguments import FLOATING, check_tensor
 from allspark_fast.kernels.depthwise_gelu import depthwise_gelu
-from allspark_fast.model.activation_checkpointing import recompute
-from allspark_fast.model.tokens import to_map, to_tokens
+from allspark_fast.model.activation_checkpointing import checkpointed
+from allspark_fast.model.backbone import Backbone
+from allspark_fast.model.tokens import map_size, to_map, to_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,8 +26,8 @@ class MiTConfig:
         depths: blocks of each stage.
         num_heads: attention heads of each stage.
         sr_ratios: spatial reduction of keys and values in each stage.
-        mlp_ratio: hidden channels of the Mix-FFN over those of the stage.
-        drop_path: stochastic depth of the last block; it grows linearly from 0.
+        mlp_ratio: hidden channels of the Mix-FFN as a multiple of the stage's channels.
+        drop_path: stochastic depth rate of the last block; the rate grows linearly from 0.
     """
 
     embed_dims: tuple[int, int, int, int] = (64, 128, 320, 512)
@@ -38,10 +39,10 @@ class MiTConfig:
 
 
 STRIDES = (4, 8, 16, 32)
-# Four stages, with and without stochastic depth, in training and in evaluation, at a few sizes.
-_GRAPHS = 64
+# One for each of four stages, with and without stochastic depth, in training and in evaluation, at a few sizes.
+_MAX_GRAPHS = 64
 MIT_CONFIGS = {
-    # Ours, for tests and the embedded data: half of B0 in every width, one block a stage.
+    # Not in the paper; for tests and the embedded data: half of B0's widths, one block a stage.
     "mit_tiny": MiTConfig(embed_dims=(16, 32, 80, 128), depths=(1, 1, 1, 1)),
     "mit_b0": MiTConfig(embed_dims=(32, 64, 160, 256), depths=(2, 2, 2, 2)),
     "mit_b1": MiTConfig(depths=(2, 2, 2, 2)),
@@ -52,32 +53,33 @@ MIT_CONFIGS = {
 }
 
 
-class MixTransformer(nn.Module):
-    """A hierarchical transformer encoder with overlapping patches; state_dict names of the public code.
+class MixTransformer(Backbone):
+    """A hierarchical transformer encoder with overlapping patches; parameter names are those of the released weights.
 
     Args:
         config: sizes of the stages.
         activation_checkpointing: keep only the input of each block for backward, which computes the block again.
     """
 
+    stride = STRIDES[-1]
+
     def __init__(self, config: MiTConfig, *, activation_checkpointing: bool = False) -> None:
         super().__init__()
         self.activation_checkpointing = activation_checkpointing
         self.channels = config.embed_dims
-        # The spatial reduction of each stage, at strides 4, 8, 16 and 32, needs at least one whole window.
+        # The spatial reduction of each stage needs at least one whole window of its map.
         self.min_size = max((ratio - 1) * stride + 1 for ratio, stride in zip(config.sr_ratios, STRIDES, strict=True))
         last_block = max(sum(config.depths) - 1, 1)
         drop_path = iter(config.drop_path * block / last_block for block in range(sum(config.depths)))
+        stages = zip(config.embed_dims, config.depths, config.num_heads, config.sr_ratios, strict=True)
         in_channels = 3
-        for stage, (channels, depth) in enumerate(zip(config.embed_dims, config.depths, strict=True)):
-            patch, stride = (7, 4) if stage == 0 else (3, 2)
-            rates = list(islice(drop_path, depth))
-            heads, sr_ratio = config.num_heads[stage], config.sr_ratios[stage]
-            blocks = [Block(channels, heads, sr_ratio, config.mlp_ratio, rate) for rate in rates]
-            # Flat names instead of a list of stages: they are those of the released weights.
-            setattr(self, f"patch_embed{stage + 1}", OverlapPatchEmbed(in_channels, channels, patch, stride))
-            setattr(self, f"block{stage + 1}", nn.ModuleList(blocks))
-            setattr(self, f"norm{stage + 1}", nn.LayerNorm(channels, eps=1e-6))
+        for stage, (channels, depth, heads, sr_ratio) in enumerate(stages, 1):
+            patch, stride = (7, 4) if stage == 1 else (3, 2)
+            blocks = [Block(channels, heads, sr_ratio, config.mlp_ratio, next(drop_path)) for _ in range(depth)]
+            # Flat names instead of a list of stages, for the released weights.
+            setattr(self, f"patch_embed{stage}", OverlapPatchEmbed(in_channels, channels, patch, stride))
+            setattr(self, f"block{stage}", nn.ModuleList(blocks))
+            setattr(self, f"norm{stage}", nn.LayerNorm(channels, eps=1e-6))
             in_channels = channels
         self.apply(_init_weights)
 
@@ -91,8 +93,8 @@ class MixTransformer(nn.Module):
             four maps (B, channels[i], ⌈H / s⌉, ⌈W / s⌉) for the strides s = 4, 8, 16, 32, channels-last in memory.
 
         Raises:
-            TypeError: the images are no float tensor.
-            ValueError: they have another number of channels than 3 or are too small.
+            TypeError: the images are not a float tensor.
+            ValueError: they do not have 3 channels, or are too small.
         """
         check_tensor("images", images, "(B, 3, H, W)", FLOATING)
         if images.shape[1] != 3:
@@ -105,19 +107,13 @@ class MixTransformer(nn.Module):
         for stage in range(1, 5):
             tokens, size = getattr(self, f"patch_embed{stage}")(feature_map)
             for block in getattr(self, f"block{stage}"):
-                # Stochastic depth draws random numbers.
-                tokens = (
-                    recompute(block, tokens, size, random=True)
-                    if self.activation_checkpointing
-                    else block(tokens, size)
-                )
+                if self.activation_checkpointing:
+                    tokens = checkpointed(block, tokens, size, preserve_rng_state=True)  # stochastic depth
+                else:
+                    tokens = block(tokens, size)
             feature_map = to_map(getattr(self, f"norm{stage}")(tokens), size)
             features.append(feature_map)
         return features
-
-    def deepest_size(self, image_size: Sequence[int]) -> tuple[int, int]:
-        """(h, w) of the deepest map for images of ``image_size`` = (H, W) pixels."""
-        return math.ceil(image_size[0] / STRIDES[-1]), math.ceil(image_size[1] / STRIDES[-1])
 
 
 class OverlapPatchEmbed(nn.Module):
@@ -127,7 +123,7 @@ class OverlapPatchEmbed(nn.Module):
         in_channels: channels of the input map.
         channels: channels of the tokens.
         patch: side of the window, in pixels of the input map.
-        stride: its step.
+        stride: stride of the window.
     """
 
     def __init__(self, in_channels: int, channels: int, patch: int, stride: int) -> None:
@@ -136,9 +132,9 @@ class OverlapPatchEmbed(nn.Module):
         self.norm = nn.LayerNorm(channels, eps=1e-5)
 
     def forward(self, feature_map: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """(B, in_channels, H, W) -> tokens (B, h·w, channels) and (h, w)."""
+        """Embed a map (B, in_channels, H, W) as tokens (B, h·w, channels); returns them and (h, w)."""
         feature_map = self.proj(feature_map)
-        return self.norm(to_tokens(feature_map)), (feature_map.shape[2], feature_map.shape[3])
+        return self.norm(to_tokens(feature_map)), map_size(feature_map)
 
 
 class Block(nn.Module):
@@ -148,11 +144,11 @@ class Block(nn.Module):
         channels: channels C of the tokens.
         num_heads: attention heads.
         sr_ratio: spatial reduction of keys and values.
-        mlp_ratio: hidden channels of the Mix-FFN over C.
-        drop_path: probability that a sample skips a branch.
+        mlp_ratio: hidden channels of the Mix-FFN as a multiple of C.
+        drop_path: probability that a sample skips a residual branch.
 
     Attributes:
-        transform: the block without its random choices; see ``compile_blocks``.
+        transform: the deterministic part of the block, perhaps compiled; see ``compile_blocks``.
     """
 
     def __init__(self, channels: int, num_heads: int, sr_ratio: int, mlp_ratio: int, drop_path: float) -> None:
@@ -165,11 +161,11 @@ class Block(nn.Module):
         self.transform: Callable[..., Tensor] = _transform
 
     def forward(self, tokens: Tensor, size: tuple[int, int]) -> Tensor:
-        """(B, h·w, C) and (h, w) -> (B, h·w, C)."""
+        """Transform tokens (B, h·w, C) of a map of ``size`` = (h, w); returns the same shape."""
         return self.transform(self, tokens, size, self._branch_scale(tokens), self._branch_scale(tokens))
 
     def _branch_scale(self, tokens: Tensor) -> Tensor | None:
-        """Stochastic depth of a branch: for each sample 0 or 1 / (1 - drop_path), (B, 1, 1); None for 1."""
+        """Draw stochastic depth for a branch: 0 or 1 / (1 - drop_path) for each sample, (B, 1, 1); None if off."""
         if not self.training or self.drop_path == 0:
             return None
         keep = 1 - self.drop_path
@@ -179,7 +175,7 @@ class Block(nn.Module):
 def _transform(
     block: Block, tokens: Tensor, size: tuple[int, int], attn_scale: Tensor | None, mlp_scale: Tensor | None
 ) -> Tensor:
-    """What a block computes once the dice are cast: no number in it differs between the blocks of a stage."""
+    """Compute a block from drawn scales: no constant in it differs between blocks of a stage, so they share a graph."""
     branch = block.attn(block.norm1(tokens), size)
     tokens = tokens + (branch if attn_scale is None else branch * attn_scale)
     branch = block.mlp(block.norm2(tokens), size)
@@ -187,20 +183,20 @@ def _transform(
 
 
 def compile_blocks(model: nn.Module, backend: str | Callable[..., Any]) -> None:
-    """Compile what the blocks of a model compute: one graph for all blocks of a stage, in training or in evaluation.
+    """Compile the blocks of a model in place, with one graph for all blocks of a stage.
 
     Args:
-        model: whose blocks, wherever they are, run compiled from now on.
-        backend: of ``torch.compile``.
+        model: a model with a Mix Transformer somewhere in it.
+        backend: backend of ``torch.compile``.
 
     Raises:
-        ValueError: there are none: the encoder is no Mix Transformer.
+        InputError: the model has no Mix Transformer blocks.
     """
     blocks = [module for module in model.modules() if isinstance(module, Block)]
     if not blocks:
-        raise ValueError("compiling is for the blocks of mit_* backbones, and this model has none: leave it out")
-    # Blocks share their code, of which torch keeps no more than 8 graphs unless told.
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _GRAPHS)
+        raise InputError("only the blocks of mit_* backbones can be compiled, and this model has none: leave it out")
+    # The blocks share one function, for which torch keeps at most 8 graphs by default.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MAX_GRAPHS)
     transform = torch.compile(_transform, fullgraph=True, dynamic=False, backend=backend)
     for block in blocks:
         block.transform = transform
@@ -212,7 +208,7 @@ class EfficientSelfAttention(nn.Module):
     Args:
         channels: channels C of the tokens.
         num_heads: attention heads.
-        sr_ratio: side of the windows that become one key; 1 for none.
+        sr_ratio: side of the windows that are reduced to one key; 1 for no reduction.
     """
 
     def __init__(self, channels: int, num_heads: int, sr_ratio: int) -> None:
@@ -227,7 +223,7 @@ class EfficientSelfAttention(nn.Module):
             self.norm = nn.LayerNorm(channels, eps=1e-5)
 
     def forward(self, tokens: Tensor, size: tuple[int, int]) -> Tensor:
-        """(B, h·w, C) and (h, w) -> (B, h·w, C)."""
+        """Attend among tokens (B, h·w, C) of a map of ``size`` = (h, w); returns the same shape."""
         query = self.q(tokens).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
         reduced = self.norm(to_tokens(self.sr(to_map(tokens, size)))) if self.sr_ratio > 1 else tokens
         key, value = self.kv(reduced).unflatten(2, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
@@ -236,7 +232,7 @@ class EfficientSelfAttention(nn.Module):
 
 
 class MixFFN(nn.Module):
-    """A feed-forward layer with a depthwise 3x3 convolution, which also tells position (SegFormer eq. 3).
+    """A feed-forward layer with a depthwise 3x3 convolution, which replaces positional encodings (SegFormer eq. 3).
 
     Args:
         channels: channels C of the tokens.
@@ -250,24 +246,21 @@ class MixFFN(nn.Module):
         self.fc2 = nn.Linear(hidden, channels)
 
     def forward(self, tokens: Tensor, size: tuple[int, int]) -> Tensor:
-        """(B, h·w, C) and (h, w) -> (B, h·w, C)."""
-        # Backward computes convolution and GELU again, which are cheap; only the output of fc1 is kept.
-        return recompute(self._mix, self.fc1(tokens), size)
+        """Transform tokens (B, h·w, C) of a map of ``size`` = (h, w); returns the same shape."""
+        # Convolution and GELU are cheap to recompute, so backward keeps only the output of fc1.
+        return checkpointed(self._mix, self.fc1(tokens), size)
 
     def _mix(self, hidden: Tensor, size: tuple[int, int]) -> Tensor:
-        return self.fc2(self._activate(hidden, size))
-
-    def _activate(self, hidden: Tensor, size: tuple[int, int]) -> Tensor:
-        # By the device alone, which tracing and exporting know: the operator itself decides what it runs there.
+        # Decided by the device alone, which tracing and export know; the operator chooses its own implementation.
         if hidden.is_cuda:
-            convolution = self.dwconv.dwconv
-            assert convolution.bias is not None
-            return depthwise_gelu(hidden, convolution.weight, convolution.bias, size)
-        return F.gelu(self.dwconv(hidden, size))
+            conv = self.dwconv.dwconv
+            assert conv.bias is not None
+            return self.fc2(depthwise_gelu(hidden, conv.weight, conv.bias, size))
+        return self.fc2(F.gelu(self.dwconv(hidden, size)))
 
 
 class DepthwiseConv(nn.Module):
-    """A depthwise 3x3 convolution of tokens.
+    """A depthwise 3x3 convolution of tokens, under the name ``dwconv.dwconv`` of the released weights.
 
     Args:
         channels: channels C of the tokens.
@@ -278,12 +271,12 @@ class DepthwiseConv(nn.Module):
         self.dwconv = nn.Conv2d(channels, channels, 3, padding=1, groups=channels)
 
     def forward(self, tokens: Tensor, size: tuple[int, int]) -> Tensor:
-        """(B, h·w, C) and (h, w) -> (B, h·w, C)."""
+        """Convolve tokens (B, h·w, C) of a map of ``size`` = (h, w); returns the same shape."""
         return to_tokens(self.dwconv(to_map(tokens, size)))
 
 
 def _init_weights(module: nn.Module) -> None:
-    """Initialise as the public code does: truncated normal for linears, He (fan-out) for convolutions."""
+    """Initialize as the reference implementation: truncated normal for linears, He (fan-out) for convolutions."""
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
         nn.init.zeros_(module.bias)

@@ -1,4 +1,4 @@
-"""The options of the AllSpark bottleneck, which travel together from a configuration to the memory."""
+"""Options of the AllSpark bottleneck, passed as one object from the configuration to the memory."""
 
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -12,21 +12,21 @@ ClassMap = Literal["logits", "softmax"]
 
 @dataclass(frozen=True, kw_only=True)
 class AllSparkOptions:
-    """Heads, dropout and the named switches of the bottleneck; the defaults are those of the reference implementation.
+    """Heads, dropout and named switches of the bottleneck; the defaults are those of the reference implementation.
 
     Attributes:
         num_heads: attention heads H.
-        dropout: of attention maps and output projections in training, in [0, 1).
+        dropout: probability of dropout on attention maps and output projections in training, in [0, 1).
         memory_init: ``randn`` fills the memory with noise, which is attended until overwritten; ``empty`` starts at
-            zero and leaves classes without a channel out of attention.
+            zero and masks classes that never received a channel.
         memory_sync: with several processes, ``rank0`` starts each step from rank 0's memory, into which every rank
-            enqueues its own channels, and what other ranks enqueue is lost after the step; ``all`` enqueues the
-            channels of every rank, in order of ranks, so that the memory is the same everywhere.
-        class_map: what sorts channels into classes: ``logits``, or their ``softmax`` over K.
+            enqueues its own channels; what the other ranks enqueued is lost after the step. ``all`` enqueues the
+            channels of every rank, in order of ranks, so that all memories stay equal.
+        class_map: scores that assign channels to classes: ``logits``, or their ``softmax`` over K.
 
     Raises:
-        TypeError: ``num_heads`` is no integer, or ``dropout`` no number.
-        ValueError: ``num_heads`` is less than 1, ``dropout`` outside [0, 1), or a switch unknown.
+        TypeError: ``num_heads`` is not an integer, or ``dropout`` not a number.
+        ValueError: ``num_heads`` is less than 1, ``dropout`` outside [0, 1), or a switch has an unknown value.
     """
 
     num_heads: int = 2

@@ -1,4 +1,4 @@
-"""The all-MLP decoder of SegFormer (Xie et al. 2021, sec. 3.2), with its linear layers multiplied out."""
+"""The all-MLP decoder of SegFormer (Xie et al. 2021, sec. 3.2), its linear layers merged."""
 
 from collections.abc import Sequence
 
@@ -7,23 +7,23 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from allspark_fast.kernels.bilinear import linear_matrix
-from allspark_fast.model.activation_checkpointing import recompute
+from allspark_fast.model.activation_checkpointing import checkpointed
 from allspark_fast.model.batch_norm import FiniteBatchNorm2d
-from allspark_fast.model.tokens import to_map, to_tokens
+from allspark_fast.model.tokens import map_size, to_map, to_tokens
 
 
 class SegFormerHead(nn.Module):
-    """Fuses four feature maps into class logits at the resolution of the finest.
+    """Fuses four feature maps into class logits of the finest map's size.
 
     The head is linear up to its BatchNorm: fuse(concat_i(up(A_i c_i + b_i))) = Σ_i up(W_i A_i c_i + W_i b_i), where
-    W_i are the fusing convolution's columns for map i. Multiplying W_i A_i first moves the convolution to the low
-    resolutions and leaves no map of 4E channels. Parameters and state_dict are those of the official head.
+    W_i are the columns of the fusing convolution for map i. Computing W_i A_i first moves the convolution to the low
+    resolutions and avoids the map of 4E channels. The state_dict is that of the reference implementation.
 
     Args:
         in_channels: channels of the four maps, finest first.
         num_classes: number of classes K.
         embedding_dim: channels E of the fused map.
-        dropout: probability of dropping a channel of the fused map in training.
+        dropout: probability that a channel of the fused map is dropped in training.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class SegFormerHead(nn.Module):
         self.linear_pred = nn.Conv2d(embedding_dim, num_classes, 1)
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
-        """Classify.
+        """Classify every position of the finest map.
 
         Args:
             features: four maps (B, in_channels[i], h_i, w_i), finest first.
@@ -48,23 +48,23 @@ class SegFormerHead(nn.Module):
             logits (B, K, h_0, w_0).
         """
         fused = self._fuse(features)
-        # In the classifier's precision: 1 / (1 - p) rounded to half precision would not keep the mean.
+        # In the dtype of the classifier's weights, since 1 / (1 - p) in half precision would not preserve the mean.
         kept = F.dropout(self.linear_pred.weight.new_ones(fused.shape[:2]), self.dropout.p, self.training)
         norm = self.linear_fuse.bn
         if not norm.training:
             return self._classify(fused.relu_(), kept)
-        # Only the input of BatchNorm is kept: backward computes its output and that of ReLU again.
-        logits, mean, var = recompute(self._normalize_and_classify, fused, kept)
+        # Backward keeps only the input of BatchNorm and recomputes its output and that of ReLU.
+        logits, mean, var = checkpointed(self._normalize_and_classify, fused, kept)
         norm.update_statistics(mean, var)
         return logits
 
     def _fuse(self, features: Sequence[Tensor]) -> Tensor:
-        """The linear part, which BatchNorm joins in eval mode: four maps to one of E channels at the finest size."""
-        size = (features[0].shape[2], features[0].shape[3])
-        # The official concatenation starts with the deepest map.
+        """Compute the linear part, in eval mode with BatchNorm folded in: four maps to (B, E, h_0, w_0)."""
+        size = map_size(features[0])
+        # The reference implementation concatenates the deepest map first.
         layers = [x.proj for x in (self.linear_c4, self.linear_c3, self.linear_c2, self.linear_c1)]
         columns = self.linear_fuse.conv.weight.flatten(1)
-        # Resizing leaves a constant as it is, so all biases go where they cost least: on the deepest map.
+        # Resizing preserves constants, so all biases are added where that costs least: to the deepest map.
         bias = _product(columns, torch.cat([x.bias for x in layers]))
         weights = [_product(column, x.weight) for column, x in zip(columns.chunk(4, dim=1), layers, strict=True)]
         if not self.linear_fuse.bn.training:
@@ -76,12 +76,12 @@ class SegFormerHead(nn.Module):
         return fused
 
     def _normalize_and_classify(self, fused: Tensor, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits, and the batch's mean and variance; arguments as ``_classify``'s."""
+        """Return logits, and the batch's mean and variance for the running statistics; arguments as ``_classify``'s."""
         normalized, mean, var = self.linear_fuse.bn.normalize(fused)
         return self._classify(normalized.relu_(), kept), mean, var
 
     def _classify(self, fused: Tensor, kept: Tensor) -> Tensor:
-        """Dropout of whole channels of each sample, then the classifier; the former on the weights of the latter.
+        """Drop whole channels of each sample, then classify; the dropout is applied to the classifier's weights.
 
         Args:
             fused: (B, E, h, w), after ReLU.
@@ -93,32 +93,32 @@ class SegFormerHead(nn.Module):
         weight = self.linear_pred.weight.flatten(1) * kept[:, None]  # (B, K, E)
         assert self.linear_pred.bias is not None
         logits = torch.baddbmm(self.linear_pred.bias, to_tokens(fused), weight.mT)
-        return to_map(logits, (fused.shape[2], fused.shape[3]))
+        return to_map(logits, map_size(fused))
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """A product of weights: rounding it to half precision would err more than rounding each of them."""
+    """Multiply weights in at least float32, under autocast too: only the product may be rounded."""
     dtype = torch.promote_types(a.dtype, torch.float32)
     with torch.autocast(a.device.type, enabled=False):
         return (a.to(dtype) @ b.to(dtype)).to(a.dtype)
 
 
 def _linear(feature: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """A 1x1 convolution of a map at its own resolution."""
-    return to_map(F.linear(to_tokens(feature), weight, bias), (feature.shape[2], feature.shape[3]))
+    """Apply a 1x1 convolution to a map."""
+    return to_map(F.linear(to_tokens(feature), weight, bias), map_size(feature))
 
 
 def _upsample(feature: Tensor, size: tuple[int, int]) -> Tensor:
     if feature.shape[2:] == size:
         return feature
-    if torch.are_deterministic_algorithms_enabled():  # on a GPU the backward pass of interpolate adds in any order
+    if torch.are_deterministic_algorithms_enabled():  # on a GPU, backward of interpolate uses atomic additions
         rows, columns = (linear_matrix(x, y, feature) for x, y in zip(feature.shape[2:], size, strict=True))
         return rows @ feature @ columns.mT
     return F.interpolate(feature, size, mode="bilinear", align_corners=False)
 
 
 class _Projection(nn.Module):
-    """Holds a linear layer under the official name ``linear_c*.proj``."""
+    """Holds a linear layer under the state_dict's name ``linear_c*.proj``."""
 
     def __init__(self, in_channels: int, embedding_dim: int) -> None:
         super().__init__()
@@ -126,7 +126,7 @@ class _Projection(nn.Module):
 
 
 class _Fuse(nn.Module):
-    """Holds the fusing convolution and its norm under the official names ``linear_fuse.conv`` and ``.bn``."""
+    """Holds the fusing convolution and its BatchNorm under the state_dict's names ``linear_fuse.conv`` and ``.bn``."""
 
     def __init__(self, embedding_dim: int) -> None:
         super().__init__()

@@ -1,25 +1,27 @@
 """The whole model: encoder, AllSpark bottleneck, SegFormer head."""
 
 from collections.abc import Sequence
-from typing import cast
 
 from torch import Tensor, nn
 
+from allspark_fast.errors import InputError
 from allspark_fast.kernels.arguments import check_count, check_size
 from allspark_fast.model.allspark import AllSpark
+from allspark_fast.model.backbone import Backbone
 from allspark_fast.model.cross_attention import KVSource
 from allspark_fast.model.mit import MIT_CONFIGS, MixTransformer
 from allspark_fast.model.options import AllSparkOptions
 from allspark_fast.model.segformer_head import SegFormerHead
 from allspark_fast.model.timm_backbone import TimmBackbone
+from allspark_fast.model.tokens import map_size
 
 
 class Decoder(nn.Module):
-    """The bottleneck on the deepest map, then the head; names of the public code's decoder.
+    """The bottleneck on the deepest map, then the head; names in the state_dict as in the reference implementation.
 
     Args:
-        head: turns four maps into logits.
-        allspark: the bottleneck, or None for the plain SegFormer of the baselines.
+        head: maps four feature maps to logits.
+        allspark: the bottleneck, or None for plain SegFormer.
     """
 
     def __init__(self, head: SegFormerHead, allspark: AllSpark | None = None) -> None:
@@ -36,7 +38,7 @@ class Decoder(nn.Module):
         use_memory: bool = False,
         kv_source: KVSource = "image",
     ) -> Tensor:
-        """Four maps, finest first, to logits (B, K, h, w) at the resolution of the finest; arguments as AllSpark's."""
+        """Decode four maps, finest first, to logits (B, K, h, w) of the finest map's size; arguments as AllSpark's."""
         *finer, deepest = features
         if self.allspark is not None:
             deepest = self.allspark(
@@ -53,7 +55,7 @@ class Segmentor(nn.Module):
         decoder: maps those to logits.
     """
 
-    def __init__(self, backbone: nn.Module, decoder: Decoder) -> None:
+    def __init__(self, backbone: Backbone, decoder: Decoder) -> None:
         super().__init__()
         self.backbone = backbone
         self.decoder = decoder
@@ -61,7 +63,7 @@ class Segmentor(nn.Module):
     @property
     def min_size(self) -> int:
         """Side of the smallest images in pixels: the encoder's ``min_size``."""
-        return cast(int, self.backbone.min_size)
+        return self.backbone.min_size
 
     def forward(
         self,
@@ -73,8 +75,8 @@ class Segmentor(nn.Module):
     ) -> Tensor:
         """Segment images.
 
-        The logits stay at the resolution of the finest map: ``upsample_cross_entropy`` and ``upsample_argmax`` take
-        them to the size of the image.
+        The logits keep the size of the finest map, since ``upsample_cross_entropy`` and ``upsample_argmax`` upsample
+        them to the image without materializing the result.
 
         Args:
             images: (B, 3, H, W); in training with AllSpark (2B, 3, H, W), labeled images first.
@@ -84,11 +86,11 @@ class Segmentor(nn.Module):
             kv_source: eval mode with AllSpark only; see CrossAttention.infer.
 
         Returns:
-            logits (B or 2B, K, h, w) at the resolution of the finest map, (⌈H / 4⌉, ⌈W / 4⌉) for a MiT encoder.
+            logits (B or 2B, K, h, w) of the finest map's size, (⌈H / 4⌉, ⌈W / 4⌉) for a Mix Transformer.
         """
-        crop_size = (images.shape[2], images.shape[3])
+        features = self.backbone(images)
         return self.decoder(
-            self.backbone(images), class_logits, crop_size=crop_size, use_memory=use_memory, kv_source=kv_source
+            features, class_logits, crop_size=map_size(images), use_memory=use_memory, kv_source=kv_source
         )
 
 
@@ -107,21 +109,24 @@ def build_segmentor(
         backbone: ``mit_tiny``, ``mit_b0`` to ``mit_b5``, or ``timm/NAME`` for a TimmBackbone.
         num_classes: number of classes K, at least 1.
         crop_size: (H, W) of the training crops in pixels, which decides the size of the memory.
-        allspark: options of the bottleneck; None leaves it out, and this is SegFormer.
+        allspark: options of the bottleneck; None leaves it out, which gives SegFormer.
         embedding_dim: channels of the head.
-        activation_checkpointing: see MixTransformer; the bottleneck is never computed twice, it would enqueue twice.
+        activation_checkpointing: see MixTransformer. It never covers the bottleneck, which would enqueue twice.
 
     Raises:
-        ImportError: the backbone is one of timm, which is not installed.
-        TypeError: a number is no integer, ``crop_size`` no pair of them, or ``allspark`` something else.
-        ValueError: the backbone is unknown or does not fit, a number is less than 1, or the crops are too small.
+        InputError: the backbone is unknown, does not fit or has no activation checkpointing; the crops are too small.
+        MissingPackageError: the backbone needs timm, which is not installed.
+        TypeError: a number is not an integer, ``crop_size`` not a pair, or ``allspark`` something else.
+        ValueError: a number is less than 1.
     """
     check_count("num_classes", num_classes)
     check_count("embedding_dim", embedding_dim)
     check_size("crop_size", crop_size)
     if not isinstance(allspark, AllSparkOptions | None):
         raise TypeError(f"allspark must be AllSparkOptions or None, got {allspark!r}")
-    encoder = _build_backbone(backbone, crop_size, activation_checkpointing=activation_checkpointing)
+    encoder = _build_backbone(backbone, activation_checkpointing)
+    if min(crop_size) < encoder.min_size:
+        raise InputError(f"crop_size is {crop_size}, expected at least {encoder.min_size} pixels a side")
     height, width = encoder.deepest_size(crop_size)
     bottleneck = None
     if allspark is not None:
@@ -130,16 +135,11 @@ def build_segmentor(
     return Segmentor(encoder, Decoder(head, bottleneck))
 
 
-def _build_backbone(
-    name: str, crop_size: tuple[int, int], *, activation_checkpointing: bool
-) -> MixTransformer | TimmBackbone:
-    if name.startswith("timm/"):
-        if activation_checkpointing:
-            raise ValueError(f"activation_checkpointing is for mit_* backbones, not for {name}: leave it False")
-        return TimmBackbone(name.removeprefix("timm/"))
-    if name not in MIT_CONFIGS:
-        raise ValueError(f"backbone must be one of {', '.join(MIT_CONFIGS)}, or timm/NAME, got {name!r}")
-    encoder = MixTransformer(MIT_CONFIGS[name], activation_checkpointing=activation_checkpointing)
-    if min(crop_size) < encoder.min_size:
-        raise ValueError(f"crop_size is {crop_size}, expected at least {encoder.min_size} pixels a side")
-    return encoder
+def _build_backbone(name: str, activation_checkpointing: bool) -> Backbone:
+    if name in MIT_CONFIGS:
+        return MixTransformer(MIT_CONFIGS[name], activation_checkpointing=activation_checkpointing)
+    if not name.startswith("timm/"):
+        raise InputError(f"backbone must be one of {', '.join(MIT_CONFIGS)}, or timm/NAME, got {name!r}")
+    if activation_checkpointing:
+        raise InputError(f"activation_checkpointing is for mit_* backbones, not for {name}: leave it False")
+    return TimmBackbone(name.removeprefix("timm/"))

@@ -1,4 +1,4 @@
-"""The Semantic Memory: class-wise ring buffers of unlabeled channels, and the class maps that sort channels."""
+"""The Semantic Memory: class-wise ring buffers of unlabeled channels, and the class map that assigns channels."""
 
 from collections.abc import Callable
 
@@ -14,17 +14,20 @@ from allspark_fast.model.options import AllSparkOptions, ClassMap
 class SemanticMemory(nn.Module):
     """Ring buffers of unlabeled channels, one for each class (AllSpark, "Semantic Memory").
 
-    Buffers, with the names of the public code:
-        kv_queue: (K, S, N) float32, the channels; stored as [N, K, S], so that projecting it gives keys without a copy.
-        queue_ptr: (K,) int64, the slot that each class writes next.
-        queue_filled: (K,) bool, whether a class ever received a channel; only with ``memory_init`` ``empty``.
-        received: (K,) int64, channels that each class received since the model was built; not in its ``state_dict``.
-
     Args:
         num_classes: number of classes K.
         slots: channels kept for each class, S.
         tokens: spatial tokens N of a channel.
-        options: ``memory_init`` and ``memory_sync`` count here, see AllSparkOptions.
+        options: see AllSparkOptions; only ``memory_init`` and ``memory_sync`` matter here.
+
+    Attributes:
+        kv_queue: buffer (K, S, N) float32, the channels; its memory layout is [N, K, S], so that keys are projected
+            from it without a copy.
+        queue_ptr: buffer (K,) int64, the slot that each class writes next.
+        queue_filled: buffer (K,) bool, whether a class ever received a channel; None unless ``memory_init`` is
+            ``empty``.
+        received: buffer (K,) int64, channels that each class received since the model was built; not in the
+            ``state_dict``.
     """
 
     kv_queue: Tensor
@@ -43,24 +46,19 @@ class SemanticMemory(nn.Module):
         self.register_buffer("received", torch.zeros(num_classes, dtype=torch.int64), persistent=False)
         self.register_load_state_dict_pre_hook(_assume_filled)
 
-    def enqueue(self, features: Tensor, class_map: Tensor) -> None:
-        """Sort the channels of unlabeled features into classes and put them into the ring buffers.
+    @torch.no_grad()
+    def start_enqueue(self, features: Tensor, class_map: Tensor) -> Callable[[], None]:
+        """Assign the channels of unlabeled features to classes, and start to exchange them between ranks.
 
         Args:
             features: (B, N, C).
             class_map: (B, K, N), scores of the classes at the same tokens.
 
-        Raises:
-            ValueError: N is not the memory's, or K not its number of classes.
-        """
-        self.start_enqueue(features, class_map)()
-
-    @torch.no_grad()
-    def start_enqueue(self, features: Tensor, class_map: Tensor) -> Callable[[], None]:
-        """Begin ``enqueue``: sort the channels and let them travel between ranks.
-
         Returns:
-            what has to be called before the memory is used: it waits for the other ranks, and puts the channels in.
+            a function to call before the memory is used: it waits for the other ranks and writes the channels.
+
+        Raises:
+            ValueError: N or K differs from the memory's.
         """
         classes, _, tokens = self.kv_queue.shape
         if features.shape[1] != tokens:
@@ -72,23 +70,24 @@ class SemanticMemory(nn.Module):
             raise ValueError(f"class_map has {class_map.shape[1]} classes, the Semantic Memory {classes}")
         channel_class = channel_semantic_grouping(features, class_map)
         if self.memory_sync == "all":
-            arrived = [start_all_gather_cat(features.detach()), start_all_gather_cat(channel_class)]
-            return lambda: self._store(*(finish() for finish in arrived))
-        updated = [start_broadcast(x) for x in self._shared_buffers()]
+            gathered = [start_all_gather_cat(features.detach()), start_all_gather_cat(channel_class)]
+            return lambda: self._store(*(wait() for wait in gathered))
+        state = (self.stored_channels(), self.queue_ptr, self.queue_filled)
+        broadcasts = [start_broadcast(x) for x in state if x is not None]
 
         def finish() -> None:
-            for wait in updated:
+            for wait in broadcasts:
                 wait()
             self._store(features, channel_class)
 
         return finish
 
     def stored_channels(self) -> Tensor:
-        """The memory as it is stored, (N, K, S): a linear layer makes keys (N, K, D) of it without a copy."""
+        """Return the memory as a contiguous view (N, K, S), which a linear layer maps to keys without a copy."""
         return self.kv_queue.permute(2, 0, 1)
 
     def expect_no_enqueue_before_backward(self, output: Tensor) -> None:
-        """Make backward through ``output`` a clear error if the memory has changed since: its values are gone then."""
+        """Make backward through ``output`` raise RuntimeError if the memory has been overwritten by then."""
         version = self.kv_queue._version
 
         def check(_: Tensor) -> None:
@@ -103,20 +102,16 @@ class SemanticMemory(nn.Module):
 
     @torch.no_grad()
     def _store(self, features: Tensor, channel_class: Tensor) -> None:
-        """Enqueue channels (B, N, C) whose classes (B, C) are known."""
+        """Write channels (B, N, C) of known classes (B, C), and count them."""
         semantic_memory_enqueue(self.kv_queue, self.queue_ptr, features, channel_class)
         of_class = channel_class.flatten()[:, None] == torch.arange(len(self.queue_ptr), device=channel_class.device)
         self.received += of_class.sum(0)
         if self.queue_filled is not None:
             self.queue_filled |= of_class.any(0)
 
-    def _shared_buffers(self) -> list[Tensor]:
-        """What ``rank0`` takes from rank 0, contiguous."""
-        return [x for x in (self.stored_channels(), self.queue_ptr, self.queue_filled) if x is not None]
-
 
 def _assume_filled(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: object) -> None:
-    """Checkpoints of the public code do not say which classes are filled: take all."""
+    """Take all classes as filled for checkpoints of the reference implementation, which do not say."""
     if module.queue_filled is not None and f"{prefix}kv_queue" in state_dict:
         filled = torch.ones(len(state_dict[f"{prefix}kv_queue"]), dtype=torch.bool)
         state_dict.setdefault(f"{prefix}queue_filled", filled)
@@ -129,16 +124,16 @@ def token_class_map(
     crop_size: tuple[int, int] | None = None,
     kind: ClassMap = "logits",
 ) -> Tensor:
-    """Scores of the classes at the tokens of the deepest map, from the logits of the pseudo-label pass.
+    """Resize logits of the pseudo-label pass to class scores at the tokens of the deepest map.
 
-    The public code resizes logits to the crop and then to the tokens, both bilinearly with align_corners=False. Each
-    resize is a matrix on each axis, so the logits meet only the product of the two.
+    The reference implementation resizes them to the crop and then to the tokens, both bilinearly with
+    align_corners=False. A resize is a matrix on each axis, so one product of two small matrices replaces both.
 
     Args:
         logits: (B, K, h', w') at any resolution.
         size: (h, w) of the deepest map.
-        crop_size: (H, W) of the crop, passed through on the way; None to resize directly.
-        kind: ``logits`` as in the public code, or ``softmax`` over K, taken after the resize.
+        crop_size: (H, W) of the crop; None to resize directly.
+        kind: ``logits`` as in the reference implementation, or ``softmax`` over K, taken after the resize.
 
     Returns:
         (B, K, h·w) in at least float32, without gradient.

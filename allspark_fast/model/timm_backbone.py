@@ -1,8 +1,7 @@
-"""Encoders of other makers, by their names in timm."""
+"""Encoders of timm, by name."""
 
 import difflib
 import inspect
-from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -11,30 +10,31 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from allspark_fast.errors import InputError, MissingPackageError
+from allspark_fast.model.backbone import Backbone
 from allspark_fast.model.batch_norm import FiniteBatchNorm1d, FiniteBatchNorm2d
+from allspark_fast.model.tokens import map_size
 
-# What constructors call it: those of plain transformers, and those of Swin (in older versions of timm only so).
+# Constructor arguments that lift the fixed image size: of plain transformers, and of Swin in older versions of timm.
 _ANY_SIZE = {"dynamic_img_size": True, "strict_img_size": False}
 
 
-class TimmBackbone(nn.Module):
+class TimmBackbone(Backbone):
     """An encoder of timm, with random weights and timm's parameter names below ``features.model``.
 
-    Of a pyramid (EfficientNet, Swin, ConvNeXt, PVT) it gives the last four maps; of a plain transformer (DINOv2), whose
-    maps all have one stride, those after each quarter of its blocks, without the final norm.
+    A pyramid (EfficientNet, Swin, ConvNeXt, PVT) gives its last four maps. A plain transformer (DINOv2), whose maps all
+    have one stride, gives the maps after each quarter of its blocks, without the final norm.
 
     Args:
-        name: as ``timm.list_models()`` has it.
+        name: as in ``timm.list_models()``.
 
     Attributes:
-        name: of the model in timm.
-        channels: of the four maps, finest first.
-        stride: pixels of an image that become one of the deepest map.
-        min_size: side of the smallest images in pixels that are not enlarged.
+        name: name of the model in timm.
+        min_size: side in pixels of the smallest images that are not enlarged.
 
     Raises:
-        ImportError: timm is not installed.
-        ValueError: timm has no such model, or it has fewer than four maps, or takes only images of one size.
+        InputError: timm has no such model, or it has fewer than four maps, or takes only images of one size.
+        MissingPackageError: timm is not installed.
     """
 
     def __init__(self, name: str) -> None:
@@ -42,8 +42,7 @@ class TimmBackbone(nn.Module):
         timm = _import_timm()
         self.name = name
         self.features = timm.create_model(name, **_options(timm, name))
-        _pad_statically(self.features, timm.layers.Conv2dSame)
-        _normalize_finitely(self.features, timm.layers.BatchNormAct2d)
+        _replace_layers(self.features, timm.layers)
         self.channels = tuple(self.features.feature_info.channels())
         self.stride = max(self.features.feature_info.reduction())
         self.min_size = self.stride
@@ -52,30 +51,37 @@ class TimmBackbone(nn.Module):
         """Encode images.
 
         Args:
-            images: (B, 3, H, W); enlarged to the next multiples of ``stride`` if they are none, so that all maps
-                cover just the image.
+            images: (B, 3, H, W); upsampled to the next multiples of ``stride``, so that all maps cover exactly the
+                image.
 
         Returns:
             four maps (B, channels[i], h_i, w_i), finest first.
         """
-        # Channels innermost, as convolutions on a CPU and tensor cores read them; docs/performance.md has figures.
+        # The layout that convolutions on a CPU and tensor cores read.
         images = images.contiguous(memory_format=torch.channels_last)
-        height, width = self.deepest_size(images.shape[2:])
-        # Without a branch for images that need it not: one graph for all sizes.
+        height, width = self.deepest_size(map_size(images))
+        # Also where the size fits already: without a branch, one exported graph serves all sizes.
         images = F.interpolate(
             images, (height * self.stride, width * self.stride), mode="bilinear", align_corners=False
         )
         return self.features(images)
 
-    def deepest_size(self, image_size: Sequence[int]) -> tuple[int, int]:
-        """(h, w) of the deepest map for images of ``image_size`` = (H, W) pixels."""
-        # Exported graphs have no math.ceil, and ONNX would round -(-x // y) the other way.
-        height, width = (side + self.stride - 1 for side in image_size)
-        return height // self.stride, width // self.stride
 
+class _SameConv2d(nn.Conv2d):
+    """TensorFlow's "same" convolution for maps whose sides are multiples of its stride: the padding is constant.
 
-class _EvenConv2d(nn.Conv2d):
-    """TensorFlow's "same" convolution of maps whose sides its stride divides: what it pads depends on no size."""
+    timm's own computes the padding from each map's size. Images are resized to multiples of all strides, so both are
+    equal here, but sizes that depend on sizes through every layer grow to expressions that torch.export cannot solve.
+
+    Args:
+        conv: the convolution to replace.
+    """
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        # On "meta", since initializing weights that get replaced would draw random numbers.
+        names = ("in_channels", "out_channels", "kernel_size", "stride", "dilation", "groups")
+        sizes = {name: getattr(conv, name) for name in names}
+        super().__init__(**sizes, bias=conv.bias is not None, device="meta")
 
     def forward(self, x: Tensor) -> Tensor:
         padding: list[int] = []
@@ -85,19 +91,8 @@ class _EvenConv2d(nn.Conv2d):
         return super().forward(F.pad(x, padding))
 
 
-def _pad_statically(features: nn.Module, same_convolution: type[nn.Module]) -> None:
-    """Give convolutions that work out their padding from each map's size a constant one.
-
-    Images are enlarged to multiples of all strides, so both are the same; but sizes that depend on sizes through every
-    layer grow to expressions that torch.export does not come to the end of.
-    """
-    for module in features.modules():
-        if type(module) is same_convolution:
-            module.__class__ = _EvenConv2d
-
-
 class _FiniteBatchNormAct2d(FiniteBatchNorm2d):
-    """timm's BatchNorm with an activation behind it."""
+    """FiniteBatchNorm2d followed by dropout and an activation, under timm's names."""
 
     drop: nn.Module
     act: nn.Module
@@ -106,41 +101,58 @@ class _FiniteBatchNormAct2d(FiniteBatchNorm2d):
         return self.act(self.drop(super().forward(x)))
 
 
-def _normalize_finitely(features: nn.Module, with_activation: type[_BatchNorm]) -> None:
-    """Give every BatchNorm the statistics of all ranks, of which the running ones skip what is not finite."""
+def _replace_layers(features: nn.Module, layers: ModuleType) -> None:
+    """Replace convolutions with size-dependent padding, and every BatchNorm by a FiniteBatchNorm.
+
+    Args:
+        features: a model of timm; names and parameters stay.
+        layers: ``timm.layers``.
+    """
+    for name, module in list(features.named_modules()):
+        if type(module) is layers.Conv2dSame:
+            replacement: nn.Module = _SameConv2d(module)
+        elif isinstance(module, _BatchNorm):
+            replacement = _finite_batch_norm(name, module, layers.BatchNormAct2d)
+        else:
+            continue
+        replacement.load_state_dict(module.state_dict(keep_vars=True), assign=True)
+        features.set_submodule(name, replacement)
+
+
+def _finite_batch_norm(name: str, norm: _BatchNorm, with_activation: type[_BatchNorm]) -> nn.Module:
     kinds: dict[type[_BatchNorm], type[_BatchNorm]] = {
         nn.BatchNorm1d: FiniteBatchNorm1d,
         nn.BatchNorm2d: FiniteBatchNorm2d,
         with_activation: _FiniteBatchNormAct2d,
     }
-    for name, module in features.named_modules():
-        if isinstance(module, _BatchNorm):
-            kind = type(module)
-            if kind not in kinds:
-                raise ValueError(f"{name} is a {kind.__name__}, which is not synchronised: take another backbone")
-            module.__class__ = kinds[kind]
+    if type(norm) not in kinds:
+        raise InputError(f"{name} is a {type(norm).__name__}, which cannot be synchronized: take another backbone")
+    replacement = kinds[type(norm)](norm.num_features, norm.eps, norm.momentum)
+    if isinstance(norm, with_activation):
+        replacement.drop, replacement.act = norm.drop, norm.act
+    return replacement
 
 
 def _import_timm() -> ModuleType:
     try:
         import timm  # noqa: PLC0415 optional, and slow to import
     except ImportError as error:
-        raise ImportError("backbones timm/... need timm: pip install 'allspark-fast[timm]'") from error
+        raise MissingPackageError("backbones timm/... need timm: pip install 'allspark-fast[timm]'") from error
     return timm
 
 
 def _options(timm: ModuleType, name: str) -> dict[str, Any]:
-    """Arguments of ``timm.create_model`` for four maps of images of any size, tried on tensors without memory."""
+    """Return arguments of ``timm.create_model`` for four maps of images of any size, tried on the meta device."""
     if not timm.is_model(name):
         similar = difflib.get_close_matches(name, timm.list_models(), n=5, cutoff=0.5)
         hint = f"did you mean {', '.join(similar)}?" if similar else "timm.list_models() lists all"
-        raise ValueError(f"timm has no model {name!r}: {hint}")
+        raise InputError(f"timm has no model {name!r}: {hint}")
     with torch.device("meta"):
         model = timm.create_model(name, pretrained=False)
         strides = [feature["reduction"] for feature in getattr(model, "feature_info", [])]
         depth = len(strides)
         if depth < 4:
-            raise ValueError(f"timm/{name} gives {depth} feature maps, but four are needed: take another backbone")
+            raise InputError(f"timm/{name} gives {depth} feature maps, but four are needed: take another backbone")
         plain = min(strides) == max(strides)
         quarters = [depth * quarter // 4 - 1 for quarter in range(1, 5)]
         options = {
@@ -154,8 +166,8 @@ def _options(timm: ModuleType, name: str) -> dict[str, Any]:
         options |= {option: value for option, value in _ANY_SIZE.items() if option in parameters}
         try:
             timm.create_model(name, **options).eval()(torch.empty(1, 3, 5 * max(strides), 6 * max(strides)))
-        except Exception as error:
-            raise ValueError(
-                f"timm/{name} does not take images of any size ({error}): take another backbone"
+        except Exception as error:  # what a model raises for such sizes is its own affair
+            raise InputError(
+                f"timm/{name} does not take images of any size ({error!r}): take another backbone"
             ) from error
     return options

@@ -1,4 +1,4 @@
-"""Training steps as replays of a CUDA graph: one launch in place of thousands, for which a GPU waits otherwise."""
+"""Training steps as replays of a CUDA graph: one launch in place of thousands, for which the GPU would wait."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,15 +8,15 @@ import torch
 from allspark_fast.data.loader import SemiBatch
 from allspark_fast.training.step import Losses, TrainState, train_step
 
-# Steps before the recording: kernels are compiled and libraries choose theirs, neither of which can be recorded.
+# Steps before the capture: kernels are compiled and libraries choose theirs, neither of which can be captured.
 _WARMUP_STEPS = 3
 
 
 class GraphedSteps:
-    """``train_step`` on a GPU, recorded once for each phase of training and replayed from then on.
+    """``train_step`` on a GPU, captured once in each phase of training and replayed from then on.
 
-    The first three steps of a phase run as they are; every step counts. What a step allocates stays allocated. The
-    random numbers are those of steps that are not recorded.
+    The first three steps of a phase run eagerly; every step counts. What a step allocates stays allocated. The random
+    numbers are those of eager steps.
 
     Args:
         state: on a GPU, of a run with one process.
@@ -39,11 +39,11 @@ class GraphedSteps:
             self._phase = use_memory, use_pseudo
             self._warmup_steps = _WARMUP_STEPS
             if self._graph is not None:
-                torch.cuda.synchronize()  # its memory goes with it
+                torch.cuda.synchronize()  # its memory is freed with it
                 self._graph = None
         if self._warmup_steps:
             self._warmup_steps -= 1
-            return self._step_beside(batch)
+            return self._warm_up(batch)
         if self._graph is None:
             self._record(batch)
         else:
@@ -59,10 +59,10 @@ class GraphedSteps:
         use_memory, use_pseudo = self._phase
         return train_step(self.state, batch, use_memory=use_memory, use_pseudo=use_pseudo)
 
-    def _step_beside(self, batch: SemiBatch) -> Losses:
-        """A step on a stream of its own: recording needs one, and what backward leaves behind would tie it to this."""
+    def _warm_up(self, batch: SemiBatch) -> Losses:
+        """Warm up on a side stream, as CUDA graph capture requires."""
         if self._stream is None:
-            self._stream = torch.cuda.Stream()  # one for all: each keeps memory of its own
+            self._stream = torch.cuda.Stream()  # one for all: each stream keeps memory of its own
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             losses = self._step(batch)
@@ -72,14 +72,14 @@ class GraphedSteps:
     def _record(self, batch: SemiBatch) -> None:
         self._batch = SemiBatch(*(None if x is None else x.clone() for x in batch))  # type: ignore[arg-type]
         self._graph = torch.cuda.CUDAGraph()
-        # The thread that puts batches into page-locked memory goes on meanwhile.
+        # The thread that pins batches goes on meanwhile.
         with _capturable(self.state.optimizer), torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
             self._losses = self._step(self._batch)
 
 
 @contextmanager
 def _capturable(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Lets AdamW be recorded, which a fused one can be without further ado; SGD does not ask."""
+    """Let AdamW be captured, which its fused form can be as it is; SGD has no such switch."""
     groups = [group for group in optimizer.param_groups if "capturable" in group]
     for group in groups:
         group["capturable"] = True

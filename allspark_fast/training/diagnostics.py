@@ -1,7 +1,5 @@
 """What a run measures of its pseudo labels and of the Semantic Memory at each evaluation."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -17,19 +15,19 @@ CONFIDENT = 0.95
 
 @torch.no_grad()
 def pseudo_label_record(class_logits: Tensor, pseudo_label: Tensor, batch: SemiBatch) -> Record:
-    """Accuracy and coverage of pseudo labels, over all pixels of all crops of all ranks together; all have to call.
+    """Measure pseudo labels over all pixels of all crops of all ranks together; all ranks have to call this.
 
     No method here has a threshold, all its pseudo labels count. Coverage says what one of ``CONFIDENT`` would keep: the
-    part of the pixels, without padding, whose pseudo label is at least so probable.
+    share of the pixels, without padding, whose pseudo label is at least so probable.
 
     Args:
         class_logits: (B, K, h, w), of the pseudo-label pass.
-        pseudo_label: (B, H, W), what it gave.
+        pseudo_label: (B, H, W), its result.
         batch: the crops, with hidden labels (B, H, W) or without.
 
     Returns:
-        ``pseudo_label_coverage``; and ``pseudo_label_accuracy``, the part of the pixels with a hidden label that are
-        labeled right, unless there is no such pixel.
+        ``pseudo_label_coverage``; and ``pseudo_label_accuracy``, the share of right ones among the pixels with a hidden
+        label, unless there is no such pixel.
     """
     _, confidence = upsample_argmax(class_logits, (pseudo_label.shape[1], pseudo_label.shape[2]))
     valid = batch.unlabeled_valid
@@ -43,23 +41,17 @@ def pseudo_label_record(class_logits: Tensor, pseudo_label: Tensor, batch: SemiB
     return record
 
 
-def memory_record(received: Tensor, records: Sequence[Record]) -> Record:
-    """Fill and use of the Semantic Memory; this waits for the device.
+def memory_record(received: Tensor) -> Record:
+    """Say how the Semantic Memory is filled and used; this waits for the device.
 
     Args:
         received: (K,) int64, channels that each class received in this run; (0,) without a memory.
-        records: written before.
 
     Returns:
-        ``memory_filled``, how many classes received a channel; and ``memory_received``, how many channels each class
-        received since the last of ``records`` that says so. Empty without a memory.
+        ``memory_filled``, how many classes received a channel, and ``memory_received``, how many each received in this
+        run so far. Empty without a memory.
     """
     if not len(received):
         return {}
-    told = [record["memory_received"] for record in records if "memory_received" in record]
     counts = received.tolist()
-    before = [sum(column) for column in zip(*told, strict=True)] or [0] * len(counts)
-    return {
-        "memory_filled": sum(count > 0 for count in counts),
-        "memory_received": [now - then for now, then in zip(counts, before, strict=True)],
-    }
+    return {"memory_filled": sum(count > 0 for count in counts), "memory_received": counts}

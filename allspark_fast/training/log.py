@@ -13,12 +13,12 @@ Record = dict[str, Any]
 
 
 class MetricsLog:
-    """metrics.jsonl and TensorBoard events of a run, cut back to the step from which it goes on.
+    """metrics.jsonl and TensorBoard events of a run, cut back to the step from which it resumes.
 
     Args:
         folder: the run folder.
         step: steps taken before; later records, of steps that will be taken again, are removed.
-        evaluated: whether the last of them needs no evaluation any more; otherwise a record of one is removed too.
+        evaluated: whether the last of them is evaluated; otherwise a record of its evaluation is removed too.
     """
 
     def __init__(self, folder: Path, step: int, *, evaluated: bool = True) -> None:
@@ -57,7 +57,7 @@ class MetricsLog:
 
 
 def read_metrics(folder: Path) -> list[Record]:
-    """Records of metrics.jsonl; a last line that a crash cut off is left out."""
+    """Read the records of metrics.jsonl, without a last line that a crash cut off."""
     path = folder / "metrics.jsonl"
     if not path.is_file():
         return []

@@ -1,20 +1,20 @@
-"""What a run leaves for people: metrics.jsonl, TensorBoard events, tables and pictures."""
+"""The pictures of a run: curves, and predictions beside pseudo labels and truth."""
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from torch import Tensor
 
 from allspark_fast.data.info import DatasetInfo
 from allspark_fast.files import write_atomically
+from allspark_fast.training.log import Record
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.image import AxesImage
 
-Record = dict[str, Any]
 _IGNORED_COLOR = (255, 255, 255)
 # More names than this would overlap.
 _NAMED_CLASSES = 30
@@ -41,8 +41,9 @@ def draw_curves(folder: Path, records: Sequence[Record], info: DatasetInfo) -> N
 
 
 def _plot_memory(axes: "Axes", records: Sequence[Record], info: DatasetInfo) -> "AxesImage":
-    """A column for each evaluation: the part of the channels since the one before that each class received."""
-    counts = np.array([record["memory_received"] for record in records], dtype=float)
+    """Draw a column for each evaluation: the share of the channels since the one before that each class received."""
+    totals = np.array([record["memory_received"] for record in records], dtype=float)
+    counts = np.diff(totals, axis=0, prepend=0)
     part = counts / counts.sum(1, keepdims=True).clip(min=1)
     image = axes.imshow(part.T, aspect="auto", interpolation="nearest", vmin=0)
     shown = range(0, len(records), -(-len(records) // 6))
@@ -74,15 +75,15 @@ def draw_predictions(
     mean: Sequence[float],
     std: Sequence[float],
 ) -> None:
-    """Write a picture: a row for each image, a column for the image and for each kind of label.
+    """Write a picture with a row for each image, and a column for the image and for each kind of label.
 
     Args:
         path: of the picture.
-        images: (B, 3, H, W), normalised.
+        images: (B, 3, H, W), normalized.
         labels: by column title, (B, H, W).
-        info: colours and names of the classes.
+        info: colors and names of the classes.
         mean: that was subtracted from the images.
-        std: that they were divided by.
+        std: by which they were divided.
     """
     from matplotlib.figure import Figure  # noqa: PLC0415 slow to import
     from matplotlib.patches import Patch  # noqa: PLC0415

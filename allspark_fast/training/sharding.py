@@ -1,4 +1,4 @@
-"""Sharded models (FSDP2): how to make one, and how their state becomes whole tensors and shards again."""
+"""Sharded models (FSDP2): how to make one, and how its state becomes whole tensors and shards again."""
 
 import warnings
 from collections.abc import Sequence
@@ -17,10 +17,10 @@ from allspark_fast.model.mit import Block
 
 
 def shard(model: Segmentor, *, amp: bool) -> None:
-    """Split the parameters of a model over all ranks: each block of a MiT on its own, then the rest together.
+    """Shard the parameters of a model over all ranks: each block of a MiT on its own, then the rest together.
 
     Buffers stay whole. With ``amp`` on a GPU, blocks are gathered in bfloat16, which is what autocast makes of their
-    matrices anyway, and their gradients are added in float32; the rest stays float32, for the head's products.
+    matrices anyway, and their gradients are reduced in float32; the rest stays float32, for the head's products.
 
     Args:
         model: sharded in place, on its device; the names of its state_dict stay.
@@ -37,24 +37,24 @@ def shard(model: Segmentor, *, amp: bool) -> None:
 
 
 def block_policy(amp: bool, device: str) -> MixedPrecisionPolicy:
-    """The dtypes in which the blocks of a sharded model are gathered and their gradients added."""
+    """Return the dtypes in which blocks of a sharded model are gathered and their gradients reduced."""
     if amp and device == "cuda":
         return MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     return MixedPrecisionPolicy()
 
 
 def to_local(x: Tensor) -> Tensor:
-    """This rank's part of a tensor, which is all of it unless it is sharded."""
+    """Return this rank's shard of a tensor, which is all of it unless it is sharded."""
     return x.to_local() if isinstance(x, DTensor) else x
 
 
 def full_tensor(x: Tensor) -> Tensor:
-    """All of a tensor; every rank has to ask for it if it is sharded."""
+    """Gather all of a tensor; every rank has to call this if it is sharded."""
     return x.full_tensor() if isinstance(x, DTensor) else x
 
 
 def gather_state(state: dict[str, Any]) -> dict[str, Any]:
-    """Whole tensors in place of sharded ones, of which only rank 0 keeps any (on the CPU); all ranks have to ask."""
+    """Gather sharded tensors one after the other; only rank 0 keeps them, on the CPU. All ranks have to call this."""
 
     def gather(x: Any) -> Any:
         if not isinstance(x, DTensor):
@@ -66,16 +66,16 @@ def gather_state(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def from_local_like(x: Tensor, parameter: Tensor) -> Tensor:
-    """The sharded tensor of which every rank holds a part like its part of a parameter; others are left as they are."""
+    """Return the sharded tensor whose local shard is ``x``, sharded like a parameter; leave others as they are."""
     if not isinstance(parameter, DTensor) or x.shape != parameter.to_local().shape:
         return x
-    # Sizes are given because the last rank's part may be smaller.
+    # Shape and stride are given because the last rank's shard may be smaller.
     mesh, placements, shape, stride = parameter.device_mesh, parameter.placements, parameter.shape, parameter.stride()
     return DTensor.from_local(x, mesh, placements, shape=shape, stride=stride)
 
 
 def shard_like(x: Tensor, parameter: Tensor) -> Tensor:
-    """This rank's part of a whole tensor that belongs to a parameter and has its shape; others are left as they are."""
+    """Shard a whole tensor like a parameter of its shape; leave others as they are."""
     if not isinstance(parameter, DTensor) or x.shape != parameter.shape:
         return x
     # Every rank holds the whole tensor, so nothing is sent.
@@ -84,10 +84,7 @@ def shard_like(x: Tensor, parameter: Tensor) -> Tensor:
 
 @torch.no_grad()
 def average_gradients(gradients: Sequence[Tensor]) -> None:
-    """Average gradients over ranks, in place and in one all-reduce, but for those that FSDP has averaged.
-
-    A step that is compiled as one graph has all of its gradients at its end, so there is nothing to overlap with.
-    """
+    """Average gradients over ranks, in place and in one all-reduce, except those that FSDP has averaged."""
     plain = [gradient for gradient in gradients if not isinstance(gradient, DTensor)]
     if world_size() == 1 or not plain:
         return

@@ -1,6 +1,5 @@
 """One training step of each method, what it changes, and the schedule: the mathematics of training, without a run."""
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +10,7 @@ from allspark_fast.config import TrainConfig
 from allspark_fast.data.info import IGNORE_INDEX
 from allspark_fast.data.loader import SemiBatch
 from allspark_fast.distributed import all_reduce_mean, world_size
+from allspark_fast.errors import InputError
 from allspark_fast.kernels.upsample_argmax import upsample_argmax
 from allspark_fast.kernels.upsample_cross_entropy import upsample_cross_entropy
 from allspark_fast.model import Segmentor
@@ -33,7 +33,7 @@ class TrainState:
 
     Args:
         model: on the device where it trains.
-        config: the optimisation.
+        config: the optimization.
         total_steps: steps of the whole run, for the schedule.
         ema: a copy of the model that becomes the moving average of its weights, or None; sharded if the model is.
         replica: a whole copy of a sharded model, to evaluate.
@@ -65,9 +65,9 @@ class TrainState:
 
     @torch.no_grad()
     def evaluated_model(self) -> Segmentor:
-        """The average with the model's present buffers (BatchNorm, memory), or the model if there is no average.
+        """Return the averaged weights with the model's buffers (BatchNorm, memory), or the model without an average.
 
-        If they are sharded, all ranks have to ask for it and get it whole.
+        If they are sharded, all ranks have to call this and get the whole model.
         """
         weights = self.model if self.ema is None else self.ema
         evaluated = weights if self.replica is None else self.replica
@@ -80,9 +80,9 @@ class TrainState:
         return evaluated
 
     def read_metrics(self) -> dict[str, float]:
-        """Learning rate, steps skipped so far, and mean losses since the last call unless all steps were skipped.
+        """Return learning rate, steps skipped so far, and mean losses since the last call unless all were skipped.
 
-        This is where the device is waited for.
+        This waits for the device.
         """
         lr = poly_lr(self.step - 1, self.total_steps, self.config.lr)
         rate, skipped, *sums, steps = torch.cat([torch.stack([lr, self.skipped.double()]), self.loss_sums]).tolist()
@@ -93,9 +93,9 @@ class TrainState:
         return {"lr": rate, **losses, "skipped_steps": int(skipped)}
 
     def state_dict(self) -> dict[str, Any]:
-        """What ``load_state_dict`` needs to go on exactly; a sharded model's tensors are sharded too."""
+        """Return what ``load_state_dict`` needs to resume exactly; a sharded model's tensors are sharded too."""
         model = self.model.state_dict()
-        # Only now are they sharded for certain: a forward pass without a backward pass leaves them gathered.
+        # Only after state_dict are they surely sharded: a forward pass without a backward pass leaves them gathered.
         parameters = list(self.model.parameters())
         optimizer = self.optimizer.state_dict()
         shards = {
@@ -113,43 +113,43 @@ class TrainState:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a ``state_dict`` of whole tensors, on any device and any number of ranks.
+        """Resume from a ``state_dict`` of whole tensors, on any device and any number of ranks.
 
         Raises:
-            ValueError: the optimizer's state does not fit the parameters; fused optimizers would write beside them.
+            InputError: the optimizer's state does not fit the parameters.
         """
         for name, model in (("model", self.model), ("ema", self.ema)):
             if model is not None:
                 own = model.state_dict()
                 model.load_state_dict({key: shard_like(x, own[key]) for key, x in state[name].items()})
-        parameters = list(self.model.parameters())
-        _check_moments(state["optimizer"]["state"], parameters)
-        shards = {
-            index: {key: to_local(shard_like(x, parameters[index])) for key, x in tensors.items()}
-            for index, tensors in state["optimizer"]["state"].items()
-        }
-        self.optimizer.load_state_dict({**state["optimizer"], "state": shards})
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["lr"].to(self.step.device)
+        self._load_optimizer(state["optimizer"])
         for name in ("step", "skipped", "loss_sums", "received"):
             getattr(self, name).copy_(state[name])
 
-
-def _check_moments(moments: dict[int, dict[str, Tensor]], parameters: Sequence[Tensor]) -> None:
-    """A count of steps is one number; whatever else an optimizer keeps has its parameter's shape."""
-    if len(moments) > len(parameters):
-        raise ValueError(f"the optimizer's state is of {len(moments)} parameters, the model has {len(parameters)}")
-    for index, tensors in moments.items():
-        for name, x in tensors.items():
-            if x.ndim and x.shape != parameters[index].shape:
-                raise ValueError(
-                    f"the optimizer's {name} of parameter {index} has shape {tuple(x.shape)}, the parameter "
-                    f"{tuple(parameters[index].shape)}: take another checkpoint"
+    def _load_optimizer(self, state: dict[str, Any]) -> None:
+        """Copy into the existing tensors, which a recorded step goes on reading and writing."""
+        own = list(self.optimizer.state.values())
+        if len(own) != len(state["state"]):
+            raise InputError(f"the optimizer has {len(own)} parameters, the checkpoint {len(state['state'])}")
+        for parameter, target, saved in zip(self.model.parameters(), own, state["state"].values(), strict=True):
+            if target.keys() != saved.keys():
+                raise InputError(
+                    f"the optimizer has {sorted(target)} for each parameter, the checkpoint {sorted(saved)}"
                 )
+            for name, x in saved.items():
+                # A count of steps is one number; whatever else an optimizer keeps has its parameter's shape.
+                if x.ndim and x.shape != parameter.shape:
+                    raise InputError(
+                        f"the optimizer's {name} has shape {tuple(x.shape)} in the checkpoint, expected that of its "
+                        f"parameter, {tuple(parameter.shape)}: take another checkpoint"
+                    )
+                target[name].copy_(to_local(shard_like(x, parameter)))
+        for group, saved in zip(self.optimizer.param_groups, state["param_groups"], strict=True):
+            group["lr"].copy_(saved["lr"])
 
 
 def train_step(state: TrainState, batch: SemiBatch, *, use_memory: bool, use_pseudo: bool = True) -> Losses:
-    """Take one training step; nothing here waits for the device.
+    """Take one training step without waiting for the device.
 
     Where the loss or a gradient is not finite, weights, their average and the optimizer stay as they were, and the step
     counts as skipped.
@@ -157,7 +157,7 @@ def train_step(state: TrainState, batch: SemiBatch, *, use_memory: bool, use_pse
     Args:
         state: updated in place; the model's memory and BatchNorm statistics too.
         batch: as many labeled as unlabeled images.
-        use_memory: False during warm-up.
+        use_memory: whether warm-up is over.
         use_pseudo: whether the loss on pseudo labels counts.
 
     With several ranks, all must take the step; they skip it together.
@@ -179,10 +179,10 @@ def train_step(state: TrainState, batch: SemiBatch, *, use_memory: bool, use_pse
 
 @torch.no_grad()
 def _update(state: TrainState, own_losses: Tensor) -> Losses:
-    """Schedule, optimizer, average and counters, without a branch on what is finite; returns the ranks' mean losses."""
+    """Update weights, average and counters without a branch on what is finite; return the mean losses of all ranks."""
     gradients = [p.grad for p in state.model.parameters() if p.grad is not None]
     average_gradients(gradients)
-    # One all-reduce of a few numbers tells all ranks the same.
+    # One all-reduce of a few numbers, so that all ranks decide alike.
     norm = get_total_norm([to_local(gradient) for gradient in gradients])
     *mean_losses, mean_norm = all_reduce_mean(torch.cat([own_losses, norm[None]]))
     losses = Losses._make(mean_losses)
@@ -190,7 +190,7 @@ def _update(state: TrainState, own_losses: Tensor) -> Losses:
     lr = poly_lr(state.step, state.total_steps, state.config.lr)
     for group in state.optimizer.param_groups:
         group["lr"].copy_(lr * group["lr_scale"])
-    # The interface of gradient scalers: fused optimizers do nothing at all where this is 1.
+    # The interface of gradient scalers: fused optimizers skip the update where this is 1.
     state.optimizer.found_inf = finite.logical_not().float()  # type: ignore[attr-defined]
     updated = [x for group in state.optimizer.param_groups for x in group["params"]]
     for part, parameter in zip(updated, state.model.parameters(), strict=True):
@@ -216,7 +216,7 @@ def _move_average(average: Segmentor, model: Segmentor, weight: Tensor) -> None:
 def compute_losses(
     model: Segmentor, batch: SemiBatch, config: TrainConfig, *, use_memory: bool, use_pseudo: bool = True
 ) -> Losses:
-    """Forward pass of a method, arguments as ``train_step``'s; the model is in training mode afterwards."""
+    """Run the forward pass of a method, arguments as ``train_step``'s; the model is in training mode afterwards."""
     if config.method == "supervised":
         loss = _labeled_loss(model.train()(batch.image), batch.label, config)
         (loss,) = _weigh_ranks([loss], [batch.label], config)
@@ -235,7 +235,7 @@ def compute_losses(
 
 @torch.no_grad()
 def pseudo_pass(model: Segmentor, batch: SemiBatch, config: TrainConfig) -> tuple[Tensor, Tensor]:
-    """Logits (B, K, h, w) and pseudo labels (B, H, W) of the unlabeled images; the model is in eval mode afterwards."""
+    """Return logits (B, K, h, w) and pseudo labels (B, H, W) of the unlabeled images; leaves the model in eval mode."""
     class_logits = model.eval()(batch.unlabeled_image, kv_source=config.kv_source)
     size = (batch.unlabeled_image.shape[2], batch.unlabeled_image.shape[3])
     pseudo_label, _ = upsample_argmax(class_logits, size)
@@ -252,7 +252,7 @@ def _labeled_loss(logits: Tensor, label: Tensor, config: TrainConfig) -> Tensor:
 
 
 def _weigh_ranks(losses: list[Tensor], labels: list[Tensor], config: TrainConfig) -> list[Tensor]:
-    """Means over this rank's pixels, scaled so that their mean over ranks is the mean over the pixels of all ranks."""
+    """Scale means over this rank's pixels so that their mean over ranks is the mean over the pixels of all ranks."""
     if world_size() == 1 or config.loss_mean == "rank":
         return losses
     valid = torch.stack([(label != IGNORE_INDEX).sum() for label in labels]).float()
@@ -262,10 +262,10 @@ def _weigh_ranks(losses: list[Tensor], labels: list[Tensor], config: TrainConfig
 
 @torch.no_grad()
 def build_optimizer(model: Segmentor, config: TrainConfig) -> torch.optim.Optimizer:
-    """SGD with momentum 0.9 or AdamW: ``lr`` for the backbone, ``lr * lr_multi`` for the rest, decay on everything.
+    """Build SGD with momentum 0.9 or AdamW: ``lr`` for the backbone, ``lr * lr_multi`` for the rest, decay on all.
 
     Fused, because only fused optimizers read the learning rate, and whether to skip the step, on the device. Of a
-    sharded model it updates this rank's parts, as the plain tensors they are: fused SGD takes no others.
+    sharded model it updates this rank's shards as plain tensors: fused SGD takes no DTensors.
     """
     groups: list[dict[str, Any]] = [
         {"params": [to_local(x) for x in model.backbone.parameters()], "lr_scale": 1.0},
@@ -277,8 +277,8 @@ def build_optimizer(model: Segmentor, config: TrainConfig) -> torch.optim.Optimi
     else:
         optimizer = torch.optim.SGD(groups, lr=config.lr, momentum=0.9, weight_decay=config.weight_decay, fused=True)
     device = next(model.parameters()).device
-    # A first step that is skipped would leave SGD's momentum without a value. Shards are read into tensors that are
-    # there, so AdamW's are made here too, as its first step would make them.
+    # A first step that is skipped would leave SGD's momentum without a value, and checkpoints are copied into existing
+    # tensors.
     adamw = config.optimizer == "adamw"
     for x in (x for group in groups for x in group["params"]):
         moments = ("exp_avg", "exp_avg_sq") if adamw else ("momentum_buffer",)
@@ -290,9 +290,9 @@ def build_optimizer(model: Segmentor, config: TrainConfig) -> torch.optim.Optimi
 
 
 def poly_lr(step: Tensor, total_steps: int, base_lr: float) -> Tensor:
-    """Learning rate of a step under polynomial decay of power 0.9, float64.
+    """Return the learning rate of a step under polynomial decay of power 0.9, float64.
 
-    The public code sets the rate after each step, from that step's number: step i runs at the rate of i - 1, so the
-    first two share the base rate.
+    The reference implementation sets the rate after each step, from that step's number: step i runs at the rate of
+    i - 1, so the first two share the base rate.
     """
     return base_lr * (1 - (step - 1).clamp(min=0).double() / total_steps) ** 0.9

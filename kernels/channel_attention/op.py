@@ -100,7 +100,7 @@ def _expand_groups(group_mask: Tensor, columns: int) -> Tensor:
 
 def _implementation(key: Tensor, backend: str) -> ModuleType:
     """The module whose ``forward`` and ``backward`` run, decided inside the operators: tracing needs no device."""
-    if backend == "triton" or (backend == "auto" and prefers_triton("channel_attention", key)):
+    if backend == "triton" or (backend == "auto" and prefers_triton(key)):
         from allspark_fast.kernels.channel_attention import kernel  # noqa: PLC0415 triton is optional
 
         return kernel

@@ -1,13 +1,13 @@
 """Depthwise 3x3 convolution + GELU in Triton: each kernel reads and writes the tokens once.
 
     _depthwise_gelu_kernel            the output
-    _depthwise_gelu_backward_kernel   the gradient of what enters GELU, which is computed again, and those of weight and
-                                      bias in parts, one for each program
-    _depthwise_transposed_kernel      the gradient of the tokens, from that of what enters GELU
+    _depthwise_gelu_backward_kernel   the gradient of the convolved map, which is recomputed, and partial sums of those
+                                      of weight and bias, one for each program
+    _depthwise_transposed_kernel      the gradient of the tokens, from that of the convolved map
 
-A program has a tile of columns and channels and walks down the map. It loads each token three times, as a left
-neighbour, for itself and as a right one, of which the first comes from afar; rows above and below stay in registers.
-Every address is written by one program, and parts are added in a fixed order, so results are deterministic.
+A program has a tile of columns and channels and walks down the map. It loads each token three times, as left neighbor,
+center and right neighbor, of which only the first load misses the cache; rows above and below stay in registers. Every
+address is written by one program, and partial sums are added in a fixed order, so results are deterministic.
 """
 
 import torch
@@ -15,15 +15,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from allspark_fast.kernels.depthwise_gelu.configs import Tile
-
+# Rows, columns and channels of a program's tile, computed row by row. Hidden channels of Mix-FFNs are multiples
+# of 64; no target of tests/kernels/test_compile_targets.py spills registers at this size.
+_TILE = {"BLOCK_Y": 16, "BLOCK_X": 8, "BLOCK_C": 64}
 # Gradients of nine weights and of the bias.
 _PARTS = 10
 
 
 @triton.jit
 def _place(h, w, C, BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_C: tl.constexpr):
-    """What a program computes: its image, first row and the row behind the last, columns, channels."""
+    """Return what a program computes: its image, first row, the row after its last, columns and channels."""
     # Blocks of channels and of columns share the first axis, which alone may be long.
     blocks = tl.cdiv(C, BLOCK_C)
     i_c, i_x = tl.program_id(0) % blocks, tl.program_id(0) // blocks
@@ -35,7 +36,7 @@ def _place(h, w, C, BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_C: tl.co
 
 @triton.jit
 def _load_weights(weight, row, o_c, C):
-    """A row of the window, left to right, each [BC]."""
+    """Return a row of the window, left to right, each [BC]."""
     p_weight = weight + o_c.to(tl.int64) * 9 + 3 * row
     m_c = o_c < C
     b_0 = tl.load(p_weight, mask=m_c, other=0.0).to(tl.float32)
@@ -46,7 +47,7 @@ def _load_weights(weight, row, o_c, C):
 
 @triton.jit
 def _load_row(p_image, y, end, o_x, o_c, w, C):
-    """The left neighbours of the tokens of a row, these, and the right ones, [BX, BC]; rows from end are zero."""
+    """Return the left neighbors of the tokens of a row, these, and the right ones, [BX, BC]; 0 outside [0, end)."""
     p_row = p_image + y * w * C + (o_x.to(tl.int64)[:, None] * C + o_c[None, :])
     m_row = ((o_x < w) & (y >= 0) & (y < end))[:, None] & (o_c < C)[None, :]
     b_left = tl.load(p_row - C, mask=m_row & (o_x > 0)[:, None], other=0.0)
@@ -62,7 +63,7 @@ def _to_float(b_left, b_here, b_right):
 
 @triton.jit
 def _weigh(b_sum, b_left, b_here, b_right, b_w0, b_w1, b_w2):
-    """A sum, and what a row of tokens adds to it under a row of the window."""
+    """Add to a sum what a row of tokens gives under a row of the window."""
     b_sum += b_left * b_w0[None, :]
     b_sum += b_here * b_w1[None, :]
     return b_sum + b_right * b_w2[None, :]
@@ -70,10 +71,10 @@ def _weigh(b_sum, b_left, b_here, b_right, b_w0, b_w1, b_w2):
 
 @triton.jit
 def _normal_tail(b_x):
-    """The normal distribution's tail beyond |x|, erfc(|x| / √2) / 2, whose logarithm is nearly a parabola.
+    """Return the tail of the normal distribution beyond |x|, erfc(|x| / √2) / 2; its logarithm is nearly a parabola.
 
-    The polynomial is a weighted minimax fit on [0, 6.5], beyond which the tail is below 1e-10. GELU by it is off by
-    2.5e-7 at most, torch's float32 by 3.7e-7, and erf takes three times as many instructions.
+    The polynomial is a weighted minimax fit on [0, 6.5], beyond which the tail is below 1e-10. The error of GELU
+    is 2.5e-7 at most, that of torch in float32 3.7e-7; erf takes three times as many instructions.
     """
     b_a = tl.abs(b_x)
     b_log2 = -2.33494893e-6 * b_a + 3.37378151e-5
@@ -113,7 +114,7 @@ def _convolve(
     BLOCK_X: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """With bias and GELU, or transposed and without."""
+    """Convolve, with bias and GELU; or transposed, without."""
     i_b, first, last, o_x, o_c = _place(h, w, C, BLOCK_Y, BLOCK_X, BLOCK_C)
     b_bias = tl.zeros([BLOCK_X, BLOCK_C], tl.float32)
     if TRANSPOSED:
@@ -128,7 +129,7 @@ def _convolve(
     p_image = tokens + i_b * h * w * C
     p_result = result + i_b * h * w * C + (o_x.to(tl.int64)[:, None] * C + o_c[None, :])
     m_result = (o_x < w)[:, None] & (o_c < C)[None, :]
-    # A row of tokens takes part in three rows of the result, of which two sums are under way.
+    # A row of tokens contributes to three rows of the result; the sums of two are in flight.
     end = tl.minimum(last + 1, h)
     b_left, b_here, b_right = _load_row(p_image, first - 1, end, o_x, o_c, w, C)
     b_0, b_1, b_2 = _to_float(b_left, b_here, b_right)
@@ -140,7 +141,7 @@ def _convolve(
     b_left, b_here, b_right = _load_row(p_image, first + 1, end, o_x, o_c, w, C)
     for y in range(first, last):
         b_0, b_1, b_2 = _to_float(b_left, b_here, b_right)
-        # On its way while this one is computed.
+        # Prefetch: the load overlaps with the arithmetic on this row.
         b_left, b_here, b_right = _load_row(p_image, y + 2, end, o_x, o_c, w, C)
         b_sum = _weigh(b_sum, b_0, b_1, b_2, b_w20, b_w21, b_w22)
         if not TRANSPOSED:
@@ -183,7 +184,7 @@ def _depthwise_transposed_kernel(
 
 @triton.jit
 def _store_sums(p_parts, b_0, b_1, b_2, m_c, C):
-    """Sums over columns, for a row of the window."""
+    """Store sums over columns, for a row of the window."""
     tl.store(p_parts, tl.sum(b_0, 0), mask=m_c)
     tl.store(p_parts + C, tl.sum(b_1, 0), mask=m_c)
     tl.store(p_parts + 2 * C, tl.sum(b_2, 0), mask=m_c)
@@ -226,7 +227,7 @@ def _depthwise_gelu_backward_kernel(
     for y in range(first, last):
         b_20, b_21, b_22 = _to_float(b_left, b_here, b_right)
         b_d = b_grad.to(tl.float32)
-        # On their way while this row is computed.
+        # Prefetch: the loads overlap with the arithmetic on this row.
         b_left, b_here, b_right = _load_row(p_image, y + 2, end, o_x, o_c, w, C)
         b_grad = tl.load(grad + (y + 1) * w * C + o_image, mask=m_image & (y + 1 < last), other=0.0)
         b_x = _weigh(b_bias, b_00, b_01, b_02, b_w00, b_w01, b_w02)
@@ -255,34 +256,34 @@ def _depthwise_gelu_backward_kernel(
     tl.store(p_parts + 9 * C, tl.sum(b_g, 0), mask=m_c)
 
 
-def forward(tokens: Tensor, weight: Tensor, bias: Tensor, size: tuple[int, int], tile: Tile) -> Tensor:
-    """As in ``reference``, for float16, bfloat16 and float32, with the weights as they are."""
+def forward(tokens: Tensor, weight: Tensor, bias: Tensor, size: tuple[int, int]) -> Tensor:
+    """Compute ``reference.forward`` for float16, bfloat16 and float32, with the weights in any of them."""
     output = torch.empty(tokens.shape, dtype=tokens.dtype, device=tokens.device)
     if output.numel():
-        _depthwise_gelu_kernel[_grid(output, size, tile)](
+        _depthwise_gelu_kernel[_grid(output, size)](
             tokens.contiguous(),
             weight.contiguous(),
             bias.contiguous(),
             output,
             *size,
             output.shape[2],
-            **tile.options(),
+            **_TILE,
         )
     return output
 
 
 def backward(
-    grad: Tensor, tokens: Tensor, weight: Tensor, bias: Tensor, size: tuple[int, int], tile: Tile
+    grad: Tensor, tokens: Tensor, weight: Tensor, bias: Tensor, size: tuple[int, int]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As in ``reference``, for float16, bfloat16 and float32, with the weights as they are."""
-    batch, _, channels = tokens.shape
+    """Compute ``reference.backward`` for float16, bfloat16 and float32, with the weights in any of them."""
+    channels = tokens.shape[2]
     grad_convolved = torch.empty(tokens.shape, dtype=tokens.dtype, device=tokens.device)
     grad_tokens = torch.empty_like(grad_convolved)
     if not grad_tokens.numel():
         return grad_tokens, torch.zeros_like(weight), torch.zeros_like(bias)
-    blocks = batch * triton.cdiv(size[0], tile.rows) * triton.cdiv(size[1], tile.pixels)
+    grid = _grid(tokens, size)
+    blocks = grid[2] * grid[1] * triton.cdiv(size[1], _TILE["BLOCK_X"])
     parts = torch.empty((blocks, _PARTS, channels), dtype=torch.float32, device=tokens.device)
-    grid = _grid(tokens, size, tile)
     weight = weight.contiguous()
     _depthwise_gelu_backward_kernel[grid](
         tokens.contiguous(),
@@ -293,16 +294,14 @@ def backward(
         parts,
         *size,
         channels,
-        **tile.options(),
+        **_TILE,
     )
-    _depthwise_transposed_kernel[grid](grad_convolved, weight, grad_tokens, *size, channels, **tile.options())
+    _depthwise_transposed_kernel[grid](grad_convolved, weight, grad_tokens, *size, channels, **_TILE)
     sums = parts.sum(0)
     grad_weight = sums[:-1].mT.contiguous().view(weight.shape).to(weight.dtype)
-    return grad_tokens, grad_weight, sums[-1].to(bias.dtype)
+    return grad_tokens, grad_weight, sums[-1].to(bias.dtype, copy=True)
 
 
-def _grid(tokens: Tensor, size: tuple[int, int], tile: Tile) -> tuple[int, int, int]:
-    batch, _, channels = tokens.shape
-    height, width = size
-    tiles = triton.cdiv(channels, tile.channels) * triton.cdiv(width, tile.pixels)
-    return tiles, triton.cdiv(height, tile.rows), batch
+def _grid(tokens: Tensor, size: tuple[int, int]) -> tuple[int, int, int]:
+    tiles = triton.cdiv(tokens.shape[2], _TILE["BLOCK_C"]) * triton.cdiv(size[1], _TILE["BLOCK_X"])
+    return tiles, triton.cdiv(size[0], _TILE["BLOCK_Y"]), tokens.shape[0]

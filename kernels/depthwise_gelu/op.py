@@ -1,6 +1,6 @@
 """Public function and registration of the depthwise convolution + GELU."""
 
-from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -8,16 +8,14 @@ from torch import Tensor
 
 from allspark_fast.kernels.arguments import FLOATING, check_shape, check_size, check_tensor
 from allspark_fast.kernels.depthwise_gelu import reference
-from allspark_fast.kernels.depthwise_gelu.configs import BACKWARD_TILES, FORWARD_TILES, Choice, Tile
 from allspark_fast.kernels.triton_support import prefers_triton
-from allspark_fast.kernels.tuning import fastest
 
 
 def depthwise_gelu(tokens: Tensor, weight: Tensor, bias: Tensor, size: tuple[int, int]) -> Tensor:
-    """GELU of a depthwise 3x3 convolution of tokens: the inside of a Mix-FFN (SegFormer eq. 3).
+    """Apply a depthwise 3x3 convolution and GELU to tokens: the inside of a Mix-FFN (SegFormer eq. 3).
 
-    Each channel of the map is convolved by itself, padded with zeros; GELU is the exact one, by erf. Only the arguments
-    are kept for backward.
+    Every channel of the map is convolved separately, padded with zeros; GELU is the exact one, by erf. Only the
+    arguments are saved for backward.
 
     Args:
         tokens: (B, h·w, C), row by row, any float dtype and strides.
@@ -26,12 +24,12 @@ def depthwise_gelu(tokens: Tensor, weight: Tensor, bias: Tensor, size: tuple[int
         size: (h, w) of the map, in tokens.
 
     Returns:
-        (B, h·w, C), contiguous, of tokens' dtype. The Triton kernels take weights as they are, compute in float32 and
+        (B, h·w, C), contiguous, of tokens' dtype. The Triton kernels compute in float32 with unrounded weights and
         round once; torch's operations, elsewhere, compute in tokens' dtype.
 
     Raises:
-        TypeError: an argument is no float tensor, or ``size`` no pair of integers.
-        ValueError: shapes do not fit, or the devices differ.
+        TypeError: an argument is not a float tensor, or ``size`` not a pair of integers.
+        ValueError: a shape does not match the others, or the devices differ.
     """
     check_tensor("tokens", tokens, "(B, h·w, C)", FLOATING)
     check_size("size", size)
@@ -44,36 +42,19 @@ def depthwise_gelu(tokens: Tensor, weight: Tensor, bias: Tensor, size: tuple[int
     return _depthwise_gelu(tokens, weight, bias, list(size))
 
 
-def _run(
-    direction: str, tiles: Sequence[Tile], tokens: Tensor, weight: Tensor, bias: Tensor, size: list[int], *grad: Tensor
-) -> Any:
-    """Forward or backward, by what is fastest on the device; decided inside the operators: tracing needs no device."""
-    arguments = (*grad, tokens, weight, bias, (size[0], size[1]))
-    if not prefers_triton("depthwise_gelu", tokens):
-        return getattr(reference, direction)(*arguments)
-    from allspark_fast.kernels.depthwise_gelu import kernel  # noqa: PLC0415 triton is optional
+def _implementation(tokens: Tensor) -> ModuleType:
+    """Choose the module that runs, inside the operators: tracing needs no device."""
+    if prefers_triton(tokens):
+        from allspark_fast.kernels.depthwise_gelu import kernel  # noqa: PLC0415 triton is optional
 
-    def run(choice: Choice) -> Any:
-        if choice == "torch":
-            return getattr(reference, direction)(*arguments)
-        return getattr(kernel, direction)(*arguments, choice)
-
-    return run(_select(direction, tokens, size, [*tiles, "torch"], run))
-
-
-def _select(
-    direction: str, tokens: Tensor, size: list[int], choices: Sequence[Choice], run: Callable[[Choice], object]
-) -> Choice:
-    """The fastest for maps of about this size: pixels of the batch, width and channels up to the next power of two."""
-    sizes = (("pixels", tokens.shape[0] * tokens.shape[1]), ("w", size[1]), ("C", tokens.shape[2]))
-    text = ", ".join(f"{name}<2^{x.bit_length()}" for name, x in sizes)
-    return fastest(f"depthwise_gelu {direction}, {tokens.dtype}, {text}", choices, run, tokens.device)
+        return kernel
+    return reference
 
 
 @torch.library.custom_op("allspark_fast::depthwise_gelu", mutates_args=())
 def _depthwise_gelu(tokens: Tensor, weight: Tensor, bias: Tensor, size: list[int]) -> Tensor:
     with torch.autocast(tokens.device.type, enabled=False), torch.cuda.device_of(tokens):
-        return _run("forward", FORWARD_TILES, tokens, weight, bias, size)
+        return _implementation(tokens).forward(tokens, weight, bias, (size[0], size[1]))
 
 
 @_depthwise_gelu.register_fake
@@ -85,9 +66,9 @@ def _(tokens: Tensor, weight: Tensor, bias: Tensor, size: list[int]) -> Tensor:
 def _depthwise_gelu_backward(
     grad: Tensor, tokens: Tensor, weight: Tensor, bias: Tensor, size: list[int]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of tokens, weight and bias."""
+    """Return the gradients of tokens, weight and bias."""
     with torch.autocast(tokens.device.type, enabled=False), torch.cuda.device_of(tokens):
-        return _run("backward", BACKWARD_TILES, tokens, weight, bias, size, grad)
+        return _implementation(tokens).backward(grad, tokens, weight, bias, (size[0], size[1]))
 
 
 @_depthwise_gelu_backward.register_fake

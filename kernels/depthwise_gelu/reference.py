@@ -1,4 +1,7 @@
-"""Depthwise 3x3 convolution, then GELU, by torch's own operations on tokens seen as a channels-last map."""
+"""Depthwise 3x3 convolution, then GELU, by torch's operations on the tokens as a channels-last map.
+
+The oracle of the Triton kernels, and what runs where they do not.
+"""
 
 import torch
 from torch import Tensor
@@ -6,8 +9,8 @@ from torch.nn import functional as F
 
 
 def forward(tokens: Tensor, weight: Tensor, bias: Tensor, size: tuple[int, int]) -> Tensor:
-    """Tokens (B, h·w, C), weight (C, 1, 3, 3), bias (C,), size (h, w) -> (B, h·w, C), contiguous, in tokens' dtype."""
-    if tokens.numel() == 0:  # which convolutions refuse
+    """Map tokens (B, h·w, C), weight (C, 1, 3, 3), bias (C,) to (B, h·w, C), contiguous, in tokens' dtype."""
+    if tokens.numel() == 0:  # convolutions refuse empty tensors
         return tokens.new_empty(tokens.shape)
     return _to_tokens(F.gelu(_convolved(tokens, weight, bias, size)))
 
@@ -15,7 +18,7 @@ def forward(tokens: Tensor, weight: Tensor, bias: Tensor, size: tuple[int, int])
 def backward(
     grad: Tensor, tokens: Tensor, weight: Tensor, bias: Tensor, size: tuple[int, int]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of tokens, weight and bias, contiguous, in their dtypes; what enters GELU is computed again."""
+    """Return the gradients of tokens, weight and bias, contiguous, in their dtypes; the convolved map is recomputed."""
     if tokens.numel() == 0:
         return tokens.new_empty(tokens.shape), weight.new_zeros(weight.shape), bias.new_zeros(bias.shape)
     channels = tokens.shape[2]

@@ -1,12 +1,12 @@
 """Channel semantic grouping and the memory's enqueue in Triton.
 
-Grouping is a product of class maps and features with an argmax in the epilogue. The enqueue is two launches, so that
-nothing depends on the order in which programs run:
+Grouping is a product of class maps and features with an argmax in the epilogue. The enqueue takes two launches, so that
+the result does not depend on the order in which programs run:
 
-    _route_kernel   one program for each class: which channel falls into which of its slots, and the new pointer
-    _write_kernel   one program for each tile of slots and tokens: fetches those channels
+    _route_kernel   one program for each class: the channel for each of its slots, and the new pointer
+    _write_kernel   one program for each tile of slots and tokens: copies those channels
 
-Slots are the fast axis of both the memory as stored, [N, K, S], and of a tile, so whole rows of slots are written.
+Slots are the fastest axis of the memory as stored, [N, K, S], and of a tile, so writes are coalesced.
 """
 
 import torch
@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# More classes at a time spill registers.
+# More classes a tile spill registers.
 _GROUPING_CLASSES = 32
 _GROUPING_CHANNELS = 32
 _GROUPING_TOKENS = 16
@@ -28,7 +28,7 @@ def _grouping_kernel(
     features,  # (B, N, C)
     class_map,  # (B, K, N)
     channel_class,  # (B, C) int64
-    finite,  # (B, tiles) bool: whether all that a program read is finite
+    finite,  # (B, tiles) bool: whether all inputs of a program are finite
     N,
     C,
     K,
@@ -81,7 +81,7 @@ def _grouping_kernel(
 def _route_kernel(
     channel_class,  # (E,), channels of all images in order
     queue_ptr,  # (K,) int64
-    source,  # (K, S) int32, filled with -1: the channel that falls into a slot
+    source,  # (K, S) int32, filled with -1: the channel for a slot
     E,
     S,
     stride_ptr,
@@ -92,7 +92,7 @@ def _route_kernel(
     for e in range(0, E, BLOCK_E):
         o_e = e + tl.arange(0, BLOCK_E)
         arrivals += tl.sum((tl.load(channel_class + o_e, mask=o_e < E, other=-1) == i_k).to(tl.int32), 0)
-    # A pointer that lies beside the memory must not write there; the remainder of a negative one is negative.
+    # A pointer outside [0, S) must not write there; the remainder of a negative one is negative.
     first = (tl.load(queue_ptr + i_k * stride_ptr) % S + S) % S
     rank_before = 0
     for e in range(0, E, BLOCK_E):
@@ -135,7 +135,7 @@ def _write_kernel(
 
 
 def channel_semantic_grouping(features: Tensor, class_map: Tensor) -> Tensor:
-    """As in ``reference``, for float16, bfloat16 and float32."""
+    """Compute ``reference.channel_semantic_grouping`` for float16, bfloat16 and float32."""
     batch, tokens, channels = features.shape
     classes = class_map.shape[1]
     tiles = triton.cdiv(channels, _GROUPING_CHANNELS)
@@ -161,7 +161,7 @@ def channel_semantic_grouping(features: Tensor, class_map: Tensor) -> Tensor:
 
 
 def semantic_memory_enqueue(queue: Tensor, queue_ptr: Tensor, features: Tensor, channel_class: Tensor) -> None:
-    """As in ``reference``, for float16, bfloat16 and float32."""
+    """Compute ``reference.semantic_memory_enqueue`` for float16, bfloat16 and float32."""
     classes, slots, tokens = queue.shape
     channels = features.shape[2]
     if features.numel() == 0 or classes == 0:

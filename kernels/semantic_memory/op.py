@@ -11,7 +11,7 @@ from allspark_fast.kernels.triton_support import prefers_triton
 
 
 def channel_semantic_grouping(features: Tensor, class_map: Tensor) -> Tensor:
-    """Assign every channel to the class whose map it resembles most (AllSpark, "Channel Semantic Grouping").
+    """Assign every channel to the class of the most similar map (AllSpark, "Channel Semantic Grouping").
 
     Args:
         features: (B, N, C), any float dtype and strides.
@@ -19,11 +19,11 @@ def channel_semantic_grouping(features: Tensor, class_map: Tensor) -> Tensor:
 
     Returns:
         (B, C) int64 classes in [0, K): argmax of the cosine similarity over tokens, computed in float32. All channels
-        of an image with a number that is not finite get -1, which the enqueue skips. No gradient flows.
+        of an image with a non-finite number get -1, which the enqueue skips. No gradient flows.
 
     Raises:
-        TypeError: an argument is no tensor or no float tensor.
-        ValueError: shapes do not fit, or the devices differ.
+        TypeError: an argument is not a float tensor.
+        ValueError: a shape does not match the others, or the devices differ.
     """
     check_tensor("features", features, "(B, N, C)", FLOATING)
     batch, tokens, _ = features.shape
@@ -34,22 +34,23 @@ def channel_semantic_grouping(features: Tensor, class_map: Tensor) -> Tensor:
 
 
 def semantic_memory_enqueue(queue: Tensor, queue_ptr: Tensor, features: Tensor, channel_class: Tensor) -> None:
-    """Put every channel into the ring buffer of its class, in place (AllSpark, "Semantic Memory").
+    """Write every channel into the ring buffer of its class, in place (AllSpark, "Semantic Memory").
 
     The result is that of a loop over images, then channels: a class that receives more than S channels keeps the last
-    S. It is deterministic, and nothing waits for the device.
+    S. It is deterministic, without a host sync.
 
     Args:
         queue: (K, S, N) ring buffers, any float dtype and strides; features are cast to its dtype.
         queue_ptr: (K,) int64, the slot that each class writes next, in [0, S).
-        features: (B, N, C), any float dtype and strides; stored as they are. What is not finite stays out of the
-            memory by its class: the grouping gives such images -1.
+        features: (B, N, C), any float dtype and strides; stored as they are. Non-finite features are kept out of
+            the memory by their class: the grouping gives such images -1.
         channel_class: (B, C) int64; channels with a class outside [0, K) are skipped.
 
     Raises:
-        TypeError: an argument is no tensor or has another dtype.
-        ValueError: shapes do not fit, the devices differ, entries of the queue or of its pointers share memory, or, on
-            the CPU, a pointer is wrong. A GPU, which would have to be waited for, takes a wrong one modulo S.
+        TypeError: an argument is not a tensor or has another dtype.
+        ValueError: a shape does not match the others, the devices differ, entries of ``queue`` or ``queue_ptr`` share
+            memory, or, on the CPU, a pointer is outside [0, S). On a GPU, where the check would wait for the device,
+            such a pointer is taken modulo S.
     """
     check_tensor("queue", queue, "(K, S, N)", FLOATING)
     check_not_empty("queue", queue, {"K": 0, "S": 1, "N": 2})
@@ -68,7 +69,7 @@ def semantic_memory_enqueue(queue: Tensor, queue_ptr: Tensor, features: Tensor, 
 
 
 def _check_no_overlap(name: str, value: Tensor) -> None:
-    """Each stride must step over all that the smaller ones reach."""
+    """Check that each stride steps over all that the smaller ones reach."""
     reach = 1
     for stride, side in sorted(
         (stride, side) for stride, side in zip(value.stride(), value.shape, strict=True) if side > 1
@@ -86,9 +87,9 @@ def _check_pointers(queue_ptr: Tensor, slots: int) -> None:
         raise ValueError(f"queue_ptr holds {wrong[0].item()}, expected slots in [0, {slots})")
 
 
-def _implementation(op: str, *tensors: Tensor) -> ModuleType:
-    """The module that runs, decided inside the operators: tracing needs no device."""
-    if all(prefers_triton(op, x) for x in tensors):
+def _implementation(*tensors: Tensor) -> ModuleType:
+    """Choose the module that runs, inside the operators: tracing needs no device."""
+    if prefers_triton(*tensors):
         from allspark_fast.kernels.semantic_memory import kernel  # noqa: PLC0415 triton is optional
 
         return kernel
@@ -98,8 +99,7 @@ def _implementation(op: str, *tensors: Tensor) -> ModuleType:
 @torch.library.custom_op("allspark_fast::channel_semantic_grouping", mutates_args=())
 def _channel_semantic_grouping(features: Tensor, class_map: Tensor) -> Tensor:
     with torch.autocast(features.device.type, enabled=False), torch.cuda.device_of(features):
-        implementation = _implementation("channel_semantic_grouping", features, class_map)
-        return implementation.channel_semantic_grouping(features, class_map)
+        return _implementation(features, class_map).channel_semantic_grouping(features, class_map)
 
 
 @_channel_semantic_grouping.register_fake
@@ -112,8 +112,7 @@ def _semantic_memory_enqueue(queue: Tensor, queue_ptr: Tensor, features: Tensor,
     if queue.device.type == "cpu":
         _check_pointers(queue_ptr, queue.shape[1])
     with torch.cuda.device_of(queue):
-        implementation = _implementation("semantic_memory_enqueue", queue, features)
-        implementation.semantic_memory_enqueue(queue, queue_ptr, features, channel_class)
+        _implementation(queue, features).semantic_memory_enqueue(queue, queue_ptr, features, channel_class)
 
 
 @_semantic_memory_enqueue.register_fake

@@ -1,4 +1,4 @@
-"""Grouping and enqueue as the paper tells them, one image and one channel at a time: the oracle of the other forms."""
+"""Grouping and enqueue as in the paper, one image and one channel at a time: the oracle of the faster versions."""
 
 import torch
 from torch import Tensor
@@ -6,14 +6,14 @@ from torch.nn.functional import normalize
 
 
 def channel_semantic_grouping(features: Tensor, class_map: Tensor) -> Tensor:
-    """The class most similar to every channel, by cosine similarity over tokens.
+    """Return the class most similar to every channel, by cosine similarity over tokens.
 
     Args:
         features: (B, N, C).
         class_map: (B, K, N).
 
     Returns:
-        (B, C) int64; -1 for all channels of an image in which anything is not finite.
+        (B, C) int64; -1 for all channels of an image with a non-finite feature or score.
     """
     batch, _, channels = features.shape
     channel_class = torch.full((batch, channels), -1, device=features.device)

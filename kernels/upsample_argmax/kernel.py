@@ -58,7 +58,7 @@ def _argmax_kernel(
 
 
 def upsample_argmax(logits: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """As in ``reference``, for float16, bfloat16 and float32."""
+    """Compute ``reference.upsample_argmax`` for float16, bfloat16 and float32."""
     batch, classes, height, width = logits.shape
     labels = torch.empty((batch, *size), dtype=torch.int64, device=logits.device)
     confidence = torch.empty(labels.shape, dtype=torch.float32, device=logits.device)

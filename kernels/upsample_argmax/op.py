@@ -11,7 +11,7 @@ from allspark_fast.kernels.upsample_argmax import chunked
 
 
 def upsample_argmax(logits: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Hard labels of logits that are first upsampled bilinearly (align_corners=False).
+    """Label every pixel by logits that are first upsampled bilinearly (align_corners=False).
 
     Args:
         logits: (B, K, h, w), any float dtype and strides; half precision is computed in float32.
@@ -23,7 +23,7 @@ def upsample_argmax(logits: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tens
         and a NaN confidence.
 
     Raises:
-        TypeError: ``logits`` is no float tensor, or ``size`` no pair of integers.
+        TypeError: ``logits`` is not a float tensor, or ``size`` not a pair of integers.
         ValueError: a shape or size is wrong.
     """
     check_tensor("logits", logits, "(B, K, h, w)", FLOATING)
@@ -33,8 +33,8 @@ def upsample_argmax(logits: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tens
 
 
 def _implementation(logits: Tensor) -> ModuleType:
-    """The module that runs, decided inside the operator: tracing needs no device."""
-    if prefers_triton("upsample_argmax", logits):
+    """Choose the module that runs, inside the operator: tracing needs no device."""
+    if prefers_triton(logits):
         from allspark_fast.kernels.upsample_argmax import kernel  # noqa: PLC0415 triton is optional
 
         return kernel

@@ -1,4 +1,4 @@
-"""Upsample, then cross-entropy, in bands of output rows: full-resolution logits never exist, forward or backward."""
+"""Upsample, then cross-entropy, in bands of output rows: logits of the full resolution are never stored."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,7 @@ from allspark_fast.kernels.bilinear import UpsampledBands
 
 
 def forward(logits: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
-    """As in ``reference``, for logits of any dtype and strides; the log-sum-exp (B, H, W) of every pixel as well."""
+    """Compute ``reference.forward`` for logits of any dtype and strides, and every pixel's log-sum-exp (B, H, W)."""
     bands = UpsampledBands(logits, (target.shape[1], target.shape[2]))
     loss = torch.empty(target.shape, dtype=bands.dtype, device=target.device)
     lse = torch.empty_like(loss)
@@ -25,7 +25,7 @@ def forward(logits: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, 
 
 
 def backward(grad: Tensor, logits: Tensor, target: Tensor, lse: Tensor, ignore_index: int) -> Tensor:
-    """As in ``reference``, given the log-sum-exp; the result has dtype and strides of the logits."""
+    """Return the gradient of the logits, in their dtype and strides, given that of every pixel's loss and the LSE."""
     bands = UpsampledBands(logits, (target.shape[1], target.shape[2]))
     grad_logits = torch.empty_like(logits)
     grad_image = logits.new_empty((*logits.shape[2:], logits.shape[1]), dtype=bands.dtype)

@@ -1,9 +1,9 @@
 """Upsampling + cross-entropy in Triton: one pass over the classes of every output pixel, and a gather backward.
 
     _cross_entropy_kernel            pixels of an output row: loss and log-sum-exp, by an online softmax
-    _cross_entropy_backward_kernel   cells of a source row: sums over the output pixels that they are part of
+    _cross_entropy_backward_kernel   cells of a source row: sums over the output pixels that they contribute to
 
-The softmax of a pixel follows from its log-sum-exp. Every address is written by one program, so results are
+Backward computes the softmax of a pixel from its log-sum-exp. Every address is written by one program, so results are
 deterministic.
 """
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from allspark_fast.kernels.bilinear_triton import first_output, linear_taps, load_between, load_upsampled
 
-# Larger tiles spill: addresses take 64 bits.
+# Larger tiles spill registers: addresses take 64 bits.
 _PIXELS = 64
 _CELLS = 32
 _CLASSES = 8
@@ -61,7 +61,7 @@ def _cross_entropy_kernel(
         b_maximum = b_new
     b_lse = b_maximum + tl.log(b_sum)
     m_ignored = b_target == ignore_index
-    # Nothing here can raise: a target that is no class shows as NaN, also in the gradient.
+    # A kernel cannot raise: a target that is no class gives NaN, also in the gradient.
     b_lse = tl.where(m_ignored | ((b_target >= 0) & (b_target < K)), b_lse, float("nan"))
     tl.store(lse + o_pixel, b_lse, mask=m_x)
     tl.store(loss + o_pixel, tl.where(m_ignored, 0.0, b_lse - b_logit), mask=m_x)
@@ -105,7 +105,7 @@ def _cross_entropy_backward_kernel(
     p_here = p_classes + o_x[:, None] * stride_w
     p_right = p_classes + tl.minimum(o_x + 1, w - 1)[:, None] * stride_w
     o_first, o_last = first_output(o_x, w, W), first_output(o_x + 2, w, W)
-    # Where the first pixel lies behind the cell on the left, in units of 1 / 2W; each further one is 2w away.
+    # Distance of the first pixel from the cell to the left, in units of 1 / 2W; the next pixels are 2w apart.
     b_first = ((2 * o_first + 1) * w - W - (o_x - 1) * 2 * W).to(tl.int32)
     o_first, o_last = o_first.to(tl.int32), o_last.to(tl.int32)
     b_least = tl.where(o_x == 0, 2 * W, 0)
@@ -141,7 +141,7 @@ def _cross_entropy_backward_kernel(
 
 
 def forward(logits: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
-    """As in ``chunked``, for float16, bfloat16 and float32; a target that is no class gives NaN."""
+    """Compute ``chunked.forward`` for float16, bfloat16 and float32; a target that is no class gives NaN."""
     batch, classes, height, width = logits.shape
     loss = torch.empty(target.shape, dtype=torch.float32, device=logits.device)
     lse = torch.empty_like(loss)
@@ -164,7 +164,7 @@ def forward(logits: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, 
 
 
 def backward(grad: Tensor, logits: Tensor, target: Tensor, lse: Tensor, ignore_index: int) -> Tensor:
-    """As in ``chunked``, for float16, bfloat16 and float32."""
+    """Compute ``chunked.backward`` for float16, bfloat16 and float32."""
     batch, classes, height, width = logits.shape
     grad_logits = torch.empty_like(logits)
     blocks = triton.cdiv(width, _CELLS) * triton.cdiv(classes, _CLASSES)

@@ -31,9 +31,9 @@ def upsample_cross_entropy(
     ohem_threshold: float | None = None,
     ohem_min_kept: int = 0,
 ) -> Tensor:
-    """Cross-entropy of logits that are first upsampled bilinearly (align_corners=False) to the target's size.
+    """Return the cross-entropy of logits that are first upsampled bilinearly (align_corners=False) to the target size.
 
-    With ``ohem_threshold``, hard examples are mined by the rule of the public code's OHEM loss: of all valid pixels,
+    With ``ohem_threshold``, hard examples are mined by the rule of the reference implementation: of all valid pixels,
     only those whose target probability is at most the threshold count, and at least the ``ohem_min_kept`` hardest; if
     fewer pixels than that are valid, or ``ohem_min_kept`` is 0, all count.
 
@@ -47,13 +47,13 @@ def upsample_cross_entropy(
 
     Returns:
         the loss, of shape (), or (B, H, W) for ``none`` with 0 at pixels that do not count; float32 (float64 for
-        float64 logits). If no pixel counts, ``mean`` is 0 with zero gradients. Logits that are not finite give a loss
-        that is not finite.
+        float64 logits). If no pixel counts, ``mean`` is 0 with zero gradients. Non-finite logits give a non-finite
+        loss.
 
     Raises:
-        TypeError: an argument is no tensor or has another dtype.
-        ValueError: a shape, device, option or, on the CPU, a target is wrong. On a GPU, where looking at it would wait
-            for the device, a wrong target gives a NaN loss; float64 stops the process by a device assertion.
+        TypeError: an argument is not a tensor or has another dtype.
+        ValueError: a shape, device, option or, on the CPU, a class of ``target`` is invalid. On a GPU, where the check
+            would wait for the device, such a class gives a NaN loss (float64: a device-side assertion).
     """
     check_integer("ignore_index", ignore_index)
     _check_arguments(logits, target, reduction, ohem_threshold, ohem_min_kept)
@@ -68,11 +68,11 @@ def upsample_cross_entropy(
 
 
 def _hard_examples(loss: Tensor, valid: Tensor, threshold: float, min_kept: int) -> Tensor:
-    """Mask of the valid pixels that count; a pixel's target probability is exp(-loss)."""
+    """Return the mask of the valid pixels that count; a pixel's target probability is exp(-loss)."""
     if min_kept == 0 or loss.numel() == 0:
         return valid
     probability = torch.exp(-loss).masked_fill(~valid, 1)
-    # Not kthvalue, which torch.use_deterministic_algorithms refuses on a GPU for the index that it gives too.
+    # Not kthvalue, whose index makes torch.use_deterministic_algorithms refuse it on a GPU.
     kth_smallest = probability.flatten().sort().values[min(min_kept, probability.numel()) - 1]
     mined = valid & (probability <= kth_smallest.clamp(min=threshold))
     return mined | (valid & (valid.sum() < min_kept))
@@ -104,8 +104,8 @@ def _check_classes(target: Tensor, classes: int, ignore_index: int) -> None:
 
 
 def _implementation(logits: Tensor) -> ModuleType:
-    """The module that runs, decided inside the operators: tracing needs no device."""
-    if prefers_triton("upsample_cross_entropy", logits):
+    """Choose the module that runs, inside the operators: tracing needs no device."""
+    if prefers_triton(logits):
         from allspark_fast.kernels.upsample_cross_entropy import kernel  # noqa: PLC0415 triton is optional
 
         return kernel
@@ -114,7 +114,7 @@ def _implementation(logits: Tensor) -> ModuleType:
 
 @torch.library.custom_op("allspark_fast::upsample_cross_entropy", mutates_args=())
 def _upsample_cross_entropy(logits: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
-    """Loss and log-sum-exp of every pixel."""
+    """Return loss and log-sum-exp of every pixel."""
     if target.device.type == "cpu":
         _check_classes(target, logits.shape[1], ignore_index)
     with torch.cuda.device_of(logits):

@@ -1,12 +1,11 @@
-"""Upsample, then cross-entropy, with the full-resolution logits in memory; nothing of them is kept for backward."""
+"""Upsample, then cross-entropy, with logits of the full resolution in memory."""
 
-import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, interpolate
 
 
 def forward(logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
-    """Cross-entropy of every pixel.
+    """Return the cross-entropy of every pixel.
 
     Args:
         logits: (B, K, h, w).
@@ -18,25 +17,3 @@ def forward(logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
     """
     full = interpolate(logits, target.shape[1:], mode="bilinear", align_corners=False)
     return cross_entropy(full, target, ignore_index=ignore_index, reduction="none")
-
-
-def backward(grad: Tensor, logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
-    """Gradient of ``forward`` with respect to the logits: upsampled softmax minus one-hot, resized back.
-
-    Args:
-        grad: (B, H, W), gradient of every pixel's loss.
-        logits: as in ``forward``.
-        target: as in ``forward``.
-        ignore_index: as in ``forward``.
-
-    Returns:
-        (B, K, h, w).
-    """
-    valid = target != ignore_index
-    full = interpolate(logits, target.shape[1:], mode="bilinear", align_corners=False).softmax(1)
-    label = target.where(valid, 0)[:, None]
-    full.scatter_add_(1, label, full.new_full((), -1).expand(label.shape))
-    full *= grad.where(valid, 0)[:, None]
-    return torch.ops.aten.upsample_bilinear2d_backward(
-        full, list(target.shape[1:]), list(logits.shape), False, None, None
-    )

@@ -55,7 +55,7 @@ def test_a_study_goes_on_and_reports_each_method(
     study.main([*arguments, "--methods", "supervised"])
     assert [Path(folder).name for folder, *_ in scored] == ["full_seed1", "supervised_seed1"]
     assert "full_seed1: finished at step 2" in capsys.readouterr().out
-    records = json.loads((tmp_path / "json").read_text())["records"]
+    records = json.loads((tmp_path / "json").read_text())
     assert [(record["method"], record["labels"]) for record in records] == [("full", 6), ("supervised", 1)]
     for record in records:
         scores = json.loads((tmp_path / "folder" / f"{record['method']}_seed1/test.json").read_text())
@@ -71,7 +71,7 @@ def test_the_plan_holds_every_method_of_a_seed_before_the_next(tmp_path: Path) -
     assert [(run.config.train.seed, run.config.train.method) for run in runs] == [
         (seed, method) for seed in (3, 4) for method in ("supervised", "semi", "allspark")
     ]
-    assert len({run.output_dir for run in runs}) == 6
+    assert len({run.folder for run in runs}) == 6
 
 
 def test_a_missing_split_is_found_before_any_run(folder_data: Path, tmp_path: Path) -> None:

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from allspark_fast.__main__ import main
-from allspark_fast.cli import COMMANDS, info, selftest
+from allspark_fast.cli import COMMANDS, info, selftest, train
 from allspark_fast.config import Config
+from allspark_fast.errors import InputError
 from allspark_fast.recipes import RECIPES
 from allspark_fast.weights.spec import ModelSpec, save_model
 
@@ -80,7 +81,7 @@ def test_mistakes_are_named(
         ("train", RuntimeError("DefaultCPUAllocator: can't allocate memory"), "--train.gradient-accumulation-steps 2"),
         ("train", torch.OutOfMemoryError("CUDA out of memory"), "--model.activation-checkpointing True"),
         ("predict", MemoryError("no room"), "--window"),
-        ("export", OSError(errno.ENOMEM, "Cannot allocate memory"), "ending other"),
+        ("export", OSError(errno.ENOMEM, "Cannot allocate memory"), "end other"),
         ("train", OSError(errno.ENOSPC, "No space left on device"), None),
     ],
 )
@@ -103,6 +104,20 @@ def test_out_of_memory_is_told_with_what_takes_less(
     else:
         assert more[-1].startswith("out of memory; what takes less: ")
         assert advice in more[-1]
+
+
+@pytest.mark.parametrize(("error", "options"), [(ValueError("a bug"), []), (InputError("a typo"), ["--debug"])])
+def test_unexpected_errors_keep_their_traceback(
+    error: Exception, options: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All do with --debug."""
+
+    def run(_: list[str]) -> None:
+        raise error
+
+    monkeypatch.setattr(train, "run", run)
+    with pytest.raises(ValueError, match=str(error)):
+        main(["train", *options])
 
 
 def test_info_of_this_machine(capsys: pytest.CaptureFixture[str]) -> None:

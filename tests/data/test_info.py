@@ -2,13 +2,13 @@ import json
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from allspark_fast.data.info import DATASETS, VOC_PALETTE, read_info
 from allspark_fast.errors import DataError
+from tests.helpers.images import write_image
 
 
-def test_class_counts():
+def test_known_datasets():
     counts = {name: len(info.classes) for name, info in DATASETS.items()}
     assert counts == {"pascal": 21, "cityscapes": 19, "coco": 81, "camvid": 11}
     for name, info in DATASETS.items():
@@ -16,33 +16,27 @@ def test_class_counts():
         assert len(set(info.classes)) == len(info.classes)
         assert len(set(info.palette[: len(info.classes)])) == len(info.classes)
         assert len(info.palette) == 256
+    city = DATASETS["cityscapes"]
+    assert city.palette[city.classes.index("road")] == (128, 64, 128)
+    assert city.palette[city.classes.index("bicycle")] == (119, 11, 32)
 
 
 def test_voc_palette():
-    # Colours of the VOC development kit: background, aeroplane, person, tvmonitor, void.
+    # Colors of the VOC development kit: background, aeroplane, person, tvmonitor, void.
     expected = {0: (0, 0, 0), 1: (128, 0, 0), 15: (192, 128, 128), 20: (0, 64, 128), 255: (224, 224, 192)}
     assert {index: VOC_PALETTE[index] for index in expected} == expected
 
 
-def test_cityscapes_palette_ends():
-    info = DATASETS["cityscapes"]
-    assert info.palette[info.classes.index("road")] == (128, 64, 128)
-    assert info.palette[info.classes.index("bicycle")] == (119, 11, 32)
-
-
-@pytest.mark.parametrize("palette", [[[1, 2, 3], [4, 5, 6]], [1, 2, 3, 4, 5, 6]])
+@pytest.mark.parametrize("palette", [[[1, 2, 3], [4, 5, 6]], [1, 2, 3, 4, 5, 6], None])
 def test_meta_file(tmp_path, palette):
-    meta = {"classes": ["sea", "land"], "ignore_index": 0, "palette": palette}
+    meta = {"classes": ["sea", "land"]}
+    if palette is not None:
+        meta |= {"ignore_index": 0, "palette": palette}
     (tmp_path / "meta.json").write_text(json.dumps(meta))
     info = read_info(tmp_path)
-    assert (info.name, info.classes, info.ignore_index) == (tmp_path.name, ("sea", "land"), 0)
-    assert info.palette[:3] == ((1, 2, 3), (4, 5, 6), (0, 0, 0))
-
-
-def test_meta_file_with_classes_alone(tmp_path):
-    (tmp_path / "meta.json").write_text('{"classes": ["sea", "land"]}')
-    info = read_info(tmp_path)
-    assert (info.ignore_index, info.palette) == (255, VOC_PALETTE)
+    assert (info.name, info.classes) == (tmp_path.name, ("sea", "land"))
+    assert info.ignore_index == (255 if palette is None else 0)
+    assert info.palette[:3] == (VOC_PALETTE[:3] if palette is None else ((1, 2, 3), (4, 5, 6), (0, 0, 0)))
 
 
 @pytest.mark.parametrize(
@@ -70,22 +64,14 @@ def test_faulty_meta_file_is_named(tmp_path, text, message):
 
 
 def test_classes_are_counted_without_a_meta_file(tmp_path):
-    (tmp_path / "labels" / "deep").mkdir(parents=True)
-    Image.fromarray(np.array([[0, 255]], np.uint8)).save(tmp_path / "labels" / "a.png")
-    Image.fromarray(np.array([[4, 255]], np.uint8)).save(tmp_path / "labels" / "deep" / "b.png")
-    assert read_info(tmp_path).classes == ("class 0", "class 1", "class 2", "class 3", "class 4")
-
-
-def test_black_and_white_masks_need_a_meta_file(tmp_path):
-    (tmp_path / "labels").mkdir()
-    Image.fromarray(np.array([[0, 255]], np.uint8)).save(tmp_path / "labels" / "a.png")
-    with pytest.raises(DataError, match=r'"values": \[0, 255\]'):
-        read_info(tmp_path)
-
-
-def test_nothing_to_count(tmp_path):
     with pytest.raises(DataError, match=r"no class in labels/ and no meta\.json"):
         read_info(tmp_path)
+    (tmp_path / "labels" / "deep").mkdir(parents=True)
+    write_image(tmp_path / "labels" / "a.png", np.array([[0, 255]], np.uint8))
+    with pytest.raises(DataError, match=r'"values": \[0, 255\]'):  # black-and-white masks
+        read_info(tmp_path)
+    write_image(tmp_path / "labels" / "deep" / "b.png", np.array([[4, 255]], np.uint8))
+    assert read_info(tmp_path).classes == ("class 0", "class 1", "class 2", "class 3", "class 4")
 
 
 def test_camvid_names_itself(camvid):

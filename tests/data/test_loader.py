@@ -8,33 +8,32 @@ import torch
 from PIL import Image
 
 from allspark_fast.data.datasets import Entry, SegmentationDataset
-from allspark_fast.data.loader import SemiBatch, SemiLoader, evaluation_loader
+from allspark_fast.data.loader import SemiLoader, evaluation_loader
 from allspark_fast.data.transforms import CropTransform
-from allspark_fast.errors import DataError
+from allspark_fast.errors import DataError, RunError
+from tests.helpers.images import write_folder
 
 PLAIN = {"mean": (0, 0, 0), "std": (1, 1, 1)}
 
 
 class Numbered:
-    """Sample i is an even grey of value i with label i; `labels` says which samples have one."""
+    """Sample i is an even gray of value i with label i; `labels` says whether samples have one."""
 
-    def __init__(self, count: int, size: int = 8, labels: bool = True):
-        self.size = size
+    def __init__(self, count: int, labels: bool = True):
         self.entries = [Entry(f"{index}.png", f"{index}.png" if labels else None) for index in range(count)]
 
     def image(self, index):
-        return Image.new("RGB", (self.size, self.size), (index,) * 3)
+        return Image.new("RGB", (8, 8), (index,) * 3)
 
     def __getitem__(self, index):
-        label = Image.new("L", (self.size, self.size), index) if self.entries[index].label else None
-        return self.image(index), label
+        return self.image(index), Image.new("L", (8, 8), index) if self.entries[index].label else None
 
 
 class WorkerIds(Numbered):
-    """Images that hold the id of the process that read them."""
+    """Images that hold the ID of the process that read them."""
 
     def image(self, index):
-        return Image.new("RGB", (self.size, self.size), tuple(os.getpid().to_bytes(3, "big")))
+        return Image.new("RGB", (8, 8), tuple(os.getpid().to_bytes(3, "big")))
 
 
 class Killed(Numbered):
@@ -54,20 +53,31 @@ class Noise(Numbered):
         return self.image(index), Image.fromarray(np.random.default_rng(index).integers(0, 5, (20, 24), np.uint8))
 
 
-def numbered_loader(labeled=5, unlabeled=12, batch_size=4, **options):
+class Unreadable(Noise):
+    def image(self, index):
+        raise AssertionError("an unlabeled image was read")
+
+
+def plain_loader(labeled, unlabeled, batch_size=4, **options):
     transform = CropTransform(4, photometric=False, scale_range=(1.0, 1.0), **PLAIN)
-    return SemiLoader(
-        Numbered(labeled), Numbered(unlabeled), transform, transform, batch_size=batch_size, seed=1, **options
-    )
+    return SemiLoader(labeled, unlabeled, transform, transform, batch_size=batch_size, seed=1, **options)
 
 
-def noise_loader(**options):
-    labeled, unlabeled = (CropTransform((16, 20), photometric=flag) for flag in (True, False))
-    return SemiLoader(Noise(5), Noise(11), labeled, unlabeled, batch_size=4, seed=3, **options)
+def noise_loader(unlabeled=Noise, **options):
+    transforms = (CropTransform((16, 20), photometric=flag) for flag in (True, False))
+    return SemiLoader(Noise(5), unlabeled(11), *transforms, batch_size=4, seed=3, **options)
 
 
 def ids(images):
     return (images[:, 0, 0, 0] * 255).round().int().tolist()
+
+
+def ids_by_epoch(loader, epochs):
+    """Which labeled, and which unlabeled, samples each epoch shows, in order."""
+    steps = loader.steps_per_epoch
+    for first in range(0, steps * epochs, steps):
+        batches = list(loader.iterate(first, first + steps))
+        yield tuple([i for batch in batches for i in ids(batch[part])] for part in (0, 2))
 
 
 def assert_equal(first, second):
@@ -77,167 +87,102 @@ def assert_equal(first, second):
 
 
 def test_shapes_and_dtypes():
-    batch = next(iter(noise_loader(hidden_labels=True).iterate(0, 1)))
+    batch = next(noise_loader(hidden_labels=True).iterate(0, 1))
     assert batch.image.shape == batch.unlabeled_image.shape == (4, 3, 16, 20)
     assert batch.label.shape == batch.unlabeled_valid.shape == batch.unlabeled_label.shape == (4, 16, 20)
-    assert [part.dtype for part in batch] == [
-        torch.float32,
-        torch.int64,
-        torch.float32,
-        torch.bool,
-        torch.int64,
-    ]
+    assert [part.dtype for part in batch] == [torch.float32, torch.int64, torch.float32, torch.bool, torch.int64]
     assert (batch.unlabeled_label[~batch.unlabeled_valid] == 255).all()
     assert (batch.unlabeled_label[batch.unlabeled_valid] < 5).all()
 
 
-def test_an_epoch_shows_every_unlabeled_image_once_and_drops_the_rest():
-    loader = numbered_loader(unlabeled=14)
+def test_an_epoch_repeats_labeled_images_and_shows_unlabeled_ones_once():
+    for labeled, unlabeled in ids_by_epoch(plain_loader(Numbered(5), Numbered(12)), 3):
+        assert Counter(labeled) == {0: 3, 1: 3, 2: 2, 3: 2, 4: 2}
+        assert set(unlabeled) == set(range(12))
+    loader = plain_loader(Numbered(5), Numbered(14))  # the incomplete batch is dropped
     assert loader.steps_per_epoch == 3
-    for epoch in range(3):
-        seen = [i for batch in loader.iterate(3 * epoch, 3 * epoch + 3) for i in ids(batch.unlabeled_image)]
-        assert len(set(seen)) == len(seen) == 12
-
-
-def test_labeled_images_are_repeated_and_cut():
-    loader = numbered_loader(labeled=5, unlabeled=12)
-    for epoch in range(3):
-        steps = loader.iterate(3 * epoch, 3 * epoch + 3)
-        counts = Counter(i for batch in steps for i in ids(batch.image))
-        assert counts == {0: 3, 1: 3, 2: 2, 3: 2, 4: 2}
+    for _, unlabeled in ids_by_epoch(loader, 3):
+        assert len(set(unlabeled)) == len(unlabeled) == 12
 
 
 def test_more_labeled_than_unlabeled_images_are_all_used_in_time():
-    loader = numbered_loader(labeled=20, unlabeled=8)
-    epochs = [[i for batch in loader.iterate(2 * e, 2 * e + 2) for i in ids(batch.image)] for e in range(20)]
+    epochs = [labeled for labeled, _ in ids_by_epoch(plain_loader(Numbered(20), Numbered(8)), 20)]
     assert all(len(set(epoch)) == 8 for epoch in epochs)
     assert {i for epoch in epochs for i in epoch} == set(range(20))
 
 
-def test_labels_belong_to_their_images():
-    for batch in numbered_loader(hidden_labels=True).iterate(0, 6):
-        assert ids(batch.image) == batch.label[:, 0, 0].tolist()
-        assert ids(batch.unlabeled_image) == batch.unlabeled_label[:, 0, 0].tolist()
-
-
-def test_orders_differ_between_epochs_streams_and_seeds():
-    loader = numbered_loader(labeled=12)
-    batches = list(loader.iterate(0, 6))
-    orders = [
-        [i for batch in batches[first : first + 3] for i in ids(images(batch))]
-        for first in (0, 3)
-        for images in (lambda batch: batch.image, lambda batch: batch.unlabeled_image)
-    ]
+def test_orders_differ_between_epochs_and_streams():
+    orders = [order for epoch in ids_by_epoch(plain_loader(Numbered(12), Numbered(12)), 2) for order in epoch]
     assert len({tuple(order) for order in orders}) == 4
     assert all(sorted(order) == list(range(12)) for order in orders)
 
 
+def test_labels_belong_to_their_images():
+    for batch in plain_loader(Numbered(5), Numbered(12), hidden_labels=True).iterate(0, 6):
+        assert ids(batch.image) == batch.label[:, 0, 0].tolist()
+        assert ids(batch.unlabeled_image) == batch.unlabeled_label[:, 0, 0].tolist()
+
+
 def test_repeats_of_an_image_are_augmented_anew():
-    crops = {}
     loader = noise_loader()
-    for step, batch in enumerate(loader.iterate(0, 4 * loader.steps_per_epoch)):
-        for image in batch.image:
-            crops[image.sum().item()] = step
-    assert len(crops) == 4 * 4 * loader.steps_per_epoch
+    crops = [image.sum().item() for batch in loader.iterate(0, 4 * loader.steps_per_epoch) for image in batch.image]
+    assert len(set(crops)) == len(crops) == 4 * 4 * loader.steps_per_epoch
 
 
-def test_starting_at_any_step_gives_the_same_batches():
-    loader = noise_loader(hidden_labels=True)
-    whole = list(loader.iterate(0, 6))
+def test_batches_depend_on_the_step_alone():
+    state = torch.get_rng_state()
+    whole = list(noise_loader(hidden_labels=True).iterate(0, 6))
     for start in (1, 2, 3, 5):  # two steps to an epoch: inside and at a border
-        assert_equal(whole[start:], loader.iterate(start, 6))
+        assert_equal(whole[start:], noise_loader(hidden_labels=True).iterate(start, 6))
+    assert_equal(whole[1:], noise_loader(hidden_labels=True, num_workers=2).iterate(1, 6))
+    assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_the_number_of_workers_does_not_matter():
-    alone = list(noise_loader().iterate(1, 5))
-    assert_equal(alone, noise_loader(num_workers=2).iterate(1, 5))
-
-
-def test_ranks_share_the_global_batch():
-    options = {"hidden_labels": True}
-    whole = list(noise_loader(**options).iterate(0, 4))
-    for world_size in (2, 4):
-        parts = [noise_loader(rank=r, world_size=world_size, **options).iterate(0, 4) for r in range(world_size)]
-        joined = [[torch.cat(part) for part in zip(*step, strict=True)] for step in zip(*parts, strict=True)]
-        assert_equal(whole, joined)
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_ranks_share_the_global_batch(world_size):
+    loaders = [noise_loader(hidden_labels=True, rank=r, world_size=world_size) for r in range(world_size)]
+    steps = zip(*(loader.iterate(0, 4) for loader in loaders), strict=True)
+    joined = [[torch.cat(part) for part in zip(*step, strict=True)] for step in steps]
+    assert_equal(noise_loader(hidden_labels=True).iterate(0, 4), joined)
 
 
 def test_workers_live_across_epochs():
-    transform = CropTransform(4, photometric=False, scale_range=(1.0, 1.0), **PLAIN)
-    loader = SemiLoader(WorkerIds(4), WorkerIds(4), transform, transform, batch_size=2, seed=0, num_workers=2)
+    loader = plain_loader(WorkerIds(4), WorkerIds(4), batch_size=2, num_workers=2)
     processes = {tuple((batch.image[0, :, 0, 0] * 255).round().int().tolist()) for batch in loader.iterate(0, 8)}
     assert len(processes) == 2
     assert tuple(os.getpid().to_bytes(3, "big")) not in processes
 
 
-def test_global_random_state_is_left_alone():
-    state = torch.get_rng_state()
-    list(noise_loader().iterate(0, 2))
-    list(noise_loader(num_workers=1).iterate(0, 1))
-    assert torch.equal(torch.get_rng_state(), state)
-
-
-def test_labels_of_unlabeled_images_are_not_read_unless_asked_for(tmp_path, make_folder):
-    entries = make_folder(4)
-    absent = [Entry(entry.image, "labels/absent.png") for entry in entries]
-    labeled, unlabeled = SegmentationDataset(tmp_path, entries), SegmentationDataset(tmp_path, absent)
-    transform = CropTransform(32, photometric=False)
-    loader = SemiLoader(labeled, unlabeled, transform, transform, batch_size=2, seed=0)
-    assert next(loader.iterate(0, 1)).unlabeled_label is None
-    asking = SemiLoader(labeled, unlabeled, transform, transform, batch_size=2, seed=0, hidden_labels=True)
-    assert (next(asking.iterate(0, 1)).unlabeled_label == 255).all()
+def test_labels_of_unlabeled_images_are_read_on_request(tmp_path):
+    entries = write_folder(tmp_path, 4)
+    labeled = SegmentationDataset(tmp_path, entries)
+    absent = SegmentationDataset(tmp_path, [Entry(entry.image, "labels/absent.png") for entry in entries])
+    assert next(plain_loader(labeled, absent).iterate(0, 1)).unlabeled_label is None
+    for unlabeled in (absent, Numbered(4, labels=False)):
+        batch = next(plain_loader(labeled, unlabeled, hidden_labels=True).iterate(0, 1))
+        assert (batch.unlabeled_label == 255).all()
 
 
 def test_labeled_only_reads_no_unlabeled_image_and_changes_nothing_else():
-    class Unreadable(Noise):
-        def image(self, index):
-            raise AssertionError("an unlabeled image was read")
-
-    transform = CropTransform((16, 20), photometric=True)
-    loader = SemiLoader(Noise(5), Unreadable(11), transform, transform, batch_size=4, seed=3, labeled_only=True)
     for start in (0, 3):
-        batches, both = list(loader.iterate(start, 6)), list(noise_loader().iterate(start, 6))
-        assert_equal([batch[:2] for batch in batches], [batch[:2] for batch in both])
+        batches, both = list(noise_loader(Unreadable, labeled_only=True).iterate(start, 6)), noise_loader()
+        assert_equal([batch[:2] for batch in batches], [batch[:2] for batch in both.iterate(start, 6)])
         assert {tuple(map(len, batch[:4])) for batch in batches} == {(4, 4, 0, 0)}
         assert batches[0].unlabeled_label is None
 
 
-def test_hidden_labels_of_images_without_one_are_ignored():
-    transform = CropTransform(4, photometric=False)
-    loader = SemiLoader(
-        Numbered(4), Numbered(4, labels=False), transform, transform, batch_size=2, seed=0, hidden_labels=True
-    )
-    assert (next(loader.iterate(0, 1)).unlabeled_label == 255).all()
-
-
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_an_unreadable_file_is_named(tmp_path, make_folder, num_workers):
-    entries = make_folder(4)
+def test_an_unreadable_file_is_named(tmp_path, num_workers):
+    entries = write_folder(tmp_path, 4)
     (tmp_path / entries[2].image).write_bytes(b"broken")
-    data, transform = SegmentationDataset(tmp_path, entries), CropTransform(32, photometric=False)
-    loader = SemiLoader(data, data, transform, transform, batch_size=4, seed=0, num_workers=num_workers)
-    with pytest.raises(DataError, match=r"images/02\.png: cannot be read"):
-        list(loader.iterate(0, 1))
+    data = SegmentationDataset(tmp_path, entries)
+    with pytest.raises(DataError, match=r"images/02\.png: not an image"):
+        list(plain_loader(data, data, num_workers=num_workers).iterate(0, 1))
 
 
-def test_a_killed_worker_is_told():
-    transform = CropTransform(4, photometric=False)
-    loader = SemiLoader(Killed(2), Numbered(2), transform, transform, batch_size=2, seed=0, num_workers=1)
-    with pytest.raises(RuntimeError, match="a loading process is killed"):
-        next(loader.iterate(0, 1))
-
-
-def test_moving_a_batch():
-    class Recorder:
-        def to(self, device, non_blocking):
-            return device, non_blocking
-
-        def pin_memory(self):
-            return "pinned"
-
-    batch = SemiBatch(*[Recorder()] * 4, None)
-    assert batch.to("cuda", non_blocking=True) == (*[("cuda", True)] * 4, None)
-    assert batch.pin_memory() == (*["pinned"] * 4, None)
+def test_the_death_of_a_worker_is_told():
+    with pytest.raises(RunError, match=r"a DataLoader worker died .* fewer workers"):
+        next(plain_loader(Killed(2), Numbered(2), batch_size=2, num_workers=1).iterate(0, 1))
 
 
 @pytest.mark.gpu
@@ -248,21 +193,24 @@ def test_pinned_batches():
     assert next(noise_loader().iterate(0, 1)).pin_memory().image.is_pinned()
 
 
-def test_refused_arguments():
-    with pytest.raises(DataError, match="3 unlabeled images do not fill a batch of 4"):
-        numbered_loader(unlabeled=3)
-    with pytest.raises(DataError, match="labeled list is empty"):
-        numbered_loader(labeled=0)
-    with pytest.raises(ValueError, match="batch_size 4 cannot be shared equally by 3"):
-        numbered_loader(world_size=3)
-    transform = CropTransform(4, photometric=False)
-    with pytest.raises(DataError, match=r"0\.png: has no label"):
-        SemiLoader(Numbered(4, labels=False), Numbered(4), transform, transform, batch_size=2, seed=0)
+@pytest.mark.parametrize(
+    ("labeled", "unlabeled", "options", "message"),
+    [
+        (Numbered(5), Numbered(3), {}, "3 unlabeled images do not fill a batch of 4"),
+        (Numbered(0), Numbered(4), {}, "list of images with labels is empty"),
+        (Numbered(4, labels=False), Numbered(4), {}, r"0\.png: has no label"),
+        (Numbered(5), Numbered(4), {"world_size": 3}, "batch_size 4 is not divisible by world_size 3"),
+    ],
+)
+def test_refused_arguments(labeled, unlabeled, options, message):
+    with pytest.raises(ValueError, match=message):
+        plain_loader(labeled, unlabeled, **options)
 
 
-def test_evaluation_shows_whole_images_in_order():
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_evaluation_shows_whole_images_in_order(num_workers):
     source = Noise(5)
-    samples = list(evaluation_loader(source, **PLAIN))
+    samples = list(evaluation_loader(source, **PLAIN, num_workers=num_workers))
     assert [sample.entry for sample in samples] == source.entries
     for index, sample in enumerate(samples):
         image, label = source[index]
@@ -280,9 +228,6 @@ def test_ranks_evaluate_every_image_once(world_size):
     assert sorted(seen) == sorted(entry.image for entry in source.entries)
 
 
-def test_evaluation_with_workers_needs_labels_and_keeps_order():
-    source = Numbered(5)
-    samples = list(evaluation_loader(source, **PLAIN, num_workers=2))
-    assert [sample.entry for sample in samples] == source.entries
+def test_evaluation_needs_labels():
     with pytest.raises(DataError, match=r"0\.png: has no label"):
         evaluation_loader(Numbered(2, labels=False), **PLAIN)

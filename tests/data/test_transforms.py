@@ -12,15 +12,14 @@ from allspark_fast.data.transforms import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     CropTransform,
-    Geometry,
     apply_geometry,
     draw_geometry,
     jitter_colors,
-    normalize_image,
 )
 
 BILINEAR, NEAREST = Image.Resampling.BILINEAR, Image.Resampling.NEAREST
 SIDES = st.integers(1, 120)
+COLOR = (200, 120, 70)
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -31,18 +30,39 @@ def flat(*color: int) -> Image.Image:
     return Image.new("RGB", (4, 4), color)
 
 
+def halves(size: tuple[int, int], left: int, right: int) -> Image.Image:
+    """Two grays side by side."""
+    image = Image.new("RGB", size, (left,) * 3)
+    image.paste((right,) * 3, (size[0] // 2, 0, *size))
+    return image
+
+
 def draws(size, crop_size, scale_range, count):
     source = generator()
     return [draw_geometry(size, crop_size, scale_range, source) for _ in range(count)]
+
+
+def jittered(image: Image.Image, count: int) -> list[Image.Image]:
+    source = generator()
+    return [jitter_colors(image, source) for _ in range(count)]
+
+
+def colors(image: Image.Image, count: int) -> list[tuple[int, int, int]]:
+    return [result.getpixel((0, 0)) for result in jittered(image, count)]
 
 
 def assert_uniform(values: list[int], low: int, high: int) -> None:
     """Every value of low..high occurs, each within five standard deviations of its share."""
     expected = len(values) / (high - low + 1)
     counts = np.bincount(values, minlength=high + 1)
-    assert min(values) == low
-    assert max(values) == high
+    assert (min(values), max(values)) == (low, high)
     assert np.abs(counts[low:] - expected).max() < 5 * expected**0.5
+
+
+def assert_share(hits: int, count: int, low: float, high: float) -> None:
+    """The share of hits lies in low..high, within five standard deviations."""
+    margins = [5 * (share * (1 - share) / count) ** 0.5 for share in (low, high)]
+    assert low - margins[0] < hits / count < high + margins[1]
 
 
 def test_long_side_is_uniform_with_both_ends():
@@ -60,27 +80,8 @@ def test_crop_is_uniform_over_the_resized_image():
     geometries = draws((20, 14), (5, 8), (1.0, 1.0), 3000)
     assert_uniform([g.offset[0] for g in geometries], 0, 12)
     assert_uniform([g.offset[1] for g in geometries], 0, 9)
-
-
-def test_crop_of_a_smaller_image_starts_at_its_corner():
-    assert {g.offset for g in draws((20, 14), (30, 30), (1.0, 1.0), 50)} == {(0, 0)}
-
-
-def test_half_are_flipped():
-    flips = sum(g.flip for g in draws((9, 9), (4, 4), (0.5, 2.0), 2000))
-    assert abs(flips - 1000) < 5 * 500**0.5
-
-
-@settings(max_examples=150, deadline=None)
-@given(SIDES, SIDES, SIDES, SIDES, st.integers(0, 10**6))
-def test_geometry_stays_inside(width, height, crop_height, crop_width, seed):
-    (scaled_width, scaled_height), (x, y), _ = draw_geometry(
-        (width, height), (crop_height, crop_width), (0.5, 2.0), generator(seed)
-    )
-    assert scaled_width >= 1
-    assert scaled_height >= 1
-    assert 0 <= x <= max(scaled_width - crop_width, 0)
-    assert 0 <= y <= max(scaled_height - crop_height, 0)
+    assert_share(sum(g.flip for g in geometries), 3000, 0.5, 0.5)
+    assert {g.offset for g in draws((20, 14), (30, 30), (1.0, 1.0), 50)} == {(0, 0)}  # smaller than the crop
 
 
 @settings(max_examples=150, deadline=None)
@@ -89,13 +90,14 @@ def test_crop_equals_the_crop_of_the_whole_resized_image(width, height, crop_hei
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
     image = Image.fromarray(pixels)
     geometry = draw_geometry(image.size, (crop_height, crop_width), (0.5, 2.0), generator(seed))
-    whole = np.asarray(image.resize(geometry.scaled, BILINEAR)).astype(int)
-    x, y = geometry.offset
-    part = whole[y : y + crop_height, x : x + crop_width]
+    (scaled_width, scaled_height), (x, y), flip = geometry
+    assert 0 <= x <= max(scaled_width - crop_width, 0)
+    assert 0 <= y <= max(scaled_height - crop_height, 0)
+    part = np.asarray(image.resize(geometry.scaled, BILINEAR))[y : y + crop_height, x : x + crop_width]
     expected = np.zeros((crop_height, crop_width, 3), int)
     expected[: part.shape[0], : part.shape[1]] = part
     found = np.asarray(apply_geometry(image, geometry, (crop_height, crop_width), BILINEAR, 0))
-    assert np.abs(found - (expected[:, ::-1] if geometry.flip else expected)).max() <= 2
+    assert np.abs(found - (expected[:, ::-1] if flip else expected)).max() <= 2
 
 
 @settings(max_examples=60, deadline=None)
@@ -116,7 +118,7 @@ def test_image_and_label_agree(width, height, seed, vertical):
 @pytest.mark.parametrize("seed", range(6))
 def test_padding(seed):
     transform = CropTransform(64, photometric=False)
-    image, label = Image.new("RGB", (30, 20), (200, 90, 10)), Image.new("L", (30, 20), 7)
+    image, label = Image.new("RGB", (30, 20), COLOR), Image.new("L", (30, 20), 7)
     geometry = draw_geometry((30, 20), (64, 64), (0.5, 2.0), generator(seed))
     sample = transform(image, label, generator(seed))
     black = -torch.tensor(IMAGENET_MEAN) / torch.tensor(IMAGENET_STD)
@@ -130,116 +132,78 @@ def test_padding(seed):
     assert valid.sum() == geometry.scaled[0] * geometry.scaled[1]
 
 
-def test_flip_moves_the_padding_too():
-    geometry = Geometry((2, 1), (0, 0), True)
-    crop = apply_geometry(Image.new("L", (2, 1), 9), geometry, (2, 4), NEAREST, 255)
-    np.testing.assert_array_equal(np.asarray(crop), [[255, 255, 9, 9], [255, 255, 255, 255]])
+def test_unlabeled_crops_keep_their_colors_and_ignore_every_pixel():
+    transform = CropTransform(8, photometric=False, mean=(0, 0, 0), std=(1, 1, 1))
+    for seed in range(30):
+        sample = transform(Image.new("RGB", (16, 16), COLOR), None, generator(seed))
+        shown = (sample.image * 255).round().permute(1, 2, 0)[sample.valid]
+        assert {tuple(color) for color in shown.tolist()} == {COLOR}
+        assert sample.label.dtype == torch.int64
+        assert (sample.label == 255).all()
 
 
-def test_no_label_gives_only_ignored_pixels():
-    sample = CropTransform(16, photometric=False)(flat(1, 2, 3), None, generator())
-    assert sample.label.dtype == torch.int64
-    assert (sample.label == 255).all()
-
-
-def test_probabilities_of_colour_changes():
-    count, color = 2000, (200, 120, 70)
-    source = generator()
-    # On a single colour blur does nothing.
-    results = [jitter_colors(flat(*color), source).getpixel((0, 0)) for _ in range(count)]
-    untouched = sum(result == color for result in results)
-    grey = sum(len(set(result)) == 1 for result in results)
-    assert abs(untouched / count - 0.2 * 0.8) < 5 * (0.16 * 0.84 / count) ** 0.5
-    assert abs(grey / count - 0.2) < 5 * (0.2 * 0.8 / count) ** 0.5
-
-
-def test_half_are_blurred():
-    step = Image.new("RGB", (8, 4))
-    step.paste((255, 255, 255), (4, 0, 8, 4))
-    source, count = generator(), 1000
-    # Changes of colour keep two colours. Radii from 0.1 to about 0.25 of 2 are too small to change an 8-bit pixel.
-    blurred = sum(len(jitter_colors(step, source).getcolors()) > 2 for _ in range(count))
-    assert 0.5 * 0.85 - 5 * (0.25 / count) ** 0.5 < blurred / count < 0.5 + 5 * (0.25 / count) ** 0.5
+def test_probabilities_of_photometric_changes():
+    results = colors(flat(*COLOR), 2000)  # blur does nothing on a single color
+    assert_share(sum(result == COLOR for result in results), 2000, 0.2 * 0.8, 0.2 * 0.8)
+    assert_share(sum(len(set(result)) == 1 for result in results), 2000, 0.2, 0.2)  # gray
+    # Jitter keeps two colors. Radii from 0.1 to about 0.25 of 2 are too small to change an 8-bit pixel.
+    blurred = sum(len(result.getcolors()) > 2 for result in jittered(halves((8, 4), 0, 255), 1000))
+    assert_share(blurred, 1000, 0.5 * 0.85, 0.5)
 
 
 def test_blur_radius(monkeypatch):
     radii = []
     gaussian_blur = ImageFilter.GaussianBlur
     monkeypatch.setattr(ImageFilter, "GaussianBlur", lambda radius: (radii.append(radius), gaussian_blur(radius))[1])
-    source = generator()
-    for _ in range(1500):
-        jitter_colors(flat(1, 2, 3), source)
+    jittered(flat(1, 2, 3), 1500)
     assert 0.1 <= min(radii) < 0.12
     assert 1.98 < max(radii) <= 2.0
     assert abs(np.mean(radii) - 1.05) < 0.1
 
 
-def test_colours_change_in_every_order(monkeypatch):
+def test_colors_change_in_every_order(monkeypatch):
     calls = []
     for name in ("brightness", "contrast", "saturation", "hue"):
         monkeypatch.setattr(tvf, f"adjust_{name}", lambda image, amount, name=name: (calls.append(name), image)[1])
-    source = generator()
-    for _ in range(600):
-        jitter_colors(flat(1, 2, 3), source)
+    jittered(flat(1, 2, 3), 600)
     assert len({tuple(calls[first : first + 4]) for first in range(0, len(calls), 4)}) == 24
 
 
-def test_brightness_range():
-    source = generator()
-    # On an even grey, contrast, saturation and hue do nothing.
-    levels = [jitter_colors(flat(100, 100, 100), source).getpixel((0, 0))[0] for _ in range(1500)]
-    assert 50 <= min(levels) < 54
-    assert 146 < max(levels) <= 150
+def brightness() -> list[float]:
+    """On an even gray, contrast, saturation and hue do nothing."""
+    return [color[0] / 100 for color in colors(flat(100, 100, 100), 1500)]
 
 
-def test_contrast_range():
-    # Two greys, so far apart that blur does not reach the corners: the mean shows the brightness.
-    image = Image.new("RGB", (32, 2), (108,) * 3)
-    image.paste((148,) * 3, (16, 0, 32, 2))
-    source = generator()
-    factors = []
-    for _ in range(1500):
-        result = jitter_colors(image, source)
-        low, high = result.getpixel((0, 0))[0], result.getpixel((31, 0))[0]
-        factors.append((high - low) / (high + low) * 256 / 40)
-    assert 0.42 < min(factors) < 0.54
-    assert 1.46 < max(factors) < 1.58  # rounding to 8 bits adds to it
+def contrast() -> list[float]:
+    """Two grays, so far apart that blur does not reach the corners: their mean shows the brightness."""
+    corners = [(x.getpixel((0, 0))[0], x.getpixel((31, 0))[0]) for x in jittered(halves((32, 2), 108, 148), 1500)]
+    return [(high - low) / (high + low) * 256 / 40 for low, high in corners]
 
 
-def test_saturation_range():
-    # On a single colour, contrast works like saturation: both move it away from grey by 0.5 to 1.5.
-    source = generator()
-    factors = []
-    for _ in range(2000):
-        color = jitter_colors(flat(130, 110, 110), source).getpixel((0, 0))
-        factors.append((max(color) - min(color)) / (max(color) + min(color)) * 12)
-    factors = [factor for factor in factors if factor > 0]
-    assert 0.15 < min(factors) < 0.4
-    assert 1.85 < max(factors) < 2.6
+def saturation() -> list[float]:
+    """On a single color, contrast works like saturation: the product of both counts."""
+    found = colors(flat(130, 110, 110), 2000)
+    return [(max(x) - min(x)) / (max(x) + min(x)) * 12 for x in found if max(x) > min(x)]
 
 
-def test_hue_range():
-    source = generator()
-    hues = []
-    for _ in range(800):
-        hue, saturation, _ = jitter_colors(flat(110, 50, 50), source).convert("HSV").getpixel((0, 0))
-        if saturation > 40:
-            hues.append((hue + 128) % 256 - 128)
-    assert -70 <= min(hues) < -52
-    assert 52 < max(hues) <= 70
+def hue() -> list[float]:
+    found = [x.convert("HSV").getpixel((0, 0)) for x in jittered(flat(110, 50, 50), 800)]
+    return [((hue + 128) % 256 - 128) / 256 for hue, saturation, _ in found if saturation > 40]
 
 
-def test_unlabeled_crops_keep_their_colours():
-    transform = CropTransform(8, photometric=False, mean=(0, 0, 0), std=(1, 1, 1))
-    for seed in range(30):
-        sample = transform(Image.new("RGB", (16, 16), (200, 120, 70)), None, generator(seed))
-        colors = (sample.image * 255).round().permute(1, 2, 0)[sample.valid]
-        assert {tuple(color) for color in colors.tolist()} == {(200, 120, 70)}
-
-
-def test_normalisation():
-    image = normalize_image(flat(255, 0, 51), (0.5, 0.5, 0.0), (0.5, 0.5, 2.0))
-    torch.testing.assert_close(image[:, 0, 0], torch.tensor([1.0, -1.0, 0.1]))
+@pytest.mark.parametrize(
+    ("measure", "least", "greatest"),
+    [
+        (brightness, (0.5, 0.54), (1.46, 1.5)),
+        (contrast, (0.42, 0.54), (1.46, 1.58)),  # rounding to 8 bits adds to it
+        (saturation, (0.15, 0.4), (1.85, 2.6)),
+        (hue, (-0.275, -0.205), (0.205, 0.275)),
+    ],
+)
+def test_ranges_of_photometric_changes(measure, least, greatest):
+    factors = measure()
+    assert least[0] <= min(factors) <= least[1]
+    assert greatest[0] <= max(factors) <= greatest[1]
 
 
 def test_all_randomness_comes_from_the_generator():

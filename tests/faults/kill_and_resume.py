@@ -1,6 +1,7 @@
 """Kills runs by SIGKILL, resumes them, and compares what they leave with an uninterrupted run.
 
-Moments are random; every other kill then waits until the run is in a phase, in turn one of AIMS.
+Each kill waits until the run has come to a phase so many times, in turn one of AIMS, and then for a moment; times and
+moments are random.
 
 python -m tests.faults.kill_and_resume --kills 50
 """
@@ -20,136 +21,122 @@ from pathlib import Path
 import torch
 
 from allspark_fast.__main__ import main as command_line
-from allspark_fast.training import checkpoint_writer, trainer
-from allspark_fast.training.checkpoint import load_latest_checkpoint
-from allspark_fast.training.log import read_metrics
+from allspark_fast.config import Config, changed_fields
+from allspark_fast.training import trainer
+from tests.helpers.runs import different_states, logged
 
-# What a run does, by the function that does it.
+# What a run does, by the function that does it, and what kills wait for.
 PHASES = {
-    (trainer, "train_step"): "step",
-    (checkpoint_writer, "save_checkpoint"): "checkpoint",
-    (trainer, "evaluate"): "validation",
-    (trainer, "draw_curves"): "plotting",
-    (trainer, "draw_predictions"): "plotting",
+    "train_step": "step",
+    "save_checkpoint": "checkpoint",
+    "evaluate": "validation",
+    "draw_curves": "plotting",
+    "draw_predictions": "plotting",
 }
-NAMES = ["between", *dict.fromkeys(PHASES.values())]
 AIMS = ("checkpoint", "validation", "plotting", "step")
-# Seconds, at most, from the phase that a kill waits for to the kill: about as long as a checkpoint or validation takes.
+# Seconds, at most, from the phase to the kill: about as long as a checkpoint or validation takes.
 DELAY = 0.1
 # A checkpoint every other step and frequent validation: about as much time in each of them as in steps.
-ARGUMENTS = {
-    "data.crop": 64, "data.workers": 0, "model.backbone": "mit_tiny", "model.embedding-dim": 16, "train.epochs": 4,
-    "train.batch-size": 2, "train.warmup-epochs": 1, "train.pseudo-from-epoch": 2, "eval.every": 1,
-    "run.log-every": 1, "run.save-every": 2, "run.device": "cpu",
-}  # fmt: skip
+ARGUMENTS = """
+train scenes --data.scenes 3 8 2 --data.crop 64 --data.workers 0 --model.backbone mit_tiny --model.embedding-dim 16
+--train.epochs 4 --train.batch-size 2 --train.warmup-epochs 1 --train.pseudo-from-epoch 2 --eval.every 1
+--run.log-every 1 --run.save-every 2 --run.device cpu --run.output-dir
+""".split()  # noqa: SIM905 as one types them
 
 
-def start(folder: Path, phase: mmap.mmap) -> int:
-    """Begins or resumes a run in a forked process, which saves the imports, and returns its id."""
-    process = os.fork()
-    if process:
-        return process
-    status = 1
-    try:
-        output = os.open(folder.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(output, 1)
-        os.dup2(output, 2)
-        for (module, name), label in PHASES.items():
-            setattr(module, name, marked(getattr(module, name), NAMES.index(label), phase))
-        options = [str(x) for name, value in ARGUMENTS.items() for x in (f"--{name}", value)]
-        scenes = ["--data.scenes", "3", "8", "2"]
-        status = command_line(["train", "scenes", *scenes, *options, "--run.output-dir", str(folder)])
-    finally:
-        os._exit(status)
+class Run:
+    """A run that begins or goes on in a forked process, which saves the imports, and tells its parent what it does."""
 
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.log = folder.with_suffix(".log")
+        self._times = mmap.mmap(-1, len(AIMS))  # how often it has come to each phase
+        self._phase = mmap.mmap(-1, 1)  # in which it is, counted from 1
+        self.process = os.fork()
+        if not self.process:
+            status = 1
+            try:
+                output = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+                for stream in (1, 2):
+                    os.dup2(output, stream)
+                for name, phase in PHASES.items():
+                    setattr(trainer, name, self._marked(getattr(trainer, name), AIMS.index(phase)))
+                status = command_line([*ARGUMENTS, str(folder)])
+            finally:
+                os._exit(status)
 
-def marked(function: Callable[..., object], number: int, phase: mmap.mmap) -> Callable[..., object]:
-    """The function, which notes for the parent process that it runs."""
+    def _marked(self, function: Callable[..., object], number: int) -> Callable[..., object]:
+        def call(*args: object, **kwargs: object) -> object:
+            self._times[number] += 1
+            self._phase[0] = number + 1
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self._phase[0] = 0
 
-    def call(*args: object, **kwargs: object) -> object:
-        phase[0] = number
-        try:
-            return function(*args, **kwargs)
-        finally:
-            phase[0] = 0
+        return call
 
-    return call
+    def wait_for(self, aim: str, times: int) -> None:
+        """Wait until it has come so often to a phase, or has ended."""
+        while self._times[AIMS.index(aim)] < times and not self.ended():
+            time.sleep(0.001)
 
+    def ended(self) -> bool:
+        return os.waitid(os.P_PID, self.process, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
-def wait_for(number: int, phase: mmap.mmap, process: int) -> None:
-    """Waits until a run is in a phase, or has ended."""
-    while phase[0] != number and os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
-        time.sleep(0.001)
+    def kill(self) -> str:
+        """Kill it; return the phase in which it was."""
+        os.kill(self.process, signal.SIGSTOP)
+        phase = ("between", *AIMS)[self._phase[0]]
+        os.kill(self.process, signal.SIGKILL)
+        os.waitpid(self.process, 0)
+        return phase
 
-
-def finish(process: int, folder: Path) -> None:
-    _, status = os.waitpid(process, 0)
-    assert status == 0, folder.with_suffix(".log").read_text()
+    def finish(self) -> None:
+        _, status = os.waitpid(self.process, 0)
+        assert status == 0, self.log.read_text()
 
 
 def differences(whole: Path, broken: Path) -> list[str]:
     """What a resumed run has left otherwise than an uninterrupted one."""
-    states = [load_latest_checkpoint(folder / "checkpoints") for folder in (whole, broken)]
-    leaves = [dict(torch.utils._pytree.tree_flatten_with_path(state)[0]) for state in states]
-    assert len(leaves[0]) > 100
-    wrong = [str(path) for path in leaves[0].keys() ^ leaves[1].keys()]
-    for path, x in leaves[0].items():
-        y = leaves[1].get(path)
-        if not (torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y):
-            wrong.append(str(path))
-    for name in ("best.safetensors", "config.json"):
-        if (whole / name).read_bytes() != (broken / name).read_bytes():
-            wrong.append(name)
-    logs = [
-        [{key: x for key, x in record.items() if key != "images_per_s"} for record in read_metrics(folder)]
-        for folder in (whole, broken)
-    ]
+    wrong = different_states(whole, broken)
+    if (whole / "best.safetensors").read_bytes() != (broken / "best.safetensors").read_bytes():
+        wrong.append("best.safetensors")
+    settings = (Config.read(folder / "config.json") for folder in (whole, broken))
+    wrong += [change.name for change in changed_fields(*settings) if change.name != "run.output_dir"]
     # As text, in which a NaN equals itself.
-    if str(logs[0]) != str(logs[1]):
+    if str(logged(whole)) != str(logged(broken)):
         wrong.append("metrics.jsonl")
     return wrong + [str(path) for path in broken.rglob(".*")]
 
 
-def kill_and_resume(kills: int, seed: int, folder: Path) -> Counter[str]:
-    """Kills runs until there were ``kills``; each is resumed, and killed again, until it comes to its end.
+def kill_and_resume(kills: int, seed: int, folder: Path) -> tuple[Counter[str], int]:
+    """Kill runs until there were so many kills; each is resumed, and killed again, until it comes to its end.
 
     Returns:
-        kills by what the run was doing.
+        kills by what the run was doing, and how many runs were compared.
 
     Raises:
         AssertionError: a run fails, or does not end as the uninterrupted one.
     """
     torch.set_num_threads(1)
-    moments, seconds = random.Random(seed), 0.0
-    phase, killed = mmap.mmap(-1, 1), Counter()
-    for name in ("warm-up", "whole"):
-        started = time.monotonic()
-        finish(start(folder / name, phase), folder / name)
-        seconds = time.monotonic() - started
-    number = 0
-    while killed.total() < kills:
-        broken = folder / f"broken{number}"
-        process = start(broken, phase)
-        time.sleep(moments.uniform(0, seconds))
-        turn, waits = divmod(killed.total(), 2)
-        if waits:
-            wait_for(NAMES.index(AIMS[turn % len(AIMS)]), phase, process)
-            time.sleep(moments.uniform(0, DELAY))
-        if os.waitpid(process, os.WNOHANG) == (0, 0):
-            os.kill(process, signal.SIGSTOP)
-            killed[NAMES[phase[0]]] += 1
-            phase[0] = 0
-            os.kill(process, signal.SIGKILL)
-            os.waitpid(process, 0)
-        else:
-            wrong = differences(folder / "whole", broken)
-            assert not wrong, f"{broken} differs from the uninterrupted run: {wrong}"
-            number += 1
-    finish(start(folder / f"broken{number}", phase), folder / f"broken{number}")
-    wrong = differences(folder / "whole", folder / f"broken{number}")
-    assert not wrong, f"broken{number} differs from the uninterrupted run: {wrong}"
-    killed["runs compared"] = number + 1
-    return killed
+    draw, killed, compared = random.Random(seed), Counter(), 0
+    Run(folder / "whole").finish()
+    while True:
+        broken = folder / f"broken{compared}"
+        run = Run(broken)
+        if killed.total() < kills:
+            run.wait_for(AIMS[killed.total() % len(AIMS)], times=draw.randint(1, 4))
+            time.sleep(draw.uniform(0, DELAY))
+            if not run.ended():
+                killed[run.kill()] += 1
+                continue
+        run.finish()
+        wrong = differences(folder / "whole", broken)
+        assert not wrong, f"{broken} differs from the uninterrupted run: {wrong}"
+        compared += 1
+        if killed.total() == kills:
+            return killed, compared
 
 
 def main() -> int:
@@ -158,8 +145,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        killed = kill_and_resume(options.kills, options.seed, Path(folder))
-    print(", ".join(f"{name}: {count}" for name, count in killed.items()))
+        killed, compared = kill_and_resume(options.kills, options.seed, Path(folder))
+    print(", ".join(f"{name}: {count}" for name, count in killed.items()), f"; {compared} runs compared", sep="")
     return 0
 
 

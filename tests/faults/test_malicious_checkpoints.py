@@ -33,7 +33,7 @@ def as_pickle(state: dict, path: Path) -> None:
 def test_resuming_passes_over_a_malicious_checkpoint(
     tmp_path: Path, mark: Path, write: Callable[[dict, Path], None], caplog: pytest.LogCaptureFixture
 ) -> None:
-    whole = save_checkpoint(tmp_path / "checkpoints", 3, {"step": 3, "model": {}}, keep=2)
+    whole = save_checkpoint(tmp_path / "checkpoints", 3, {"step": 3, "model": {}}, keep_last=2)
     write({**torch.load(whole), "model": Malicious()}, whole.with_name("step_00000009.pt"))
     assert load_latest_checkpoint(tmp_path / "checkpoints")["step"] == 3
     assert "step_00000009" in caplog.text

@@ -1,17 +1,11 @@
-"""The first shapes of ``python -m tests.faults.memory_safety``, which takes a thousand of each."""
+"""The first shape of ``python -m tests.faults.memory_safety``, which takes a thousand of each operator."""
 
 import pytest
 
 from tests.faults.memory_safety import OPS, check
 
-# isort: split
-from allspark_fast.kernels.channel_attention import kernel
 
-pytestmark = pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # how numpy announces a NaN
-
-
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # how numpy announces a NaN
 @pytest.mark.parametrize("op", OPS)
-def test_random_shapes(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("WORKSPACE_BYTES", "MIN_COLUMNS"):  # which check() changes
-        monkeypatch.setattr(kernel, name, getattr(kernel, name))
-    check(op, 5)
+def test_random_shapes(op: str) -> None:
+    check(op, 1)

@@ -1,19 +1,36 @@
-"""Runs a function on several gloo ranks."""
+"""Functions and whole runs on several gloo ranks.
+
+As a program, ``train.py`` with a fault: ``python -m tests.helpers.ranks RANK STEP SIGNAL self|torchrun ARGUMENTS``.
+"""
 
 import multiprocessing
-from collections.abc import Callable
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from allspark_fast.__main__ import main
+from allspark_fast.distributed import rank
+from allspark_fast.training import setup, trainer
+from allspark_fast.training.step import Losses, TrainState
+from tests.helpers.steps import without_dropout
+
+# Ranks are forked from a process that has done nothing but import, which would take most of the time of a test.
+_PRELOADED = ["tests.helpers.ranks"]
+
 
 def run_on_ranks(work: Callable[[], Any], ranks: int, folder: Path) -> list[Any]:
     """Call a picklable function on every rank and return what each call returned."""
-    # Ranks are forked from a process that has done nothing but import: that takes seconds, and they the most of a test.
-    multiprocessing.set_forkserver_preload(["allspark_fast.training.trainer", "tests.training.test_distributed"])
+    multiprocessing.set_forkserver_preload(_PRELOADED)
     mp.start_processes(_run_on_rank, (work, ranks, folder), nprocs=ranks, start_method="forkserver")
     return [torch.load(folder / f"{index}.pt", weights_only=False) for index in range(ranks)]
 
@@ -23,3 +40,95 @@ def _run_on_rank(index: int, work: Callable[[], Any], ranks: int, folder: Path) 
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=index, world_size=ranks)
     torch.save(work(), folder / f"{index}.pt")
     dist.destroy_process_group()
+
+
+class Fault(NamedTuple):
+    """A signal that a rank sends before it takes a step, so that no test has to hit the moment from outside.
+
+    Attributes:
+        rank: that sends it.
+        step: steps taken before.
+        number: the signal.
+        to: ``self``, or ``torchrun``, its parent; the rank then waits until it is asked to stop.
+    """
+
+    rank: int
+    step: int
+    number: int
+    to: str = "self"
+
+
+class Run:
+    """One rank of a run in a process of its own, without an agent that would end all ranks as soon as one has ended."""
+
+    def __init__(self, work: Callable[..., int], *arguments: Any) -> None:
+        multiprocessing.set_forkserver_preload(_PRELOADED)
+        context = multiprocessing.get_context("forkserver")
+        self._output, output = context.Pipe(duplex=False)
+        self.process = context.Process(target=_with_output, args=(output, work, *arguments), daemon=True)
+        self.process.start()
+        output.close()
+
+    def finish(self, status: int = 0) -> str:
+        """Wait until it has ended with this status, negative for a signal, and return what it printed."""
+        with os.fdopen(os.dup(self._output.fileno())) as file:
+            printed = file.read()
+        self.process.join()
+        assert self.process.exitcode == status, printed
+        return printed
+
+
+def start_run(arguments: list[str], ranks: int, fault: Fault | None = None, *, dropout: bool = False) -> list[Run]:
+    """Start the train command on so many ranks; without dropout, runs on any number of ranks agree."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    return [Run(_train, arguments, index, ranks, port, fault, dropout) for index in range(ranks)]
+
+
+def _with_output(output: Any, work: Callable[..., int], *arguments: Any) -> None:
+    for stream in (1, 2):
+        os.dup2(output.fileno(), stream)
+    output.close()
+    sys.stdout, sys.stderr = (os.fdopen(stream, "w", buffering=1) for stream in (1, 2))
+    sys.exit(work(*arguments))
+
+
+def _train(arguments: list[str], index: int, ranks: int, port: int, fault: Fault | None, dropout: bool) -> int:
+    if ranks > 1:
+        places = {"RANK": index, "LOCAL_RANK": index, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+        address = {"MASTER_ADDR": "localhost", "MASTER_PORT": port}
+        os.environ.update({name: str(value) for name, value in {**places, **address}.items()})
+    if not dropout:
+        build = setup.build_model
+        setup.build_model = lambda *args, **options: without_dropout(build(*args, **options))
+    return train_with_fault(arguments, fault)
+
+
+def train_with_fault(arguments: list[str], fault: Fault | None) -> int:
+    """Run the train command in a process that is used for nothing else."""
+    take_step, stop_signals = trainer.train_step, trainer.stop_signals
+    asked: Callable[[], bool] = bool
+
+    @contextmanager
+    def noted_stop_signals() -> Iterator[Callable[[], bool]]:
+        nonlocal asked
+        with stop_signals() as asked:
+            yield asked
+
+    def step(state: TrainState, *args: Any, **options: Any) -> Losses:
+        if (rank(), int(state.step)) == (fault.rank, fault.step):
+            os.kill(os.getpid() if fault.to == "self" else os.getppid(), fault.number)
+            while fault.to == "torchrun" and not asked():
+                time.sleep(0.01)
+        return take_step(state, *args, **options)
+
+    if fault is not None:
+        trainer.stop_signals, trainer.train_step = noted_stop_signals, step
+    return main(["train", *arguments])
+
+
+if __name__ == "__main__":
+    number, step, name, to, *rest = sys.argv[1:]
+    started_again = os.environ["TORCHELASTIC_RESTART_COUNT"] != "0"
+    sys.exit(train_with_fault(rest, None if started_again else Fault(int(number), int(step), signal.Signals[name], to)))

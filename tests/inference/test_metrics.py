@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from allspark_fast.inference.metrics import ConfusionMatrix
-from tests.kernels.forbid_sync import forbid_sync
+from tests.helpers.forbid_sync import forbid_sync
 
 
 def test_counts_and_iou_by_hand() -> None:

@@ -14,8 +14,8 @@ from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from allspark_fast.kernels.channel_attention import channel_attention, chunked, configs
+from tests.helpers.triton_checks import checked_memory, exact_bfloat16, uninitialized_memory_is_nan
 from tests.kernels.test_channel_attention import SEED, assert_equal_to_reference, inputs, output_and_grads
-from tests.kernels.triton_checks import checked_memory, exact_bfloat16, uninitialized_memory_is_nan
 
 # isort: split
 from allspark_fast.kernels.channel_attention import kernel, one_pass

@@ -1,22 +1,23 @@
 """The kernels as compiled for the GPU at hand: ``pytest -m gpu``.
 
-With ``ALLSPARK_INTERPRET_GPU_TESTS=1`` on a machine without one, those that need nothing of CUDA's run in Triton's
+With ``ALLSPARK_INTERPRET_GPU_TESTS=1`` on a machine without a GPU, the tests that need no CUDA run in Triton's
 interpreter: a check of the tests, not of the kernels (bfloat16 is left out).
 """
 
+import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from torch import Tensor
 
-from allspark_fast.kernels.channel_attention import channel_attention, chunked
+from allspark_fast.kernels.channel_attention import channel_attention
 from allspark_fast.kernels.depthwise_gelu import depthwise_gelu
 from allspark_fast.kernels.selftest import TOLERANCE, check_kernels, passed, results_table
 from allspark_fast.kernels.semantic_memory import channel_semantic_grouping, reference, semantic_memory_enqueue
-from allspark_fast.kernels.triton_support import is_interpreted, prefers_triton
-from allspark_fast.kernels.tuning import fixed
+from allspark_fast.kernels.triton_support import is_interpreted, prefers_triton, set_kernels
+from tests.helpers.compare import assert_close, output_and_grads
 
 pytestmark = pytest.mark.gpu
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -24,19 +25,19 @@ INTERPRETED = "ALLSPARK_INTERPRET_GPU_TESTS" in os.environ and not torch.cuda.is
 
 
 @pytest.fixture
-def device() -> torch.device:
-    """The GPU, or the CPU that interprets."""
-    if INTERPRETED:
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        pytest.skip("no GPU is there")
-    assert not is_interpreted(), "TRITON_INTERPRET is set: unset it, for the GPU's own code to be tested"
-    return torch.device("cuda")
+def device() -> Iterator[torch.device]:
+    """The GPU, or the CPU where the kernels are interpreted."""
+    if not (INTERPRETED or torch.cuda.is_available()):
+        pytest.skip("no CUDA device is available")
+    assert INTERPRETED or not is_interpreted(), "TRITON_INTERPRET is set: unset it to test the compiled kernels"
+    previous = set_kernels("triton")
+    yield torch.device("cpu" if INTERPRETED else "cuda")
+    set_kernels(previous)
 
 
 @pytest.fixture
 def cuda(device: torch.device) -> torch.device:
-    """The GPU, for tests of what CUDA alone has."""
+    """The GPU, for tests of what only CUDA has."""
     if device.type != "cuda":
         pytest.skip("needs CUDA")
     return device
@@ -53,7 +54,7 @@ def inputs(
     device: torch.device, dtype: torch.dtype, tokens: int, *, batch: int = 2, channels: int = 64, columns: int = 192
 ) -> list[Tensor]:
     shapes = [(batch, 1, tokens, channels), (1, 1, tokens, columns), (1, 1, tokens, columns)]
-    return [torch.randn(shape, device=device).to(dtype).requires_grad_() for shape in shapes]
+    return [torch.randn(shape, device=device).to(dtype) for shape in shapes]
 
 
 def options(device: torch.device, dropout_p: float) -> dict[str, object]:
@@ -61,25 +62,14 @@ def options(device: torch.device, dropout_p: float) -> dict[str, object]:
     return {"group_mask": mask, "dropout_p": dropout_p, "seed": torch.tensor(7, device=device)}
 
 
-def output_and_grads(
-    tensors: list[Tensor], attend: Callable[..., Tensor] = channel_attention, **kwargs: object
-) -> list[Tensor]:
-    output = attend(*tensors, **kwargs)
-    # Equal for all dtypes, as the inputs are; float16 has no linspace of so many steps.
-    weight = torch.linspace(-1, 1, output.numel(), device=output.device).bfloat16().to(output.dtype)
-    return [output, *torch.autograd.grad(output, tensors, weight.view(output.shape))]
-
-
-def assert_close(actual: list[Tensor], expected: list[Tensor], tolerance: float) -> None:
-    for x, target in zip(actual, expected, strict=True):
-        error = (x.double() - target).abs().max() / target.abs().max()
-        assert error <= tolerance, f"{x.dtype} {tuple(x.shape)} is wrong by {error:.1e}"
+def run(tensors: list[Tensor], function: Callable[..., Tensor] = channel_attention, **kwargs: object) -> list[Tensor]:
+    """Output and gradients."""
+    return output_and_grads(functools.partial(function, **kwargs), tensors)
 
 
 def assert_parity(tensors: list[Tensor], **kwargs: object) -> None:
-    doubles = [x.detach().double().requires_grad_() for x in tensors]
-    expected = output_and_grads(doubles, backend="reference", **kwargs)
-    assert_close(output_and_grads(tensors, backend="triton", **kwargs), expected, TOLERANCE[tensors[0].dtype])
+    expected = run([x.double() for x in tensors], backend="reference", **kwargs)
+    assert_close(run(tensors, backend="triton", **kwargs), expected, TOLERANCE[tensors[0].dtype])
 
 
 class TestChannelAttention:
@@ -104,13 +94,13 @@ class TestChannelAttention:
     def test_auto_is_triton(self, cuda: torch.device, dtype: torch.dtype) -> None:
         if torch.cuda.get_device_capability() < (8, 0):
             pytest.skip("the kernels are for compute capability 8.0 and above")
-        assert prefers_triton("channel_attention", torch.empty(1, dtype=dtype, device=cuda))
+        set_kernels("auto")
+        assert prefers_triton(torch.empty(1, dtype=dtype, device=cuda))
 
     def test_compiles_as_one_graph(self, cuda: torch.device, dtype: torch.dtype) -> None:
         tensors, kwargs = inputs(cuda, dtype, 289), options(cuda, 0.1)
         compiled = torch.compile(channel_attention, fullgraph=True)
-        expected = [x.double() for x in output_and_grads(tensors, **kwargs)]
-        assert_close(output_and_grads(tensors, compiled, **kwargs), expected, TOLERANCE[dtype])
+        assert_close(run(tensors, compiled, **kwargs), run(tensors, **kwargs), TOLERANCE[dtype])
 
     def test_is_captured_in_a_cuda_graph(self, cuda: torch.device, dtype: torch.dtype) -> None:
         """Forward and backward, replayed on other numbers."""
@@ -119,51 +109,38 @@ class TestChannelAttention:
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(3):
-                output_and_grads(tensors, **kwargs)
+                run(tensors, **kwargs)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            captured = output_and_grads(tensors, **kwargs)
-        with torch.no_grad():
-            for x in tensors:
-                x.normal_()
+            captured = run(tensors, **kwargs)
+        for x in tensors:
+            x.normal_()
         graph.replay()
         torch.cuda.synchronize()
-        expected = [x.double() for x in output_and_grads(tensors, **kwargs)]
-        assert_close(captured, expected, TOLERANCE[dtype])
+        assert_close(captured, run(tensors, **kwargs), TOLERANCE[dtype])
 
-    def test_waits_for_nothing(self, cuda: torch.device, dtype: torch.dtype) -> None:
+    def test_no_host_sync(self, cuda: torch.device, dtype: torch.dtype) -> None:
         tensors, kwargs = inputs(cuda, dtype, 289), options(cuda, 0.1)
-        assert_no_sync(lambda: output_and_grads(tensors, **kwargs))
+        assert_no_sync(lambda: run(tensors, **kwargs))
 
     def test_offsets_beyond_2_to_the_31(self, cuda: torch.device) -> None:
-        """Only the last columns of a key of more than 2^31 numbers count."""
-        from allspark_fast.kernels.channel_attention import kernel  # noqa: PLC0415 needs triton
-
-        need_bytes(24e9)
+        """Only the last group of a key of more than 2^31 numbers counts."""
+        need_bytes(40e9)
         tokens, kept = 1369, 64
-        columns = 2**31 // tokens // 1024 * 1024 + 2048
-        assert tokens * columns > 2**31
-        key, value = (torch.randn(1, 1, tokens, columns, dtype=torch.bfloat16, device=cuda) for _ in range(2))
-        query = torch.randn(1, 1, tokens, 32, device=cuda).bfloat16().float()
-        grad = torch.randn_like(query).bfloat16()
-        scale, mean = torch.full((1, 1, 1, 1), tokens**-0.5, device=cuda), torch.zeros(1, 1, tokens, 1, device=cuda)
-        mask = torch.arange(columns, device=cuda) >= columns - kept
-        output, lse = kernel.forward(query, key, value, scale, mean, mask, 0.0, None)
-        grads = kernel.backward(grad, query, key, value, scale, mean, output, lse, mask, 0.0, None)
-        assert not grads[1][..., 0].any()
-        ends = [x[..., -kept:].double() for x in (key, value)]
-        others = scale.double(), mean.double()
-        expected, expected_lse = chunked.forward(query.double(), *ends, *others, None, 0.0, None)
-        expected_grads = chunked.backward(
-            grad.double(), query.double(), *ends, *others, expected, expected_lse, None, 0.0, None
-        )
-        actual = [output, grads[0], grads[1][..., -kept:], grads[2][..., -kept:]]
-        assert_close(actual, [expected, *expected_grads[:3]], TOLERANCE[torch.bfloat16])
+        groups = 2**31 // (tokens * kept) + 2
+        assert tokens * groups * kept > 2**31
+        tensors = inputs(cuda, torch.bfloat16, tokens, batch=1, channels=32, columns=groups * kept)
+        mask = torch.arange(groups, device=cuda) == groups - 1
+        output, grad_query, *grads = run(tensors, group_mask=mask)
+        assert not any(x[..., 0].any() for x in grads)
+        ends = [tensors[0].double(), *(x[..., -kept:].double() for x in tensors[1:])]
+        actual = [output, grad_query, *(x[..., -kept:] for x in grads)]
+        assert_close(actual, run(ends, backend="reference"), TOLERANCE[torch.bfloat16])
 
 
 class TestSemanticMemory:
-    """Grouping and enqueue, bit for bit."""
+    """Grouping up to ties, and enqueue bit for bit."""
 
     @pytest.mark.parametrize(("tokens", "classes", "channels"), [(289, 21, 512), (676, 19, 129), (1369, 81, 64)])
     def test_grouping(self, device: torch.device, dtype: torch.dtype, tokens: int, classes: int, channels: int) -> None:
@@ -175,7 +152,7 @@ class TestSemanticMemory:
         assert ((best - actual).abs() <= 1e-5 * best.abs()).all()  # up to ties
 
     @pytest.mark.parametrize("slots", [16, 100, 512])
-    def test_enqueue_is_that_of_the_loop_every_time(self, device: torch.device, dtype: torch.dtype, slots: int) -> None:
+    def test_enqueue_equals_the_loop_every_time(self, device: torch.device, dtype: torch.dtype, slots: int) -> None:
         features = torch.randn(2, 289, 512, device=device).to(dtype)
         channel_class = torch.randint(-1, 22, (2, 512), device=device)
         queue, queue_ptr = torch.randn(289, 21, slots).permute(1, 2, 0), torch.randint(slots, (21,))
@@ -186,7 +163,7 @@ class TestSemanticMemory:
             semantic_memory_enqueue(*actual, features, channel_class)
             assert all(torch.equal(x.cpu(), y) for x, y in zip(actual, expected, strict=True))
 
-    def test_waits_for_nothing(self, cuda: torch.device, dtype: torch.dtype) -> None:
+    def test_no_host_sync(self, cuda: torch.device, dtype: torch.dtype) -> None:
         features = torch.randn(2, 289, 512, device=cuda, dtype=dtype)
         class_map = torch.randn(2, 21, 289, device=cuda)
         queue, queue_ptr = torch.zeros(21, 64, 289, device=cuda), torch.zeros(21, dtype=torch.int64, device=cuda)
@@ -214,38 +191,28 @@ class TestSemanticMemory:
 class TestDepthwiseGelu:
     """Against torch's convolution and GELU in float64."""
 
-    def leaves(
+    def inputs(
         self, device: torch.device, dtype: torch.dtype, batch: int, size: tuple[int, int], channels: int
-    ) -> list:
+    ) -> list[Tensor]:
         """Tokens, and float32 weights as under autocast."""
         tokens = torch.randn(batch, size[0] * size[1], channels, device=device).to(dtype)
-        shapes = (channels, 1, 3, 3), (channels,)
-        return [x.requires_grad_() for x in (tokens, *(torch.randn(shape, device=device) for shape in shapes))]
+        return [tokens, *(torch.randn(shape, device=device) for shape in ((channels, 1, 3, 3), (channels,)))]
 
-    # 0 and 1 are the tiles, 2 is torch's form.
-    @pytest.mark.parametrize("choice", [0, 1, 2])
     @pytest.mark.parametrize(("size", "channels"), [((129, 129), 256), ((17, 17), 2048), ((33, 31), 130), ((1, 7), 5)])
-    def test_every_choice(
-        self, device: torch.device, dtype: torch.dtype, size: tuple[int, int], channels: int, choice: int
-    ) -> None:
+    def test_sizes(self, device: torch.device, dtype: torch.dtype, size: tuple[int, int], channels: int) -> None:
         if INTERPRETED:
             size, channels = (min(size[0], 3), min(size[1], 9)), min(channels, 66)
-        leaves = self.leaves(device, dtype, 2, size, channels)
-        exact = [x.detach().double().requires_grad_() for x in leaves]
-        with fixed(choice):
-            actual = output_and_grads(leaves, lambda *x: depthwise_gelu(*x, size))
-        expected = output_and_grads(exact, lambda *x: depthwise_gelu(*x, size))
-        # Convolutions of float32 may multiply in TF32, unlike our kernels.
-        assert_close(actual, expected, 1e-2 if choice == 2 else 2 * TOLERANCE[dtype])
+        tensors = self.inputs(device, dtype, 2, size, channels)
+        expected = run([x.double() for x in tensors], depthwise_gelu, size=size)
+        assert_close(run(tensors, depthwise_gelu, size=size), expected, 2 * TOLERANCE[dtype])
 
-    def test_waits_for_nothing(self, cuda: torch.device, dtype: torch.dtype) -> None:
-        leaves = self.leaves(cuda, dtype, 2, (33, 33), 128)
-        assert_no_sync(lambda: output_and_grads(leaves, lambda *x: depthwise_gelu(*x, (33, 33))))
+    def test_no_host_sync(self, cuda: torch.device, dtype: torch.dtype) -> None:
+        tensors = self.inputs(cuda, dtype, 2, (33, 33), 128)
+        assert_no_sync(lambda: run(tensors, depthwise_gelu, size=(33, 33)))
 
     def test_is_the_same_every_time(self, cuda: torch.device, dtype: torch.dtype) -> None:
-        leaves = self.leaves(cuda, dtype, 2, (65, 65), 128)
-        with fixed(0):
-            first, *others = (output_and_grads(leaves, lambda *x: depthwise_gelu(*x, (65, 65))) for _ in range(10))
+        tensors = self.inputs(cuda, dtype, 2, (65, 65), 128)
+        first, *others = (run(tensors, depthwise_gelu, size=(65, 65)) for _ in range(10))
         for other in others:
             assert all(torch.equal(x, y) for x, y in zip(other, first, strict=True))
 
@@ -256,14 +223,12 @@ class TestDepthwiseGelu:
         tokens = torch.zeros(1, size[0] * size[1], channels, dtype=torch.bfloat16, device=cuda)
         assert tokens.numel() > 2**31
         tokens[:, -rows * size[1] :].normal_()
-        end = tokens[:, -rows * size[1] :].detach().clone()
-        _, weight, bias = (x.detach() for x in self.leaves(cuda, torch.bfloat16, 1, (1, 1), channels))
+        _, weight, bias = self.inputs(cuda, torch.bfloat16, 1, (1, 1), channels)
         outputs = []
-        for x in (tokens, end):
+        for x in (tokens, tokens[:, -rows * size[1] :].clone()):
             leaf = x.requires_grad_()
-            with fixed(0):
-                output = depthwise_gelu(leaf, weight, bias, (leaf.shape[1] // size[1], size[1]))
-                (grad,) = torch.autograd.grad(output, leaf, output.detach())
+            output = depthwise_gelu(leaf, weight, bias, (leaf.shape[1] // size[1], size[1]))
+            (grad,) = torch.autograd.grad(output, leaf, output.detach())
             outputs.append([y[:, -(rows - 2) * size[1] :].double() for y in (output, grad)])
         assert_close(outputs[0], outputs[1], TOLERANCE[torch.bfloat16])
 
@@ -274,7 +239,7 @@ def test_selftest_passes(device: torch.device) -> None:
 
 
 def assert_no_sync(function: Callable[[], object]) -> None:
-    """Run once to compile, then with every wait for the device an error."""
+    """Run once to compile, then with every host sync an error."""
     function()
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
@@ -287,4 +252,4 @@ def assert_no_sync(function: Callable[[], object]) -> None:
 def need_bytes(count: float) -> None:
     free, _ = torch.cuda.mem_get_info()
     if free < count:
-        pytest.skip(f"needs {count / 1e9:.0f} GB of free GPU memory, {free / 1e9:.0f} GB are")
+        pytest.skip(f"needs {count / 1e9:.0f} GB of free GPU memory, found {free / 1e9:.0f} GB")

@@ -8,14 +8,32 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.library import opcheck
+from torch.nn.functional import normalize
 
 from allspark_fast.kernels.semantic_memory import channel_semantic_grouping, reference, semantic_memory_enqueue
-from tests.kernels.forbid_sync import forbid_sync
+from tests.helpers.compare import strided
+from tests.helpers.forbid_sync import forbid_sync
+from tests.helpers.kernels import MOSTLY_TORCH, use_kernels
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def memory(classes: int, slots: int, tokens: int) -> tuple[Tensor, Tensor]:
-    """A queue in the memory's own strides, and pointers anywhere."""
-    return torch.randn(tokens, classes, slots).permute(1, 2, 0), torch.randint(slots, (classes,))
+def example(
+    batch: int = 2, classes: int = 3, slots: int = 8, tokens: int = 5, channels: int = 9
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A queue in the memory's own strides, pointers anywhere, features, and channels of all, no and unknown classes."""
+    queue = torch.randn(tokens, classes, slots).permute(1, 2, 0)
+    channel_class = torch.randint(-2, classes + 2, (batch, channels))
+    return queue, torch.randint(slots, (classes,)), torch.randn(batch, tokens, channels), channel_class
+
+
+def assert_equals_the_loop(queue: Tensor, queue_ptr: Tensor, features: Tensor, channel_class: Tensor) -> None:
+    """Bit for bit."""
+    expected = queue.clone(), queue_ptr.clone()
+    reference.semantic_memory_enqueue(*expected, features, channel_class)
+    semantic_memory_enqueue(queue, queue_ptr, features, channel_class)
+    assert torch.equal(queue, expected[0])
+    assert torch.equal(queue_ptr, expected[1])
 
 
 class TestEnqueue:
@@ -23,27 +41,31 @@ class TestEnqueue:
 
     @settings(max_examples=150, deadline=None)
     @given(
-        classes=st.integers(1, 5),
-        slots=st.integers(1, 6),
-        tokens=st.integers(1, 4),
+        kernels=MOSTLY_TORCH,
         batch=st.integers(0, 4),
-        channels=st.integers(0, 9),
+        classes=st.integers(1, 5),
+        slots=st.integers(1, 70),
+        tokens=st.integers(1, 20),
+        channels=st.integers(0, 40),
         seed=st.integers(0, 2**31),
     )
-    def test_equals_the_loop_bit_for_bit(
-        self, classes: int, slots: int, tokens: int, batch: int, channels: int, seed: int
+    def test_any_shape(
+        self, kernels: str, batch: int, classes: int, slots: int, tokens: int, channels: int, seed: int
     ) -> None:
         torch.manual_seed(seed)
-        queue, pointer = memory(classes, slots, tokens)
-        features = torch.randn(batch, tokens, channels)
-        channel_class = torch.randint(-2, classes + 2, (batch, channels))
-        expected = queue.clone(), pointer.clone()
-        reference.semantic_memory_enqueue(*expected, features, channel_class)
-        semantic_memory_enqueue(queue, pointer, features, channel_class)
-        assert torch.equal(queue, expected[0])
-        assert torch.equal(pointer, expected[1])
+        with use_kernels(kernels):
+            assert_equals_the_loop(*example(batch, classes, slots, tokens, channels))
 
-    def test_wraps_around_and_keeps_the_last(self) -> None:
+    @pytest.mark.parametrize("slots", [3, 64, 100])
+    def test_one_class_gets_everything_over_several_steps(self, kernels: str, slots: int) -> None:
+        queue, queue_ptr, features, channel_class = example(2, 3, slots, 5, 50)
+        for cls in (1, 1, 2):
+            assert_equals_the_loop(queue, queue_ptr, features, torch.full_like(channel_class, cls))
+
+    def test_more_channels_than_one_block(self, kernels: str) -> None:
+        assert_equals_the_loop(*example(3, 2, 700, 2, 700))
+
+    def test_wraps_around_and_keeps_the_last(self, kernels: str) -> None:
         queue, pointer = torch.zeros(2, 3, 1), torch.tensor([2, 0])
         features = torch.arange(1.0, 8.0).view(1, 1, 7)
         semantic_memory_enqueue(queue, pointer, features, torch.tensor([[0, 0, 1, 0, 0, 0, -1]]))
@@ -51,47 +73,56 @@ class TestEnqueue:
         assert queue[..., 0].tolist() == [[6.0, 4.0, 5.0], [3.0, 0.0, 0.0]]
         assert pointer.tolist() == [1, 1]
 
-    def test_casts_to_the_dtype_of_the_queue(self) -> None:
-        queue, pointer = torch.zeros(1, 2, 3), torch.zeros(1, dtype=torch.int64)
-        features = torch.randn(1, 3, 2, dtype=torch.bfloat16)
-        semantic_memory_enqueue(queue, pointer, features, torch.zeros(1, 2, dtype=torch.int64))
-        assert torch.equal(queue[0].mT, features[0].float())
+    @pytest.mark.parametrize("queue_dtype", DTYPES)
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_casts_as_torch_does(self, kernels: str, dtype: torch.dtype, queue_dtype: torch.dtype) -> None:
+        queue, queue_ptr, features, channel_class = example()
+        assert_equals_the_loop(queue.to(queue_dtype), queue_ptr, features.to(dtype), channel_class)
 
-    def test_strides_of_the_queue_do_not_matter(self) -> None:
-        queue, pointer = memory(3, 4, 5)
-        other, other_pointer = queue.contiguous(), pointer.clone()
-        features, channel_class = torch.randn(2, 5, 6).mT.contiguous().mT, torch.randint(3, (2, 6))
-        semantic_memory_enqueue(queue, pointer, features, channel_class)
-        semantic_memory_enqueue(other, other_pointer, features, channel_class)
-        assert torch.equal(queue, other)
+    def test_any_strides(self, kernels: str) -> None:
+        queue, queue_ptr, features, channel_class = example()
+        strided_ptr = torch.stack([queue_ptr, queue_ptr + 100], 1)[:, 0]
+        for other in strided(features):
+            assert_equals_the_loop(queue.contiguous(), strided_ptr, other, strided(channel_class)[0])
+
+    @pytest.mark.parametrize("wrong", [-1, -9, 3, 2**63 - 1, -(2**63)])
+    @pytest.mark.parametrize("kernels", ["triton"], indirect=True)
+    def test_the_kernel_takes_pointers_modulo_the_slots(self, kernels: str, wrong: int) -> None:
+        """On a GPU; on the CPU such pointers are refused."""
+        from allspark_fast.kernels.semantic_memory import kernel  # noqa: PLC0415 needs triton
+
+        queue, queue_ptr, features, channel_class = example(slots=3)
+        queue_ptr[1] = wrong
+        expected = queue.clone(), queue_ptr.remainder(3)
+        reference.semantic_memory_enqueue(*expected, features, channel_class)
+        kernel.semantic_memory_enqueue(queue, queue_ptr, features, channel_class)
+        assert torch.equal(queue, expected[0])
+        assert torch.equal(queue_ptr, expected[1])
 
     def test_no_gradient_and_no_host_sync(self) -> None:
-        queue, pointer = memory(3, 4, 5)
-        features = torch.randn(2, 5, 6, requires_grad=True)
+        queue, pointer, features, channel_class = example()
         with forbid_sync():
-            semantic_memory_enqueue(queue, pointer, features, torch.randint(3, (2, 6)))
+            semantic_memory_enqueue(queue, pointer, features.requires_grad_(), channel_class)
         assert not queue.requires_grad
 
     @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-    def test_what_is_not_finite_is_kept_out_by_its_class(self, bad: float) -> None:
-        queue, pointer = memory(3, 4, 5)
-        features, class_map = torch.randn(2, 5, 2), torch.randn(2, 3, 5)
+    def test_grouping_keeps_non_finite_images_out(self, kernels: str, bad: float) -> None:
+        queue, pointer, features, _ = example()
         features[0, 3, 1] = bad
-        channel_class = channel_semantic_grouping(features, class_map)
+        channel_class = channel_semantic_grouping(features, torch.randn(2, 3, 5))
         expected = queue.clone(), pointer.clone()
         reference.semantic_memory_enqueue(*expected, features[1:], channel_class[1:])
         semantic_memory_enqueue(queue, pointer, features, channel_class)
         assert torch.equal(queue, expected[0])
         assert torch.equal(pointer, expected[1])
 
-    def test_a_valid_class_stores_the_channel_as_it_is(self) -> None:
+    def test_a_valid_class_stores_the_channel_unchanged(self, kernels: str) -> None:
         queue, pointer = torch.zeros(1, 2, 2), torch.zeros(1, dtype=torch.int64)
         semantic_memory_enqueue(queue, pointer, torch.tensor([[[1.0], [math.inf]]]), torch.zeros(1, 1).long())
         assert queue[0].tolist() == [[1.0, math.inf], [0.0, 0.0]]
 
     def test_opcheck_and_compile(self) -> None:
-        queue, pointer = memory(3, 4, 5)
-        features, channel_class = torch.randn(2, 5, 6), torch.randint(3, (2, 6))
+        queue, pointer, features, channel_class = example()
         op = torch.ops.allspark_fast.semantic_memory_enqueue.default
         opcheck(op, (queue.clone(), pointer.clone(), features, channel_class))
         expected = queue.clone(), pointer.clone()
@@ -107,38 +138,52 @@ class TestGrouping:
 
     @settings(max_examples=60, deadline=None)
     @given(
-        batch=st.integers(1, 3),
-        classes=st.integers(1, 7),
-        tokens=st.integers(1, 12),
-        channels=st.integers(1, 9),
+        kernels=MOSTLY_TORCH,
+        batch=st.integers(0, 3),
+        classes=st.integers(1, 70),
+        tokens=st.integers(1, 70),
+        channels=st.integers(1, 70),
         seed=st.integers(0, 2**31),
     )
-    def test_equals_cosine_similarity(self, batch: int, classes: int, tokens: int, channels: int, seed: int) -> None:
+    def test_any_shape(self, kernels: str, batch: int, classes: int, tokens: int, channels: int, seed: int) -> None:
         torch.manual_seed(seed)
         features, class_map = torch.randn(batch, tokens, channels), torch.randn(batch, classes, tokens)
-        expected = reference.channel_semantic_grouping(features, class_map)
-        actual = channel_semantic_grouping(features, class_map)
+        with use_kernels(kernels):
+            actual = channel_semantic_grouping(features, class_map)
+        assert actual.shape == (batch, channels)
         # A tie to rounding may go either way: compare the similarity reached.
-        similarity = torch.einsum("bkn,bnc->bkc", class_map / class_map.norm(dim=2, keepdim=True), features)
-        reached = [similarity.gather(1, x[:, None]) for x in (actual, expected)]
-        torch.testing.assert_close(*reached, rtol=1e-5, atol=1e-5)
+        similarity = normalize(class_map.double(), dim=2) @ features.double()
+        reached = similarity.gather(1, actual[:, None])[:, 0]
+        assert (reached >= similarity.amax(1) - 1e-5 * similarity.abs().amax(1)).all()
 
-    def test_a_scaled_class_map_changes_nothing(self) -> None:
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_equals_the_reference(self, kernels: str, dtype: torch.dtype) -> None:
+        features, class_map = torch.randn(2, 289, 40).to(dtype), torch.randn(2, 21, 289)
+        expected = reference.channel_semantic_grouping(features, class_map)
+        assert torch.equal(channel_semantic_grouping(features, class_map), expected)
+
+    def test_a_scaled_class_map_changes_nothing(self, kernels: str) -> None:
         features, class_map = torch.randn(2, 9, 16), torch.randn(2, 4, 9)
         scaled = class_map * torch.tensor([0.1, 1.0, 10.0, 100.0])[:, None]
         assert torch.equal(channel_semantic_grouping(features, class_map), channel_semantic_grouping(features, scaled))
 
+    def test_any_strides(self, kernels: str) -> None:
+        features, class_map = torch.randn(2, 9, 40), torch.randn(2, 5, 9)
+        expected = channel_semantic_grouping(features, class_map)
+        for other in zip(strided(features), strided(class_map), strict=True):
+            assert torch.equal(channel_semantic_grouping(*other), expected)
+
     @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
     @pytest.mark.parametrize("where", ["features", "class_map"])
-    def test_images_that_are_not_finite_get_no_class(self, bad: float, where: str) -> None:
-        features, class_map = torch.randn(3, 9, 16), torch.randn(3, 4, 9)
-        {"features": features, "class_map": class_map}[where][1, 2, 3] = bad
-        channel_class = channel_semantic_grouping(features, class_map)
-        assert (channel_class[1] == -1).all()
-        assert (channel_class[[0, 2]] >= 0).all()
-        assert torch.equal(channel_class, reference.channel_semantic_grouping(features, class_map))
+    def test_an_image_with_a_non_finite_number_gets_no_class(self, kernels: str, where: str, bad: float) -> None:
+        features, class_map = torch.randn(3, 9, 70), torch.randn(3, 5, 9)
+        (features if where == "features" else class_map)[1, 4, 3] = bad
+        expected = reference.channel_semantic_grouping(features, class_map)
+        actual = channel_semantic_grouping(features, class_map)
+        assert (actual[1] == -1).all()
+        assert torch.equal(actual, expected)
 
-    def test_a_class_map_of_zeros_is_fine(self) -> None:
+    def test_a_class_map_of_zeros_is_fine(self, kernels: str) -> None:
         channel_class = channel_semantic_grouping(torch.randn(1, 9, 16), torch.zeros(1, 4, 9))
         assert (channel_class == 0).all()
 

@@ -12,34 +12,40 @@ from torch.nn.functional import interpolate
 from allspark_fast.kernels.bilinear import BAND_BYTES
 from allspark_fast.kernels.upsample_argmax import reference, upsample_argmax
 from bench.harness import peak_bytes
-from tests.kernels.forbid_sync import forbid_sync
+from tests.helpers.compare import assert_close, strided
+from tests.helpers.forbid_sync import forbid_sync
+from tests.helpers.kernels import MOSTLY_TORCH, use_kernels
 
 
 @settings(max_examples=40, deadline=None)
 @given(
-    batch=st.integers(0, 3),
-    classes=st.integers(1, 6),
+    kernels=MOSTLY_TORCH,
+    batch=st.integers(0, 2),
+    classes=st.integers(1, 20),
     small=st.tuples(st.integers(1, 6), st.integers(1, 6)),
-    size=st.tuples(st.integers(1, 19), st.integers(1, 19)),
+    size=st.tuples(st.integers(1, 13), st.integers(1, 19)),
+    seed=st.integers(0, 2**31),
 )
-def test_any_size(batch: int, classes: int, small: tuple[int, int], size: tuple[int, int]) -> None:
+def test_any_size(
+    kernels: str, batch: int, classes: int, small: tuple[int, int], size: tuple[int, int], seed: int
+) -> None:
+    torch.manual_seed(seed)
     logits = torch.randn(batch, classes, *small)
-    labels, confidence = upsample_argmax(logits, size)
-    if batch == 0:
-        assert labels.shape == confidence.shape == (0, *size)
-        return
-    probability = interpolate(logits, size, mode="bilinear", align_corners=False).softmax(1)
-    torch.testing.assert_close(confidence, probability.max(1).values)
-    torch.testing.assert_close(probability.gather(1, labels[:, None])[:, 0], confidence)
+    with use_kernels(kernels):
+        labels, confidence = upsample_argmax(logits, size)
+    assert labels.shape == confidence.shape == (batch, *size)
+    if batch:
+        probability = interpolate(logits.double(), size, mode="bilinear", align_corners=False).softmax(1)
+        assert_close([confidence, probability.gather(1, labels[:, None])[:, 0].float()], 2 * [probability.amax(1)])
 
 
-@pytest.mark.parametrize("classes", [4, 171])
-def test_the_first_maximum_wins(classes: int) -> None:
+@pytest.mark.parametrize("classes", [4, 20, 171])
+def test_the_first_maximum_wins(kernels: str, classes: int) -> None:
     logits = torch.zeros(1, classes, 2, 2)
     labels, confidence = upsample_argmax(logits, (3, 3))
     assert (labels == 0).all()
     torch.testing.assert_close(confidence, torch.full((1, 3, 3), 1 / classes))
-    logits[:, [1, 3]] = 1
+    logits[:, [1, 3, classes - 1]] = 1
     assert (upsample_argmax(logits, (3, 3))[0] == 1).all()
 
 
@@ -48,10 +54,44 @@ def test_equals_the_reference(classes: int) -> None:
     """Several bands, in every memory layout."""
     logits = torch.randn(2, classes, 17, 33, dtype=torch.float64)
     expected = reference.upsample_argmax(logits, (65, 129))
-    for other in (logits, logits.contiguous(memory_format=torch.channels_last), logits.mT.contiguous().mT):
+    for other in (logits, logits.contiguous(memory_format=torch.channels_last), *strided(logits)):
         labels, confidence = upsample_argmax(other, (65, 129))
         assert torch.equal(labels, expected[0])
-        torch.testing.assert_close(confidence, expected[1])
+        assert_close([confidence], expected[1:])
+
+
+def test_more_than_one_block_of_pixels(kernels: str) -> None:
+    logits = torch.randn(1, 20, 2, 30)
+    labels, confidence = upsample_argmax(logits, (3, 130))
+    expected = reference.upsample_argmax(logits.double(), (3, 130))
+    assert torch.equal(labels, expected[0])
+    assert_close([confidence], expected[1:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_dtypes_and_strides(kernels: str, dtype: torch.dtype) -> None:
+    """Half precision is computed in float32."""
+    logits = torch.randn(1, 11, 4, 6).to(dtype)
+    computed = logits.to(torch.promote_types(dtype, torch.float32))
+    expected = upsample_argmax(computed, (9, 13))
+    for other in (logits, *strided(logits)):
+        labels, confidence = upsample_argmax(other, (9, 13))
+        assert torch.equal(labels, expected[0])
+        assert confidence.dtype == computed.dtype
+        assert torch.equal(confidence, expected[1])
+
+
+@pytest.mark.parametrize("classes", [5, 40])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_non_finite_logits(kernels: str, bad: float, classes: int) -> None:
+    logits = torch.randn(1, classes, 3, 3)
+    logits[0, [2, 4], 0, 0] = bad
+    labels, confidence = upsample_argmax(logits, (6, 6))
+    expected = reference.upsample_argmax(logits, (6, 6))
+    assert torch.equal(labels, expected[0])
+    assert labels[0, 0, 0] == 2
+    assert confidence[0, 0, 0].isnan()
+    assert_close([confidence], expected[1:])
 
 
 def test_memory_is_bounded() -> None:
@@ -60,30 +100,6 @@ def test_memory_is_bounded() -> None:
     peak = peak_bytes(lambda: upsample_argmax(logits, (257, 257)))
     assert peak <= results + logits.nbytes + 5 * BAND_BYTES
     assert peak < 2 * 257 * 257 * 40 * 4 / 2  # half of the logits at full resolution
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_dtypes(dtype: torch.dtype) -> None:
-    logits = torch.randn(2, 5, 4, 6).to(dtype)
-    labels, confidence = upsample_argmax(logits, (13, 17))
-    computed = logits if dtype == torch.float64 else logits.float()
-    expected = upsample_argmax(computed, (13, 17))
-    assert torch.equal(labels, expected[0])
-    assert confidence.dtype == computed.dtype
-    assert torch.equal(confidence, expected[1])
-
-
-@pytest.mark.parametrize("classes", [5, 40])
-def test_numbers_that_are_not_finite(classes: int) -> None:
-    logits = torch.randn(1, classes, 3, 3)
-    logits[0, [2, 4], 0, 0] = math.nan
-    logits[0, [1, 3], 2, 2] = math.inf
-    labels, confidence = upsample_argmax(logits, (6, 6))
-    expected = reference.upsample_argmax(logits, (6, 6))
-    assert torch.equal(labels, expected[0])
-    assert labels[0, 0, 0] == 2
-    assert torch.equal(confidence.isnan(), expected[1].isnan())
-    torch.testing.assert_close(confidence, expected[1], equal_nan=True)
 
 
 def test_opcheck_compile_and_no_sync() -> None:

@@ -1,5 +1,6 @@
 """Upsampling + cross-entropy against torch's two functions."""
 
+import functools
 import math
 
 import pytest
@@ -7,26 +8,44 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 from torch.nn.functional import cross_entropy, interpolate
 
 from allspark_fast.kernels.bilinear import BAND_BYTES
 from allspark_fast.kernels.upsample_cross_entropy import upsample_cross_entropy
 from bench.harness import peak_bytes, saved_bytes
-from tests.kernels.forbid_sync import forbid_sync
+from tests.helpers.compare import TOLERANCE, assert_close, output_and_grads, strided
+from tests.helpers.forbid_sync import forbid_sync
+from tests.helpers.kernels import MOSTLY_TORCH, use_kernels
 
 
 def example(
-    batch: int = 2, classes: int = 5, small: tuple[int, int] = (4, 6), large: tuple[int, int] = (13, 17)
+    batch: int = 2,
+    classes: int = 5,
+    small: tuple[int, int] = (3, 5),
+    large: tuple[int, int] = (7, 9),
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
-    logits = torch.randn(batch, classes, *small, dtype=torch.float64, requires_grad=True)
+    """Logits, and a target with ignored pixels."""
     target = torch.randint(classes, (batch, *large))
-    return logits, target.where(torch.rand(target.shape) > 0.2, 255)
+    return torch.randn(batch, classes, *small).to(dtype), target.where(torch.rand(target.shape) > 0.2, 255)
 
 
-def expected_loss(logits: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
+def plain_loss(logits: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
     full = interpolate(logits, target.shape[1:], mode="bilinear", align_corners=False)
     return cross_entropy(full, target, ignore_index=255, reduction=reduction)
+
+
+def assert_right(logits: Tensor, target: Tensor, reduction: str = "none") -> None:
+    """Loss and gradient against float64."""
+    actual = output_and_grads(functools.partial(upsample_cross_entropy, target=target, reduction=reduction), [logits])
+    expected = output_and_grads(functools.partial(plain_loss, target=target, reduction=reduction), [logits.double()])
+    assert actual[0].dtype == torch.promote_types(logits.dtype, torch.float32)
+    assert actual[1].dtype == logits.dtype
+    assert actual[1].stride() == torch.empty_like(logits).stride()
+    assert_close(actual[:1], expected[:1])
+    assert_close(actual[1:], expected[1:], 5 * TOLERANCE[logits.dtype] if logits.dtype.itemsize == 2 else None)
 
 
 class TestLoss:
@@ -34,15 +53,17 @@ class TestLoss:
 
     @settings(max_examples=40, deadline=None)
     @given(
-        batch=st.integers(1, 3),
-        classes=st.integers(1, 6),
-        small=st.tuples(st.integers(1, 6), st.integers(1, 6)),
-        large=st.tuples(st.integers(1, 19), st.integers(1, 19)),
+        kernels=MOSTLY_TORCH,
+        batch=st.integers(1, 2),
+        classes=st.integers(1, 10),
+        small=st.tuples(st.integers(1, 4), st.integers(1, 5)),
+        large=st.tuples(st.integers(1, 6), st.integers(1, 9)),
         reduction=st.sampled_from(["mean", "sum", "none"]),
         seed=st.integers(0, 2**31),
     )
     def test_any_size(
         self,
+        kernels: str,
         batch: int,
         classes: int,
         small: tuple[int, int],
@@ -53,87 +74,90 @@ class TestLoss:
         torch.manual_seed(seed)
         logits, target = example(batch, classes, small, large)
         target[0, 0, 0] = 0
-        loss, expected = (
-            upsample_cross_entropy(logits, target, reduction=reduction),
-            expected_loss(logits, target, reduction),
+        with use_kernels(kernels):
+            assert_right(logits, target, reduction)
+
+    def test_no_images(self, kernels: str) -> None:
+        logits, target = example(0)
+        loss, grad = output_and_grads(
+            functools.partial(upsample_cross_entropy, target=target, reduction="none"), [logits]
         )
-        torch.testing.assert_close(loss, expected)
-        weight = torch.rand_like(loss)
-        grads = [torch.autograd.grad((x * weight).sum(), logits)[0] for x in (loss, expected)]
-        torch.testing.assert_close(*grads)
+        assert (loss.shape, grad.shape) == (target.shape, logits.shape)
 
-    @pytest.mark.parametrize("classes", [2, 171])
-    def test_class_counts_of_real_data(self, classes: int) -> None:
-        logits, target = example(classes=classes)
-        torch.testing.assert_close(upsample_cross_entropy(logits, target), expected_loss(logits, target))
+    @pytest.mark.parametrize("classes", [1, 2, 171])
+    def test_class_counts_of_real_data(self, kernels: str, classes: int) -> None:
+        assert_right(*example(1, classes, (1, 2), (2, 3)))
 
-    def test_all_ignored_gives_zero_and_zero_gradients(self) -> None:
-        logits, target = example()
-        for options in ({}, {"ohem_threshold": 0.7, "ohem_min_kept": 10}):
-            loss = upsample_cross_entropy(logits, torch.full_like(target, 255), **options)
-            assert loss.item() == 0
-            (grad,) = torch.autograd.grad(loss, logits)
-            assert torch.equal(grad, torch.zeros_like(grad))
+    def test_more_than_one_block_of_pixels_and_of_cells(self, kernels: str) -> None:
+        assert_right(*example(1, 3, (2, 40), (3, 150)))
 
-    def test_another_ignore_index(self) -> None:
-        logits, target = example()
-        renamed = target.where(target != 255, -1)
-        assert torch.equal(
-            upsample_cross_entropy(logits, target), upsample_cross_entropy(logits, renamed, ignore_index=-1)
-        )
+    def test_downsampling(self, kernels: str) -> None:
+        assert_right(*example(1, 11, (6, 14), (4, 9)))
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-    def test_half_precision_is_computed_in_float32(self, dtype: torch.dtype) -> None:
-        logits, target = example()
-        half = logits.detach().to(dtype).requires_grad_()
-        loss = upsample_cross_entropy(half, target)
-        assert loss.dtype == torch.float32
-        expected = expected_loss(half.detach().float(), target)
-        torch.testing.assert_close(loss, expected)
-        loss.backward()
-        assert half.grad.dtype == dtype
+    def test_half_precision_is_computed_in_float32(self, kernels: str, dtype: torch.dtype) -> None:
+        assert_right(*example(dtype=dtype))
 
-    def test_nan_shows(self) -> None:
+    @pytest.mark.parametrize("kernels", ["triton"], indirect=True)
+    def test_large_logits_do_not_overflow(self, kernels: str) -> None:
         logits, target = example()
-        with torch.no_grad():
-            logits[0, 1, 2, 3] = math.nan
-        assert upsample_cross_entropy(logits, target).isnan()
+        assert_right(logits * 1e4, target)
 
-    def test_strides_do_not_matter(self) -> None:
+    def test_float32_in_several_bands(self) -> None:
+        assert_right(*example(classes=19, small=(17, 33), large=(65, 129)))
+
+    @pytest.mark.parametrize("options", [{}, {"ohem_threshold": 0.7, "ohem_min_kept": 10}])
+    def test_all_ignored_gives_zero_and_zero_gradients(self, kernels: str, options: dict[str, float]) -> None:
         logits, target = example()
+        loss, grad = output_and_grads(lambda x: upsample_cross_entropy(x, target.fill_(255), **options), [logits])
+        assert loss.item() == 0
+        assert not grad.any()
+
+    def test_another_ignore_index(self, kernels: str) -> None:
+        logits, target = example()
+        renamed = target.where(target != 255, -1)
         expected = upsample_cross_entropy(logits, target)
-        (expected_grad,) = torch.autograd.grad(expected, logits)
-        for other in (logits.contiguous(memory_format=torch.channels_last), logits.mT.contiguous().mT):
-            leaf = other.detach().requires_grad_()
-            loss = upsample_cross_entropy(leaf, target.mT.contiguous().mT)
-            (grad,) = torch.autograd.grad(loss, leaf)
-            assert torch.equal(loss, expected)
-            assert torch.equal(grad, expected_grad)
-            assert grad.stride() == leaf.stride()
+        assert torch.equal(upsample_cross_entropy(logits, renamed, ignore_index=-1), expected)
+
+    @pytest.mark.parametrize("bad", [math.nan, math.inf])
+    def test_non_finite_logits_show_where_they_are(self, kernels: str, bad: float) -> None:
+        logits, target = example(small=(3, 5), large=(6, 10))
+        logits[0, 1, 0, 0] = bad
+        target = target.where(target != 255, 0)
+        loss = upsample_cross_entropy(logits, target, reduction="none")
+        assert torch.equal(loss.isfinite(), plain_loss(logits, target, "none").isfinite())
+        assert not upsample_cross_entropy(logits, target).isfinite()
+
+    @pytest.mark.parametrize("wrong", [-1, 5])
+    @pytest.mark.parametrize("kernels", ["triton"], indirect=True)
+    def test_the_kernel_marks_a_target_that_is_no_class(self, kernels: str, wrong: int) -> None:
+        """On a GPU; on the CPU such targets are refused."""
+        from allspark_fast.kernels.upsample_cross_entropy import kernel  # noqa: PLC0415 needs triton
+
+        logits, target = example()
+        target[1, 4, 6] = wrong
+        loss, lse = kernel.forward(logits, target, 255)
+        assert loss.isnan().nonzero().tolist() == [[1, 4, 6]]
+        assert kernel.backward(torch.rand(target.shape), logits, target, lse, 255)[1].isnan().any()
+
+    def test_any_strides(self, kernels: str) -> None:
+        logits, target = example(1)
+        function = functools.partial(upsample_cross_entropy, target=strided(target)[0], reduction="none")
+        expected = output_and_grads(function, [logits])
+        for other in (logits.contiguous(memory_format=torch.channels_last), *strided(logits)):
+            actual = output_and_grads(function, [other])
+            assert all(torch.equal(x, y) for x, y in zip(actual, expected, strict=True))
 
     def test_expanded_logits(self) -> None:
-        logits, target = example(batch=1)
-        target = target.expand(3, -1, -1)
-        loss = upsample_cross_entropy(logits.expand(3, -1, -1, -1), target)
-        torch.testing.assert_close(loss, expected_loss(logits, target[:1]))
-        torch.testing.assert_close(
-            *(torch.autograd.grad(x, logits)[0] for x in (loss, expected_loss(logits, target[:1])))
+        logits, target = example(1)
+        actual, expected = (
+            output_and_grads(lambda x, run=run: run(x.expand(3, -1, -1, -1), target.expand(3, -1, -1)), [logits])
+            for run in (upsample_cross_entropy, plain_loss)
         )
-
-    def test_float32_is_as_exact_as_the_reference(self) -> None:
-        """Several bands, in float32, against float64."""
-        logits, target = example(classes=19, small=(17, 33), large=(65, 129))
-        weight = torch.rand(target.shape)
-        single = logits.detach().float().requires_grad_()
-        loss = upsample_cross_entropy(single, target, reduction="none")
-        expected = expected_loss(single.double(), target, "none")
-        assert (loss - expected).abs().max() <= 1e-5 * expected.max()
-        (grad,) = torch.autograd.grad((loss * weight).sum(), single)
-        (expected_grad,) = torch.autograd.grad((expected * weight).sum(), single)
-        assert (grad - expected_grad).abs().max() <= 1e-5 * expected_grad.abs().max()
+        assert_close(actual, expected)
 
     def test_memory_is_bounded(self) -> None:
-        """What is kept, and what a step needs at once: per pixel whatever the classes, besides the logits and bands."""
+        """What is saved, and the peak of a step: per pixel for any number of classes, besides logits and bands."""
         target = torch.randint(40, (2, 257, 257))
         logits = torch.randn(2, 40, 65, 65, requires_grad=True)
         kept = target.nbytes + logits.nbytes + target.numel() * 4
@@ -143,70 +167,61 @@ class TestLoss:
         assert peak <= target.numel() * 24 + 3 * logits.nbytes + 5 * BAND_BYTES
         assert peak < target.numel() * 40 * 4 / 2  # half of the logits at full resolution
 
-    def test_nan_stays_where_it_is(self) -> None:
-        logits, target = example(small=(4, 6), large=(8, 12))
-        with torch.no_grad():
-            logits[0, 1, 0, 0] = math.nan
-        loss = upsample_cross_entropy(logits, target.where(target != 255, 0), reduction="none")
-        assert torch.equal(loss.isnan(), expected_loss(logits, target.where(target != 255, 0), "none").isnan())
-
 
 class TestHardExamples:
     """Online hard example mining."""
 
     def probabilities(self, logits: Tensor, target: Tensor) -> Tensor:
-        return torch.exp(-expected_loss(logits, target, "none")).masked_fill(target == 255, 2)
+        return torch.exp(-plain_loss(logits, target, "none")).masked_fill(target == 255, 2)
 
     @pytest.mark.parametrize("min_kept", [1, 30, 300])
     @pytest.mark.parametrize("threshold", [0.0, 0.05, 0.3])
     def test_kept_pixels(self, threshold: float, min_kept: int) -> None:
-        logits, target = example()
+        logits, target = example(large=(13, 17))
         probability = self.probabilities(logits, target)
         kth = probability.flatten().sort().values[min_kept - 1]
         kept = probability <= max(threshold, kth.item())
-        expected = expected_loss(logits, target, "none")[kept].mean()
+        expected = plain_loss(logits, target, "none")[kept].mean()
         actual = upsample_cross_entropy(logits, target, ohem_threshold=threshold, ohem_min_kept=min_kept)
         torch.testing.assert_close(actual, expected)
 
     def test_all_count_if_fewer_are_valid_than_must_be_kept(self) -> None:
-        logits, target = example()
+        logits, target = example(large=(13, 17))
         actual = upsample_cross_entropy(logits, target, ohem_threshold=0.0, ohem_min_kept=target.numel())
-        torch.testing.assert_close(actual, expected_loss(logits, target))
+        torch.testing.assert_close(actual, plain_loss(logits, target))
 
     def test_none_keeps_the_places(self) -> None:
-        logits, target = example()
+        logits, target = example(large=(13, 17))
         options = {"ohem_threshold": 0.1, "ohem_min_kept": 20}
         pixels = upsample_cross_entropy(logits, target, reduction="none", **options)
         mean = upsample_cross_entropy(logits, target, **options)
         torch.testing.assert_close(pixels.sum() / (pixels > 0).sum(), mean)
 
     def test_gradcheck(self) -> None:
-        logits, target = example(small=(2, 3), large=(5, 7))
+        logits, target = example(small=(2, 3), large=(5, 7), dtype=torch.float64)
 
         def loss(x: Tensor) -> Tensor:
             return upsample_cross_entropy(x, target, ohem_threshold=0.2, ohem_min_kept=5)
 
-        assert torch.autograd.gradcheck(loss, (logits,))
+        assert torch.autograd.gradcheck(loss, logits.requires_grad_())
 
 
 class TestRegistration:
     """Autograd, compile and sync."""
 
-    def test_gradcheck(self) -> None:
-        logits, target = example(small=(2, 3), large=(5, 7))
-        for reduction in ("mean", "sum", "none"):
-            assert torch.autograd.gradcheck(
-                lambda x, how=reduction: upsample_cross_entropy(x, target, reduction=how), (logits,)
-            )
+    @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+    def test_gradcheck(self, reduction: str) -> None:
+        logits, target = example(small=(2, 3), large=(5, 7), dtype=torch.float64)
+        loss = functools.partial(upsample_cross_entropy, target=target, reduction=reduction)
+        assert torch.autograd.gradcheck(loss, logits.requires_grad_())
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_opcheck(self, dtype: torch.dtype) -> None:
-        logits, target = example()
-        logits = logits.detach().to(dtype).requires_grad_()
+        logits, target = example(dtype=dtype)
         ops = torch.ops.allspark_fast
-        opcheck(ops.upsample_cross_entropy.default, (logits, target, 255))
+        opcheck(ops.upsample_cross_entropy.default, (logits.clone().requires_grad_(), target, 255))
         grad, lse = torch.rand(target.shape), torch.rand(target.shape) + 9
-        for saved in (logits.detach(), logits.detach().contiguous(memory_format=torch.channels_last)):
+        for saved in (logits, logits.contiguous(memory_format=torch.channels_last)):
             opcheck(ops.upsample_cross_entropy_backward.default, (grad, saved, target, lse, 255))
 
     def test_compiles_as_one_graph(self) -> None:
@@ -217,14 +232,15 @@ class TestRegistration:
             compiled(logits, target, **options), upsample_cross_entropy(logits, target, **options)
         )
 
-    def test_mining_does_not_wait_for_the_device(self) -> None:
-        from allspark_fast.kernels.upsample_cross_entropy.op import _hard_examples  # noqa: PLC0415
-
-        with forbid_sync():
-            _hard_examples(torch.rand(2, 5, 7), torch.rand(2, 5, 7) > 0.5, 0.7, 9)
+    def test_traces_for_cuda_without_a_gpu_or_host_sync(self) -> None:
+        with FakeTensorMode(), torch.device("cuda"), forbid_sync():
+            logits, target = torch.empty(2, 5, 4, 6).bfloat16(), torch.zeros(2, 9, 13, dtype=torch.int64)
+            loss = upsample_cross_entropy(logits, target, ohem_threshold=0.7, ohem_min_kept=9)
+        assert (loss.shape, loss.dtype, loss.device.type) == ((), torch.float32, "cuda")
 
     def test_second_backward_is_a_clear_error(self) -> None:
-        loss = upsample_cross_entropy(*example())
+        logits, target = example()
+        loss = upsample_cross_entropy(logits.requires_grad_(), target)
         loss.backward()
         with pytest.raises(RuntimeError, match="backward through the graph a second time"):
             loss.backward()

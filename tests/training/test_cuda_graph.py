@@ -1,7 +1,10 @@
 """Training steps as replays of a CUDA graph."""
 
+import contextlib
 import copy
 import functools
+from collections.abc import Iterator
+from unittest.mock import MagicMock, Mock
 
 import pytest
 import torch
@@ -9,7 +12,7 @@ import torch
 from allspark_fast.training import cuda_graph
 from allspark_fast.training.cuda_graph import GraphedSteps
 from allspark_fast.training.step import train_step
-from tests.training.test_step import METHODS, build_state, random_batch
+from tests.helpers.steps import METHODS, build_state, random_batch
 
 PHASES = [False] * 6 + [True] * 6  # without the memory, then with it
 
@@ -17,26 +20,29 @@ PHASES = [False] * 6 + [True] * 6  # without the memory, then with it
 def test_what_is_recorded_and_replayed_in_each_phase(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a GPU: three steps as they are, then one recording, at every change of phase."""
     done = []
-    steps = GraphedSteps(build_state())
 
-    class Graph:
-        def replay(self) -> None:
-            done.append("replay")
-
-    def record(batch: object) -> None:
+    @contextlib.contextmanager
+    def record(*_: object, **__: object) -> Iterator[None]:
         done.append("record")
-        steps._graph, steps._batch, steps._losses = Graph(), batch, ()
+        yield
 
+    for name in ("Stream", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, MagicMock())
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "graph", record)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: Mock(replay=lambda: done.append("replay")))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: done.append("wait"))
-    monkeypatch.setattr(steps, "_step_beside", lambda _: done.append("step"))
-    monkeypatch.setattr(steps, "_record", record)
-    batches = [random_batch() for _ in range(5)]
+    monkeypatch.setattr(cuda_graph, "train_step", lambda _, batch, **__: done.append(batch))
+    steps, batches = GraphedSteps(build_state()), [random_batch() for _ in range(6)]
     for use_memory in (False, True):
         for batch in batches:
             steps(batch, use_memory=use_memory)
-    phase = [*cuda_graph._WARMUP_STEPS * ["step"], "record", "replay", "replay"]
+    # What is recorded reads tensors of its own, into which later batches are copied.
+    for recorded in (done.pop(4), done.pop(12)):
+        assert torch.equal(recorded.image, batches[-1].image)
+        assert recorded.image is not batches[3].image
+    phase = [*batches[:3], "record", "replay", "replay", "replay"]
     assert done == [*phase, "wait", *phase]
-    assert torch.equal(steps._batch.image, batches[-1].image)
 
 
 @pytest.mark.gpu

@@ -12,30 +12,25 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from allspark_fast import distributed
 from allspark_fast.config import TrainConfig
 from allspark_fast.data.loader import SemiBatch
-from allspark_fast.distributed import all_reduce_any, all_reduce_mean, on_rank0, rank, world_size
-from allspark_fast.inference.evaluate import evaluate
-from allspark_fast.kernels.semantic_memory import channel_semantic_grouping, semantic_memory_enqueue
+from allspark_fast.distributed import all_reduce_any, all_reduce_mean, failing_together, process_group, rank, world_size
+from allspark_fast.errors import InputError, RunError
 from allspark_fast.kernels.upsample_cross_entropy import upsample_cross_entropy
 from allspark_fast.model import build_segmentor
 from allspark_fast.model.cross_attention import CrossAttention
 from allspark_fast.model.mit import Block, compile_blocks
 from allspark_fast.model.options import AllSparkOptions
-from allspark_fast.model.semantic_memory import SemanticMemory
 from allspark_fast.training import setup as prepare
 from allspark_fast.training.setup import build_state, describe_batch
 from allspark_fast.training.sharding import block_policy, gather_state
 from allspark_fast.training.step import TrainState, compute_losses, pseudo_pass, train_step
-from bench.step_variants import without_dropout
-from tests.helpers.models import Threshold, sample
 from tests.helpers.ranks import run_on_ranks
+from tests.helpers.steps import without_dropout
 
 STEPS = 3
 # With BatchNorm alone, and with an activation behind it.
 TIMM = ("timm/resnet18", "timm/regnetx_002")
-MEMORY = "model.decoder.allspark.attn."
 
 
 def make_state(memory_sync: str = "all", backbone: str = "mit_tiny", **options: Any) -> TrainState:
@@ -90,23 +85,16 @@ def on_two_ranks() -> dict[str, Any]:
     results: dict[str, Any] = {}
     for sharding in ("fsdp", "replicate"):
         results[sharding] = train_steps(2, state := make_state(sharding=sharding))
-        results[f"{sharding} memory"] = {
-            name: x for name, x in state.model.state_dict().items() if f"model.{name}".startswith(MEMORY)
-        }
+        results[f"{sharding} memory"] = dict(state.model.decoder.allspark.attn.named_buffers())
         results[f"{sharding} evaluated"] = dict(state.evaluated_model().state_dict())
     results["mean per rank"] = train_steps(2, make_state(sharding="replicate", loss_mean="rank"))["losses"]
     results["accumulated"] = train_steps(4, make_state(sharding="fsdp", gradient_accumulation_steps=2))["losses"]
-    results["rank0"] = train_steps(2, state := make_state("rank0", sharding="fsdp"))
-    for memory_sync in ("rank0", "all"):
-        results[f"enqueued {memory_sync}"] = enqueue_on_ranks(memory_sync)
     results["overlapped"] = [attend_before_rank_0_arrives(memory_sync) for memory_sync in ("all", "rank0")]
     for backbone in TIMM:
         results[backbone] = train_steps(2, make_state(sharding="replicate", backbone=backbone))
     results["skipped"] = skip_a_step()
     results["resumed"] = resume_as_shards()
     results["saved"] = save_before_and_after_an_evaluation()
-    samples = [sample(30, 40 + i) for i in range(3)] if torch.manual_seed(1) else []
-    results["confusion"] = evaluate(Threshold(), samples[rank() :: 2], 3).confusion
     results["mean"] = gradient_of_mean()
     results["any"] = [all_reduce_any(False), all_reduce_any(rank() == 1)]
     results["error"] = fail_on_rank0()
@@ -147,19 +135,6 @@ def save_before_and_after_an_evaluation() -> list[dict[str, Tensor]]:
     return [before, flatten(state)]
 
 
-def enqueue_on_ranks(memory_sync: str) -> list[dict[str, Tensor]]:
-    """What this rank enqueues in some steps, other channels than any other rank, and its memory after each."""
-    torch.manual_seed(rank())
-    memory = SemanticMemory(3, 8, 4, AllSparkOptions(memory_init="empty", memory_sync=memory_sync))
-    steps = []
-    for _ in range(STEPS):
-        features, class_map = torch.randn(1, 4, 8), torch.randn(1, 3, 4)
-        memory.enqueue(features, class_map)
-        inputs = {"features": features, "channel_class": channel_semantic_grouping(features, class_map)}
-        steps.append({**inputs, "queue": memory.kv_queue.clone(), "queue_ptr": memory.queue_ptr.clone()})
-    return steps
-
-
 def attend_before_rank_0_arrives(memory_sync: str) -> float:
     """Rank 1 refines its unlabeled features before rank 0, which waits for that, has begun the same forward pass."""
     attention = CrossAttention(8, 3, 4, AllSparkOptions(num_heads=1, memory_sync=memory_sync))
@@ -180,12 +155,11 @@ def gradient_of_mean() -> tuple[float, float]:
 
 
 def fail_on_rank0() -> str:
-    def fail() -> None:
-        raise OSError("no room")
-
     try:
-        on_rank0(fail)
-    except (OSError, RuntimeError) as error:
+        with failing_together():
+            if rank() == 0:
+                raise OSError("no room")
+    except (OSError, RunError) as error:
         return str(error)
     return "no error"
 
@@ -207,47 +181,11 @@ class TestTwoRanks:
         assert torch.equal(results[0][sharding]["losses"], results[1][sharding]["losses"])
         for result in results:
             assert_close(result[f"{sharding} evaluated"], dict(state.evaluated_model().state_dict()))
-
-    @pytest.mark.parametrize("sharding", ["fsdp", "replicate"])
-    def test_the_memory_is_the_same_bits_everywhere(self, results: list[dict[str, Any]], sharding: str) -> None:
-        memories = [result[f"{sharding} memory"] for result in results]
-        assert {name.rpartition(".")[2] for name in memories[0]} >= {"kv_queue", "queue_ptr", "queue_filled"}
-        for name, x in memories[0].items():
-            if "queue" in name:
-                assert torch.equal(x, memories[1][name]), name
-        alone = make_state()
-        train_steps(2, alone)
-        assert torch.equal(memories[0]["decoder.allspark.attn.queue_ptr"], alone.model.decoder.allspark.attn.queue_ptr)
-
-    def test_the_memory_of_rank_0_survives(self, results: list[dict[str, Any]]) -> None:
-        """Every rank starts a step from rank 0's memory, which holds rank 0's channels alone."""
-        memory = results[0]["rank0"][f"{MEMORY}kv_queue"]
-        enqueued = results[0]["rank0"][f"{MEMORY}queue_ptr"].sum() % memory.shape[1]
-        assert enqueued == STEPS * 128 % memory.shape[1]
-        assert not torch.equal(memory, results[0]["fsdp"][f"{MEMORY}kv_queue"])
-
-    def test_every_rank_enqueues_its_own_channels_into_the_memory_of_rank_0(
-        self, results: list[dict[str, Any]]
-    ) -> None:
-        steps = [result["enqueued rank0"] for result in results]
-        before = torch.zeros(3, 8, 4), torch.zeros(3, dtype=torch.int64)
-        for step in range(STEPS):
-            for of_rank in steps:
-                after, actual = [x.clone() for x in before], of_rank[step]
-                semantic_memory_enqueue(*after, actual["features"], actual["channel_class"])
-                assert torch.equal(actual["queue"], after[0])
-                assert torch.equal(actual["queue_ptr"], after[1])
-            assert not torch.equal(steps[0][step]["queue"], steps[1][step]["queue"])
-            before = steps[0][step]["queue"], steps[0][step]["queue_ptr"]
-
-    def test_all_is_what_one_process_enqueues_in_order_of_ranks(self, results: list[dict[str, Any]]) -> None:
-        queue, pointers = torch.zeros(3, 8, 4), torch.zeros(3, dtype=torch.int64)
-        for of_ranks in zip(*(result["enqueued all"] for result in results), strict=True):
-            channels = [torch.cat([x[name] for x in of_ranks]) for name in ("features", "channel_class")]
-            semantic_memory_enqueue(queue, pointers, *channels)
-            for x in of_ranks:
-                assert torch.equal(x["queue"], queue)
-                assert torch.equal(x["queue_ptr"], pointers)
+        # The memory has the same bits everywhere.
+        memory, other = (result[f"{sharding} memory"] for result in results)
+        assert memory.keys() >= {"kv_queue", "queue_ptr", "queue_filled"}
+        assert all(torch.equal(x, other[name]) for name, x in memory.items())
+        assert torch.equal(memory["queue_ptr"], state.model.decoder.allspark.attn.queue_ptr)
 
     def test_means_over_pixels_of_each_rank(self, results: list[dict[str, Any]]) -> None:
         """The public code's: pixels count more on the rank that has fewer."""
@@ -285,35 +223,21 @@ class TestTwoRanks:
         assert before.keys() == after.keys()
         assert all(torch.equal(after[name], x) for name, x in before.items())
 
-    def test_evaluation_counts_each_of_three_images_once(self, results: list[dict[str, Any]]) -> None:
-        torch.manual_seed(1)
-        expected = evaluate(Threshold(), [sample(30, 40 + i) for i in range(3)], 3).confusion
-        assert expected.sum() == 30 * (40 + 41 + 42)
-        for result in results:
-            assert torch.equal(result["confusion"], expected)
-
     def test_collectives(self, results: list[dict[str, Any]]) -> None:
         # The mean of 1 and 2; the gradient of the mean of 2y and 3y.
         assert [result["mean"] for result in results] == [(1.5, 2.5)] * 2
         assert [result["any"] for result in results] == [[False, True]] * 2
-        assert [result["error"] for result in results] == ["no room", "rank 0 has failed, its message tells why"]
+        assert [result["error"] for result in results] == ["no room", "another rank has failed, its message tells why"]
+
+
+def _four() -> dict[str, Tensor]:
+    return train_steps(4, make_state(sharding="fsdp"))
 
 
 @pytest.mark.slow
 def test_four_ranks_equal_one_process(tmp_path: Path) -> None:
-    results = run_on_ranks(_four, 4, tmp_path)
-    expected = train_steps(4, make_state())
-    for sharding in ("fsdp", "replicate"):
-        assert_close(results[0][sharding], expected)
-    for result in results:
-        for name, x in results[0]["memory"].items():
-            assert torch.equal(result["memory"][name], x), name
-
-
-def _four() -> dict[str, Any]:
-    results: dict[str, Any] = {"fsdp": train_steps(4, make_state(sharding="fsdp"))}
-    results["replicate"] = train_steps(4, state := make_state(sharding="replicate"))
-    return {**results, "memory": dict(state.model.decoder.allspark.attn.named_buffers())}
+    """One of them has no part of what has a row for each of the three classes."""
+    assert_close(run_on_ranks(_four, 4, tmp_path)[0], train_steps(4, make_state()))
 
 
 def _one_graph() -> list[Tensor]:
@@ -386,22 +310,14 @@ def test_compiled_blocks_on_two_ranks_equal_one_process(sharding: str, tmp_path:
     assert_close(run_on_ranks(work, 2, tmp_path)[0], train_steps(2, make_state()))
 
 
-@pytest.mark.parametrize(("hosts", "restarts", "shared"), [("2", "0", "True"), ("1", "3", "True"), ("2", "3", "False")])
-def test_restarts_of_torchrun(hosts: str, restarts: str, shared: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each attempt has a part of the store to itself, if all share one."""
-    monkeypatch.setenv("GROUP_WORLD_SIZE", hosts)
-    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", restarts)
-    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", shared)
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "2")
-    assert distributed._restarts() == (2 if shared == "True" else 0)
-
-
 def test_restarts_that_would_hang_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
-    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "1")
-    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
-    with pytest.raises(ValueError, match="set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun"):
-        distributed._restarts()
+    """Those on one host are in tests/training/test_distributed_runs.py."""
+    places = {"RANK": "0", "GROUP_WORLD_SIZE": "2", "TORCHELASTIC_MAX_RESTARTS": "1"}
+    for name, value in {**places, "TORCHELASTIC_USE_AGENT_STORE": "True"}.items():
+        monkeypatch.setenv(name, value)
+    group = process_group("cpu", timedelta(seconds=1))
+    with pytest.raises(InputError, match="set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun"), group:
+        pass
 
 
 def test_a_batch_that_ranks_cannot_share(monkeypatch: pytest.MonkeyPatch) -> None:

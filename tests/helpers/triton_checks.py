@@ -125,3 +125,10 @@ def checked_memory() -> Iterator[None]:
         patch.object(_Builder, "create_masked_store", checked_store),
     ):
         yield
+
+
+@contextmanager
+def strict_interpreter() -> Iterator[None]:
+    """All of the above at once, without NumPy's warnings of what masked lanes compute."""
+    with exact_bfloat16(), uninitialized_memory_is_nan(), checked_memory(), np.errstate(all="ignore"):
+        yield

@@ -1,4 +1,4 @@
-"""The official way that the step is compared with computes the same losses, gradients and memory as ours."""
+"""The reference implementation in bench computes the same losses, gradients and memory as ours."""
 
 import copy
 
@@ -10,8 +10,8 @@ from allspark_fast.config import TrainConfig
 from allspark_fast.data.loader import SemiBatch
 from allspark_fast.model import Segmentor, build_segmentor
 from allspark_fast.training.step import TrainState, build_optimizer, compute_losses, train_step
-from bench.naive_model import make_naive, naive_losses, naive_train_step
-from bench.step_variants import without_dropout
+from bench.bench_train_step import without_dropout
+from bench.naive import make_naive, naive_losses, naive_train_step
 
 CONFIG = TrainConfig()
 

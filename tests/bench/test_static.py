@@ -1,0 +1,52 @@
+"""What the report of a compiled kernel holds; tests/kernels/test_compile_targets.py compiles all of them."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from bench.static import describe
+
+PTX = """
+.version 7.8
+.target sm_80
+.address_size 64
+.visible .entry kernel() { ret; }
+// mma.sync
+"""
+
+
+def compiled(signature: dict[str, str], shared: int, warps: int, **asm: str) -> Any:
+    metadata = SimpleNamespace(shared=shared, num_warps=warps, num_stages=2)
+    return SimpleNamespace(name="_merge_kernel", metadata=metadata, src=SimpleNamespace(signature=signature), asm=asm)
+
+
+def test_a_kernel_for_amd() -> None:
+    assembly = "v_mfma_f32_32x32x8\n  .vgpr_count: 129\n  .vgpr_spill_count: 3\n  .agpr_count: 0\n"
+    kernel = compiled({"x": "*bf16", "N": "i32"}, shared=10_000, warps=4, amdgcn=assembly)
+    arguments = {"x": None, "N": 289, "BLOCK_R": 64, "BLOCK_L": 128, "seed": torch.zeros(())}
+    assert describe(kernel, arguments, "gfx942") == {
+        "kernel": "merge",
+        "target": "gfx942",
+        "dtype": "bf16",
+        "tokens": 289,
+        "dropout": True,
+        "config": "R64 L128 stages=2 warps=4",
+        "registers": 129,
+        "spill_bytes": 12,
+        "shared_bytes": 10_000,
+        "ctas_per_sm": 3,  # 512 // 136 waves on each of four SIMDs, four waves in a block
+        "mma": "v_mfma",
+    }
+
+
+@pytest.mark.parametrize(("shared", "blocks"), [(0, 16), (40 * 1024, 4), (163 * 1024, 1), (163 * 1024 + 1, 0)])
+def test_a_kernel_for_nvidia_and_its_occupancy(shared: int, blocks: int) -> None:
+    """64 warps fit on an SM of sm_80, and 164 KiB of shared memory, of which each block costs 1 KiB more."""
+    record = describe(compiled({"x": "*fp32"}, shared, warps=4, ptx=PTX), {}, "sm_80")
+    assert (record["spill_bytes"], record["mma"], record["tokens"]) == (0, "mma.sync", None)
+    assert 1 <= record["registers"] <= 32
+    assert record["ctas_per_sm"] == blocks

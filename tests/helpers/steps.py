@@ -1,0 +1,36 @@
+"""Training states and batches that are small enough for any test."""
+
+import torch
+
+from allspark_fast.config import TrainConfig
+from allspark_fast.data.loader import SemiBatch
+from allspark_fast.model import AllSparkOptions, Segmentor, build_segmentor
+from allspark_fast.training.step import TrainState
+
+METHODS = ("allspark", "semi", "supervised")
+
+
+def build_state(total_steps: int = 100, lr: float = 0.01, **options: object) -> TrainState:
+    """A tiny model on crops of 64 pixels, with an average of its weights if options say so."""
+    config = TrainConfig(batch_size=2, lr=lr, **options)
+    bottleneck = AllSparkOptions() if config.method == "allspark" else None
+    model, ema = (build_segmentor("mit_tiny", 3, (64, 64), allspark=bottleneck, embedding_dim=16) for _ in range(2))
+    ema.requires_grad_(False).load_state_dict(model.state_dict())
+    return TrainState(model, config, total_steps=total_steps, ema=ema if config.ema > 0 else None)
+
+
+def random_batch(size: int = 2) -> SemiBatch:
+    """Crops of noise, whose lower part is padding."""
+    images = torch.randn(2, size, 3, 64, 64)
+    valid = torch.ones(size, 64, 64, dtype=torch.bool)
+    valid[:, 40:] = False
+    return SemiBatch(images[0], torch.randint(3, (size, 64, 64)), images[1], valid, None)
+
+
+def without_dropout(model: Segmentor) -> Segmentor:
+    """Turn off, in place, all that is random in training: stochastic depth and dropout."""
+    for module in model.modules():
+        for name in ("drop_path", "dropout", "p"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+    return model

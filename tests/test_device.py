@@ -1,0 +1,46 @@
+"""The device that work runs on, and the CPUs that there are for it."""
+
+import os
+
+import pytest
+import torch
+
+from allspark_fast.device import available_cpus, choose_device, limit_threads
+from allspark_fast.errors import InputError
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the system has no affinity")
+def test_only_cpus_that_this_process_may_use_count() -> None:
+    before = os.sched_getaffinity(0)
+    assert available_cpus() == len(before)
+    try:
+        os.sched_setaffinity(0, {min(before)})
+        assert available_cpus() == 1
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+@pytest.mark.parametrize(("processes", "workers", "threads"), [(1, 0, 4), (1, 3, 3), (2, 1, 2), (8, 1, 1)])
+def test_threads_leave_cpus_to_workers_and_other_processes(
+    processes: int, workers: int, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of six CPUs, where four threads were asked for."""
+    monkeypatch.setattr("allspark_fast.device.available_cpus", lambda: 6)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        limit_threads(workers)
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    for there, device in ((True, "cuda"), (False, "cpu")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        assert choose_device("auto") == torch.device(device)
+    with pytest.raises(InputError, match="device='cuda' requested, but no CUDA device is available"):
+        choose_device("cuda")
+    with pytest.raises(InputError, match="device must be one of auto, cpu, cuda, got 'gpu'"):
+        choose_device("gpu")

@@ -1,0 +1,80 @@
+"""Files are written whole or not at all, whoever else writes them."""
+
+import multiprocessing
+import os
+import stat
+from multiprocessing.synchronize import Barrier
+from pathlib import Path
+
+import pytest
+
+from allspark_fast.files import remove_unfinished, write_atomically
+
+
+def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("before")
+
+    def fail(temporary: Path) -> None:
+        temporary.write_text("half")
+        raise RuntimeError("unexpected pos 704 vs 598")  # of torch, when a disk is full
+
+    with pytest.raises(OSError, match=r"a\.txt was not written \(unexpected pos 704 vs 598\); [\d.]+ MB are free"):
+        write_atomically(path, fail)
+    assert [file.name for file in tmp_path.iterdir()] == ["a.txt"]
+    assert path.read_text() == "before"
+
+
+def test_a_folder_that_is_missing_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"there is no folder .*nowhere, make it first"):
+        write_atomically(tmp_path / "nowhere" / "a.txt", lambda path: path.write_text("a"))
+
+
+def test_file_and_folder_are_flushed_around_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    events, fsync, replace = [], os.fsync, Path.replace
+
+    def noted_fsync(descriptor: int) -> None:
+        events.append("flush folder" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "flush file")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(Path, "replace", lambda self, to: (events.append("rename"), replace(self, to)))
+    write_atomically(tmp_path / "a.txt", lambda temporary: temporary.write_text("x"))
+    assert events == ["flush file", "rename", "flush folder"]
+
+
+def write_beside_another(path: Path, both_began: Barrier) -> None:
+    def write(temporary: Path) -> None:
+        temporary.write_text(str(os.getpid()))
+        both_began.wait()
+        assert temporary.read_text() == str(os.getpid())
+
+    write_atomically(path, write)
+
+
+def test_processes_that_write_the_same_file_do_not_write_into_each_other_s(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    both_began = context.Barrier(2)
+    processes = [context.Process(target=write_beside_another, args=(tmp_path / "a", both_began)) for _ in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert (tmp_path / "a").read_text() in {str(process.pid) for process in processes}
+
+
+def test_what_a_crash_left_is_removed(tmp_path: Path) -> None:
+    class Crash(BaseException):
+        """Stands for kill -9."""
+
+    def crash(temporary: Path) -> None:
+        temporary.write_text("half")
+        raise Crash
+
+    (tmp_path / "kept.tmp").touch()
+    with pytest.raises(Crash):
+        write_atomically(tmp_path / "a.pt", crash)
+    assert len(list(tmp_path.iterdir())) == 2
+    remove_unfinished(tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["kept.tmp"]
