@@ -295,7 +295,8 @@ def test_blocks_gathered_in_bfloat16(tmp_path: Path) -> None:
     (losses, sharded), _ = run_on_ranks(_bfloat16, 2, tmp_path)
     assert (whole, sharded) == ({torch.float32}, {torch.bfloat16})
     assert torch.equal(losses[0], expected[0])
-    torch.testing.assert_close(losses, expected, rtol=2e-3, atol=0)
+    # After an update. Two make some pixels' pseudo labels others.
+    torch.testing.assert_close(losses[1], expected[1], rtol=2e-3, atol=0)
 
 
 def _compiled_blocks(sharding: str) -> dict[str, Tensor]:
