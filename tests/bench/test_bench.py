@@ -3,8 +3,8 @@
 import contextlib
 import copy
 import dataclasses
-import io
 import functools
+import io
 import json
 from collections.abc import Callable
 from importlib.metadata import version

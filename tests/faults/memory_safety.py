@@ -131,7 +131,12 @@ def check(op: str, shapes: int, seed: int = 0) -> None:
     for number in range(seed, seed + shapes):
         torch.manual_seed(number)
         try:
-            with patch.multiple(attention_kernel, **small, **columns), exact_bfloat16(), uninitialized_memory_is_nan(), checked_memory():
+            with (
+                patch.multiple(attention_kernel, **small, **columns),
+                exact_bfloat16(),
+                uninitialized_memory_is_nan(),
+                checked_memory(),
+            ):
                 OPS[op](random.Random(number))
         except Exception as error:  # the interpreter wraps what the checker raises
             raise AssertionError(f"{op}, shape {number}: {error!r}") from error

@@ -1,6 +1,5 @@
 """Tensors of more than 2^31 elements: no kernel computes an address by a 32-bit product of two sizes or indices."""
 
-import json
 import os
 import re
 import subprocess
@@ -77,5 +76,7 @@ def test_offsets_do_not_overflow() -> None:
         [sys.executable, "-c", SCRIPT], cwd=root, env=environment, capture_output=True, text=True, check=False
     )
     assert result.returncode == 0, result.stderr
+
+
 # Products of two numbers of the launch that are no offsets of elements, by kernel and variable.
 NO_OFFSETS = {("cross_entropy_backward", "b_behind")}  # twice a place along one axis

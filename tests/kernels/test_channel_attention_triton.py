@@ -14,6 +14,7 @@ from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from allspark_fast.kernels.channel_attention import channel_attention
+from tests.helpers.triton_checks import checked_memory, exact_bfloat16, uninitialized_memory_is_nan
 from tests.kernels.test_channel_attention import (
     DEGENERATE,
     SEED,
@@ -24,7 +25,6 @@ from tests.kernels.test_channel_attention import (
     output_and_grads,
     saturated_inputs,
 )
-from tests.helpers.triton_checks import checked_memory, exact_bfloat16, uninitialized_memory_is_nan
 
 # isort: split
 from allspark_fast.kernels.channel_attention import kernel, row_kernels
