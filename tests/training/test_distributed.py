@@ -92,7 +92,6 @@ def on_two_ranks() -> dict[str, Any]:
     for backbone in TIMM:
         results[backbone] = train_steps(2, make_state(sharding="replicate", backbone=backbone))
     results["skipped"] = skip_a_step()
-    results["resumed"] = resume_as_shards()
     results["saved"] = save_before_and_after_an_evaluation()
     results["mean"] = gradient_of_mean()
     results["any"] = [all_reduce_any(False), all_reduce_any(rank() == 1)]
@@ -108,20 +107,6 @@ def skip_a_step() -> bool:
     train_step(state, batch._replace(image=batch.image.fill_(float("nan"))) if rank() == 1 else batch, use_memory=True)
     unchanged = all(torch.equal(x.to_local(), before[name].to_local()) for name, x in state.model.named_parameters())
     return unchanged and state.skipped == 1
-
-
-def resume_as_shards() -> bool:
-    """Whether a sharded state takes over the whole state of another, which has taken steps."""
-    before = make_state(sharding="fsdp", optimizer="adamw")
-    train_step(before, make_batch(0, 2, own_part(2)), use_memory=True)
-    box = [copy.deepcopy(gather_state(before.state_dict()))]
-    dist.broadcast_object_list(box)
-    after = make_state(sharding="fsdp", optimizer="adamw")
-    after.load_state_dict(box[0])
-    for state in (before, after):
-        train_step(state, make_batch(1, 2, own_part(2)), use_memory=True)
-    a, b = flatten(before), flatten(after)
-    return rank() > 0 or (a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a))
 
 
 def save_before_and_after_an_evaluation() -> list[dict[str, Tensor]]:
@@ -213,9 +198,6 @@ class TestTwoRanks:
 
     def test_channels_travel_during_the_self_attention(self, results: list[dict[str, Any]]) -> None:
         assert results[0]["overlapped"] == [1.0, 1.0]
-
-    def test_a_state_of_whole_tensors_becomes_shards_again(self, results: list[dict[str, Any]]) -> None:
-        assert all(result["resumed"] for result in results)
 
     def test_an_evaluation_changes_nothing_that_is_saved(self, results: list[dict[str, Any]]) -> None:
         before, after = results[0]["saved"]
