@@ -41,15 +41,8 @@ def plan(
 ) -> list[Run]:
     """Return the runs, all of a seed before the next seed.
 
-    Args:
-        config: what they share; ``seed0`` in the paths of its split files becomes ``seed1``, ...
-        folder: of the run folders.
-        seeds: of training and, where the paths name one, of the split.
-        methods: to compare.
-        every_label: split file of all training images with labels: ``full`` trains on these, in as many steps.
-
-    Raises:
-        DataError: a split file is missing; before any run starts.
+    ``seed0`` in the paths of the split files becomes ``seed1``, ...; ``every_label`` is the split file of all training
+    images with labels: ``full`` trains on these, in as many steps. A missing split file is a DataError.
     """
     full: list[tuple[str, Method]] = [] if every_label is None else [("full", "supervised")]
     runs = []
@@ -68,9 +61,6 @@ def finish(run: Run, test: Path | None) -> Record:
     """Train, or go on, and score the weights that are best on val on the split ``test``, once; mIoU in percent.
 
     Minutes are those of the training, on the clock, of runs that went through at once; None for others.
-
-    Raises:
-        SystemExit: a signal stopped the training.
     """
     minutes, begun, started = run.folder / "minutes.json", run.folder.exists(), time.monotonic()
     if not train(run.config, run.folder):
