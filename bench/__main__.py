@@ -5,14 +5,11 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
 from bench import bench_channel_attention, bench_train_step, operators
-from bench.harness import COLUMNS, Case, Columns, Record, conditions, run, table, write_records
+from bench.harness import COLUMNS, DEVICE, Case, Columns, Record, conditions, run, table, write_records
 
 _FULL_STEPS = ["pascal", "cityscapes", "coco"]
-_CUDA = torch.cuda.is_available()
-_OPERATORS, _TIMED_STEPS = (_FULL_STEPS, _FULL_STEPS) if _CUDA else (["pascal"], ["pascal_b0"])
+_OPERATORS, _TIMED_STEPS = (_FULL_STEPS, _FULL_STEPS) if DEVICE == "cuda" else (["pascal"], ["pascal_b0"])
 _TARGETS = ["sm_80", "sm_86", "sm_90", "sm_100", "gfx942"]
 
 

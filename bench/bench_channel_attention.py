@@ -66,8 +66,6 @@ def cases(size: str) -> list[Case]:
             inputs=(query, key, value),
             comparators=comparators,
             unavailable=unavailable,
-            dtype=dtype,
-            tolerance=3e-2 if cuda else 1e-4,
         )
     ]
 

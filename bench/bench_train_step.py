@@ -25,7 +25,7 @@ from allspark_fast.training.cuda_graph import GraphedSteps
 from allspark_fast.training.step import Losses, TrainState, compute_losses, train_step
 from bench import naive
 from bench.flops import flop_counter
-from bench.harness import Record, check_parity, peak_bytes, saved_bytes, time_figures, timed
+from bench.harness import DEVICE, Record, check_parity, peak_bytes, saved_bytes, time_figures, timed
 
 # Those with bfloat16 run under autocast.
 NAMES = ("naive", "naive bfloat16", "ours", "ours bfloat16")
@@ -38,7 +38,6 @@ _ON_GPU = (
     "ours bfloat16 graph",
     "ours bfloat16 compiled graph",
 )
-_WARMUP_STEPS = 5
 
 
 class StepSize(NamedTuple):
@@ -155,15 +154,14 @@ def fake_variant(size: str, name: str, device: str = "cpu") -> Iterator[Variant]
 
 def measure(size: str, repeats: int) -> Iterator[list[Record]]:
     """Check that the variants compute the same loss, then time their steps in turn."""
-    cuda = torch.cuda.is_available()
-    device, names, tolerance = ("cuda", _ON_GPU, 3e-2) if cuda else ("cpu", ("naive", "ours"), 1e-4)
-    model, batch = SIZES[size].build_model().to(device), SIZES[size].random_batch().to(device)
+    names, warmup_steps = (_ON_GPU, 5) if DEVICE == "cuda" else (("naive", "ours"), 1)
+    model, batch = SIZES[size].build_model().to(DEVICE), SIZES[size].random_batch().to(DEVICE)
     # Compiling takes minutes and changes no mathematics.
     plain = {name: make_variant(name, without_dropout(copy.deepcopy(model)), batch) for name in names if name in NAMES}
-    check_losses(plain, tolerance)
+    check_losses(plain)
     variants = {name: make_variant(name, copy.deepcopy(model), batch) for name in names}
     for variant in variants.values():  # kernels are compiled and steps recorded
-        for _ in range(_WARMUP_STEPS if cuda else 1):
+        for _ in range(warmup_steps):
             variant.step()
     rounds = [{name: timed(variant.step)[1] for name, variant in variants.items()} for _ in range(repeats)]
     records = []
@@ -180,8 +178,9 @@ def measure(size: str, repeats: int) -> Iterator[list[Record]]:
 
 
 @torch.no_grad()
-def check_losses(variants: Mapping[str, Variant], tolerance: float) -> None:
+def check_losses(variants: Mapping[str, Variant]) -> None:
     """Raise an AssertionError if the loss of a variant differs from that of the first."""
+    tolerance = 3e-2 if DEVICE == "cuda" else 1e-4
     check_parity({name: {"loss": variant.losses().total} for name, variant in variants.items()}, tolerance)
 
 

@@ -18,7 +18,7 @@ from allspark_fast.data.loader import SemiBatch
 from allspark_fast.model import AllSpark, MixTransformer, SegFormerHead, Segmentor
 from allspark_fast.model.batch_norm import FiniteBatchNorm2d
 from allspark_fast.model.cross_attention import CrossAttention
-from allspark_fast.model.mit import DepthwiseConv, EfficientSelfAttention, MixFFN
+from allspark_fast.model.mit import EfficientSelfAttention, MixFFN
 from allspark_fast.model.tokens import to_map, to_tokens
 from allspark_fast.training.step import Losses, TrainState
 
@@ -52,9 +52,10 @@ def naive_enqueue(queue: Tensor, queue_ptr: Tensor, features: Tensor, channel_cl
             queue_ptr[cls] = (start + len(channels)) % slots
 
 
-def naive_depthwise_conv(convolution: DepthwiseConv, tokens: Tensor, size: tuple[int, int]) -> Tensor:
-    """Copy tokens (B, h·w, C) to a contiguous map before the convolution; returns the same shape."""
-    return to_tokens(convolution.dwconv(to_map(tokens, size).contiguous()))
+def naive_mix_ffn(ffn: MixFFN, tokens: Tensor, size: tuple[int, int]) -> Tensor:
+    """Copy tokens (B, h·w, C) to a contiguous map for the convolution, and save the input of every layer."""
+    hidden = to_map(ffn.fc1(tokens), size).contiguous()
+    return ffn.fc2(F.gelu(to_tokens(ffn.dwconv.dwconv(hidden))))
 
 
 def make_naive(model: Segmentor) -> Segmentor:
@@ -122,11 +123,6 @@ def _self_attention(attention: EfficientSelfAttention, tokens: Tensor, size: tup
     return attention.proj((weights @ value).transpose(1, 2).flatten(2))
 
 
-def _mix_ffn(ffn: MixFFN, tokens: Tensor, size: tuple[int, int]) -> Tensor:
-    """Save the input of every layer for backward."""
-    return ffn.fc2(F.gelu(ffn.dwconv(ffn.fc1(tokens), size)))
-
-
 def _bottleneck(
     bottleneck: AllSpark, feature_map: Tensor, class_logits: Tensor | None = None, *, use_memory: bool, **_: object
 ) -> Tensor:
@@ -183,8 +179,7 @@ _FORWARD: dict[type[nn.Module], Callable[..., object]] = {
     Segmentor: _segmentor,
     MixTransformer: _encoder,
     EfficientSelfAttention: _self_attention,
-    MixFFN: _mix_ffn,
-    DepthwiseConv: naive_depthwise_conv,
+    MixFFN: naive_mix_ffn,
     AllSpark: _bottleneck,
     CrossAttention: _cross_attention,
     SegFormerHead: _head,

@@ -141,15 +141,9 @@ def _launch_depthwise_gelu(dtype: torch.dtype) -> None:
 
 
 def report(device: str, *, full: bool) -> list[dict[str, Any]]:
-    """Compile the kernels of a training step and describe each.
+    """Compile the kernels of a training step and describe each distinct one in a flat record.
 
-    Args:
-        device: name in ``GPUS``.
-        full: every dtype, 256, 289, 676 and 1369 tokens, dropout on and off; otherwise bfloat16, up to 676, dropout.
-
-    Returns:
-        distinct flat records: kernel, target, dtype, config, registers, spill_bytes, shared_bytes, ctas_per_sm (blocks
-        that fit on an SM or CU) and mma (the matrix instruction).
+    ``full`` is every dtype, 256, 289, 676 and 1369 tokens, dropout on and off; otherwise bfloat16, up to 676, dropout.
     """
     dtypes, tokens, dropouts = [torch.bfloat16], [256, 289, 676], [0.1]
     if full:
@@ -168,7 +162,7 @@ def kernel_name(kernel: CompiledKernel) -> str:
 
 
 def describe(kernel: CompiledKernel, arguments: Mapping[str, Any], device: str) -> dict[str, Any]:
-    """Return the record of a kernel; ``report`` names the fields."""
+    """Return the record of a kernel; ``ctas_per_sm`` are the blocks that fit on an SM or CU, at most."""
     gpu, metadata = GPUS[device], kernel.metadata
     registers, spill_bytes = (_amd_registers if gpu.target.backend == "hip" else _nvidia_registers)(kernel, device)
     assembly = kernel.asm.get("ptx") or kernel.asm["amdgcn"]

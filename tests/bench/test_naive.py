@@ -9,7 +9,7 @@ from torch.testing import assert_close
 from allspark_fast.config import TrainConfig
 from allspark_fast.data.loader import SemiBatch
 from allspark_fast.model import Segmentor, build_segmentor
-from allspark_fast.training.step import TrainState, build_optimizer, compute_losses, train_step
+from allspark_fast.training.step import TrainState, compute_losses, train_step
 from bench.bench_train_step import without_dropout
 from bench.naive import make_naive, naive_losses, naive_train_step
 
@@ -37,7 +37,7 @@ def test_losses_gradients_and_memory_are_ours(classes: int, crop: tuple[int, int
     model, batch = build_model(classes, crop), random_batch(classes, crop)
     naive = make_naive(copy.deepcopy(model))
     ours = compute_losses(model, batch, CONFIG, use_memory=use_memory)
-    theirs = naive_losses(naive, batch, use_memory=use_memory)
+    theirs = naive_losses(naive, batch, CONFIG, use_memory=use_memory)
     assert_close(theirs, ours)
     ours.total.backward()
     theirs.total.backward()
@@ -51,10 +51,9 @@ def test_steps_are_ours() -> None:
     model, batch = build_model(), random_batch()
     naive = make_naive(copy.deepcopy(model))
     before = copy.deepcopy(model.state_dict())
-    state = TrainState(model, CONFIG, total_steps=10)
-    optimizer = build_optimizer(naive, CONFIG)
+    ours, theirs = (TrainState(x, CONFIG, total_steps=10) for x in (model, naive))
     for _ in range(2):  # both at the base rate
-        train_step(state, batch, use_memory=True)
-        naive_train_step(naive, optimizer, batch, CONFIG, lr=CONFIG.lr, use_memory=True)
+        train_step(ours, batch, use_memory=True)
+        naive_train_step(theirs, batch, use_memory=True)
     assert_close(naive.state_dict(), model.state_dict())
     assert all(not torch.equal(before[name], x) for name, x in model.named_parameters())

@@ -48,20 +48,21 @@ def test_a_study_goes_on_and_reports_each_method(
     options |= {f"data.{name}": f"seed0/{name}.txt" for name in ("labeled", "unlabeled")}
     arguments = [str(x) for name, value in options.items() for x in (f"--{name}", value)]
     arguments += ["--seeds", "1", "--every-label", "train.txt", "--test", "test.txt"]
-    arguments += [f"--{name}={tmp_path / name}" for name in ("folder", "out", "json")]
+    arguments += [f"--{name}={tmp_path / name}" for name in ("folder", "json")]
     scored = []
     monkeypatch.setattr(evaluate, "run", lambda options, run=evaluate.run: scored.append(options) or run(options))
     study.main([*arguments, "--methods"])
     study.main([*arguments, "--methods", "supervised"])
     assert [Path(folder).name for folder, *_ in scored] == ["full_seed1", "supervised_seed1"]
-    assert "full_seed1: finished at step 2" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "full_seed1: finished at step 2" in printed
     records = json.loads((tmp_path / "json").read_text())
     assert [(record["method"], record["labels"]) for record in records] == [("full", 6), ("supervised", 1)]
     for record in records:
         scores = json.loads((tmp_path / "folder" / f"{record['method']}_seed1/test.json").read_text())
         assert record["mIoU on test"] == 100 * scores["miou"]
         assert sum(map(sum, scores["confusion"])) == 40 * 40  # one image, that of test
-    assert (tmp_path / "out").read_text().endswith(f"{study.summary(records)}\n")
+    assert printed.endswith(f"{study.summary(records)}\n")
     config = json.loads((tmp_path / "folder/supervised_seed1/config.json").read_text())
     assert config["data"]["labeled"] == "seed1/labeled.txt"
 
