@@ -40,7 +40,11 @@ def _static(target: str, _: int) -> Iterator[list[Record]]:
 _STATIC_KEYS = ("kernel", "dtype", "config", "registers", "spill_bytes", "shared_bytes", "ctas_per_sm", "mma")
 
 BENCHMARKS = {
-    "attention": _operator(bench_channel_attention.cases, bench_channel_attention.SIZES),
+    "attention": _operator(
+        bench_channel_attention.cases,
+        bench_channel_attention.SIZES,
+        list(bench_channel_attention.GRID) if DEVICE == "cuda" else ["pascal"],
+    ),
     "memory": _operator(operators.memory_cases),
     "loss": _operator(lambda size: operators.upsample_cases(size)[:1]),
     "argmax": _operator(lambda size: operators.upsample_cases(size)[1:]),

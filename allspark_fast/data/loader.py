@@ -233,9 +233,7 @@ def _deliver(loader: "DataLoader[Any]") -> Iterator[Any]:
         # A broken connection if it dies while it sends a batch, else torch's "DataLoader worker (pid ...) ...".
         if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker (pid"):
             raise
-        raise RunError(
-            f"a DataLoader worker died ({error!r}), perhaps of too little memory: use fewer workers"
-        ) from error
+        raise RunError(f"a DataLoader worker died ({error!r}), possibly out of memory: use fewer workers") from error
     finally:
         atexit.unregister(end_workers)
         end_workers()

@@ -106,25 +106,25 @@ def lock_folder(folder: Path) -> IO[str] | None:
     return file
 
 
-def describe_batch(config: TrainConfig) -> str:
-    """Say how the processes share the batch of a step.
+def check_batch(config: TrainConfig) -> None:
+    """Check that the processes can share the batch of a step, and say how if there are several parts.
 
     Raises:
         InputError: they cannot share it equally.
     """
-    micro_batches = config.gradient_accumulation_steps
-    parts = world_size() * micro_batches
-    if config.batch_size % parts:
+    ranks, micro_batches = world_size(), config.gradient_accumulation_steps
+    share, rest = divmod(config.batch_size, ranks * micro_batches)
+    if rest:
         raise InputError(
-            f"train.batch_size {config.batch_size} cannot be shared equally by {world_size()} processes with "
-            f"{micro_batches} micro-batches (train.gradient_accumulation_steps) each: set it to a multiple of {parts}"
+            f"train.batch_size {config.batch_size} cannot be shared equally by {ranks} processes with {micro_batches} "
+            f"micro-batches (train.gradient_accumulation_steps) each: set it to a multiple of {ranks * micro_batches}"
         )
-    share = config.batch_size // parts
-    return (
-        f"a step takes {config.batch_size} labeled and as many unlabeled images: {world_size()} processes, "
-        f"{micro_batches} micro-batches each, of {share} + {share}; the learning rate {config.lr:g} is that of the "
-        "whole batch, for any number of processes"
-    )
+    if ranks * micro_batches > 1:
+        logger.info(
+            "a step takes %d + %d images: %d processes, %d micro-batches each, of %d + %d; train.lr is that of the "
+            "whole batch, for any number of processes",
+            *(config.batch_size, config.batch_size, ranks, micro_batches, share, share),
+        )
 
 
 def build_model(config: Config, num_classes: int, *, resumed: bool = False) -> Segmentor:

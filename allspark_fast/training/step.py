@@ -1,5 +1,6 @@
 """One training step of each method, what it changes, and the schedule: the mathematics of training, without a run."""
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +11,6 @@ from allspark_fast.config import TrainConfig
 from allspark_fast.data.info import IGNORE_INDEX
 from allspark_fast.data.loader import SemiBatch
 from allspark_fast.distributed import all_reduce_mean, world_size
-from allspark_fast.errors import InputError
 from allspark_fast.kernels.upsample_argmax import upsample_argmax
 from allspark_fast.kernels.upsample_cross_entropy import upsample_cross_entropy
 from allspark_fast.model import Segmentor
@@ -26,6 +26,7 @@ class Losses(NamedTuple):
 
 
 _LOGGED = ("loss", "loss_labeled", "loss_unlabeled")
+_COUNTERS = ("step", "skipped", "loss_sums", "received")
 
 
 class TrainState:
@@ -96,56 +97,28 @@ class TrainState:
         """Return what ``load_state_dict`` needs to resume exactly; a sharded model's tensors are sharded too."""
         model = self.model.state_dict()
         # Only after state_dict are they surely sharded: a forward pass without a backward pass leaves them gathered.
-        parameters = list(self.model.parameters())
-        optimizer = self.optimizer.state_dict()
-        shards = {
-            index: {key: from_local_like(x, parameters[index]) for key, x in tensors.items()}
-            for index, tensors in optimizer["state"].items()
-        }
-        return {
-            "model": model,
-            "ema": None if self.ema is None else self.ema.state_dict(),
-            "optimizer": {**optimizer, "state": shards},
-            "step": self.step,
-            "skipped": self.skipped,
-            "loss_sums": self.loss_sums,
-            "received": self.received,
-        }
+        moments = [
+            {name: from_local_like(x, parameter) for name, x in values.items()}
+            for parameter, values in zip(self.model.parameters(), self.optimizer.state.values(), strict=True)
+        ]
+        ema = None if self.ema is None else self.ema.state_dict()
+        return {"model": model, "ema": ema, "optimizer": moments} | {name: getattr(self, name) for name in _COUNTERS}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Resume from a ``state_dict`` of whole tensors, on any device and any number of ranks.
 
-        Raises:
-            InputError: the optimizer's state does not fit the parameters.
+        All is copied into the existing tensors, which a recorded step goes on reading and writing.
         """
         for name, model in (("model", self.model), ("ema", self.ema)):
             if model is not None:
                 own = model.state_dict()
                 model.load_state_dict({key: shard_like(x, own[key]) for key, x in state[name].items()})
-        self._load_optimizer(state["optimizer"])
-        for name in ("step", "skipped", "loss_sums", "received"):
-            getattr(self, name).copy_(state[name])
-
-    def _load_optimizer(self, state: dict[str, Any]) -> None:
-        """Copy into the existing tensors, which a recorded step goes on reading and writing."""
-        own = list(self.optimizer.state.values())
-        if len(own) != len(state["state"]):
-            raise InputError(f"the optimizer has {len(own)} parameters, the checkpoint {len(state['state'])}")
-        for parameter, target, saved in zip(self.model.parameters(), own, state["state"].values(), strict=True):
-            if target.keys() != saved.keys():
-                raise InputError(
-                    f"the optimizer has {sorted(target)} for each parameter, the checkpoint {sorted(saved)}"
-                )
+        moments = zip(self.model.parameters(), self.optimizer.state.values(), state["optimizer"], strict=True)
+        for parameter, values, saved in moments:
             for name, x in saved.items():
-                # A count of steps is one number; whatever else an optimizer keeps has its parameter's shape.
-                if x.ndim and x.shape != parameter.shape:
-                    raise InputError(
-                        f"the optimizer's {name} has shape {tuple(x.shape)} in the checkpoint, expected that of its "
-                        f"parameter, {tuple(parameter.shape)}: take another checkpoint"
-                    )
-                target[name].copy_(to_local(shard_like(x, parameter)))
-        for group, saved in zip(self.optimizer.param_groups, state["param_groups"], strict=True):
-            group["lr"].copy_(saved["lr"])
+                values[name].copy_(to_local(shard_like(x, parameter)))
+        for name in _COUNTERS:
+            getattr(self, name).copy_(state[name])
 
 
 def train_step(state: TrainState, batch: SemiBatch, *, use_memory: bool, use_pseudo: bool = True) -> Losses:
@@ -271,21 +244,18 @@ def build_optimizer(model: Segmentor, config: TrainConfig) -> torch.optim.Optimi
         {"params": [to_local(x) for x in model.backbone.parameters()], "lr_scale": 1.0},
         {"params": [to_local(x) for x in model.decoder.parameters()], "lr_scale": config.lr_multi},
     ]
-    optimizer: torch.optim.Optimizer
-    if config.optimizer == "adamw":
-        optimizer = torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay, fused=True)
-    else:
-        optimizer = torch.optim.SGD(groups, lr=config.lr, momentum=0.9, weight_decay=config.weight_decay, fused=True)
+    adamw = config.optimizer == "adamw"
+    kind: Any = torch.optim.AdamW if adamw else functools.partial(torch.optim.SGD, momentum=0.9)
+    optimizer: torch.optim.Optimizer = kind(groups, lr=config.lr, weight_decay=config.weight_decay, fused=True)
     device = next(model.parameters()).device
     # A first step that is skipped would leave SGD's momentum without a value, and checkpoints are copied into existing
     # tensors.
-    adamw = config.optimizer == "adamw"
-    for x in (x for group in groups for x in group["params"]):
-        moments = ("exp_avg", "exp_avg_sq") if adamw else ("momentum_buffer",)
-        count = {"step": torch.zeros((), device=device)} if adamw else {}
-        optimizer.state[x] = {**count, **{name: torch.zeros_like(x) for name in moments}}
+    moments = ("exp_avg", "exp_avg_sq") if adamw else ("momentum_buffer",)
     for group in optimizer.param_groups:
         group["lr"] = torch.zeros((), device=device)
+        for x in group["params"]:
+            count = {"step": torch.zeros((), device=device)} if adamw else {}
+            optimizer.state[x] = {**count, **{name: torch.zeros_like(x) for name in moments}}
     return optimizer
 
 

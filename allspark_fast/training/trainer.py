@@ -65,9 +65,7 @@ class Trainer:
         self.config = config
         self.folder = folder
         self.device = device
-        batch = setup.describe_batch(config.train)
-        if world_size() * config.train.gradient_accumulation_steps > 1:
-            logger.info(batch)
+        setup.check_batch(config.train)
         if config.train.deterministic:
             use_deterministic_operations()
         set_kernels(config.run.kernels)
@@ -118,11 +116,8 @@ class Trainer:
         Raises:
             RunError: too many steps had a loss or gradient that is not finite.
         """
-        # An error closes the bar, so that its message has a line for itself.
-        with (
-            stop_signals() as asked,
-            tqdm(total=self.total_steps, initial=self.step, unit="step", dynamic_ncols=True, disable=rank() > 0) as bar,
-        ):
+        bar = tqdm(total=self.total_steps, initial=self.step, unit="step", dynamic_ncols=True, disable=rank() > 0)
+        with stop_signals() as asked, bar:  # an error closes the bar, so that its message has a line for itself
             return self._run(asked, bar)
 
     def _run(self, asked: Callable[[], bool], bar: "tqdm[Any]") -> Scores | None:
@@ -302,8 +297,7 @@ def train(config: Config, folder: Path) -> bool:
         whether the run is finished, rather than stopped by a signal or by the end of torchrun.
 
     Raises:
-        InputError: something is wrong with the data, the folder holds a run with other settings, or the weights do not
-            fit.
+        InputError: see Trainer.
         RunError: training had begun and cannot go on.
         OSError: something cannot be written.
     """

@@ -102,7 +102,7 @@ def test_validation_is_set_aside_and_training_keeps_rare_classes(tmp_path, capsy
     assert sorted(entry.image for part in lists.values() for entry in part) == [entry.image for entry in entries]
     assert run([str(tmp_path), "1/2", "--val", "3"]) == 0
     assert len(read_split(tmp_path / "splits/1_2/labeled.txt")) == 2
-    with pytest.raises(ValueError, match="--val 7 leaves no label to train on, 7 images have one"):
+    with pytest.raises(ValueError, match="--val 7 leaves no label to train on: 7 images have one"):
         run([str(tmp_path), "--val", "7"])
     shutil.rmtree(tmp_path / "labels")
     with pytest.raises(DataError, match="no image has a label"):

@@ -180,7 +180,7 @@ def loader(root: Path, labeled: list[Entry], unlabeled: list[Entry], **options: 
         ("cut", 1, "cannot be read as an image"),
         ("emptied", 0, "the file is empty"),
         ("outside the classes", 0, r"holds \[7\], but the 2 classes of .* have the indices 0\.\.1"),
-        ("of another size", 0, "is 9x9; they must be equal"),
+        ("of another size", 0, "is 9x9; the sizes must be equal"),
     ],
 )
 def test_a_file_that_goes_bad_during_the_run_is_named(tmp_path: Path, harm: str, workers: int, message: str) -> None:

@@ -22,7 +22,7 @@ from allspark_fast.model.cross_attention import CrossAttention
 from allspark_fast.model.mit import Block, compile_blocks
 from allspark_fast.model.options import AllSparkOptions
 from allspark_fast.training import setup as prepare
-from allspark_fast.training.setup import build_state, describe_batch
+from allspark_fast.training.setup import build_state, check_batch
 from allspark_fast.training.sharding import block_policy, gather_state
 from allspark_fast.training.step import TrainState, compute_losses, pseudo_pass, train_step
 from tests.helpers.ranks import run_on_ranks
@@ -63,7 +63,7 @@ def flatten(state: TrainState) -> dict[str, Tensor]:
     """Copies of whole tensors of weights, buffers, average and optimizer, by name; of rank 0."""
     gathered = copy.deepcopy(gather_state(state.state_dict()))
     tensors = {f"{group}.{name}": x for group in ("model", "ema") for name, x in gathered[group].items()}
-    for index, values in gathered["optimizer"]["state"].items():
+    for index, values in enumerate(gathered["optimizer"]):
         tensors |= {f"optimizer.{index}.{key}": x for key, x in values.items()}
     return tensors | {"loss_sums": gathered["loss_sums"]}
 
@@ -320,9 +320,11 @@ def test_restarts_that_would_hang_are_refused(monkeypatch: pytest.MonkeyPatch) -
         pass
 
 
-def test_a_batch_that_ranks_cannot_share(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_batch_that_ranks_cannot_share(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger="allspark_fast")
     monkeypatch.setattr("allspark_fast.training.setup.world_size", lambda: 3)
     with pytest.raises(ValueError, match=r"train.batch_size 8 .* by 3 processes with 2 .* multiple of 6"):
-        describe_batch(TrainConfig(batch_size=8, gradient_accumulation_steps=2))
+        check_batch(TrainConfig(batch_size=8, gradient_accumulation_steps=2))
     config = TrainConfig(batch_size=12, gradient_accumulation_steps=2)
-    assert "3 processes, 2 micro-batches each, of 2 + 2" in describe_batch(config)
+    check_batch(config)
+    assert "3 processes, 2 micro-batches each, of 2 + 2" in caplog.text

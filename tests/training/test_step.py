@@ -126,19 +126,6 @@ class TestLosses:
         torch.testing.assert_close(mined.unlabeled, plain.unlabeled, rtol=0.05, atol=0)
 
 
-def test_a_state_of_an_optimizer_that_does_not_fit_is_refused() -> None:
-    """A fused optimizer would read and write beside it."""
-    state = build_state()
-    train_step(state, random_batch(), use_memory=True)
-    saved = copy.deepcopy(state.state_dict())
-    saved["optimizer"]["state"][0]["momentum_buffer"] = torch.zeros(3)
-    with pytest.raises(ValueError, match=r"momentum_buffer has shape \(3,\) in the checkpoint, expected that of"):
-        state.load_state_dict(saved)
-    saved["optimizer"]["state"] = {index: {} for index in range(10_000)}
-    with pytest.raises(ValueError, match="the checkpoint 10000"):
-        state.load_state_dict(saved)
-
-
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_loading_copies_into_the_tensors_that_are_there(optimizer: str) -> None:
     """A recorded step goes on reading and writing those."""
