@@ -1,14 +1,13 @@
 """The benchmarks run, check parity and write what their tables show."""
 
-import contextlib
 import copy
 import dataclasses
 import functools
-import io
 import json
+from collections.abc import Callable
 from importlib.metadata import version
 from importlib.util import find_spec
-from typing import Any
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,30 +18,17 @@ from allspark_fast.kernels.channel_attention import channel_attention
 from bench import bench_channel_attention
 from bench.__main__ import main
 from bench.bench_channel_attention import cases
-from bench.bench_train_step import (
-    SIZES,
-    check_losses,
-    count_saved_bytes,
-    fake_variant,
-    make_variant,
-    without_dropout,
-)
+from bench.bench_train_step import SIZES, check_losses, count_saved_bytes, fake_variant, make_variant, without_dropout
 from bench.flops import FLOP_FORMULAS, flop_counter
 from bench.harness import Case, cell, conditions, gemm_rate, run, saved_bytes, table
 from bench.naive import naive_channel_attention
 
 
-@pytest.fixture(scope="module")
-def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, Any]], str]:
-    """Records and printed tables of every benchmark that needs no compiler."""
-    file, printed = tmp_path_factory.mktemp("bench") / "out.json", io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        main(["all", "--size", "tiny", "--repeats", "2", "--json", str(file)])
-    return json.loads(file.read_text()), printed.getvalue()
-
-
-def test_every_benchmark_runs(tiny_run: tuple[list[dict[str, Any]], str]) -> None:
-    records, printed = tiny_run
+def test_every_benchmark_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """All of those that need no compiler."""
+    file = tmp_path / "out.json"
+    main(["all", "--size", "tiny", "--repeats", "2", "--json", str(file)])
+    records, printed = json.loads(file.read_text()), capsys.readouterr().out
     assert {record["op"] for record in records} == {
         "channel_attention",
         "channel_semantic_grouping",
@@ -123,17 +109,17 @@ def test_every_operator_that_multiplies_has_a_formula() -> None:
     assert all(name.split("::")[1].startswith(without) for name in other), other
 
 
-def test_a_wrong_variant_gets_no_number() -> None:
-    x = torch.randn(3)
-    with pytest.raises(AssertionError, match="output of b differs from a"):
-        run(Case(op="op", size="size", variants={"a": lambda: x, "b": lambda: x + 1}))
-
-
-def test_a_wrong_gradient_gets_no_number() -> None:
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (lambda x, y: x * y + 1, "output of b differs from a"),
+        (lambda x, y: x * y.detach() + 0 * y, "gradient 1 of b differs from a"),
+    ],
+)
+def test_a_wrong_variant_gets_no_number(wrong: Callable[..., torch.Tensor], message: str) -> None:
     x, y = (torch.randn(3, requires_grad=True) for _ in range(2))
-    variants = {"a": lambda: x * y, "b": lambda: x * y.detach() + 0 * y}
-    with pytest.raises(AssertionError, match="gradient 1 of b differs from a"):
-        run(Case(op="op", size="size", variants=variants, inputs=(x, y)))
+    with pytest.raises(AssertionError, match=message):
+        run(Case(op="op", size="size", variants={"a": lambda: x * y, "b": lambda: wrong(x, y)}, inputs=(x, y)))
 
 
 def test_a_wrong_step_gets_no_number() -> None:
