@@ -1,76 +1,57 @@
 """``python -m bench``: tables of the operators, of the training step, and of what the compiled kernels need."""
 
 import argparse
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
+from bench import bench_channel_attention, bench_train_step, operators
+from bench.harness import COLUMNS, DEVICE, Case, Columns, Record, conditions, run, table, write_records
 
-from bench import bench_channel_attention, bench_mix_ffn, bench_semantic_memory, bench_train_step, bench_upsample
-from bench.harness import COLUMNS, Case, Record, conditions, device_rates, run, table, write_records
+_FULL_STEPS = ["pascal", "cityscapes", "coco"]
+_OPERATORS, _TIMED_STEPS = (_FULL_STEPS, _FULL_STEPS) if DEVICE == "cuda" else (["pascal"], ["pascal_b0"])
+_TARGETS = ["sm_80", "sm_86", "sm_90", "sm_100", "gfx942"]
 
 
 class Benchmark(NamedTuple):
-    """What a name on the command line runs.
+    """What a name on the command line runs: from a size and a number of rounds to the records of each table."""
 
-    Attributes:
-        measure: takes a size and a number of rounds and yields records and their table.
-        sizes: names of the sizes it has.
-        default: those that it runs unless told.
-    """
-
-    measure: Callable[[str, int], Iterator[tuple[list[Record], str]]]
+    measure: Callable[[str, int], Iterable[list[Record]]]
     sizes: Collection[str]
     default: Collection[str]
-
-
-_CUDA = torch.cuda.is_available()
-_OPERATORS = ["pascal", "cityscapes", "coco", "vit14"] if _CUDA else ["pascal"]
-_FULL_STEPS = ["pascal", "cityscapes", "coco"]
-_TIMED_STEPS = _FULL_STEPS if _CUDA else ["pascal_b0"]
-_TARGETS = ["sm_80", "sm_86", "sm_90", "sm_100", "gfx942"]
+    columns: Columns = COLUMNS
 
 
 def _operator(
     cases: Callable[[str], list[Case]],
-    sizes: Collection[str] = tuple(bench_channel_attention.SIZES),
+    sizes: Collection[str] = tuple(bench_train_step.SIZES),
     default: Collection[str] = _OPERATORS,
 ) -> Benchmark:
-    def measure(size: str, repeats: int) -> Iterator[tuple[list[Record], str]]:
-        for case in cases(size):
-            records = run(case, repeats)
-            rates = device_rates(case.dtype)
-            measured = f"{case.dtype} product {rates.flops / 1e12:.3g} TFLOP/s, copy {rates.bytes / 1e9:.3g} GB/s"
-            yield records, f"{table(records, COLUMNS)}\n\nMeasured in this run: {measured}."
-
-    return Benchmark(measure, sizes, default)
+    return Benchmark(lambda size, repeats: (run(case, repeats) for case in cases(size)), sizes, default)
 
 
-def _static(target: str, _: int) -> Iterator[tuple[list[Record], str]]:
+def _static(target: str, _: int) -> Iterator[list[Record]]:
     """What the compiled Triton kernels need on a GPU that need not be there."""
     from bench import static  # noqa: PLC0415 triton is optional
 
-    records: list[Record] = []
-    for compiled in static.report([target], full=True):
-        record = {"op": "static", "size": target, **compiled}
-        if record not in records:  # sizes that differ in what the compiler does not see
-            records.append(record)
-    yield records, table(records, static.COLUMNS)
+    yield [{"op": "static", "size": target, **record} for record in static.report(target, full=True)]
 
+
+_STATIC_KEYS = ("kernel", "dtype", "config", "registers", "spill_bytes", "shared_bytes", "ctas_per_sm", "mma")
 
 BENCHMARKS = {
     "attention": _operator(
         bench_channel_attention.cases,
-        default=list(bench_channel_attention.GRID) if torch.cuda.is_available() else ["pascal"],
+        bench_channel_attention.SIZES,
+        list(bench_channel_attention.GRID) if DEVICE == "cuda" else ["pascal"],
     ),
-    "memory": _operator(bench_semantic_memory.cases),
-    "loss": _operator(lambda size: bench_upsample.cases(size)[:1], bench_upsample.SIZES),
-    "argmax": _operator(lambda size: bench_upsample.cases(size)[1:], bench_upsample.SIZES),
-    "ffn": _operator(bench_mix_ffn.cases, bench_train_step.SIZES, _TIMED_STEPS),
+    "memory": _operator(operators.memory_cases),
+    "loss": _operator(lambda size: operators.upsample_cases(size)[:1]),
+    "argmax": _operator(lambda size: operators.upsample_cases(size)[1:]),
+    "ffn": _operator(operators.mix_ffn_cases, default=_TIMED_STEPS),
     "step": Benchmark(bench_train_step.measure, bench_train_step.SIZES, _TIMED_STEPS),
-    "flops": Benchmark(bench_train_step.measure_counts, bench_train_step.SIZES, _FULL_STEPS),
-    "static": Benchmark(_static, _TARGETS, _TARGETS),
+    "flops": Benchmark(bench_train_step.count, bench_train_step.SIZES, _FULL_STEPS),
+    "static": Benchmark(_static, _TARGETS, _TARGETS, {key: (key, 1.0) for key in _STATIC_KEYS}),
 }
 
 
@@ -101,9 +82,9 @@ def main(arguments: list[str] | None = None) -> None:
     print(conditions())
     records: list[Record] = []
     for benchmark, size in runs:
-        for new, tables in benchmark.measure(size, options.repeats):
+        for new in benchmark.measure(size, options.repeats):
             records += new
-            print(f"\n{new[0]['op']}, {new[0]['size']}\n\n{tables}", flush=True)
+            print(f"\n{new[0]['op']}, {new[0]['size']}\n\n{table(new, benchmark.columns)}", flush=True)
             if options.json:
                 write_records(options.json, records)
 

@@ -6,6 +6,7 @@ Operators, and the whole model with its training step as the public code compute
 
 from collections.abc import Callable
 from types import MethodType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,23 +17,16 @@ from allspark_fast.data.info import IGNORE_INDEX
 from allspark_fast.data.loader import SemiBatch
 from allspark_fast.model import AllSpark, MixTransformer, SegFormerHead, Segmentor
 from allspark_fast.model.batch_norm import FiniteBatchNorm2d
-from allspark_fast.model.cross_attention import CrossAttention, KVSource
-from allspark_fast.model.mit import DepthwiseConv, EfficientSelfAttention, MixFFN
+from allspark_fast.model.cross_attention import CrossAttention
+from allspark_fast.model.mit import EfficientSelfAttention, MixFFN
 from allspark_fast.model.tokens import to_map, to_tokens
-from allspark_fast.training.step import Losses
+from allspark_fast.training.step import Losses, TrainState
 
 
 def naive_channel_attention(query: Tensor, key: Tensor, value: Tensor, *, dropout_p: float = 0.0) -> Tensor:
-    """Compute channel attention with every map materialized; shared keys and values are views, as of einops.repeat.
+    """Compute channel attention with every map materialized; shapes as the operator's.
 
-    Args:
-        query: (B, H, N, Cq).
-        key: (B or 1, H, N, L).
-        value: (B or 1, H, N, L).
-        dropout_p: dropout of the map, drawn from torch's generator.
-
-    Returns:
-        (B, H, N, Cq).
+    Shared keys and values are views, as of einops.repeat; the dropout of the map is drawn from torch's generator.
     """
     similarity = F.instance_norm(query.mT @ key)
     attention = F.dropout(similarity.softmax(-1), dropout_p)
@@ -58,9 +52,10 @@ def naive_enqueue(queue: Tensor, queue_ptr: Tensor, features: Tensor, channel_cl
             queue_ptr[cls] = (start + len(channels)) % slots
 
 
-def naive_depthwise_conv(convolution: DepthwiseConv, tokens: Tensor, size: tuple[int, int]) -> Tensor:
-    """Copy tokens (B, h·w, C) to a contiguous map before the convolution; returns the same shape."""
-    return to_tokens(convolution.dwconv(to_map(tokens, size).contiguous()))
+def naive_mix_ffn(ffn: MixFFN, tokens: Tensor, size: tuple[int, int]) -> Tensor:
+    """Copy tokens (B, h·w, C) to a contiguous map for the convolution, and save the input of every layer."""
+    hidden = to_map(ffn.fc1(tokens), size).contiguous()
+    return ffn.fc2(F.gelu(to_tokens(ffn.dwconv.dwconv(hidden))))
 
 
 def make_naive(model: Segmentor) -> Segmentor:
@@ -74,20 +69,13 @@ def make_naive(model: Segmentor) -> Segmentor:
     return model
 
 
-def naive_train_step(
-    model: Segmentor,
-    optimizer: torch.optim.Optimizer,
-    batch: SemiBatch,
-    config: TrainConfig,
-    *,
-    lr: float,
-    use_memory: bool,
-) -> Losses:
-    """Take a training step at learning rate ``lr``, set on the host, where the losses are read too."""
+def naive_train_step(state: TrainState, batch: SemiBatch, *, use_memory: bool) -> Losses:
+    """Take a training step at the base learning rate, set on the host, where the losses are read too."""
+    model, optimizer, config = state.model, state.optimizer, state.config
     for group in optimizer.param_groups:
-        group["lr"] = lr * group["lr_scale"]
+        group["lr"] = config.lr * group["lr_scale"]
     with torch.autocast(batch.image.device.type, torch.bfloat16, enabled=config.amp and batch.image.is_cuda):
-        losses = naive_losses(model, batch, use_memory=use_memory)
+        losses = naive_losses(model, batch, config, use_memory=use_memory)
     optimizer.zero_grad()
     losses.total.backward()
     optimizer.step()
@@ -96,7 +84,7 @@ def naive_train_step(
     return losses
 
 
-def naive_losses(model: Segmentor, batch: SemiBatch, *, use_memory: bool) -> Losses:
+def naive_losses(model: Segmentor, batch: SemiBatch, _: TrainConfig, *, use_memory: bool) -> Losses:
     """Run pseudo-label pass and forward pass with full-resolution logits; arguments as ``compute_losses``'s."""
     with torch.no_grad():
         class_logits = model.eval()(batch.unlabeled_image)
@@ -109,17 +97,9 @@ def naive_losses(model: Segmentor, batch: SemiBatch, *, use_memory: bool) -> Los
     return Losses((labeled_loss + unlabeled_loss) / 2, labeled_loss, unlabeled_loss)
 
 
-def _segmentor(
-    model: Segmentor,
-    images: Tensor,
-    class_logits: Tensor | None = None,
-    *,
-    use_memory: bool = False,
-    kv_source: KVSource = "batch",
-) -> Tensor:
+def _segmentor(model: Segmentor, images: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """Upsample the logits to the size of the images: (B, 3, H, W) -> (B, K, H, W), as ``class_logits`` are."""
-    logits = Segmentor.forward(model, images, class_logits, use_memory=use_memory, kv_source=kv_source)
-    return _upsample(logits, images.shape[2:])
+    return upsample(Segmentor.forward(model, images, *args, **kwargs), images.shape[2:])
 
 
 def _encoder(encoder: MixTransformer, images: Tensor) -> list[Tensor]:
@@ -143,26 +123,15 @@ def _self_attention(attention: EfficientSelfAttention, tokens: Tensor, size: tup
     return attention.proj((weights @ value).transpose(1, 2).flatten(2))
 
 
-def _mix_ffn(ffn: MixFFN, tokens: Tensor, size: tuple[int, int]) -> Tensor:
-    """Save the input of every layer for backward."""
-    return ffn.fc2(F.gelu(ffn.dwconv(ffn.fc1(tokens), size)))
-
-
 def _bottleneck(
-    bottleneck: AllSpark,
-    feature_map: Tensor,
-    class_logits: Tensor | None = None,
-    *,
-    crop_size: tuple[int, int] | None = None,  # the logits have this size already
-    use_memory: bool = False,
-    kv_source: KVSource = "batch",  # the public code knows no other
+    bottleneck: AllSpark, feature_map: Tensor, class_logits: Tensor | None = None, *, use_memory: bool, **_: object
 ) -> Tensor:
     """Double the batch in eval mode, compute the unlabeled branch and discard it."""
     if not bottleneck.training:
         feature_map = torch.cat([feature_map, feature_map])
     tokens = to_tokens(bottleneck.map_in(feature_map))
     size = (feature_map.shape[2], feature_map.shape[3])
-    class_map = None if class_logits is None else _upsample(class_logits, size).flatten(2)
+    class_map = None if class_logits is None else upsample(class_logits, size).flatten(2)
     labeled, unlabeled = bottleneck.attn_norm(tokens).chunk(2)
     attended = torch.cat(bottleneck.attn(labeled, unlabeled, class_map, use_memory=use_memory))
     tokens = bottleneck.encoder_norm(attended + tokens)
@@ -171,12 +140,7 @@ def _bottleneck(
 
 
 def _cross_attention(
-    attention: CrossAttention,
-    labeled: Tensor,
-    unlabeled: Tensor,
-    class_map: Tensor | None = None,
-    *,
-    use_memory: bool = False,
+    attention: CrossAttention, labeled: Tensor, unlabeled: Tensor, class_map: Tensor | None, *, use_memory: bool
 ) -> tuple[Tensor, Tensor]:
     """Clone the memory and materialize the similarity maps; features (B, N, C) to the same shapes."""
     if class_map is not None:
@@ -201,12 +165,13 @@ def _head(head: SegFormerHead, features: list[Tensor]) -> Tensor:
     embedded = []
     for layer, feature in zip(layers, reversed(features), strict=True):
         projected = to_map(layer.proj(to_tokens(feature)), (feature.shape[2], feature.shape[3])).contiguous()
-        embedded.append(projected if feature is features[0] else _upsample(projected, features[0].shape[2:]))
+        embedded.append(projected if feature is features[0] else upsample(projected, features[0].shape[2:]))
     fused = head.linear_fuse.bn(head.linear_fuse.conv(torch.cat(embedded, 1)))
     return head.linear_pred(head.dropout(F.relu(fused, inplace=True)))
 
 
-def _upsample(feature_map: Tensor, size: tuple[int, ...]) -> Tensor:
+def upsample(feature_map: Tensor, size: tuple[int, ...]) -> Tensor:
+    """Resize (B, C, h, w) to a size (H, W)."""
     return F.interpolate(feature_map, size, mode="bilinear", align_corners=False)
 
 
@@ -214,8 +179,7 @@ _FORWARD: dict[type[nn.Module], Callable[..., object]] = {
     Segmentor: _segmentor,
     MixTransformer: _encoder,
     EfficientSelfAttention: _self_attention,
-    MixFFN: _mix_ffn,
-    DepthwiseConv: naive_depthwise_conv,
+    MixFFN: naive_mix_ffn,
     AllSpark: _bottleneck,
     CrossAttention: _cross_attention,
     SegFormerHead: _head,

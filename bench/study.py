@@ -31,7 +31,6 @@ class Run(NamedTuple):
     """One run of the study; ``full`` is supervised with every label, what more labels are worth."""
 
     name: str
-    seed: int
     config: Config
     folder: Path
 
@@ -41,15 +40,8 @@ def plan(
 ) -> list[Run]:
     """Return the runs, all of a seed before the next seed.
 
-    Args:
-        config: what they share; ``seed0`` in the paths of its split files becomes ``seed1``, ...
-        folder: of the run folders.
-        seeds: of training and, where the paths name one, of the split.
-        methods: to compare.
-        every_label: split file of all training images with labels: ``full`` trains on these, in as many steps.
-
-    Raises:
-        DataError: a split file is missing; before any run starts.
+    ``seed0`` in the paths of the split files becomes ``seed1``, ...; ``every_label`` is the split file of all training
+    images with labels: ``full`` trains on these, in as many steps. A missing split file is a DataError.
     """
     full: list[tuple[str, Method]] = [] if every_label is None else [("full", "supervised")]
     runs = []
@@ -60,7 +52,7 @@ def plan(
             data = replace(config.data, labeled=every_label if name == "full" else labeled, unlabeled=unlabeled)
             open_sources(data)
             settings = replace(config, data=data, train=replace(config.train, seed=seed, method=method))
-            runs.append(Run(name, seed, settings, folder / f"{name}_seed{seed}"))
+            runs.append(Run(name, settings, folder / f"{name}_seed{seed}"))
     return runs
 
 
@@ -68,9 +60,6 @@ def finish(run: Run, test: Path | None) -> Record:
     """Train, or go on, and score the weights that are best on val on the split ``test``, once; mIoU in percent.
 
     Minutes are those of the training, on the clock, of runs that went through at once; None for others.
-
-    Raises:
-        SystemExit: a signal stopped the training.
     """
     minutes, begun, started = run.folder / "minutes.json", run.folder.exists(), time.monotonic()
     if not train(run.config, run.folder):
@@ -82,7 +71,7 @@ def finish(run: Run, test: Path | None) -> Record:
         evaluate.run([str(run.folder), "--split", str(test), "--json", str(scores)])
     return {
         "method": run.name,
-        "seed": run.seed,
+        "seed": run.config.train.seed,
         "labels": len(open_sources(run.config.data).labeled.entries),
         "mIoU on val": 100 * max(line["miou"] for line in read_metrics(run.folder) if "miou" in line),
         "mIoU on test": None if test is None else 100 * json.loads(scores.read_text())["miou"],
@@ -114,24 +103,21 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--methods", nargs="*", choices=METHODS, default=METHODS)
     parser.add_argument("--every-label", type=Path, metavar="FILE", help="split file with all labels: adds `full`")
     parser.add_argument("--test", type=Path, metavar="FILE", help="split file of the images to report on")
-    parser.add_argument("--out", type=Path, help="write the table to this file")
     parser.add_argument("--json", type=Path, help="write a record for each run to this file")
     return parser
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run a study, or go on with it, and print its table; files hold what is finished after each run."""
+    """Run a study, or go on with it; after each run print the table, and write the file, of what is finished."""
     options, settings = build_parser().parse_known_args(arguments)
     _, config = parse_config(settings, "train")
+    print(conditions())
     records: list[Record] = []
     for run in plan(config, options.folder, options.seeds, options.methods, options.every_label):
         records.append(finish(run, options.test))
-        report = f"{conditions()}\n\n{summary(records)}"
-        if options.out is not None:
-            options.out.write_text(f"{report}\n", encoding="utf-8")
+        print(f"\n{summary(records)}", flush=True)
         if options.json is not None:
             write_records(options.json, records)
-    print(report)
 
 
 if __name__ == "__main__":

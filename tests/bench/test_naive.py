@@ -8,23 +8,21 @@ from torch.testing import assert_close
 
 from allspark_fast.config import TrainConfig
 from allspark_fast.data.loader import SemiBatch
-from allspark_fast.model import Segmentor, build_segmentor
-from allspark_fast.training.step import TrainState, build_optimizer, compute_losses, train_step
+from allspark_fast.model import Segmentor
+from allspark_fast.training.step import TrainState, compute_losses, train_step
 from bench.bench_train_step import without_dropout
 from bench.naive import make_naive, naive_losses, naive_train_step
+from tests.helpers.models import tiny_segmentor
 
 CONFIG = TrainConfig()
 
 
-def build_model(classes: int = 5, crop: tuple[int, int] = (65, 65)) -> Segmentor:
-    # In float64 no rounding can move an argmax, so everything must agree.
-    return without_dropout(build_segmentor("mit_tiny", classes, crop, embedding_dim=32)).double()
-
-
-def random_batch(classes: int = 5, crop: tuple[int, int] = (65, 65)) -> SemiBatch:
+def model_and_batch(classes: int = 5, crop: tuple[int, int] = (65, 65)) -> tuple[Segmentor, SemiBatch]:
+    """In float64 no rounding can move an argmax, so everything must agree."""
     images = torch.randn(2, 2, 3, *crop, dtype=torch.float64)
     label = torch.randint(classes, (2, *crop)).masked_fill(torch.rand(2, *crop) < 0.1, 255)
-    return SemiBatch(images[0], label, images[1], torch.ones(2, *crop, dtype=torch.bool), None)
+    batch = SemiBatch(images[0], label, images[1], torch.ones(2, *crop, dtype=torch.bool), None)
+    return without_dropout(tiny_segmentor(classes=classes, crop=crop)).double(), batch
 
 
 @pytest.mark.parametrize("use_memory", [False, True])
@@ -34,10 +32,10 @@ def random_batch(classes: int = 5, crop: tuple[int, int] = (65, 65)) -> SemiBatc
     ids=str,
 )
 def test_losses_gradients_and_memory_are_ours(classes: int, crop: tuple[int, int], use_memory: bool) -> None:
-    model, batch = build_model(classes, crop), random_batch(classes, crop)
+    model, batch = model_and_batch(classes, crop)
     naive = make_naive(copy.deepcopy(model))
     ours = compute_losses(model, batch, CONFIG, use_memory=use_memory)
-    theirs = naive_losses(naive, batch, use_memory=use_memory)
+    theirs = naive_losses(naive, batch, CONFIG, use_memory=use_memory)
     assert_close(theirs, ours)
     ours.total.backward()
     theirs.total.backward()
@@ -48,13 +46,12 @@ def test_losses_gradients_and_memory_are_ours(classes: int, crop: tuple[int, int
 
 
 def test_steps_are_ours() -> None:
-    model, batch = build_model(), random_batch()
+    model, batch = model_and_batch()
     naive = make_naive(copy.deepcopy(model))
     before = copy.deepcopy(model.state_dict())
-    state = TrainState(model, CONFIG, total_steps=10)
-    optimizer = build_optimizer(naive, CONFIG)
+    ours, theirs = (TrainState(x, CONFIG, total_steps=10) for x in (model, naive))
     for _ in range(2):  # both at the base rate
-        train_step(state, batch, use_memory=True)
-        naive_train_step(naive, optimizer, batch, CONFIG, lr=CONFIG.lr, use_memory=True)
+        train_step(ours, batch, use_memory=True)
+        naive_train_step(theirs, batch, use_memory=True)
     assert_close(naive.state_dict(), model.state_dict())
     assert all(not torch.equal(before[name], x) for name, x in model.named_parameters())

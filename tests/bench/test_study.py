@@ -4,14 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
 from allspark_fast.cli import evaluate
 from allspark_fast.config import Config, DataConfig
-from allspark_fast.data.scenes import ScenesDataset
 from allspark_fast.errors import DataError
 from allspark_fast.signals import STOPPED
 from bench import study
+from tests.helpers.images import write_folder
 
 TINY = {
     "data.crop": 32, "data.workers": 0, "model.embedding-dim": 8, "train.epochs": 1, "train.batch-size": 2,
@@ -20,17 +19,11 @@ TINY = {
 
 @pytest.fixture
 def folder_data(tmp_path: Path) -> Path:
-    """Eight scenes as files: for seed 0 the first one is labeled, for seed 1 the second; the last two are val, test."""
+    """Eight images: for seed 0 the first one is labeled, for seed 1 the second; the last two are val and test."""
     root = tmp_path / "data"
-    names = [f"images/{index}.png labels/{index}.png\n" for index in range(8)]
-    scenes = ScenesDataset(range(8), 40, 0)
-    for kind in ("images", "labels"):
-        (root / kind).mkdir(parents=True)
-    for index in range(8):
-        for kind, picture in zip(("images", "labels"), scenes[index], strict=True):
-            assert isinstance(picture, Image.Image)
-            picture.save(root / kind / f"{index}.png")
-    (root / "meta.json").write_text(json.dumps({"classes": [f"class {index}" for index in range(8)]}))
+    root.mkdir()
+    names = [f"{entry.image} {entry.label}\n" for entry in write_folder(root, 8)]
+    (root / "meta.json").write_text('{"classes": ["a", "b", "c"]}')
     for seed in (0, 1):
         (root / f"seed{seed}").mkdir()
         (root / f"seed{seed}/labeled.txt").write_text(names[seed])
@@ -48,20 +41,21 @@ def test_a_study_goes_on_and_reports_each_method(
     options |= {f"data.{name}": f"seed0/{name}.txt" for name in ("labeled", "unlabeled")}
     arguments = [str(x) for name, value in options.items() for x in (f"--{name}", value)]
     arguments += ["--seeds", "1", "--every-label", "train.txt", "--test", "test.txt"]
-    arguments += [f"--{name}={tmp_path / name}" for name in ("folder", "out", "json")]
+    arguments += [f"--{name}={tmp_path / name}" for name in ("folder", "json")]
     scored = []
     monkeypatch.setattr(evaluate, "run", lambda options, run=evaluate.run: scored.append(options) or run(options))
     study.main([*arguments, "--methods"])
     study.main([*arguments, "--methods", "supervised"])
     assert [Path(folder).name for folder, *_ in scored] == ["full_seed1", "supervised_seed1"]
-    assert "full_seed1: finished at step 2" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "full_seed1: finished at step 2" in printed
     records = json.loads((tmp_path / "json").read_text())
     assert [(record["method"], record["labels"]) for record in records] == [("full", 6), ("supervised", 1)]
     for record in records:
         scores = json.loads((tmp_path / "folder" / f"{record['method']}_seed1/test.json").read_text())
         assert record["mIoU on test"] == 100 * scores["miou"]
-        assert sum(map(sum, scores["confusion"])) == 40 * 40  # one image, that of test
-    assert (tmp_path / "out").read_text().endswith(f"{study.summary(records)}\n")
+        assert sum(map(sum, scores["confusion"])) == 50 * 40  # one image, that of test
+    assert printed.endswith(f"{study.summary(records)}\n")
     config = json.loads((tmp_path / "folder/supervised_seed1/config.json").read_text())
     assert config["data"]["labeled"] == "seed1/labeled.txt"
 

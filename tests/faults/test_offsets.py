@@ -13,15 +13,8 @@ pytest.importorskip("triton")
 # Compilation and the interpreter exclude each other in one process.
 SCRIPT = """
 import json, torch
-from bench.static import (
-    channel_attention_launches, depthwise_gelu_launches, kernel_name, semantic_memory_launches, upsample_launches
-)
-launches = {
-    **channel_attention_launches("sm_90", torch.bfloat16, 289, 0.1),
-    **semantic_memory_launches("sm_90", torch.bfloat16, 289),
-    **upsample_launches("sm_90", torch.bfloat16),
-    **depthwise_gelu_launches("sm_90", torch.bfloat16),
-}
+from bench.static import kernel_name, step_launches
+launches = step_launches("sm_90", [torch.bfloat16], [289, 676], [0.1])
 print(json.dumps([[kernel_name(kernel), kernel.asm["ttir"]] for kernel in launches]))
 """
 NAME = r"%([\w.#-]+)"

@@ -13,7 +13,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-SCRIPT = "import json; from bench.static import report; print(json.dumps([*report([{target!r}], full={full})]))"
+SCRIPT = "import json; from bench.static import report; print(json.dumps(report({target!r}, full={full})))"
 SHARED_KIB = {"sm_80": 163, "sm_86": 99, "sm_90": 227, "sm_100": 227, "gfx942": 64}
 
 
