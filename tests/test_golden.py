@@ -123,14 +123,12 @@ def cross_attention_results(golden: Golden) -> Results:
         golden.load(attention, kv_queue=golden["queue_before"], queue_ptr=golden["ptr_before"])
         attention.train(mode != "eval")
         emb = golden["emb"].requires_grad_()
-        class_map_or_none = class_map if attention.training else None
-        output = torch.cat(attention(*emb.chunk(2), class_map_or_none, use_memory=mode == "memory"))
+        output = torch.cat(attention(*emb.chunk(2), class_map, use_memory=mode == "memory"))
         output.backward(golden["cotangent"])
         results |= {f"{mode}/out": output.detach(), **golden.gradients(f"{mode}/", {"emb": emb}, attention)}
-        if attention.training:
-            # Features are inputs here: the memory holds them bit for bit.
-            assert torch.equal(attention.kv_queue, golden["queue_after"])
-            results["ptr_after"] = attention.queue_ptr
+        # Features are inputs here: the memory holds them bit for bit.
+        assert torch.equal(attention.kv_queue, golden["queue_after"])
+        results["ptr_after"] = attention.queue_ptr
     return results
 
 

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from allspark_fast.kernels.bilinear import linear_matrix
 from allspark_fast.model.activation_checkpointing import checkpointed
-from allspark_fast.model.batch_norm import FiniteBatchNorm2d
+from allspark_fast.model.batch_norm import FiniteBatchNorm
 from allspark_fast.model.tokens import map_size, to_map, to_tokens
 
 
@@ -76,20 +76,11 @@ class SegFormerHead(nn.Module):
         return fused
 
     def _normalize_and_classify(self, fused: Tensor, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return logits, and the batch's mean and variance for the running statistics; arguments as ``_classify``'s."""
         normalized, mean, var = self.linear_fuse.bn.normalize(fused)
         return self._classify(normalized.relu_(), kept), mean, var
 
     def _classify(self, fused: Tensor, kept: Tensor) -> Tensor:
-        """Drop whole channels of each sample, then classify; the dropout is applied to the classifier's weights.
-
-        Args:
-            fused: (B, E, h, w), after ReLU.
-            kept: (B, E), 0 where a channel is dropped and 1 / (1 - p) elsewhere.
-
-        Returns:
-            logits (B, K, h, w).
-        """
+        """Scale the channels of a map (B, E, h, w) by ``kept`` (B, E), on the classifier's weights, and classify."""
         weight = self.linear_pred.weight.flatten(1) * kept[:, None]  # (B, K, E)
         assert self.linear_pred.bias is not None
         logits = torch.baddbmm(self.linear_pred.bias, to_tokens(fused), weight.mT)
@@ -131,4 +122,4 @@ class _Fuse(nn.Module):
     def __init__(self, embedding_dim: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(4 * embedding_dim, embedding_dim, 1, bias=False)
-        self.bn = FiniteBatchNorm2d(embedding_dim)
+        self.bn = FiniteBatchNorm(embedding_dim)

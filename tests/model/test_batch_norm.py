@@ -6,15 +6,15 @@ import pytest
 import torch
 from torch import nn
 
-from allspark_fast.model.batch_norm import FiniteBatchNorm1d, FiniteBatchNorm2d
+from allspark_fast.model.batch_norm import FiniteBatchNorm
 
 
 @pytest.mark.parametrize(
     ("ours", "theirs", "shape"),
     [
-        (FiniteBatchNorm2d(3), nn.BatchNorm2d(3), (4, 3, 5, 5)),
-        (FiniteBatchNorm1d(3), nn.BatchNorm1d(3), (4, 3, 5)),
-        (FiniteBatchNorm1d(3), nn.BatchNorm1d(3), (4, 3)),
+        (FiniteBatchNorm(3), nn.BatchNorm2d(3), (4, 3, 5, 5)),
+        (FiniteBatchNorm(3), nn.BatchNorm1d(3), (4, 3, 5)),
+        (FiniteBatchNorm(3), nn.BatchNorm1d(3), (4, 3)),
     ],
 )
 def test_is_batch_norm(ours: nn.Module, theirs: nn.Module, shape: tuple[int, ...]) -> None:
@@ -30,7 +30,7 @@ def test_is_batch_norm(ours: nn.Module, theirs: nn.Module, shape: tuple[int, ...
 def test_over_ranks_is_that_of_the_whole_batch(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """Of two ranks in one process: this one, and one whose mean and variance are told when they are asked for."""
     own, other = torch.randn(shape), 2 * torch.randn(shape) + 1
-    kind = (FiniteBatchNorm2d, nn.BatchNorm2d) if len(shape) == 4 else (FiniteBatchNorm1d, nn.BatchNorm1d)
+    kind = (FiniteBatchNorm, nn.BatchNorm2d) if len(shape) == 4 else (FiniteBatchNorm, nn.BatchNorm1d)
     ours, theirs = (x(3) for x in kind)
     for norm in (ours, theirs):
         nn.init.constant_(norm.weight, 3.0)
@@ -53,7 +53,7 @@ def test_over_ranks_is_that_of_the_whole_batch(shape: tuple[int, ...], monkeypat
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_running_statistics_skip_what_is_not_finite(bad: float) -> None:
-    norm = FiniteBatchNorm2d(3)
+    norm = FiniteBatchNorm(3)
     norm(torch.randn(4, 3, 5, 5))
     before = {name: x.clone() for name, x in norm.state_dict().items()}
     x = torch.randn(4, 3, 5, 5)
