@@ -97,17 +97,17 @@ class AllSpark(nn.Module):
     def _check_class_logits(self, class_logits: Tensor | None, feature_map: Tensor) -> None:
         if class_logits is None:
             if self.training:
-                raise ValueError("training needs class_logits, those of the pseudo-label pass; or call eval() first")
+                raise ValueError(
+                    "training needs class_logits of the pseudo-label pass: give them, or call eval() first"
+                )
             return
         if not self.training:
             raise ValueError("class_logits are for training only: call train() first, or leave them out")
         check_tensor("class_logits", class_logits, "(B, K, h', w')", FLOATING, like=feature_map)
         check_not_empty("class_logits", class_logits, {"B": 0, "h'": 2, "w'": 3})
-        if feature_map.shape[0] != 2 * class_logits.shape[0]:
-            raise ValueError(
-                f"feature_map holds {feature_map.shape[0]} images, expected 2B = {2 * class_logits.shape[0]}: labeled "
-                "images, then as many unlabeled ones, whose logits are class_logits"
-            )
+        images, expected = feature_map.shape[0], 2 * class_logits.shape[0]
+        if images != expected:
+            raise ValueError(f"feature_map holds {images} images, expected 2B = {expected}: labeled, then unlabeled")
 
 
 def _pointwise(layers: nn.Sequential, tokens: Tensor) -> Tensor:

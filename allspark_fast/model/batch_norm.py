@@ -29,10 +29,8 @@ class FiniteBatchNorm(nn.BatchNorm2d):
         return feature_map
 
     def normalize(self, feature_map: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the map (B, C, ...) normalized by its own mean and unbiased variance (C,), and these.
-
-        Without side effects, so that checkpointing may run it again.
-        """
+        """Return the map (B, C, ...) normalized by its own statistics, its mean and unbiased variance, (C,) each."""
+        # Without side effects, so that checkpointing may run it again.
         if world_size() > 1:
             return self._normalize_over_ranks(feature_map)
         # With momentum 1, F.batch_norm writes the statistics of the batch into them.

@@ -39,11 +39,7 @@ class CrossAttention(SemanticMemory):
     def forward(
         self, labeled: Tensor, unlabeled: Tensor, class_map: Tensor, *, use_memory: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """Enqueue the unlabeled channels by their class map (B, K, N), then rebuild and refine features (B, N, C).
-
-        Returns:
-            rebuilt labeled and refined unlabeled features, (B, N, C) each.
-        """
+        """Enqueue unlabeled channels by class map (B, K, N); return rebuilt labeled and refined unlabeled (B, N, C)."""
         finish_enqueue = self.start_enqueue(unlabeled, class_map)
         refined = self._self_attention(unlabeled)  # overlaps with the communication between ranks
         finish_enqueue()

@@ -97,10 +97,9 @@ class MixTransformer(Backbone):
         check_tensor("images", images, "(B, 3, H, W)", FLOATING)
         if images.shape[1] != 3:
             raise ValueError(f"images have {images.shape[1]} channels, expected 3")
-        if min(images.shape[2:]) < self.min_size:
-            raise ValueError(
-                f"images are {images.shape[2]} x {images.shape[3]} pixels, expected at least {self.min_size} a side"
-            )
+        height, width = map_size(images)
+        if min(height, width) < self.min_size:
+            raise ValueError(f"images are {height} x {width} pixels, expected at least {self.min_size} a side")
         features, feature_map = [], images
         for stage in range(1, 5):
             tokens, size = getattr(self, f"patch_embed{stage}")(feature_map)

@@ -70,9 +70,9 @@ class SegFormerHead(nn.Module):
         if not self.linear_fuse.bn.training:
             scale, shift = self.linear_fuse.bn.scale_and_shift()
             weights, bias = [scale[:, None] * weight for weight in weights], scale * bias + shift
-        fused = _upsample(_linear(features[3], weights[0], bias), size)
+        fused = _project(features[3], weights[0], bias, size)
         for feature, weight in zip(reversed(features[:3]), weights[1:], strict=True):
-            fused.add_(_upsample(_linear(feature, weight), size))
+            fused.add_(_project(feature, weight, None, size))
         return fused
 
     def _normalize_and_classify(self, fused: Tensor, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -94,13 +94,10 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
         return (a.to(dtype) @ b.to(dtype)).to(a.dtype)
 
 
-def _linear(feature: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Apply a 1x1 convolution to a map."""
-    return to_map(F.linear(to_tokens(feature), weight, bias), map_size(feature))
-
-
-def _upsample(feature: Tensor, size: tuple[int, int]) -> Tensor:
-    if feature.shape[2:] == size:
+def _project(feature: Tensor, weight: Tensor, bias: Tensor | None, size: tuple[int, int]) -> Tensor:
+    """Apply a 1x1 convolution to a map, then resize it."""
+    feature = to_map(F.linear(to_tokens(feature), weight, bias), map_size(feature))
+    if map_size(feature) == size:
         return feature
     if torch.are_deterministic_algorithms_enabled():  # on a GPU, backward of interpolate uses atomic additions
         rows, columns = (linear_matrix(x, y, feature) for x, y in zip(feature.shape[2:], size, strict=True))

@@ -42,11 +42,8 @@ class Segmentor(nn.Module):
     """An encoder and a decoder.
 
     Args:
-        backbone: maps images (B, 3, H, W) to four feature maps, finest first.
+        backbone: maps images (B, 3, H, W) to four feature maps, finest first; its ``min_size`` is the model's too.
         decoder: maps those to logits.
-
-    Attributes:
-        min_size: side of the smallest images in pixels, as the encoder's.
     """
 
     def __init__(self, backbone: Backbone, decoder: Decoder) -> None:
@@ -106,14 +103,12 @@ def build_segmentor(
     Raises:
         InputError: the backbone is unknown, does not fit or has no activation checkpointing; the crops are too small.
         MissingPackageError: the backbone needs timm, which is not installed.
-        TypeError: a number is not an integer, ``crop_size`` not a pair, or ``allspark`` something else.
+        TypeError: a number is not an integer, or ``crop_size`` not a pair.
         ValueError: a number is less than 1.
     """
     check_count("num_classes", num_classes)
     check_count("embedding_dim", embedding_dim)
     check_size("crop_size", crop_size)
-    if not isinstance(allspark, AllSparkOptions | None):
-        raise TypeError(f"allspark must be AllSparkOptions or None, got {allspark!r}")
     encoder: Backbone
     if backbone in MIT_CONFIGS:
         encoder = MixTransformer(MIT_CONFIGS[backbone], activation_checkpointing=activation_checkpointing)
@@ -126,8 +121,6 @@ def build_segmentor(
     if min(crop_size) < encoder.min_size:
         raise InputError(f"crop_size is {crop_size}, expected at least {encoder.min_size} pixels a side")
     height, width = encoder.deepest_size(crop_size)
-    bottleneck = None
-    if allspark is not None:
-        bottleneck = AllSpark(encoder.channels[-1], num_classes, height * width, allspark)
+    bottleneck = None if allspark is None else AllSpark(encoder.channels[-1], num_classes, height * width, allspark)
     head = SegFormerHead(encoder.channels, num_classes, embedding_dim)
     return Segmentor(encoder, Decoder(head, bottleneck))

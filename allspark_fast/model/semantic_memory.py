@@ -39,11 +39,7 @@ class SemanticMemory(nn.Module):
     def start_enqueue(self, features: Tensor, class_map: Tensor) -> Callable[[], None]:
         """Assign channels of features (B, N, C) to classes by a map (B, K, N), and start the exchange between ranks.
 
-        Returns:
-            a function to call before the memory is used: it waits for the other ranks and writes the channels.
-
-        Raises:
-            ValueError: N or K differs from the memory's.
+        The function returned waits for the other ranks and writes the channels: call it before the memory is used.
         """
         classes, _, tokens = self.kv_queue.shape
         if features.shape[1] != tokens:

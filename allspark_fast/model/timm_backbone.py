@@ -55,20 +55,16 @@ class TimmBackbone(Backbone):
         """Encode images.
 
         Args:
-            images: (B, 3, H, W); upsampled to the next multiples of ``stride``, so that all maps cover exactly the
-                image.
+            images: (B, 3, H, W); upsampled to the next multiples of ``stride``, so that all maps cover the image.
 
         Returns:
             four maps (B, channels[i], h_i, w_i), finest first.
         """
         # The layout that convolutions on a CPU and tensor cores read.
         images = images.contiguous(memory_format=torch.channels_last)
-        height, width = self.deepest_size(map_size(images))
+        size = tuple(side * self.stride for side in self.deepest_size(map_size(images)))
         # Also where the size fits already: without a branch, one exported graph serves all sizes.
-        images = F.interpolate(
-            images, (height * self.stride, width * self.stride), mode="bilinear", align_corners=False
-        )
-        return self.features(images)
+        return self.features(F.interpolate(images, size, mode="bilinear", align_corners=False))
 
 
 class _SameConv2d(nn.Conv2d):
