@@ -86,9 +86,9 @@ class SemanticMemory(nn.Module):
         """Write channels (B, N, C) of known classes (B, C), and count them."""
         semantic_memory_enqueue(self.kv_queue, self.queue_ptr, features, channel_class)
         of_class = channel_class.flatten()[:, None] == torch.arange(len(self.queue_ptr), device=channel_class.device)
-        self.received += of_class.sum(0)
+        self.received.add_(of_class.sum(0))
         if self.queue_filled is not None:
-            self.queue_filled |= of_class.any(0)
+            self.queue_filled.logical_or_(of_class.any(0))
 
 
 def _assume_filled(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: object) -> None:
