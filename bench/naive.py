@@ -16,15 +16,9 @@ from allspark_fast.config import TrainConfig
 from allspark_fast.data.info import IGNORE_INDEX
 from allspark_fast.data.loader import SemiBatch
 from allspark_fast.model import AllSpark, MixTransformer, SegFormerHead, Segmentor
-<<<<<<< HEAD
-from allspark_fast.model.batch_norm import FiniteBatchNorm2d
+from allspark_fast.model.batch_norm import FiniteBatchNorm
 from allspark_fast.model.cross_attention import CrossAttention
 from allspark_fast.model.mit import EfficientSelfAttention, MixFFN
-=======
-from allspark_fast.model.batch_norm import FiniteBatchNorm
-from allspark_fast.model.cross_attention import CrossAttention, KVSource
-from allspark_fast.model.mit import DepthwiseConv, EfficientSelfAttention, MixFFN
->>>>>>> wt-model2
 from allspark_fast.model.tokens import to_map, to_tokens
 from allspark_fast.training.step import Losses, TrainState
 
