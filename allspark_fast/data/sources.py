@@ -41,71 +41,56 @@ def open_sources(config: DataConfig) -> Sources:
         DataError: a folder or file is missing or malformed; the message names it.
         InputError: a setting is missing that tells where they are.
     """
-    if config.dataset == "scenes":
-        return _open_scenes(config)
-    root, info, splits = _locate(config, ("labeled", "unlabeled", "val"))
-    datasets = {name: SegmentationDataset(root, entries, info=info) for name, entries in splits.items()}
-    return Sources(info, datasets["labeled"], datasets["unlabeled"], datasets["val"])
+    info, (labeled, unlabeled, val) = _open(config, ("labeled", "unlabeled", "val"))
+    return Sources(info, labeled, unlabeled, val)
 
 
 def open_val(config: DataConfig) -> tuple[DatasetInfo, ImageSource]:
-    """Open the validation images alone, and their classes; needs no training lists.
+    """Open the validation images alone, and their classes; needs no training lists, raises as ``open_sources``."""
+    info, (val,) = _open(config, ("val",))
+    return info, val
 
-    Raises:
-        DataError: as for ``open_sources``.
-        InputError: as for ``open_sources``.
-    """
+
+def _open(config: DataConfig, names: Sequence[str]) -> tuple[DatasetInfo, list[ImageSource]]:
     if config.dataset == "scenes":
-        return SCENES, _open_scenes(config).val
-    root, info, splits = _locate(config, ("val",))
-    return info, SegmentationDataset(root, splits["val"], info=info)
-
-
-def _open_scenes(config: DataConfig) -> Sources:
-    labeled, unlabeled, val = config.scenes
-    size = round(_SCENE_SCALE * config.crop)
-
-    def scenes(start: int, count: int) -> ScenesDataset:
-        return ScenesDataset(range(start, start + count), size, _SCENE_SEED)
-
-    return Sources(SCENES, scenes(0, labeled), scenes(labeled, unlabeled), scenes(_FIRST_VAL_SCENE, val))
-
-
-def _locate(config: DataConfig, names: Sequence[str]) -> tuple[Path, DatasetInfo, Mapping[str, list[Entry]]]:
+        labeled, unlabeled, val = config.scenes
+        scenes = {
+            "labeled": range(labeled),
+            "unlabeled": range(labeled, labeled + unlabeled),
+            "val": range(_FIRST_VAL_SCENE, _FIRST_VAL_SCENE + val),
+        }
+        return SCENES, [ScenesDataset(scenes[name], round(_SCENE_SCALE * config.crop), _SCENE_SEED) for name in names]
     root = _root(config)
     info = DATASETS[config.dataset] if config.dataset in DATASETS else read_info(root)
     files = {name: getattr(config, name) for name in names}
-    splits = {name: find_split(root, file) for name, file in files.items() if file is not None}
-    if config.dataset == "folder":
-        splits = _complete(root, splits)
-    missing = [name for name in files if name not in splits]
+    lists = {name: find_split(root, file) for name, file in files.items() if file is not None}
+    if config.dataset == "folder" and len(lists) < len(files):
+        lists = _rest(root, lists) | lists
+    missing = [name for name in files if name not in lists]
     if missing:
         raise InputError(
             f"data.{missing[0]} is not set: expected a split file with one `image label` per line"
             " (`python -m allspark_fast splits` writes labeled.txt and unlabeled.txt)"
         )
-    return root, info, splits
+    return info, [SegmentationDataset(root, lists[name], info=info) for name in names]
 
 
 def _root(config: DataConfig) -> Path:
-    if config.root is not None:
-        root = config.root
-    elif "ALLSPARK_DATA_DIR" in os.environ:
-        folder = Path(os.environ["ALLSPARK_DATA_DIR"])
-        root = folder / config.dataset if (folder / config.dataset).is_dir() else folder
-    else:
+    root = config.root
+    if root is None and "ALLSPARK_DATA_DIR" not in os.environ:
         raise InputError(
             "data.root is not set: pass --data.root with the folder of the dataset, or set $ALLSPARK_DATA_DIR"
         )
+    if root is None:
+        folder = Path(os.environ["ALLSPARK_DATA_DIR"])
+        root = folder / config.dataset if (folder / config.dataset).is_dir() else folder
     if not root.is_dir():
         raise DataError(f"data.root: there is no folder {root}")
     return root
 
 
-def _complete(root: Path, splits: Mapping[str, list[Entry]]) -> dict[str, list[Entry]]:
-    """Add the lists of a folder that were not given: remaining images with a label are labeled, others unlabeled."""
-    taken = {entry.image for entries in splits.values() for entry in entries}
+def _rest(root: Path, lists: Mapping[str, list[Entry]]) -> dict[str, list[Entry]]:
+    """Sort the images of a folder that no list holds: those with a label are labeled, others unlabeled."""
+    taken = {entry.image for entries in lists.values() for entry in entries}
     rest = [entry for entry in scan_folder(root) if entry.image not in taken]
-    labeled = [entry for entry in rest if entry.label is not None]
-    unlabeled = [entry for entry in rest if entry.label is None]
-    return {"labeled": labeled, "unlabeled": unlabeled, **splits}
+    return {"labeled": [x for x in rest if x.label is not None], "unlabeled": [x for x in rest if x.label is None]}

@@ -49,9 +49,9 @@ class TrainingData:
             DataError: some cannot be used; the first of these are listed.
         """
         # Supervised training counts the unlabeled images, but does not read them.
-        harmless = {"labeled_and_unlabeled"} if self._labeled_only else set()
+        harmless = "labeled_and_unlabeled" if self._config.train.method == "supervised" else None
         problems = check_sources(self.sources, self._config.data.crop, sample=_CHECKED)
-        errors = [problem for problem in problems if not problem.is_warning and problem.kind not in harmless]
+        errors = [problem for problem in problems if not problem.is_warning and problem.kind != harmless]
         if errors:
             more = [f"and {len(errors) - _LISTED} more"] if len(errors) > _LISTED else []
             listed = "\n".join([*map(str, errors[:_LISTED]), *more])
@@ -80,26 +80,19 @@ class TrainingData:
             world_size=world_size(),
         )
 
-    @property
-    def _labeled_only(self) -> bool:
-        return self._config.train.method == "supervised"
-
     def _build_loader(self, *, hidden_labels: bool = False) -> SemiLoader:
         data, train = self._config.data, self._config.train
-        labeled, unlabeled = (
-            CropTransform(data.crop, photometric=photometric, mean=data.mean, std=data.std, scale_range=data.scale)
-            for photometric in (True, False)
-        )
+        crop = functools.partial(CropTransform, data.crop, mean=data.mean, std=data.std, scale_range=data.scale)
         return SemiLoader(
             self.sources.labeled,
             self.sources.unlabeled,
-            labeled,
-            unlabeled,
+            crop(photometric=True),
+            crop(photometric=False),
             batch_size=train.batch_size,
             seed=train.seed,
             num_workers=0 if hidden_labels else data.workers,
             pin_memory=self._device.type == "cuda",
-            labeled_only=self._labeled_only and not hidden_labels,
+            labeled_only=train.method == "supervised" and not hidden_labels,
             hidden_labels=hidden_labels,
             rank=rank(),
             world_size=world_size(),
