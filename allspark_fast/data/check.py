@@ -9,13 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
-from allspark_fast.data.datasets import SegmentationDataset, require_equal_size
+from allspark_fast.data.datasets import SegmentationDataset, Sources, require_equal_size
 from allspark_fast.data.images import map_in_threads, read_orientation, require_bytes, resolve_path, values_of
 from allspark_fast.data.info import IGNORE_INDEX, DatasetInfo
-from allspark_fast.data.sources import Sources
 from allspark_fast.errors import DataError
-
-_WARNINGS = ("train_and_val", "turned_image", "absent_class", "crop_padding")
 
 
 @dataclass(frozen=True)
@@ -23,21 +20,14 @@ class Problem:
     """Something wrong with a dataset.
 
     Attributes:
-        kind: ``file`` (missing, unreadable, outside the root, or a label with a value that is no class or of another
-            size than its image), ``missing_label``, ``black_and_white``, ``empty_list``, ``labeled_and_unlabeled``, or
-            one of the warnings ``train_and_val``, ``turned_image``, ``absent_class`` and ``crop_padding``.
         file: file or list concerned, as the user named it.
         message: what was expected and how to fix it.
+        is_warning: whether training is possible all the same.
     """
 
-    kind: str
     file: str
     message: str
-
-    @property
-    def is_warning(self) -> bool:
-        """Whether training is possible all the same."""
-        return self.kind in _WARNINGS
+    is_warning: bool = False
 
     def __str__(self) -> str:
         return f"{'warning' if self.is_warning else 'error'}: {self.file}: {self.message}"
@@ -60,14 +50,14 @@ def _noted(problems: list[Problem], root: Path, file: str) -> Iterator[None]:
         yield
     except DataError as error:
         message = str(error).removeprefix(f"{root / file}: ").removeprefix(f"{file}: ")
-        problems.append(Problem("file", file, message))
+        problems.append(Problem(file, message))
 
 
 def _read(dataset: SegmentationDataset, needs_labels: bool, chosen: Set[int], index: int) -> _Reading:
     """Read the files of a chosen entry; of others, check that they exist."""
     root, entry, reading = dataset.root, dataset.entries[index], _Reading()
     if needs_labels and entry.label is None:
-        reading.problems.append(Problem("missing_label", entry.image, "has no label, but its list needs labels"))
+        reading.problems.append(Problem(entry.image, "has no label, but its list needs labels"))
     with _noted(reading.problems, root, entry.image):
         if index in chosen:
             reading.size = dataset.image(index).size
@@ -89,31 +79,31 @@ def _read(dataset: SegmentationDataset, needs_labels: bool, chosen: Set[int], in
     return reading
 
 
-def _check_overlaps(lists: dict[str, SegmentationDataset]) -> Iterator[Problem]:
+def _check_overlaps(lists: dict[str, SegmentationDataset], labeled_only: bool) -> Iterator[Problem]:
     labeled, unlabeled, val = ({posixpath.normpath(entry.image) for entry in x.entries} for x in lists.values())
-    for file in sorted(labeled & unlabeled):
-        yield Problem("labeled_and_unlabeled", file, "is in both lists: remove it from one of them")
+    for file in sorted(labeled & unlabeled if not labeled_only else ()):
+        yield Problem(file, "is in both lists: remove it from one of them")
     for file in sorted(val & (labeled | unlabeled)):
-        yield Problem("train_and_val", file, "is trained on and also in val, which makes the score too good")
+        yield Problem(file, "is trained on and also in val, which makes the score too good", is_warning=True)
 
 
 def _check_classes(info: DatasetInfo, values: Set[int], *, all_read: bool) -> Iterator[Problem]:
     """Compare the classes with the class indices in all labels of the labeled list that were read."""
+    absent = [name for index, name in enumerate(info.classes) if index not in values]
     if info.values is None and IGNORE_INDEX in values and len(info.classes) > 1 and values <= {0, IGNORE_INDEX}:
         yield Problem(
-            "black_and_white",
             "labeled",
             f"all labels read hold only 0 and 255, which is ignored, so no class but {info.classes[0]} would be"
             ' learned; for black-and-white masks add "values": [0, 255] to meta.json, or "values": [0, 1, ...] if 255'
             " is meant to be ignored",
         )
-        return
-    absent = [name for index, name in enumerate(info.classes) if index not in values]
-    if absent and values and all_read:
-        yield Problem("absent_class", "labeled", f"no label holds {', '.join(absent)}, which cannot be learned")
+    elif absent and values and all_read:
+        yield Problem("labeled", f"no label holds {', '.join(absent)}, which cannot be learned", is_warning=True)
 
 
-def check_sources(sources: Sources, crop: int, *, sample: int | None = None) -> list[Problem]:
+def check_sources(
+    sources: Sources, crop: int, *, sample: int | None = None, labeled_only: bool = False
+) -> list[Problem]:
     """Find everything that would break or spoil training on an opened dataset.
 
     Reads every file, or those of a sample; that files exist and are not empty, and how the lists fit together, is
@@ -123,6 +113,7 @@ def check_sources(sources: Sources, crop: int, *, sample: int | None = None) -> 
         sources: the opened dataset.
         crop: side of the training crops in pixels.
         sample: number of entries per list to read; None reads all.
+        labeled_only: whether training does not read the unlabeled images, which may then be labeled ones as well.
 
     Returns:
         problems in the order of the lists.
@@ -131,10 +122,9 @@ def check_sources(sources: Sources, crop: int, *, sample: int | None = None) -> 
     lists = {name: source for name, source in opened.items() if isinstance(source, SegmentationDataset)}
     if not lists:
         return []
-    problems = [
-        Problem("empty_list", name, "holds no image; check its split file") for name in lists if not lists[name].entries
-    ]
-    problems.extend(_check_overlaps(lists))
+    empty = [name for name, dataset in lists.items() if not dataset.entries]
+    problems = [Problem(name, "holds no image; check its split file") for name in empty]
+    problems.extend(_check_overlaps(lists, labeled_only))
     sizes: list[tuple[int, int]] = []
     for name, dataset in lists.items():
         distinct = list({entry: index for index, entry in enumerate(dataset.entries)}.values())
@@ -144,14 +134,11 @@ def check_sources(sources: Sources, crop: int, *, sample: int | None = None) -> 
         turned = [reading.turned for reading in readings if reading.turned is not None]
         if turned:
             # A label drawn on the pixels as stored has the size of the turned image for half of the orientations.
-            problems.append(
-                Problem(
-                    "turned_image",
-                    name,
-                    f"EXIF turns {len(turned)} images with labels, {turned[0]} first; make sure that these labels were"
-                    " drawn on the images as viewers show them",
-                )
+            message = (
+                f"EXIF turns {len(turned)} images with labels, {turned[0]} first; make sure that these labels were"
+                " drawn on the images as viewers show them"
             )
+            problems.append(Problem(name, message, is_warning=True))
         if name == "labeled":
             values = frozenset[int]().union(*(reading.values for reading in readings))
             problems.extend(_check_classes(sources.info, values, all_read=len(chosen) == len(distinct)))
@@ -161,5 +148,5 @@ def check_sources(sources: Sources, crop: int, *, sample: int | None = None) -> 
     if sizes and all(2 * min(size) < crop for size in sizes):
         width, height = max(sizes)
         message = f"every crop holds padding, the largest image is {height}x{width}; a smaller crop wastes less"
-        problems.append(Problem("crop_padding", f"crop {crop}x{crop}", message))
+        problems.append(Problem(f"crop {crop}x{crop}", message, is_warning=True))
     return problems

@@ -145,11 +145,7 @@ def scan_folder(root: str | Path) -> list[Entry]:
 
 
 def require_equal_size(entry: Entry, image: tuple[int, int], label: tuple[int, int]) -> None:
-    """Check that an image and its label have the same (width, height).
-
-    Raises:
-        DataError: they have not.
-    """
+    """Raise DataError unless an image and its label have the same (width, height)."""
     if image != label:
         raise DataError(
             f"{entry.label}: its image {entry.image} is {image[0]}x{image[1]} pixels (EXIF orientation applied), but"
@@ -169,6 +165,23 @@ class ImageSource(Protocol):
 
     def __getitem__(self, index: int) -> tuple[Image.Image, Image.Image | None]:
         """Read the RGB image and its label (mode L, 255 ignored), None where the entry has none."""
+
+
+@dataclass(frozen=True)
+class Sources:
+    """An opened dataset.
+
+    Attributes:
+        info: classes and colors.
+        labeled: training images with labels.
+        unlabeled: training images whose labels are not used.
+        val: validation images with labels.
+    """
+
+    info: DatasetInfo
+    labeled: ImageSource
+    unlabeled: ImageSource
+    val: ImageSource
 
 
 class SegmentationDataset:

@@ -72,48 +72,32 @@ def hex_palette(text: str) -> Palette:
     return _padded([(color[0], color[1], color[2]) for color in map(bytes.fromhex, text.split())])
 
 
-def _known(name: str, classes: str, palette: Palette) -> DatasetInfo:
-    return DatasetInfo(name, tuple(map(str.strip, classes.split(","))), palette)
-
-
+# Cityscapes by train IDs, as in the gtFine_labelTrainIds files; of COCO, the 80 thing classes in the order of their
+# category IDs, after the background.
+_CLASSES = {
+    "pascal": "background, aeroplane, bicycle, bird, boat, bottle, bus, car, cat, chair, cow, diningtable, dog, horse,"
+    " motorbike, person, pottedplant, sheep, sofa, train, tvmonitor",
+    "cityscapes": "road, sidewalk, building, wall, fence, pole, traffic light, traffic sign, vegetation, terrain, sky,"
+    " person, rider, car, truck, bus, train, motorcycle, bicycle",
+    "coco": "background, person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire"
+    " hydrant, stop sign, parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear, zebra, giraffe,"
+    " backpack, umbrella, handbag, tie, suitcase, frisbee, skis, snowboard, sports ball, kite, baseball bat, baseball"
+    " glove, skateboard, surfboard, tennis racket, bottle, wine glass, cup, fork, knife, spoon, bowl, banana, apple,"
+    " sandwich, orange, broccoli, carrot, hot dog, pizza, donut, cake, chair, couch, potted plant, bed, dining table,"
+    " toilet, tv, laptop, mouse, remote, keyboard, cell phone, microwave, oven, toaster, sink, refrigerator, book,"
+    " clock, vase, scissors, teddy bear, hair drier, toothbrush",
+    "camvid": "sky, building, pole, road, pavement, tree, signsymbol, fence, car, pedestrian, bicyclist",
+}
+_PALETTES = {
+    "cityscapes": "804080 f423e8 464646 66669c be9999 999999 faaa1e dcdc00 6b8e23 98fb98 4682b4 dc143c ff0000 00008e"
+    " 000046 003c64 005064 0000e6 770b20",
+    "camvid": "808080 800000 c0c080 804080 3c28de 808000 c08080 404080 400080 404000 0080c0",
+}
 DATASETS = {
-    info.name: info
-    for info in (
-        _known(
-            "pascal",
-            "background, aeroplane, bicycle, bird, boat, bottle, bus, car, cat, chair, cow, diningtable, dog, horse,"
-            " motorbike, person, pottedplant, sheep, sofa, train, tvmonitor",
-            VOC_PALETTE,
-        ),
-        # Train IDs, as in the gtFine_labelTrainIds files.
-        _known(
-            "cityscapes",
-            "road, sidewalk, building, wall, fence, pole, traffic light, traffic sign, vegetation, terrain, sky,"
-            " person, rider, car, truck, bus, train, motorcycle, bicycle",
-            hex_palette(
-                "804080 f423e8 464646 66669c be9999 999999 faaa1e dcdc00 6b8e23 98fb98 4682b4 dc143c ff0000 00008e"
-                " 000046 003c64 005064 0000e6 770b20"
-            ),
-        ),
-        # The 80 thing classes of COCO in the order of their category IDs, after the background.
-        _known(
-            "coco",
-            "background, person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire"
-            " hydrant, stop sign, parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear, zebra,"
-            " giraffe, backpack, umbrella, handbag, tie, suitcase, frisbee, skis, snowboard, sports ball, kite,"
-            " baseball bat, baseball glove, skateboard, surfboard, tennis racket, bottle, wine glass, cup, fork,"
-            " knife, spoon, bowl, banana, apple, sandwich, orange, broccoli, carrot, hot dog, pizza, donut, cake,"
-            " chair, couch, potted plant, bed, dining table, toilet, tv, laptop, mouse, remote, keyboard, cell phone,"
-            " microwave, oven, toaster, sink, refrigerator, book, clock, vase, scissors, teddy bear, hair drier,"
-            " toothbrush",
-            VOC_PALETTE,
-        ),
-        _known(
-            "camvid",
-            "sky, building, pole, road, pavement, tree, signsymbol, fence, car, pedestrian, bicyclist",
-            hex_palette("808080 800000 c0c080 804080 3c28de 808000 c08080 404080 400080 404000 0080c0"),
-        ),
+    name: DatasetInfo(
+        name, tuple(classes.split(", ")), hex_palette(_PALETTES[name]) if name in _PALETTES else VOC_PALETTE
     )
+    for name, classes in _CLASSES.items()
 }
 
 

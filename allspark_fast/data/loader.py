@@ -60,44 +60,8 @@ class _Key(NamedTuple):
     place: int
 
 
-class _Crops(Dataset[Sample]):
-    """The crops that keys identify, read and transformed; this is what workers run."""
-
-    def __init__(self, options: "SemiLoader"):
-        self.options = options
-
-    def __getitem__(self, key: _Key) -> Sample:
-        options = self.options
-        generator = make_generator(options.seed, _AUGMENT, key.stream, key.epoch, key.place)
-        if key.stream == _UNLABELED:
-            return options.unlabeled_transform(*self._unlabeled(key.place), generator)
-        # Labeled images are repeated within an epoch, so places may exceed their number.
-        return options.labeled_transform(*options.labeled[key.place % len(options.labeled.entries)], generator)
-
-    def _unlabeled(self, index: int) -> tuple[Image.Image, Image.Image | None]:
-        """Read an image, and its hidden label if requested and readable: training does not need these files."""
-        source = self.options.unlabeled
-        if self.options.hidden_labels:
-            try:
-                return source[index]
-            except DataError as error:
-                logger.warning("a hidden label is left out of the measurement: %s", error)
-        return source.image(index), None
-
-    def collate(self, samples: list[Sample]) -> SemiBatch:
-        """Stack the labeled crops (all, or the first half) and the unlabeled ones (the second half)."""
-        labeled_only = self.options.labeled_only
-        count = len(samples) if labeled_only else len(samples) // 2
-        labeled = default_collate(samples[:count])
-        if labeled_only:
-            return SemiBatch(labeled.image, labeled.label, labeled.image[:0], labeled.valid[:0], None)
-        unlabeled = default_collate(samples[count:])
-        hidden = unlabeled.label if self.options.hidden_labels else None
-        return SemiBatch(labeled.image, labeled.label, unlabeled.image, unlabeled.valid, hidden)
-
-
 @dataclass(frozen=True)
-class SemiLoader:
+class SemiLoader(Dataset[Sample]):
     """Pairs of labeled and unlabeled batches, in an order that is a function of the seed and the step alone.
 
     An epoch passes once over the unlabeled images and drops the incomplete batch. The labeled images are repeated, and
@@ -145,8 +109,8 @@ class SemiLoader:
         _require_labels(self.labeled.entries)
         if len(self.unlabeled.entries) < self.batch_size:
             raise DataError(
-                f"{len(self.unlabeled.entries)} unlabeled images do not fill a batch of {self.batch_size}; add images or"
-                " lower train.batch_size"
+                f"{len(self.unlabeled.entries)} unlabeled images do not fill a batch of {self.batch_size}; add images"
+                " or lower train.batch_size"
             )
         if self.batch_size % self.world_size:
             raise ValueError(f"batch_size {self.batch_size} is not divisible by world_size {self.world_size}")
@@ -164,8 +128,8 @@ class SemiLoader:
                 worker if there is one.
             RunError: while iterating, a worker died.
         """
-        crops, steps = _Crops(self), self._steps(start_step, stop_step)
-        return _deliver(crops, self.num_workers, self.pin_memory, batch_sampler=steps, collate_fn=crops.collate)
+        steps = self._steps(start_step, stop_step)
+        return _deliver(self, self.num_workers, self.pin_memory, batch_sampler=steps, collate_fn=self._collate)
 
     def _steps(self, start_step: int, stop_step: int) -> Iterator[list[_Key]]:
         """Yield the keys of this rank's part of every step: labeled ones, then unlabeled ones unless labeled_only."""
@@ -184,6 +148,33 @@ class SemiLoader:
         # Of the labeled list an epoch uses as many positions as there are unlabeled images.
         places = max(length, len(self.labeled.entries)) if stream == _LABELED else length
         return torch.randperm(places, generator=make_generator(self.seed, _ORDER, stream, epoch)).tolist()
+
+    def __getitem__(self, key: _Key) -> Sample:
+        """Read and transform a crop; workers do."""
+        generator = make_generator(self.seed, _AUGMENT, key.stream, key.epoch, key.place)
+        if key.stream == _UNLABELED:
+            return self.unlabeled_transform(*self._read_unlabeled(key.place), generator)
+        # Labeled images are repeated within an epoch, so places may exceed their number.
+        return self.labeled_transform(*self.labeled[key.place % len(self.labeled.entries)], generator)
+
+    def _read_unlabeled(self, index: int) -> tuple[Image.Image, Image.Image | None]:
+        """Read an image, and its hidden label if requested and readable: training does not need these files."""
+        if self.hidden_labels:
+            try:
+                return self.unlabeled[index]
+            except DataError as error:
+                logger.warning("a hidden label is left out of the measurement: %s", error)
+        return self.unlabeled.image(index), None
+
+    def _collate(self, samples: list[Sample]) -> SemiBatch:
+        """Stack the labeled crops (all, or the first half) and the unlabeled ones (the second half)."""
+        count = len(samples) if self.labeled_only else len(samples) // 2
+        labeled = default_collate(samples[:count])
+        if self.labeled_only:
+            return SemiBatch(labeled.image, labeled.label, labeled.image[:0], labeled.valid[:0], None)
+        unlabeled = default_collate(samples[count:])
+        hidden = unlabeled.label if self.hidden_labels else None
+        return SemiBatch(labeled.image, labeled.label, unlabeled.image, unlabeled.valid, hidden)
 
 
 def _deliver(dataset: Dataset[Any], num_workers: int, pin_memory: bool, **order: Any) -> Iterator[Any]:

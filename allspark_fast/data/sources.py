@@ -1,37 +1,29 @@
-"""Opening of the dataset that a configuration names: classes, and labeled, unlabeled and validation images."""
+"""All images that a run reads: opened, checked, and delivered as batches."""
 
+import functools
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from allspark_fast.config import DataConfig
-from allspark_fast.data.datasets import Entry, ImageSource, SegmentationDataset, find_split, scan_folder
+import torch
+
+from allspark_fast.config import Config, DataConfig
+from allspark_fast.data.check import check_sources
+from allspark_fast.data.datasets import Entry, ImageSource, SegmentationDataset, Sources, find_split, scan_folder
 from allspark_fast.data.info import DATASETS, DatasetInfo, read_info
+from allspark_fast.data.loader import EvalSample, SemiBatch, SemiLoader, evaluation_loader
 from allspark_fast.data.scenes import SCENES, ScenesDataset
+from allspark_fast.data.transforms import CropTransform
+from allspark_fast.distributed import rank, world_size
 from allspark_fast.errors import DataError, InputError
 
 # Scenes are larger than the crop, as photographs are.
 _SCENE_SCALE = 1.25
 _SCENE_SEED = 0
 _FIRST_VAL_SCENE = 1_000_000
-
-
-@dataclass(frozen=True)
-class Sources:
-    """An opened dataset.
-
-    Attributes:
-        info: classes and colors.
-        labeled: training images with labels.
-        unlabeled: training images whose labels are not used.
-        val: validation images with labels.
-    """
-
-    info: DatasetInfo
-    labeled: ImageSource
-    unlabeled: ImageSource
-    val: ImageSource
+# Entries of each list that are read before training starts; `python -m allspark_fast check` reads all.
+_CHECKED = 16
+_LISTED = 20
 
 
 def open_sources(config: DataConfig) -> Sources:
@@ -94,3 +86,83 @@ def _rest(root: Path, lists: Mapping[str, list[Entry]]) -> dict[str, list[Entry]
     taken = {entry.image for entries in lists.values() for entry in entries}
     rest = [entry for entry in scan_folder(root) if entry.image not in taken]
     return {"labeled": [x for x in rest if x.label is not None], "unlabeled": [x for x in rest if x.label is None]}
+
+
+class TrainingData:
+    """Labeled, unlabeled and validation images of a configuration; each rank gets its part of them.
+
+    Args:
+        config: of the run.
+        device: where batches are delivered.
+
+    Attributes:
+        sources: what was opened.
+        info: names and colors of the classes.
+        steps_per_epoch: steps of one pass over the unlabeled images.
+
+    Raises:
+        DataError: a folder or file is missing or malformed, or there are too few images.
+    """
+
+    def __init__(self, config: Config, device: torch.device) -> None:
+        self._config = config
+        self._device = device
+        self.sources = open_sources(config.data)
+        self.info = self.sources.info
+        self._loader = self._build_loader()
+        self.steps_per_epoch = self._loader.steps_per_epoch
+
+    def check(self) -> None:
+        """Read some entries of every list, and check that the files of all exist.
+
+        Raises:
+            DataError: some cannot be used; the first of these are listed.
+        """
+        labeled_only = self._config.train.method == "supervised"
+        problems = check_sources(self.sources, self._config.data.crop, sample=_CHECKED, labeled_only=labeled_only)
+        errors = [problem for problem in problems if not problem.is_warning]
+        if errors:
+            more = [f"and {len(errors) - _LISTED} more"] if len(errors) > _LISTED else []
+            listed = "\n".join([*map(str, errors[:_LISTED]), *more])
+            raise DataError(f"{len(errors)} problems in the data; `python -m allspark_fast check` lists all:\n{listed}")
+
+    def batches(self, start_step: int, stop_step: int) -> Iterator[SemiBatch]:
+        """Yield the batches of steps, see SemiLoader.iterate."""
+        for batch in self._loader.iterate(start_step, stop_step):
+            yield batch.to(self._device, non_blocking=True)
+
+    @functools.cached_property
+    def first_batch(self) -> SemiBatch:
+        """The crops of the first step, with the labels that training does not see."""
+        return next(self._build_loader(hidden_labels=True).iterate(0, 1)).to(self._device)
+
+    def validation(self) -> Iterator[EvalSample]:
+        """Yield the validation images, see evaluation_loader."""
+        data = self._config.data
+        return evaluation_loader(
+            self.sources.val,
+            mean=data.mean,
+            std=data.std,
+            num_workers=self._config.eval.workers,
+            pin_memory=self._device.type == "cuda",
+            rank=rank(),
+            world_size=world_size(),
+        )
+
+    def _build_loader(self, *, hidden_labels: bool = False) -> SemiLoader:
+        data, train = self._config.data, self._config.train
+        crop = functools.partial(CropTransform, data.crop, mean=data.mean, std=data.std, scale_range=data.scale)
+        return SemiLoader(
+            self.sources.labeled,
+            self.sources.unlabeled,
+            crop(photometric=True),
+            crop(photometric=False),
+            batch_size=train.batch_size,
+            seed=train.seed,
+            num_workers=0 if hidden_labels else data.workers,
+            pin_memory=self._device.type == "cuda",
+            labeled_only=train.method == "supervised" and not hidden_labels,
+            hidden_labels=hidden_labels,
+            rank=rank(),
+            world_size=world_size(),
+        )
