@@ -60,7 +60,10 @@ def _static(target: str, _: int) -> Iterator[tuple[list[Record], str]]:
 
 
 BENCHMARKS = {
-    "attention": _operator(bench_channel_attention.cases),
+    "attention": _operator(
+        bench_channel_attention.cases,
+        default=list(bench_channel_attention.GRID) if torch.cuda.is_available() else ["pascal"],
+    ),
     "memory": _operator(bench_semantic_memory.cases),
     "loss": _operator(lambda size: bench_upsample.cases(size)[:1], bench_upsample.SIZES),
     "argmax": _operator(lambda size: bench_upsample.cases(size)[1:], bench_upsample.SIZES),

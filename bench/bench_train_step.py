@@ -166,12 +166,10 @@ def without_dropout(model: Segmentor) -> Segmentor:
 FLOP_FORMULAS: dict[object, Callable[..., int]] = {
     # Similarity and the product with the values: query (B, H, N, Cq), key (B or 1, H, N, L); backward the similarity
     # again, and gradients of the map, query, key and value.
-    torch.ops.allspark_fast.softmax_attention: lambda query, key, *_, **__: 2 * 2 * math.prod(query) * key[3],
-    torch.ops.allspark_fast.softmax_attention_backward: lambda grad, _, key, *__, **___: (
+    torch.ops.allspark_fast.channel_attention: lambda query, key, *_, **__: 2 * 2 * math.prod(query) * key[3],
+    torch.ops.allspark_fast.channel_attention_backward: lambda grad, _, key, *__, **___: (
         5 * 2 * math.prod(grad) * key[3]
     ),
-    # Products of all pairs of tokens: x (B, H, N, C).
-    torch.ops.allspark_fast.covariance: lambda x, *_, **__: 2 * math.prod(x) * x[2],
     # Cosine similarities of features (B, N, C) and class_map (B, K, N).
     torch.ops.allspark_fast.channel_semantic_grouping: lambda x, classes, *_, **__: 2 * math.prod(x) * classes[1],
     # Nine products for each number of tokens (B, N, C); backward the same again, and gradients of tokens and weights.

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -97,7 +97,7 @@ def _channel_attention(device: torch.device, dtype: torch.dtype) -> Comparison:
     """Compare on the tokens of a Pascal crop, with dropout and a masked group."""
     inputs = [_random(i, *shape).to(dtype) for i, shape in enumerate([(2, 1, 289, 32), *2 * [(1, 1, 289, 96)]])]
 
-    def attend(*inputs: Tensor, backend: str) -> Tensor:
+    def attend(*inputs: Tensor, backend: Literal["auto", "reference"]) -> Tensor:
         mask, seed = (torch.tensor(x, device=inputs[0].device) for x in ([True, False, True], 1))
         return channel_attention(*inputs, group_mask=mask, dropout_p=0.1, seed=seed, backend=backend)
 

@@ -33,13 +33,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("weights", metavar="WEIGHTS", type=Path, help="a run folder, or a file; a file needs a RECIPE")
     parser.add_argument("--split", type=Path, metavar="FILE", help="split file to score, if not the validation images")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all scores to this file")
-    parser.add_argument(
-        "--confusion",
-        type=Path,
-        metavar="FILE",
-        help="draw the confusion matrix into this file; for a run without RECIPE, confusion.png in its folder is the "
-        "default",
-    )
+    confusion_help = "draw the confusion matrix into this file; default for a run without RECIPE: its confusion.png"
+    parser.add_argument("--confusion", type=Path, metavar="FILE", help=confusion_help)
     return parser
 
 
@@ -64,15 +59,15 @@ def run(arguments: list[str]) -> int:
     device = choose_device(config.run.device)
     info, images = open_val(config.data)
     model, spec = load_model(options.weights)
-    if len(spec.info.classes) != len(info.classes):
-        known, found = len(spec.info.classes), len(info.classes)
+    known, found = len(spec.info.classes), len(info.classes)
+    if known != found:
         raise InputError(f"{options.weights} has {known} classes, but the labels of {info.name} have {found}")
     workers, pin_memory = config.eval.workers, device.type == "cuda"
     samples = evaluation_loader(images, mean=spec.mean, std=spec.std, num_workers=workers, pin_memory=pin_memory)
     scores = evaluate(
         model.to(device),
         tqdm(samples, total=len(images.entries), unit="image", dynamic_ncols=True),
-        len(info.classes),
+        found,
         mode=config.eval.mode,
         crop=spec.crop,
         device=device,
@@ -90,7 +85,5 @@ def run(arguments: list[str]) -> int:
 
 def _config_of_run(folder: Path) -> Config:
     if not (folder / "config.json").is_file():
-        raise FileNotFoundError(
-            f"{folder}: not a run folder, it holds no config.json; to score other weights name a RECIPE after them"
-        )
+        raise FileNotFoundError(f"{folder}: not a run folder (no config.json); for other weights name a RECIPE")
     return Config.read(folder / "config.json")

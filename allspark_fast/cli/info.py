@@ -13,19 +13,7 @@ from allspark_fast.cli import command_parser, property_table
 from allspark_fast.kernels.triton_support import why_no_triton
 from allspark_fast.weights.spec import describe_model, find_weights, load_model
 
-_PACKAGES = (
-    "torch",
-    "torchvision",
-    "triton",
-    "xformers",
-    "safetensors",
-    "timm",
-    "transformers",
-    "huggingface_hub",
-    "onnx",
-    "onnxruntime",
-    "onnxscript",
-)
+_PACKAGES = ("torch", "torchvision", "triton", "safetensors", "timm", "huggingface_hub", "onnx", "onnxruntime")
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -28,14 +28,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--confidence", action="store_true", help="also write confidence/NAME.png, 255 for certain")
     parser.add_argument("--overwrite", action="store_true", help="replace predictions that exist")
     mode = parser.add_mutually_exclusive_group()
-    mode.add_argument(
-        "--whole",
-        dest="mode",
-        action="store_const",
-        const="whole",
-        help="predict whole images; default: as the model was validated, but images of more than "
-        f"{MAX_WHOLE_PIXELS / 2**20:.0f} megapixels in windows",
+    whole_help = (
+        "predict whole images; default: as the model was validated, but images of more than "
+        f"{MAX_WHOLE_PIXELS / 2**20:.0f} megapixels in windows"
     )
+    mode.add_argument("--whole", dest="mode", action="store_const", const="whole", help=whole_help)
     window_help = "slide a window as large as a training crop"
     mode.add_argument("--window", dest="mode", action="store_const", const="sliding", help=window_help)
     batch_help = "images of equal size predicted together; memory grows with it; default: %(default)s"

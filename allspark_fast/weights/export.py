@@ -24,8 +24,6 @@ _CHECKED = ((1, 3, MIN_SIDE, 97), (3, 3, 128, MIN_SIDE))
 _TOLERANCE = 1e-4
 _ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
-Program = Callable[[Tensor], Tensor]
-
 
 class PixelsToLogits(nn.Module):
     """What is exported: images in 0..1 to logits at their size.
@@ -114,7 +112,7 @@ def _write_onnx(program: ExportedProgram, module: nn.Module, spec: ModelSpec, pa
 
 
 @torch.no_grad()
-def largest_error(program: Program, module: nn.Module, path: Path) -> float:
+def largest_error(program: Callable[[Tensor], Tensor], module: nn.Module, path: Path) -> float:
     """Compare logits; return the largest difference, relative to the largest logit.
 
     Raises:

@@ -1,7 +1,11 @@
-"""Softmax attention in chunks of key channels, in plain torch: no (Cq, L) map exists, forward or backward.
+"""Channel attention in plain torch, some rows of the map at a time: no (Cq, L) map exists, forward or backward.
 
-This is the CPU path and the fallback on any device. It runs at the rate of its matrix products: two in forward,
-five in backward, where the chunk of the map is computed again (FlashAttention-2, Dao 2023, alg. 1 and 2).
+This is the CPU path and the fallback on any device. It runs at the rate of its matrix products: two in forward, five in
+backward, where the rows are computed again. A block of whole rows is made in chunks of columns that stay in the caches.
+Softmax needs the variance of the whole map first, for which the rows would have to be computed once more. So here it is
+taken of N x N matrices: with q and k the channels of query and key, k̄ the mean of the latter and Σ their covariance,
+
+    var(S) = <E[q qᵀ], Σ> + var(q · k̄)  (E and var over channels)
 """
 
 import math
@@ -11,132 +15,146 @@ import torch
 from torch import Tensor
 
 from allspark_fast.kernels.channel_attention.dropout import hash_keys, keep_mask
-from allspark_fast.kernels.channel_attention.similarity_norm import accumulation_dtype
 
-# At 2048 query rows (a training step on Pascal) one float32 chunk of the map is 2 MB. In wider ones the passes over a
-# chunk leave the caches, above all with few tokens; in narrower ones the products do less at a time.
-CHUNK = 256
-
+# On a CPU a chunk of a block, 256 KB in float32, stays in the L2 cache, and the products still run at their full rate.
+BLOCK_ROWS = 128
+CHUNK = 512
 # Exponentials and logarithms have base 2, and rows this factor: exp2 takes half of the time of exp on a CPU.
 _LOG2E = math.log2(math.e)
 
 
-def _rows_first(x: Tensor, shared_key: bool) -> Tensor:
-    """(B, H, N, Cq) -> (maps, rows, N); samples that share a key are rows of one map: its keys are read once."""
-    batch, heads, tokens, channels = x.shape
-    if shared_key:
-        return x.permute(1, 0, 3, 2).reshape(heads, batch * channels, tokens)
-    return x.permute(0, 1, 3, 2).reshape(batch * heads, channels, tokens)
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which values of ``dtype`` are summed: float32, or float64 for float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _samples_first(x: Tensor, query_shape: torch.Size, shared_key: bool) -> Tensor:
-    """(maps, N or 1, rows) -> (B, H, N or 1, Cq)."""
-    batch, heads, _, channels = query_shape
-    if shared_key:
-        return x.view(heads, x.shape[1], batch, channels).permute(2, 0, 1, 3).contiguous()
-    return x.view(batch, heads, x.shape[1], channels)
+def _rows_first(x: Tensor, maps: int) -> Tensor:
+    """(B, H, N, C) -> (maps, rows, N); samples that share a key are rows of one map: its keys are read once."""
+    return x.reshape(-1, maps, *x.shape[2:]).permute(1, 0, 3, 2).reshape(maps, -1, x.shape[2])
 
 
-class _Chunks:
-    """The chunks of key and value, and what the columns of each bring to softmax and dropout."""
+def _samples_first(x: Tensor, shape: torch.Size) -> Tensor:
+    """(maps, rows, N) -> (B, H, N, C)."""
+    return x.unflatten(1, (-1, shape[3])).permute(1, 0, 3, 2).reshape(shape).contiguous()
+
+
+class _Map:
+    """The operands of all maps in the accumulation dtype, and the numbers of their norm.
+
+    Attributes:
+        query: (B, H, N, Cq).
+        key: (maps, N, L), without its mean, and zero at masked columns.
+        value: (maps, N, L).
+        bias: (L,), -inf at masked columns.
+        count: columns that count, at least 1; a tensor if there is a mask, so that nothing waits for the device.
+        key_mean: (B or 1, H, N, 1).
+        covariance: of the key's tokens, (B or 1, H, N, N).
+        moment: mean over channels of the products of two of the query's tokens, (B, H, N, N).
+        shift: products of query and key's mean without their own mean, (B, H, 1, Cq).
+    """
 
     def __init__(
         self,
+        query: Tensor,
         key: Tensor,
         value: Tensor,
-        key_mean: Tensor,
-        query_shape: torch.Size,
         column_mask: Tensor | None,
         dropout_p: float,
         seed: Tensor | None,
     ) -> None:
-        batch, heads, _, channels = query_shape
-        columns = key.shape[-1]
-        self.key = key.flatten(0, 1)
-        self.value = value.flatten(0, 1)
-        self.key_mean = key_mean.flatten(0, 1)
-        self.dtype = accumulation_dtype(key.dtype)
-        self.bias = self.key_mean.new_zeros(columns)
+        dtype = accumulation_dtype(key.dtype)
+        self.query = query.to(dtype)
+        self.key = key.flatten(0, 1).to(dtype, copy=True)
+        self.value = value.flatten(0, 1).to(dtype)
+        self.bias = self.value.new_zeros(key.shape[3])
+        self.count: Tensor | int = key.shape[3]
         if column_mask is not None:
             self.bias.masked_fill_(~column_mask, -torch.inf)
+            self.count = column_mask.sum().clamp(min=1)
+            self.key.masked_fill_(~column_mask, 0)
+        mean = self.key.sum(-1, keepdim=True) / self.count
+        self.key -= mean
+        if column_mask is not None:
+            self.key.masked_fill_(~column_mask, 0)
+        self.key_mean = mean.unflatten(0, key.shape[:2])
+        self.covariance = (self.key @ self.key.mT / self.count).unflatten(0, key.shape[:2])
+        self.moment = self.query @ self.query.mT / query.shape[3]
+        shift = (self.key_mean * self.query).sum(2, keepdim=True)
+        self.shift = shift - shift.mean(-1, keepdim=True)
         self.dropout_p = dropout_p
         if dropout_p > 0:
             assert seed is not None
-            row_key, self.column_key = hash_keys(seed, batch, heads, channels, columns)
-            self.row_key = _rows_first(row_key[:, :, None], key.shape[0] == 1)[..., 0]
+            row_key, self.column_key = hash_keys(seed, *query.shape[:2], *(x.shape[3] for x in (query, key)))
+            self.row_key = _rows_first(row_key[:, :, None], len(self.key))[..., 0]
 
-    def __iter__(self) -> Iterator[slice]:
-        columns = self.key.shape[-1]
+    def blocks(self) -> Iterator[slice]:
+        """Rows of a map to be computed at a time."""
+        rows = self.query.numel() // self.query.shape[2] // len(self.key)
+        return (slice(start, min(start + BLOCK_ROWS, rows)) for start in range(0, rows, BLOCK_ROWS))
+
+    def chunks(self) -> Iterator[slice]:
+        """Columns of a block to be computed at a time."""
+        columns = self.key.shape[2]
         return (slice(start, min(start + CHUNK, columns)) for start in range(0, columns, CHUNK))
-
-    def keys(self, chunk: slice) -> Tensor:
-        return self.key[..., chunk] - self.key_mean
-
-    def values(self, chunk: slice) -> Tensor:
-        return self.value[..., chunk].to(self.dtype)
 
     def logits(self, rows: Tensor, chunk: slice) -> Tensor:
         """Products (maps, rows, chunk) of rows (maps, rows, N) and the chunk's keys, masked columns at -inf."""
-        return torch.baddbmm(self.bias[chunk], rows, self.keys(chunk))
+        return torch.baddbmm(self.bias[chunk], rows, self.key[..., chunk])
 
-    def dropout(self, chunk: slice) -> Tensor | None:
-        """The mask (maps, rows, chunk), or None without dropout."""
+    def drop(self, x: Tensor, block: slice, chunk: slice) -> Tensor:
+        """Return x (maps, rows, chunk) with zeros where dropout has them; without dropout x itself."""
         if self.dropout_p == 0:
-            return None
-        return keep_mask(self.row_key, self.column_key[chunk], self.dropout_p)
+            return x
+        return x * keep_mask(self.row_key[:, block], self.column_key[chunk], self.dropout_p)
 
 
 def forward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    scale: Tensor,
-    key_mean: Tensor,
     column_mask: Tensor | None,
+    eps: float,
     dropout_p: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """softmax(scale · queryᵀ key) valueᵀ by an online softmax over chunks.
+    """softmax(InstanceNorm(queryᵀ key)) valueᵀ.
 
     Args:
-        query: (B, H, N, Cq) in the accumulation dtype.
+        query: (B, H, N, Cq).
         key: (B or 1, H, N, L).
-        value: (B or 1, H, N, L), the key's dtype.
-        scale: (B, H, 1, 1) in the accumulation dtype.
-        key_mean: (B or 1, H, N, 1) in the accumulation dtype, subtracted from the key: softmax ignores it, rounding
-            does not.
+        value: (B or 1, H, N, L).
         column_mask: bool (L,) or None.
+        eps: of the norm.
         dropout_p: dropout of the attention map.
         seed: int64 (), needed if ``dropout_p`` > 0.
 
     Returns:
-        the output (B, H, N, Cq) in the key's dtype, and the log-sum-exp of every row, (B, H, 1, Cq) in the
-        accumulation dtype. Rows whose columns are all masked give zeros and -inf.
+        the output (B, H, N, Cq) in the query's dtype, and in the accumulation dtype (2, B, H, Cq): the log-sum-exp of
+        every row's normalized logits, without their constant and in units of log2, and the factor rstd of its map.
+        Rows whose columns are all masked give zeros.
     """
-    shared_key = key.shape[0] == 1
-    chunks = _Chunks(key, value, key_mean, query.shape, column_mask, dropout_p, seed)
-    rows = _rows_first(query * scale * _LOG2E, shared_key)
-    output = torch.zeros_like(rows.mT, memory_format=torch.contiguous_format)
-    total = rows.new_zeros((*rows.shape[:2], 1))
-    # Finite, so that rows with no column yet (all masked) give exp2(-inf - max) = 0 rather than NaN.
-    maximum = torch.full_like(total, torch.finfo(chunks.dtype).min)
-    for chunk in chunks:
-        probability = chunks.logits(rows, chunk)
-        new_maximum = torch.maximum(maximum, probability.amax(-1, keepdim=True))
-        rescale = torch.exp2(maximum - new_maximum)
-        probability.sub_(new_maximum).exp2_()
-        total = total * rescale + probability.sum(-1, keepdim=True)
-        keep = chunks.dropout(chunk)
-        if keep is not None:
-            probability *= keep
-        output.mul_(rescale.mT).baddbmm_(chunks.values(chunk), probability.mT)
-        maximum = new_maximum
-    lse = (maximum + total.log2()) / _LOG2E
-    output /= (total * (1 - dropout_p)).masked_fill_(total == 0, 1).mT
-    return (
-        _samples_first(output.to(key.dtype), query.shape, shared_key),
-        _samples_first(lse.mT, query.shape, shared_key),
-    )
+    own = _Map(query, key, value, column_mask, dropout_p, seed)
+    maps = len(own.key)
+    variance = (own.moment * own.covariance).sum((-2, -1)) + own.shift.square().mean(-1)[..., 0]
+    # Both terms are sums of squares, but the first is formed from products that can cancel below zero.
+    rstd = torch.rsqrt(variance.clamp_min(0) + eps)[..., None, None]
+    rows = _rows_first(own.query * (rstd * _LOG2E), maps)
+    output, lse = torch.zeros_like(rows), torch.empty_like(rows[..., :1])
+    for block in own.blocks():
+        logits = [own.logits(rows[:, block], chunk) for chunk in own.chunks()]
+        maximum = torch.stack([x.amax(-1) for x in logits]).amax(0)[..., None]
+        maximum.clamp_(min=torch.finfo(rows.dtype).min)  # so that a row without a column gives exp2(-inf - max) = 0
+        total = torch.zeros_like(maximum)
+        for chunk, x in zip(own.chunks(), logits, strict=True):
+            probability = x.sub_(maximum).exp2_()
+            total += probability.sum(-1, keepdim=True)
+            output[:, block].baddbmm_(own.drop(probability, block, chunk), own.value[..., chunk].mT)
+        total.masked_fill_(total == 0, 1)
+        output[:, block] /= total * (1 - dropout_p)
+        lse[:, block] = maximum + total.log2()
+    lse = _samples_first(lse, torch.Size((*query.shape[:2], 1, query.shape[3])))[:, :, 0]
+    statistics = torch.stack([lse, rstd[..., 0].expand_as(lse)])
+    return _samples_first(output, query.shape).to(query.dtype), statistics
 
 
 def backward(
@@ -144,51 +162,76 @@ def backward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    scale: Tensor,
-    key_mean: Tensor,
-    output: Tensor,
-    lse: Tensor,
+    statistics: Tensor,
     column_mask: Tensor | None,
     dropout_p: float,
     seed: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of ``forward`` with respect to query, key, value and scale.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of ``forward`` with respect to query, key and value.
 
     Args:
         grad: gradient of the output, (B, H, N, Cq).
         query: as in ``forward``.
         key: as in ``forward``.
         value: as in ``forward``.
-        scale: as in ``forward``.
-        key_mean: as in ``forward``.
-        output: what ``forward`` returned.
-        lse: what ``forward`` returned.
+        statistics: what ``forward`` returned beside the output.
         column_mask: as in ``forward``.
         dropout_p: as in ``forward``.
         seed: as in ``forward``.
 
     Returns:
-        gradients in the shapes and dtypes of query, key, value and scale.
+        gradients in the shapes and dtypes of query, key and value.
     """
-    shared_key = key.shape[0] == 1
-    chunks = _Chunks(key, value, key_mean, query.shape, column_mask, dropout_p, seed)
-    rows = _rows_first(query * scale, shared_key)
-    grad_output = _rows_first(grad, shared_key).to(chunks.dtype)
-    # Row sums of P * dP, with or without dropout (FlashAttention-2, sec. 3.1).
-    delta = (grad_output * _rows_first(output, shared_key)).sum(-1, keepdim=True)
-    grad_output = grad_output / (1 - dropout_p)
-    rows_2, lse_2 = rows * _LOG2E, _rows_first(lse, shared_key) * _LOG2E
-    lse_2 = lse_2.masked_fill(lse_2.isneginf(), 0)
-    grad_rows = torch.zeros_like(rows.mT, memory_format=torch.contiguous_format)
-    grad_key, grad_value = torch.empty_like(chunks.key), torch.empty_like(chunks.value)
-    for chunk in chunks:
-        probability = chunks.logits(rows_2, chunk).sub_(lse_2).exp2_()
-        keep = chunks.dropout(chunk)
-        kept = probability if keep is None else probability * keep
-        grad_value[..., chunk] = grad_output.mT @ kept
-        grad_logits = (grad_output @ chunks.values(chunk)).mul_(kept).addcmul_(probability, delta, value=-1)
-        grad_key[..., chunk] = rows.mT @ grad_logits
-        grad_rows.baddbmm_(chunks.keys(chunk), grad_logits.mT)
-    grad_scaled = _samples_first(grad_rows, query.shape, shared_key)
-    grad_scale = (grad_scaled * query).sum((-2, -1), keepdim=True)
-    return grad_scaled * scale, grad_key.view(key.shape), grad_value.view(value.shape), grad_scale
+    own = _Map(query, key, value, column_mask, dropout_p, seed)
+    maps = len(own.key)
+    lse, rstd = _rows_first(statistics[0][:, :, None], maps), statistics[1][:, :, None, :1]
+    rows = _rows_first(own.query * rstd, maps)
+    grad_output = _rows_first(grad.to(rows.dtype) / (1 - dropout_p), maps)
+    grad_rows, grad_key, grad_value = (torch.zeros_like(x) for x in (rows, own.key, own.key))
+    for block in own.blocks():
+        operands = rows[:, block], grad_output[:, block], lse[:, block]
+        _add_block_gradients(own, block, *operands, grad_rows[:, block], grad_key, grad_value)
+    grad_query = _samples_first(grad_rows, query.shape)
+    # rstd multiplies the query, so its gradient is their product; then the derivatives of the variance.
+    grad_variance = -(rstd**3) / 2 * (grad_query * own.query).sum((-2, -1), keepdim=True)
+    slope = 2 * grad_variance / query.shape[3]
+    grad_query = grad_query * rstd + slope * (own.covariance @ own.query + own.key_mean * own.shift)
+    slope = 2 * grad_variance / own.count
+    of_key = slope * own.moment, slope * (own.query * own.shift).mean(-1, keepdim=True)
+    matrix, offset = (x.reshape(-1, maps, *x.shape[2:]).sum(0) for x in of_key)  # over samples that share their keys
+    grad_key.baddbmm_(matrix, own.key).add_(offset)
+    if column_mask is not None:
+        grad_key.masked_fill_(~column_mask, 0)
+    return (
+        grad_query.to(query.dtype),
+        grad_key.view(key.shape).to(key.dtype),
+        grad_value.view(value.shape).to(value.dtype),
+    )
+
+
+def _add_block_gradients(
+    own: _Map,
+    block: slice,
+    rows: Tensor,
+    grad_output: Tensor,
+    lse: Tensor,
+    grad_rows: Tensor,
+    grad_key: Tensor,
+    grad_value: Tensor,
+) -> None:
+    delta, total = torch.zeros_like(lse), torch.zeros_like(lse)
+    log2_rows, chunks = rows * _LOG2E, []
+    for chunk in own.chunks():
+        probability = own.logits(log2_rows, chunk).sub_(lse).exp2_()
+        kept = own.drop(probability, block, chunk)
+        grad_value[..., chunk].baddbmm_(grad_output.mT, kept)
+        product = torch.bmm(grad_output, own.value[..., chunk]).mul_(kept)
+        delta += product.sum(-1, keepdim=True)
+        total += probability.sum(-1, keepdim=True)
+        chunks.append((chunk, probability, product))
+    # A row of the gradient sums to zero, however P is rounded: where one key gets it all, little else is left.
+    delta /= total.masked_fill_(total == 0, 1)
+    for chunk, probability, product in chunks:
+        grad_logits = product.addcmul_(probability, delta, value=-1)
+        grad_key[..., chunk].baddbmm_(rows.mT, grad_logits)
+        grad_rows.baddbmm_(grad_logits, own.key[..., chunk].mT)

@@ -58,7 +58,7 @@ def test_without_a_command_the_usage_is_printed(
         ("train --model.weights nowhere.pth", "nowhere.pth: no such file"),
         ("train --run.device cuda", "use cpu or auto"),
         ("check pascal --data.root .", "split file splits/pascal/1_8/labeled.txt: not found"),
-        ("evaluate nowhere", "nowhere: not a run folder, it holds no config.json"),
+        ("evaluate nowhere", "nowhere: not a run folder (no config.json)"),
     ],
 )
 def test_mistakes_are_named(

@@ -57,7 +57,7 @@ def expected_confusion(weights: Path, data: Path, names: list[str]) -> np.ndarra
 @pytest.mark.parametrize(("split", "names"), [([], ["0", "1"]), (["--split", "test.txt"], ["2"])])
 def test_the_images_of_a_recipe(weights: Path, data: Path, tmp_path: Path, split: list[str], names: list[str]) -> None:
     scores, picture = tmp_path / "scores.json", tmp_path / "matrix.png"
-    recipe = ["folder", "--data.root", str(data), "--data.val", "val.txt"]
+    recipe = ["folder", "--data.root", str(data), "--data.val", "val.txt", "--eval.workers", "0"]
     command = ["evaluate", str(weights), *split, "--json", str(scores)]
     assert main([*command, *recipe]) == 0
     assert json.loads(scores.read_text())["confusion"] == expected_confusion(weights, data, names).tolist()
@@ -80,7 +80,7 @@ def test_what_cannot_be_scored(
     weights: Path, data: Path, tiny_spec: ModelSpec, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["evaluate", str(weights)]) == 1
-    assert "it holds no config.json; to score other weights name a RECIPE" in capsys.readouterr().err
+    assert "not a run folder (no config.json); for other weights name a RECIPE" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["evaluate", str(weights), "--data.root", str(data)])
     assert "unrecognized arguments: --data.root" in capsys.readouterr().err

@@ -25,9 +25,6 @@ from tests.helpers.triton_checks import checked_memory, exact_bfloat16, uninitia
 
 # isort: split
 from allspark_fast.kernels.channel_attention import kernel as attention_kernel
-from allspark_fast.kernels.channel_attention import one_pass as one_pass_kernel
-from allspark_fast.kernels.channel_attention.configs import OnePassTile
-from allspark_fast.kernels.channel_attention.maps import Maps
 from allspark_fast.kernels.depthwise_gelu import kernel as depthwise_kernel
 from allspark_fast.kernels.semantic_memory import kernel as memory_kernel
 from allspark_fast.kernels.upsample_argmax import kernel as argmax_kernel
@@ -63,37 +60,6 @@ def attention(source: random.Random) -> None:
     output = channel_attention(query, key, value, backend="triton", **options)
     grads = torch.autograd.grad(output, (query, key, value), torch.ones_like(output))
     assert all(x.isfinite().all() for x in (output, *grads))
-
-
-def one_pass(source: random.Random) -> None:
-    """The forward pass of sm_90 and later, with small tiles; rows of its keys are multiples of 16 bytes."""
-    batch, heads = source.randint(1, 3), source.randint(1, 2)
-    tile = OnePassTile(
-        source.choice([16, 32]),
-        source.choice([16, 32]),
-        source.choice([(16,), (32, 16), (32, 16, 16)]),
-        num_warps=4,
-        num_stages=1,
-    )
-    tokens, channels, columns = source.randint(1, sum(tile.chunks)), source.randint(1, 40), 8 * source.randint(1, 30)
-    dtype = source.choice([torch.float16, torch.bfloat16])
-    keys = source.choice([1, batch])
-    query = inside_margins((batch, heads, tokens, channels), dtype)
-    # Descriptors need aligned tensors, and know their bounds.
-    key, value = (torch.randn(keys, heads, tokens, columns).to(dtype) for _ in range(2))
-    maps = Maps(
-        query,
-        key,
-        value,
-        torch.rand(batch, heads, 1, 1),
-        key.float().mean(-1, keepdim=True),
-        torch.rand(columns) < 0.7,
-        source.choice([0.0, 0.3]),
-        torch.tensor(source.randint(0, 99)),
-    )
-    assert one_pass_kernel.can_address(maps)
-    output, _ = one_pass_kernel.forward(maps, tile)
-    assert output.isfinite().all()
 
 
 def grouping(source: random.Random) -> None:
@@ -145,7 +111,6 @@ def depthwise(source: random.Random) -> None:
 
 OPS: dict[str, Callable[[random.Random], None]] = {
     "attention": attention,
-    "one_pass": one_pass,
     "grouping": grouping,
     "enqueue": enqueue,
     "loss": loss,
@@ -160,12 +125,18 @@ def check(op: str, shapes: int, seed: int = 0) -> None:
     Raises:
         AssertionError: a kernel touched what it must not; the message names the number of the shape.
     """
-    # Small chunks, so that small inputs need several.
-    chunks = patch.multiple(attention_kernel, WORKSPACE_BYTES=0, MIN_COLUMNS=128)
+    # One sample at a time, products in several pieces, and tiles that small inputs do not fit into.
+    small = {"WORKSPACE_BYTES": 0, "PIECE_COLUMNS": 32, "SOFTMAX_TILE": 512, "GRADIENT_TILE": 512}
+    columns = dict.fromkeys(("SOFTMAX_COLUMNS", "GRADIENT_COLUMNS", "MIN_COLUMNS"), 64)
     for number in range(seed, seed + shapes):
         torch.manual_seed(number)
         try:
-            with chunks, exact_bfloat16(), uninitialized_memory_is_nan(), checked_memory():
+            with (
+                patch.multiple(attention_kernel, **small, **columns),
+                exact_bfloat16(),
+                uninitialized_memory_is_nan(),
+                checked_memory(),
+            ):
                 OPS[op](random.Random(number))
         except Exception as error:  # the interpreter wraps what the checker raises
             raise AssertionError(f"{op}, shape {number}: {error!r}") from error

@@ -16,7 +16,7 @@ def test_counts_and_iou_by_hand() -> None:
         [1, 1, 0, 0, 0], [0, 2, 0, 0, 0], [0, 0, 0, 0, 0], [1, 0, 0, 0, 0], [0, 0, 0, 0, 1]
     ]  # fmt: skip
     scores = confusion.compute()
-    # Class 2 occurs nowhere that counts: 0 in the official mean over all classes. Class 3 was missed.
+    # Class 2 occurs nowhere that counts: 0 in the mean over all classes. Class 3 was missed.
     assert scores.iou.tolist() == pytest.approx([1 / 3, 2 / 3, 0, 0, 1])
     assert scores.present.tolist() == [True, True, False, True, True]
     assert scores.mean_iou == pytest.approx(2 / 5)

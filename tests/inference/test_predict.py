@@ -30,7 +30,7 @@ def photos(tmp_path: Path) -> Path:
     folder.mkdir()
     for name in ("a", "b", "c"):
         picture(90, 70).save(folder / f"{name}.png")
-    picture(70, 90, "L").save(folder / "grey.png")
+    picture(70, 90, "L").save(folder / "gray.png")
     picture(64, 64, "RGBA").save(folder / "alpha.png")
     picture(65, 64, "P").save(folder / "palette.png")
     picture(20, 5).save(folder / "tiny.png")

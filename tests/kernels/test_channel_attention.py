@@ -7,14 +7,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 from torch.nn import functional as F
 
-from allspark_fast.kernels.channel_attention import channel_attention
+from allspark_fast.kernels.channel_attention import channel_attention, chunked
 from allspark_fast.kernels.channel_attention.dropout import hash_keys, keep_mask
-from allspark_fast.kernels.channel_attention.similarity_norm import covariance
 from bench.harness import saved_bytes
-from bench.naive import naive_channel_attention
 
 SEED = torch.tensor(0x1234_5678_9ABC_DEF0)
 
@@ -51,6 +50,64 @@ def assert_equal_to_reference(tensors: list[Tensor], tolerance: float, **options
         assert (actual.double() - target).abs().max() <= tolerance * scale
 
 
+def relative_errors(actual: list[Tensor], expected: list[Tensor]) -> list[float]:
+    return [
+        ((x.double() - y).abs().max() / y.abs().max().clamp(min=1e-5)).item()
+        for x, y in zip(actual, expected, strict=True)
+    ]
+
+
+def assert_parity_with_grad(tensors: list[Tensor], grad: Tensor, **options: object) -> None:
+    """Against float64: half precision to 1e-2, float32 to 1e-5 or what plain float32 comes to on such inputs."""
+
+    def run(dtype: torch.dtype, **changed: object) -> list[Tensor]:
+        leaves = [x.detach().to(dtype).requires_grad_() for x in tensors]
+        output = channel_attention(*leaves, **{**options, **changed})
+        return [output.detach(), *torch.autograd.grad(output, leaves, grad.to(dtype))]
+
+    dtype = tensors[0].dtype
+    expected = run(torch.float64, backend="reference")
+    errors = relative_errors(run(dtype), expected)
+    if dtype == torch.float32:
+        plain = relative_errors(run(dtype, backend="reference"), expected)
+        assert all(x <= max(1e-5, 2 * y) for x, y in zip(errors, plain, strict=True)), (errors, plain)
+    else:
+        assert max(errors) <= 1e-2, errors
+
+
+def saturated_inputs(tokens: int, dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
+    """Queries that are noisy copies of key channels: each row attends to one key, and gradients are what it leaves."""
+    key, value = (torch.randn(1, 1, tokens, 320) for _ in range(2))
+    query = torch.stack([key[0][..., torch.randint(320, (24,))] for _ in range(2)])
+    query += 0.3 * torch.randn_like(query)
+    return [x.to(dtype) for x in (query, key, value)], torch.randn_like(query).to(dtype)
+
+
+DEGENERATE = ("zero query", "zero row", "constant key", "tiny", "huge", "outlier", "small value", "large gradient")
+
+
+def degenerate_inputs(kind: str, dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
+    query, key, value, grad = (torch.randn(x, 1, 32, y) for x, y in ((2, 24), (1, 96), (1, 96), (2, 24)))
+    match kind:
+        case "zero query":
+            query *= 0
+        case "zero row":
+            query[..., 3] = 0
+        case "constant key":
+            key = key[..., :1].expand_as(key).clone()
+        case "tiny":
+            query, key = query * 1e-4, key * 1e-2
+        case "huge":
+            query, key = query * 1e3, key * 1e3
+        case "outlier":
+            key[..., 5] *= 100
+        case "small value":
+            value *= 1e-3
+        case "large gradient":
+            grad *= 3e4
+    return [x.to(dtype) for x in (query, key, value)], grad.to(dtype)
+
+
 class TestAgainstTheDefinition:
     """The reference itself, against instance_norm and softmax of torch."""
 
@@ -74,7 +131,7 @@ class TestAgainstTheDefinition:
         mask = torch.tensor([True, False, True, False])
         kept = mask.repeat_interleave(3)
         expected = channel_attention(query, key[..., kept], value[..., kept], backend="reference")
-        for backend in ("reference", "chunked", "sdpa"):
+        for backend in ("reference", "chunked"):
             actual = channel_attention(query, key, value, group_mask=mask, backend=backend)
             torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
 
@@ -123,26 +180,22 @@ class TestBackends:
 
     @pytest.mark.parametrize("shared", [True, False])
     @pytest.mark.parametrize("dropout_p", [0.0, 0.1])
-    def test_chunked_over_several_chunks(self, shared: bool, dropout_p: float) -> None:
-        tensors = inputs(2, 2, 9, 5, 2500, shared=shared, dtype=torch.float32)
+    def test_chunked_over_several_blocks_and_chunks(
+        self, shared: bool, dropout_p: float, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(chunked, "BLOCK_ROWS", 3)
+        monkeypatch.setattr(chunked, "CHUNK", 20)
+        tensors = inputs(2, 2, 9, 5, 75, shared=shared, dtype=torch.float32)
         mask = torch.tensor([True, True, False, True, True])
         assert_equal_to_reference(tensors, 1e-5, group_mask=mask, dropout_p=dropout_p, seed=SEED)
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-    @pytest.mark.parametrize("backend", ["chunked", "reference", "sdpa"])
+    @pytest.mark.parametrize("backend", ["chunked", "reference"])
     def test_half_precision(self, dtype: torch.dtype, backend: str) -> None:
         tensors = inputs(2, 1, 25, 16, 64, dtype=dtype)
         assert_equal_to_reference(tensors, 1e-2, backend=backend)
 
-    @pytest.mark.parametrize("shared", [True, False])
-    @pytest.mark.parametrize("tokens", [7, 8, 9])
-    def test_sdpa(self, shared: bool, tokens: int) -> None:
-        tensors = inputs(2, 2, tokens, 5, 12, shared=shared, dtype=torch.float32)
-        mask = torch.tensor([True, False, True])
-        assert_equal_to_reference(tensors, 1e-5, backend="sdpa", group_mask=mask)
-        assert_equal_to_reference(tensors, 1e-5, backend="sdpa")
-
-    @pytest.mark.parametrize("backend", ["chunked", "reference", "sdpa"])
+    @pytest.mark.parametrize("backend", ["chunked", "reference"])
     def test_all_groups_masked_gives_zeros_and_zero_gradients(self, backend: str) -> None:
         tensors = inputs(2, 1, 7, 5, 12, dtype=torch.float32)
         for x in output_and_grads(tensors, group_mask=torch.zeros(3, dtype=torch.bool), backend=backend):
@@ -209,6 +262,16 @@ class TestBackends:
         for actual, target in zip(grads, torch.autograd.grad(expected.sum(), tensors), strict=True):
             assert torch.equal(actual, target)
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("tokens", [64, 289])
+    def test_saturated_maps(self, tokens: int, dtype: torch.dtype) -> None:
+        assert_parity_with_grad(*saturated_inputs(tokens, dtype), dropout_p=0.1, seed=SEED, backend="chunked")
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("kind", DEGENERATE)
+    def test_degenerate_inputs(self, kind: str, dtype: torch.dtype) -> None:
+        assert_parity_with_grad(*degenerate_inputs(kind, dtype), dropout_p=0.1, seed=SEED, backend="chunked")
+
 
 class TestDropoutMask:
     """The hash mask."""
@@ -248,12 +311,6 @@ class TestDropoutMask:
 class TestRegistration:
     """Autograd, compile and fake tensors."""
 
-    @pytest.mark.parametrize("mask", [None, torch.tensor([True, False, True, True])], ids=["all", "masked"])
-    def test_covariance_is_differentiable_for_itself(self, mask: Tensor | None) -> None:
-        """Attention only ever sends it symmetric gradients."""
-        x = torch.randn(1, 2, 3, 4, dtype=torch.float64, requires_grad=True)
-        assert torch.autograd.gradcheck(lambda x: covariance(x, mask, torch.float64), x)
-
     @pytest.mark.parametrize("shared", [True, False])
     @pytest.mark.parametrize("masked", [True, False])
     def test_gradcheck(self, shared: bool, masked: bool) -> None:
@@ -269,18 +326,13 @@ class TestRegistration:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_opcheck(self, shared: bool, dtype: torch.dtype) -> None:
         ops = torch.ops.allspark_fast
-        query, key, value = inputs(2, 3, 5, 4, 6, shared=shared, dtype=dtype)
+        tensors = inputs(2, 3, 5, 4, 6, shared=shared, dtype=dtype)
         mask = torch.tensor([True, True, False, False, True, True])
-        opcheck(ops.covariance.default, (query, None, dtype))
-        opcheck(ops.covariance.default, (key, mask, dtype))
-        tensors = [query.detach().float().requires_grad_(), key, value, torch.rand(2, 3, 1, 1, requires_grad=True)]
-        tensors.append(torch.randn(1 if shared else 2, 3, 5, 1))
-        opcheck(ops.softmax_attention.default, (*tensors, mask, 0.2, SEED))
-        opcheck(ops.softmax_attention.default, (*tensors, None, 0.0, None))
+        opcheck(ops.channel_attention.default, (*tensors, mask, 1e-5, 0.2, SEED))
+        opcheck(ops.channel_attention.default, (*tensors, None, 1e-5, 0.0, None))
         tensors = [x.detach() for x in tensors]
-        output, lse = ops.softmax_attention(*tensors, mask, 0.2, SEED)
-        arguments = (output, *tensors, output, lse, mask, 0.2, SEED)
-        opcheck(ops.softmax_attention_backward.default, arguments)
+        output, statistics = ops.channel_attention(*tensors, mask, 1e-5, 0.2, SEED)
+        opcheck(ops.channel_attention_backward.default, (output, *tensors, statistics, mask, 0.2, SEED))
 
     @pytest.mark.parametrize("dynamic", [False, True])
     def test_compiles_as_one_graph(self, dynamic: bool) -> None:
@@ -302,19 +354,15 @@ class TestRegistration:
 class TestMemory:
     """What is kept for backward."""
 
-    @pytest.mark.slow
-    def test_saved_bytes_at_pascal_size(self) -> None:
-        """At most 1/8 of the naive attention: B=2, N=289, C=512, H=2, K=21, dropout 0.1."""
-        tensors = inputs(2, 1, 289, 1024, 21 * 1024, dtype=torch.float32)
-        naive = saved_bytes(lambda: naive_channel_attention(*tensors, dropout_p=0.1))
-        ours = saved_bytes(lambda: channel_attention(*tensors, dropout_p=0.1))
-        assert naive > 750e6
-        assert ours <= naive / 8
-
-    def test_no_map_is_kept(self) -> None:
-        tensors = inputs(2, 1, 9, 64, 1024, dtype=torch.float32)
-        one_map = 2 * 64 * 1024 * 4
-        assert saved_bytes(lambda: channel_attention(*tensors, dropout_p=0.1)) < one_map / 2
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_kept_at_pascal_size(self, dtype: torch.dtype) -> None:
+        """The inputs, and two numbers a row: B=2, N=289, C=512, H=2, K=21."""
+        with FakeTensorMode():
+            shapes = [(2, 1, 289, 1024), *[(1, 1, 289, 21 * 1024)] * 2]
+            tensors = [torch.empty(x, dtype=dtype, requires_grad=True) for x in shapes]
+            seed = torch.empty((), dtype=torch.int64)
+            kept = saved_bytes(lambda: channel_attention(*tensors, dropout_p=0.1, seed=seed))
+        assert kept == sum(x.nbytes for x in tensors) + 2 * 2 * 1024 * 4 + seed.nbytes
 
 
 BAD_ARGUMENTS = {
@@ -341,8 +389,6 @@ BAD_ARGUMENTS = {
     "seed dtype": ({"seed": torch.ones(())}, TypeError, "seed must have dtype int64"),
     "seed shape": ({"seed": torch.ones(1).long()}, ValueError, r"seed must have shape \(\)"),
     "backend": ({"backend": "flash"}, ValueError, "backend must be one of auto, .*got 'flash'"),
-    "sdpa dropout": ({"backend": "sdpa", "dropout_p": 0.1}, ValueError, "cannot apply the hashed dropout mask"),
-    "xformers on cpu": ({"backend": "xformers"}, ValueError, "CUDA"),
 }
 
 

@@ -88,7 +88,7 @@ class TestChannelAttention:
         assert_parity(tensors, **options(device, 0.1))
 
     def test_a_training_step(self, cuda: torch.device, dtype: torch.dtype) -> None:
-        """Pascal: the columns are cut into parts, and into chunks."""
+        """Pascal, whose products over the columns are cut into pieces."""
         assert_parity(inputs(cuda, dtype, 289, channels=1024, columns=21 * 1024), **options(cuda, 0.1))
 
     def test_auto_is_triton(self, cuda: torch.device, dtype: torch.dtype) -> None:
