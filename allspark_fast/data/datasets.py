@@ -1,15 +1,14 @@
 """Datasets as lists of files: split files, folders with images/ and labels/, and the images they name."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from PIL import Image
-from torch.utils.data import Dataset
 
-from allspark_fast.data.images import IMAGE_SUFFIXES, read_image, read_label, resolve_path
+from allspark_fast.data.images import IMAGE_SUFFIXES, list_images, read_image, read_label, resolve_path, values_of
 from allspark_fast.data.info import DatasetInfo
 from allspark_fast.errors import DataError
 
@@ -31,18 +30,11 @@ def _is_image_path(text: str) -> bool:
     return text.lower().endswith(IMAGE_SUFFIXES)
 
 
-def _cuts(line: str) -> Iterator[Entry]:
-    """Yield every way to read a line as two image paths."""
-    for gap in re.finditer(r"\s+", line):
-        image, label = line[: gap.start()], line[gap.end() :]
-        if _is_image_path(image) and _is_image_path(label):
-            yield Entry(image, label)
-
-
 def _parse_line(line: str) -> Entry:
     if not _is_image_path(line):
         raise ValueError(f"expected `image_path label_path` or `image_path`, found {line!r}")
-    pairs = list(_cuts(line))
+    cuts = [(line[: gap.start()], line[gap.end() :]) for gap in re.finditer(r"\s+", line)]
+    pairs = [Entry(*cut) for cut in cuts if all(map(_is_image_path, cut))]
     if len(pairs) > 1:
         raise ValueError(f"more than two image paths in {line!r}")
     return pairs[0] if pairs else Entry(line, None)
@@ -98,11 +90,9 @@ def read_split(path: str | Path) -> list[Entry]:
 
 
 def _files_by_stem(folder: Path) -> dict[str, Path]:
-    """Return the image files below a folder by their path without suffix; skips hidden files."""
+    """Return the image files below a folder by their path without suffix."""
     files: dict[str, Path] = {}
-    for file in sorted(folder.rglob("*")):
-        if file.name.startswith(".") or not _is_image_path(file.name):
-            continue
+    for file in list_images(folder):
         key = file.relative_to(folder).with_suffix("").as_posix()
         if key in files:
             raise DataError(f"{file}: has the same stem as {files[key].name}; keep one (stems match labels to images)")
@@ -149,30 +139,18 @@ def scan_folder(root: str | Path) -> list[Entry]:
             f" {next(iter(labels))}.jpg (or .png, ...): give each label the name of its image"
         )
     return [
-        Entry(
-            file.relative_to(root).as_posix(),
-            labels[key].relative_to(root).as_posix() if key in labels else None,
-        )
+        Entry(file.relative_to(root).as_posix(), labels[key].relative_to(root).as_posix() if key in labels else None)
         for key, file in images.items()
     ]
 
 
-def values_of(label: Image.Image) -> list[int]:
-    """Return the distinct values of a label (mode L), ascending."""
-    return [value for value, count in enumerate(label.histogram()) if count]
-
-
-def wrong_values(values: Sequence[int], info: DatasetInfo) -> str:
-    """Say which values of a label file stand for no class, and how to fix that; empty if all do."""
-    allowed = info.class_indices()
-    wrong = [value for value in values if value not in allowed]
-    if not wrong:
-        return ""
-    expected = f"the values {list(info.values)}" if info.values else f"the indices 0..{len(info.classes) - 1}"
-    return (
-        f"holds {wrong}, but the {len(info.classes)} classes of {info.name} have {expected}; convert the label,"
-        " or list the missing classes, or the values of the classes, in meta.json"
-    )
+def require_equal_size(entry: Entry, image: tuple[int, int], label: tuple[int, int]) -> None:
+    """Raise DataError unless an image and its label have the same (width, height)."""
+    if image != label:
+        raise DataError(
+            f"{entry.label}: its image {entry.image} is {image[0]}x{image[1]} pixels (EXIF orientation applied), but"
+            f" the label is {label[0]}x{label[1]}; the sizes must be equal"
+        )
 
 
 class ImageSource(Protocol):
@@ -189,7 +167,24 @@ class ImageSource(Protocol):
         """Read the RGB image and its label (mode L, 255 ignored), None where the entry has none."""
 
 
-class SegmentationDataset(Dataset[tuple[Image.Image, Image.Image | None]]):
+@dataclass(frozen=True)
+class Sources:
+    """An opened dataset.
+
+    Attributes:
+        info: classes and colors.
+        labeled: training images with labels.
+        unlabeled: training images whose labels are not used.
+        val: validation images with labels.
+    """
+
+    info: DatasetInfo
+    labeled: ImageSource
+    unlabeled: ImageSource
+    val: ImageSource
+
+
+class SegmentationDataset:
     """Images and labels of a list of entries as PIL images; the loaders apply the transforms.
 
     Args:
@@ -202,9 +197,6 @@ class SegmentationDataset(Dataset[tuple[Image.Image, Image.Image | None]]):
         self.root = Path(root)
         self.entries = list(entries)
         self.info = info
-
-    def __len__(self) -> int:
-        return len(self.entries)
 
     def image(self, index: int) -> Image.Image:
         """Read the RGB image alone.
@@ -220,16 +212,20 @@ class SegmentationDataset(Dataset[tuple[Image.Image, Image.Image | None]]):
         Raises:
             DataError: the file is missing, unreadable or outside the root, or a value or color stands for no class.
         """
-        path = self.entries[index].label
+        path, info = self.entries[index].label, self.info
         if path is None:
             return None
-        label = read_label(resolve_path(self.root, path), None if self.info is None else self.info.label_colors())
-        if self.info is None:
+        label = read_label(resolve_path(self.root, path), None if info is None else info.label_colors())
+        if info is None:
             return label
-        wrong = wrong_values(values_of(label), self.info)
+        indices = info.class_indices()
+        wrong = [value for value in values_of(label) if value not in indices]
         if wrong:
-            raise DataError(f"{path}: {wrong}")
-        indices = self.info.class_indices()
+            expected = f"the values {list(info.values)}" if info.values else f"the indices 0..{len(info.classes) - 1}"
+            raise DataError(
+                f"{path}: holds {wrong}, but the {len(info.classes)} classes of {info.name} have {expected}; convert"
+                " the label, or list the missing classes, or the values of the classes, in meta.json"
+            )
         return label.point([indices.get(value, value) for value in range(256)])
 
     def __getitem__(self, index: int) -> tuple[Image.Image, Image.Image | None]:
@@ -238,10 +234,7 @@ class SegmentationDataset(Dataset[tuple[Image.Image, Image.Image | None]]):
         Raises:
             DataError: as for ``image`` and ``label``, or their sizes differ.
         """
-        entry, image, label = self.entries[index], self.image(index), self.label(index)
-        if label is not None and label.size != image.size:
-            raise DataError(
-                f"{entry.image} is {image.width}x{image.height} pixels (EXIF orientation applied), but its label"
-                f" {entry.label} is {label.width}x{label.height}; the sizes must be equal"
-            )
+        image, label = self.image(index), self.label(index)
+        if label is not None:
+            require_equal_size(self.entries[index], image.size, label.size)
         return image, label

@@ -65,6 +65,12 @@ def require_bytes(path: Path) -> None:
         raise DataError(f"{path}: the file is empty (0 bytes); download it again")
 
 
+def list_images(folder: Path) -> list[Path]:
+    """List the image files below a folder in alphabetical order; skips hidden files."""
+    files = sorted(folder.rglob("*"))
+    return [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith(".")]
+
+
 def map_in_threads(function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
     """Call a function that reads files on every item, in threads, and return the results in order."""
     # More threads than CPUs, as some wait for the disk.
@@ -168,6 +174,11 @@ def read_label(path: str | Path, colors: Mapping[Color, int] | None = None) -> I
             in ``colors``, or values outside 0..255.
     """
     return _decode(Path(path), lambda image: _to_indices(image, colors))
+
+
+def values_of(label: Image.Image) -> list[int]:
+    """Return the distinct values of a label (mode L), ascending."""
+    return [value for value, count in enumerate(label.histogram()) if count]
 
 
 def _to_indices(image: Image.Image, colors: Mapping[Color, int] | None) -> Image.Image:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from allspark_fast.data.images import IMAGE_SUFFIXES, Color, map_in_threads, read_label
+from allspark_fast.data.images import Color, list_images, map_in_threads, read_label, values_of
 from allspark_fast.errors import DataError
 
 Palette = tuple[Color, ...]
@@ -55,11 +55,7 @@ class DatasetInfo:
 
 def _voc_color(index: int) -> Color:
     """Return a color of the VOC color map: the bits of the index, dealt to R, G, B from the most significant down."""
-    red = green = blue = 0
-    for bit in range(8):
-        red |= (index >> (3 * bit) & 1) << (7 - bit)
-        green |= (index >> (3 * bit + 1) & 1) << (7 - bit)
-        blue |= (index >> (3 * bit + 2) & 1) << (7 - bit)
+    red, green, blue = (sum((index >> (3 * bit + part) & 1) << (7 - bit) for bit in range(8)) for part in range(3))
     return red, green, blue
 
 
@@ -76,89 +72,55 @@ def hex_palette(text: str) -> Palette:
     return _padded([(color[0], color[1], color[2]) for color in map(bytes.fromhex, text.split())])
 
 
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in text.split(","))
+# Cityscapes by train IDs, as in the gtFine_labelTrainIds files; of COCO, the 80 thing classes in the order of their
+# category IDs, after the background.
+_CLASSES = {
+    "pascal": "background, aeroplane, bicycle, bird, boat, bottle, bus, car, cat, chair, cow, diningtable, dog, horse,"
+    " motorbike, person, pottedplant, sheep, sofa, train, tvmonitor",
+    "cityscapes": "road, sidewalk, building, wall, fence, pole, traffic light, traffic sign, vegetation, terrain, sky,"
+    " person, rider, car, truck, bus, train, motorcycle, bicycle",
+    "coco": "background, person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire"
+    " hydrant, stop sign, parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear, zebra, giraffe,"
+    " backpack, umbrella, handbag, tie, suitcase, frisbee, skis, snowboard, sports ball, kite, baseball bat, baseball"
+    " glove, skateboard, surfboard, tennis racket, bottle, wine glass, cup, fork, knife, spoon, bowl, banana, apple,"
+    " sandwich, orange, broccoli, carrot, hot dog, pizza, donut, cake, chair, couch, potted plant, bed, dining table,"
+    " toilet, tv, laptop, mouse, remote, keyboard, cell phone, microwave, oven, toaster, sink, refrigerator, book,"
+    " clock, vase, scissors, teddy bear, hair drier, toothbrush",
+    "camvid": "sky, building, pole, road, pavement, tree, signsymbol, fence, car, pedestrian, bicyclist",
+}
+_PALETTES = {
+    "cityscapes": "804080 f423e8 464646 66669c be9999 999999 faaa1e dcdc00 6b8e23 98fb98 4682b4 dc143c ff0000 00008e"
+    " 000046 003c64 005064 0000e6 770b20",
+    "camvid": "808080 800000 c0c080 804080 3c28de 808000 c08080 404080 400080 404000 0080c0",
+}
+DATASETS = {
+    name: DatasetInfo(
+        name, tuple(classes.split(", ")), hex_palette(_PALETTES[name]) if name in _PALETTES else VOC_PALETTE
+    )
+    for name, classes in _CLASSES.items()
+}
 
 
-_PASCAL = DatasetInfo(
-    "pascal",
-    _names(
-        "background, aeroplane, bicycle, bird, boat, bottle, bus, car, cat, chair, cow, diningtable,"
-        " dog, horse, motorbike, person, pottedplant, sheep, sofa, train, tvmonitor"
-    ),
-    VOC_PALETTE,
-)
-
-# Train IDs, as in the gtFine_labelTrainIds files.
-_CITYSCAPES = DatasetInfo(
-    "cityscapes",
-    _names(
-        "road, sidewalk, building, wall, fence, pole, traffic light, traffic sign, vegetation,"
-        " terrain, sky, person, rider, car, truck, bus, train, motorcycle, bicycle"
-    ),
-    hex_palette(
-        "804080 f423e8 464646 66669c be9999 999999 faaa1e dcdc00 6b8e23 98fb98 4682b4 dc143c ff0000 00008e"
-        " 000046 003c64 005064 0000e6 770b20"
-    ),
-)
-
-# The 80 thing classes of COCO in the order of their category IDs, after the background.
-_COCO = DatasetInfo(
-    "coco",
-    _names(
-        "background, person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic"
-        " light, fire hydrant, stop sign, parking meter, bench, bird, cat, dog, horse, sheep, cow,"
-        " elephant, bear, zebra, giraffe, backpack, umbrella, handbag, tie, suitcase, frisbee, skis,"
-        " snowboard, sports ball, kite, baseball bat, baseball glove, skateboard, surfboard, tennis"
-        " racket, bottle, wine glass, cup, fork, knife, spoon, bowl, banana, apple, sandwich, orange,"
-        " broccoli, carrot, hot dog, pizza, donut, cake, chair, couch, potted plant, bed, dining"
-        " table, toilet, tv, laptop, mouse, remote, keyboard, cell phone, microwave, oven, toaster,"
-        " sink, refrigerator, book, clock, vase, scissors, teddy bear, hair drier, toothbrush"
-    ),
-    VOC_PALETTE,
-)
-
-_CAMVID = DatasetInfo(
-    "camvid",
-    _names("sky, building, pole, road, pavement, tree, signsymbol, fence, car, pedestrian, bicyclist"),
-    hex_palette("808080 800000 c0c080 804080 3c28de 808000 c08080 404080 400080 404000 0080c0"),
-)
-
-DATASETS = {info.name: info for info in (_PASCAL, _CITYSCAPES, _COCO, _CAMVID)}
+def _expect(holds: bool, message: str) -> None:
+    if not holds:
+        raise ValueError(message)
 
 
-def _parse_classes(value: Any) -> tuple[str, ...]:
-    if not isinstance(value, list) or not value or not all(isinstance(name, str) for name in value):
-        raise ValueError("'classes' must be a list of names, in the order of their indices")
-    if len(value) > 255:
-        raise ValueError(f"at most 255 classes are possible beside the ignored index, found {len(value)}")
-    return tuple(value)
+def _is_byte(value: Any) -> bool:
+    return isinstance(value, int) and 0 <= value <= 255
 
 
-def _parse_ignore_index(value: Any) -> int:
-    if not isinstance(value, int) or not 0 <= value <= 255:
-        raise ValueError(f"'ignore_index' must be an integer in 0..255, found {value!r}")
-    return value
-
-
-def _parse_values(value: Any, classes: int) -> tuple[int, ...]:
-    fits = isinstance(value, list) and all(isinstance(x, int) and 0 <= x <= 255 for x in value)
-    if not fits or len(value) != classes or len(set(value)) != classes:
-        raise ValueError(f"'values' must be a list of {classes} different integers in 0..255, one for each class")
-    return tuple(value)
-
-
-def _parse_palette(value: Any, classes: int) -> Palette:
-    """Accepts [[r, g, b], ...] and the flat [r, g, b, r, g, b, ...]."""
-    if not isinstance(value, list):
-        raise ValueError("'palette' must be a list of colors [r, g, b]")
-    flat = [part for entry in value for part in (entry if isinstance(entry, list) else [entry])]
-    if not all(isinstance(part, int) and 0 <= part <= 255 for part in flat) or len(flat) % 3:
-        raise ValueError("'palette' must hold three integers in 0..255 per color")
-    colors = [(flat[i], flat[i + 1], flat[i + 2]) for i in range(0, len(flat), 3)]
-    if not classes <= len(colors) <= 256:
-        raise ValueError(f"'palette' must hold a color for each of {classes} classes, found {len(colors)}")
-    return _padded(colors)
+def _parse_palette(palette: Any, classes: int) -> Palette:
+    """Accept [[r, g, b], ...] and the flat [r, g, b, r, g, b, ...]."""
+    _expect(isinstance(palette, list), "'palette' must be a list of colors [r, g, b]")
+    is_flat = not any(isinstance(x, list) for x in palette)
+    colors = [palette[i : i + 3] for i in range(0, len(palette), 3)] if is_flat else palette
+    are_colors = all(isinstance(x, list) and len(x) == 3 and all(map(_is_byte, x)) for x in colors)
+    _expect(are_colors, "'palette' must hold three integers in 0..255 per color")
+    _expect(
+        classes <= len(colors) <= 256, f"'palette' must hold a color for each of {classes} classes, found {len(colors)}"
+    )
+    return _padded([(red, green, blue) for red, green, blue in colors])
 
 
 def parse_meta(meta: Any, name: str) -> DatasetInfo:
@@ -167,25 +129,26 @@ def parse_meta(meta: Any, name: str) -> DatasetInfo:
     Raises:
         ValueError: it is not valid; the message says what was expected.
     """
-    if not isinstance(meta, dict):
-        raise ValueError("expected an object with the key 'classes'")
+    _expect(isinstance(meta, dict), "expected an object with the key 'classes'")
     unknown = sorted(set(meta) - {"classes", "ignore_index", "palette", "values"})
-    if unknown:
-        raise ValueError(f"unknown keys {unknown}; known are 'classes', 'ignore_index', 'palette', 'values'")
-    classes = _parse_classes(meta.get("classes"))
-    palette = _parse_palette(meta["palette"], len(classes)) if "palette" in meta else VOC_PALETTE
-    values = _parse_values(meta["values"], len(classes)) if "values" in meta else None
-    return DatasetInfo(name, classes, palette, _parse_ignore_index(meta.get("ignore_index", IGNORE_INDEX)), values)
-
-
-def _highest_class(path: Path) -> int:
-    """Return the highest class index of a label file, -1 where all is ignored."""
-    return max((value for value, count in enumerate(read_label(path).histogram()[:IGNORE_INDEX]) if count), default=-1)
+    _expect(not unknown, f"unknown keys {unknown}; known are 'classes', 'ignore_index', 'palette', 'values'")
+    classes, ignore_index = meta.get("classes"), meta.get("ignore_index", IGNORE_INDEX)
+    are_names = isinstance(classes, list) and bool(classes) and all(isinstance(x, str) for x in classes)
+    _expect(are_names, "'classes' must be a list of names, in the order of their indices")
+    count = len(classes)
+    _expect(count <= 255, f"at most 255 classes are possible beside the ignored index, found {count}")
+    _expect(_is_byte(ignore_index), f"'ignore_index' must be an integer in 0..255, found {ignore_index!r}")
+    palette = _parse_palette(meta["palette"], count) if "palette" in meta else VOC_PALETTE
+    values = meta.get("values", list(range(count)))
+    are_values = isinstance(values, list) and all(map(_is_byte, values)) and len(set(values)) == len(values) == count
+    _expect(are_values, f"'values' must be a list of {count} different integers in 0..255, one for each class")
+    return DatasetInfo(name, tuple(classes), palette, ignore_index, tuple(values) if "values" in meta else None)
 
 
 def _infer_info(root: Path, file: Path) -> DatasetInfo:
-    labels = sorted(path for path in (root / "labels").rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
-    highest = max(map_in_threads(_highest_class, labels), default=-1)
+    labels = list_images(root / "labels")
+    values = set().union(*map_in_threads(lambda path: values_of(read_label(path)), labels))
+    highest = max(values - {IGNORE_INDEX}, default=-1)
     if highest < 0:
         raise DataError(f"{root}: no class in labels/ and no meta.json; name the classes in {file}")
     if highest == 0:

@@ -3,12 +3,13 @@
 import atexit
 import logging
 from collections.abc import Iterator, Sequence
+from dataclasses import KW_ONLY, dataclass
 from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from allspark_fast.data.datasets import Entry, ImageSource
 from allspark_fast.data.seeding import make_generator
@@ -50,10 +51,6 @@ class SemiBatch(NamedTuple):
         parts = [[None] * count if x is None else x.unflatten(0, (count, -1)) for x in self]
         return map(SemiBatch._make, zip(*parts, strict=True))
 
-    def pin_memory(self) -> "SemiBatch":
-        """Return the batch in page-locked memory."""
-        return SemiBatch._make(x if x is None else x.pin_memory() for x in self)
-
 
 class _Key(NamedTuple):
     """Identifies one crop of a whole run: ``place`` is a position in the list that an epoch shuffles."""
@@ -63,52 +60,8 @@ class _Key(NamedTuple):
     place: int
 
 
-class _Crops(Dataset[Sample]):
-    """The crops that keys identify, read and transformed; this is what workers run."""
-
-    def __init__(
-        self,
-        sources: Sequence[ImageSource],
-        transforms: Sequence[CropTransform],
-        seed: int,
-        labeled_only: bool,
-        hidden_labels: bool,
-    ):
-        self.sources = sources
-        self.transforms = transforms
-        self.seed = seed
-        self.labeled_only = labeled_only
-        self.hidden_labels = hidden_labels
-
-    def __getitem__(self, key: _Key) -> Sample:
-        source = self.sources[key.stream]
-        # Labeled images are repeated within an epoch, so places may exceed their number.
-        index = key.place % len(source.entries)
-        image, label = source[index] if key.stream == _LABELED else self._unlabeled(source, index)
-        generator = make_generator(self.seed, _AUGMENT, key.stream, key.epoch, key.place)
-        return self.transforms[key.stream](image, label, generator)
-
-    def _unlabeled(self, source: ImageSource, index: int) -> tuple[Image.Image, Image.Image | None]:
-        """Read an image, and its hidden label if requested and readable: training does not need these files."""
-        if self.hidden_labels:
-            try:
-                return source[index]
-            except DataError as error:
-                logger.warning("a hidden label is left out of the measurement: %s", error)
-        return source.image(index), None
-
-    def collate(self, samples: list[Sample]) -> SemiBatch:
-        """Stack the labeled crops (all, or the first half) and the unlabeled ones (the second half)."""
-        half = len(samples) if self.labeled_only else len(samples) // 2
-        image, label, valid = (torch.stack(part) for part in zip(*samples[:half], strict=True))
-        if self.labeled_only:
-            return SemiBatch(image, label, image[:0], valid[:0], None)
-        unlabeled = [torch.stack(part) for part in zip(*samples[half:], strict=True)]
-        hidden = unlabeled[1] if self.hidden_labels else None
-        return SemiBatch(image, label, unlabeled[0], unlabeled[2], hidden)
-
-
-class SemiLoader:
+@dataclass(frozen=True)
+class SemiLoader(Dataset[Sample]):
     """Pairs of labeled and unlabeled batches, in an order that is a function of the seed and the step alone.
 
     An epoch passes once over the unlabeled images and drops the incomplete batch. The labeled images are repeated, and
@@ -119,7 +72,7 @@ class SemiLoader:
     yields from its k-th batch on, bit for bit, for any number of workers. The ranks of a step share its global batch,
     which is the same set of crops for any ``world_size``. The global random state is never touched.
 
-    Args:
+    Attributes:
         labeled: images that all have a label.
         unlabeled: images whose labels are not read unless ``hidden_labels``.
         labeled_transform: transform of the labeled images.
@@ -138,45 +91,34 @@ class SemiLoader:
         ValueError: ``batch_size`` is not divisible by ``world_size``.
     """
 
-    def __init__(
-        self,
-        labeled: ImageSource,
-        unlabeled: ImageSource,
-        labeled_transform: CropTransform,
-        unlabeled_transform: CropTransform,
-        *,
-        batch_size: int,
-        seed: int,
-        num_workers: int = 0,
-        pin_memory: bool = False,
-        labeled_only: bool = False,
-        hidden_labels: bool = False,
-        rank: int = 0,
-        world_size: int = 1,
-    ):
-        _require_labels(labeled.entries)
-        if len(unlabeled.entries) < batch_size:
+    labeled: ImageSource
+    unlabeled: ImageSource
+    labeled_transform: CropTransform
+    unlabeled_transform: CropTransform
+    _: KW_ONLY
+    batch_size: int
+    seed: int
+    num_workers: int = 0
+    pin_memory: bool = False
+    labeled_only: bool = False
+    hidden_labels: bool = False
+    rank: int = 0
+    world_size: int = 1
+
+    def __post_init__(self) -> None:
+        _require_labels(self.labeled.entries)
+        if len(self.unlabeled.entries) < self.batch_size:
             raise DataError(
-                f"{len(unlabeled.entries)} unlabeled images do not fill a batch of {batch_size}; add images or lower"
-                " train.batch_size"
+                f"{len(self.unlabeled.entries)} unlabeled images do not fill a batch of {self.batch_size}; add images"
+                " or lower train.batch_size"
             )
-        if batch_size % world_size:
-            raise ValueError(f"batch_size {batch_size} is not divisible by world_size {world_size}")
-        transforms = (labeled_transform, unlabeled_transform)
-        self._crops = _Crops((labeled, unlabeled), transforms, seed, labeled_only, hidden_labels)
-        # Of the labeled list an epoch uses as many positions as there are unlabeled images.
-        self._lengths = max(len(labeled.entries), len(unlabeled.entries)), len(unlabeled.entries)
-        self._batch_size = batch_size
-        self._seed = seed
-        self._num_workers = num_workers
-        self._pin_memory = pin_memory
-        self._rank = rank
-        self._world_size = world_size
+        if self.batch_size % self.world_size:
+            raise ValueError(f"batch_size {self.batch_size} is not divisible by world_size {self.world_size}")
 
     @property
     def steps_per_epoch(self) -> int:
         """Number of steps in one pass over the unlabeled images."""
-        return self._lengths[_UNLABELED] // self._batch_size
+        return len(self.unlabeled.entries) // self.batch_size
 
     def iterate(self, start_step: int, stop_step: int) -> Iterator[SemiBatch]:
         """Yield the batches of steps start_step, ..., stop_step - 1, counted from 0 over all epochs.
@@ -186,43 +128,68 @@ class SemiLoader:
                 worker if there is one.
             RunError: while iterating, a worker died.
         """
-        return _deliver(
-            DataLoader(
-                self._crops,
-                batch_sampler=self._steps(start_step, stop_step),
-                collate_fn=self._crops.collate,
-                num_workers=self._num_workers,
-                pin_memory=self._pin_memory,
-                # Without its own generator, every iterator draws from the global one.
-                generator=torch.Generator(),
-                worker_init_fn=ignore_stop_signals,
-            )
-        )
+        steps = self._steps(start_step, stop_step)
+        return _deliver(self, self.num_workers, self.pin_memory, batch_sampler=steps, collate_fn=self._collate)
 
     def _steps(self, start_step: int, stop_step: int) -> Iterator[list[_Key]]:
         """Yield the keys of this rank's part of every step: labeled ones, then unlabeled ones unless labeled_only."""
-        streams = (_LABELED,) if self._crops.labeled_only else (_LABELED, _UNLABELED)
-        share = self._batch_size // self._world_size
+        streams = (_LABELED,) if self.labeled_only else (_LABELED, _UNLABELED)
+        share = self.batch_size // self.world_size
         shuffled_epoch = -1
         for step in range(start_step, stop_step):
             epoch, position = divmod(step, self.steps_per_epoch)
             if epoch != shuffled_epoch:
-                orders, shuffled_epoch = self._orders(epoch), epoch
-            first = position * self._batch_size + self._rank * share
+                orders, shuffled_epoch = [self._order(stream, epoch) for stream in streams], epoch
+            first = position * self.batch_size + self.rank * share
             yield [_Key(stream, epoch, place) for stream in streams for place in orders[stream][first : first + share]]
 
-    def _orders(self, epoch: int) -> tuple[list[int], list[int]]:
-        """Return permutations of the labeled and the unlabeled list for one epoch."""
-        labeled, unlabeled = (
-            torch.randperm(length, generator=make_generator(self._seed, _ORDER, stream, epoch)).tolist()
-            for stream, length in enumerate(self._lengths)
+    def _order(self, stream: int, epoch: int) -> list[int]:
+        length = len(self.unlabeled.entries)
+        # Of the labeled list an epoch uses as many positions as there are unlabeled images.
+        places = max(length, len(self.labeled.entries)) if stream == _LABELED else length
+        return torch.randperm(places, generator=make_generator(self.seed, _ORDER, stream, epoch)).tolist()
+
+    def __getitem__(self, key: _Key) -> Sample:
+        """Read and transform a crop; workers do."""
+        generator = make_generator(self.seed, _AUGMENT, key.stream, key.epoch, key.place)
+        if key.stream == _UNLABELED:
+            return self.unlabeled_transform(*self._read_unlabeled(key.place), generator)
+        # Labeled images are repeated within an epoch, so places may exceed their number.
+        return self.labeled_transform(*self.labeled[key.place % len(self.labeled.entries)], generator)
+
+    def _read_unlabeled(self, index: int) -> tuple[Image.Image, Image.Image | None]:
+        """Read an image, and its hidden label if requested and readable: training does not need these files."""
+        if self.hidden_labels:
+            try:
+                return self.unlabeled[index]
+            except DataError as error:
+                logger.warning("a hidden label is left out of the measurement: %s", error)
+        return self.unlabeled.image(index), None
+
+    def _collate(self, samples: list[Sample]) -> SemiBatch:
+        """Stack the labeled crops (all, or the first half) and the unlabeled ones (the second half)."""
+        count = len(samples) if self.labeled_only else len(samples) // 2
+        labeled = default_collate(samples[:count])
+        if self.labeled_only:
+            return SemiBatch(labeled.image, labeled.label, labeled.image[:0], labeled.valid[:0], None)
+        unlabeled = default_collate(samples[count:])
+        hidden = unlabeled.label if self.hidden_labels else None
+        return SemiBatch(labeled.image, labeled.label, unlabeled.image, unlabeled.valid, hidden)
+
+
+def _deliver(dataset: Dataset[Any], num_workers: int, pin_memory: bool, **order: Any) -> Iterator[Any]:
+    """Yield what a DataLoader reads in an order; the death of a worker raises RunError, however it shows."""
+    batches = iter(
+        DataLoader(
+            dataset,
+            num_workers=num_workers,
+            pin_memory=pin_memory,
+            # Without its own generator, every iterator draws from the global one.
+            generator=torch.Generator(),
+            worker_init_fn=ignore_stop_signals,
+            **order,
         )
-        return labeled, unlabeled
-
-
-def _deliver(loader: "DataLoader[Any]") -> Iterator[Any]:
-    """Yield the batches of a loader; the death of a worker raises RunError, however it shows."""
-    batches = iter(loader)
+    )
     # Workers ignore SIGTERM, so multiprocessing would join them forever at exit if something (a traceback, say) still
     # holds the iterator then.
     end_workers = getattr(batches, "_shutdown_workers", lambda: None)
@@ -261,11 +228,11 @@ class EvalSample(NamedTuple):
     entry: Entry
 
 
+@dataclass(frozen=True)
 class _WholeImages(Dataset[EvalSample]):
-    def __init__(self, source: ImageSource, mean: Sequence[float], std: Sequence[float]):
-        self.source = source
-        self.mean = mean
-        self.std = std
+    source: ImageSource
+    mean: Sequence[float]
+    std: Sequence[float]
 
     def __getitem__(self, index: int) -> EvalSample:
         image, label = self.source[index]
@@ -302,14 +269,5 @@ def evaluation_loader(
         DataError: an entry has no label, or there is none at all.
     """
     _require_labels(source.entries)
-    return _deliver(
-        DataLoader(
-            _WholeImages(source, mean, std),
-            batch_size=None,
-            sampler=range(rank, len(source.entries), world_size),
-            num_workers=num_workers,
-            pin_memory=pin_memory,
-            generator=torch.Generator(),
-            worker_init_fn=ignore_stop_signals,
-        )
-    )
+    order = range(rank, len(source.entries), world_size)
+    return _deliver(_WholeImages(source, mean, std), num_workers, pin_memory, batch_size=None, sampler=order)

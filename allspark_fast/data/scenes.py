@@ -13,7 +13,6 @@ import numpy as np
 from numpy.random import Generator
 from numpy.typing import NDArray
 from PIL import Image
-from torch.utils.data import Dataset
 
 from allspark_fast.data.datasets import Entry
 from allspark_fast.data.info import DatasetInfo, hex_palette
@@ -221,24 +220,19 @@ def render_scene(seed: int, index: int, size: tuple[int, int]) -> tuple[NDArray[
     return np.rint(np.clip(canvas, 0.0, 1.0) * 255.0).astype(np.uint8).transpose(1, 2, 0), label
 
 
-class ScenesDataset(Dataset[tuple[Image.Image, Image.Image]]):
+class ScenesDataset:
     """Rendered scenes in place of images on disk; each process keeps up to 64 MiB of those it has rendered.
 
     Args:
         indices: numbers of the scenes, not negative; the parts of one dataset are disjoint ranges.
-        size: side in pixels, or (height, width).
+        size: side in pixels.
         seed: seed of the dataset, not negative.
     """
 
-    def __init__(self, indices: Sequence[int], size: int | tuple[int, int], seed: int):
-        self.indices = indices
-        self.size = (size, size) if isinstance(size, int) else size
-        self.seed = seed
+    def __init__(self, indices: Sequence[int], size: int, seed: int):
         self.entries = [Entry(f"scene {index}", f"label of scene {index}") for index in indices]
-        self._render = lru_cache(2**24 // (self.size[0] * self.size[1]))(render_scene)  # 64 MiB
-
-    def __len__(self) -> int:
-        return len(self.indices)
+        self._indices, self._size, self._seed = indices, size, seed
+        self._render = lru_cache(2**24 // size**2)(render_scene)  # 64 MiB
 
     def image(self, index: int) -> Image.Image:
         """Render the image alone, of mode RGB."""
@@ -246,5 +240,5 @@ class ScenesDataset(Dataset[tuple[Image.Image, Image.Image]]):
 
     def __getitem__(self, index: int) -> tuple[Image.Image, Image.Image]:
         """Render one scene: an RGB image and its label (mode L)."""
-        image, label = self._render(self.seed, self.indices[index], self.size)
+        image, label = self._render(self._seed, self._indices[index], (self._size, self._size))
         return Image.fromarray(image), Image.fromarray(label)

@@ -1,37 +1,29 @@
-"""Opening of the dataset that a configuration names: classes, and labeled, unlabeled and validation images."""
+"""All images that a run reads: opened, checked, and delivered as batches."""
 
+import functools
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from allspark_fast.config import DataConfig
-from allspark_fast.data.datasets import Entry, ImageSource, SegmentationDataset, find_split, scan_folder
+import torch
+
+from allspark_fast.config import Config, DataConfig
+from allspark_fast.data.check import check_sources
+from allspark_fast.data.datasets import Entry, ImageSource, SegmentationDataset, Sources, find_split, scan_folder
 from allspark_fast.data.info import DATASETS, DatasetInfo, read_info
+from allspark_fast.data.loader import EvalSample, SemiBatch, SemiLoader, evaluation_loader
 from allspark_fast.data.scenes import SCENES, ScenesDataset
+from allspark_fast.data.transforms import CropTransform
+from allspark_fast.distributed import rank, world_size
 from allspark_fast.errors import DataError, InputError
 
 # Scenes are larger than the crop, as photographs are.
 _SCENE_SCALE = 1.25
 _SCENE_SEED = 0
 _FIRST_VAL_SCENE = 1_000_000
-
-
-@dataclass(frozen=True)
-class Sources:
-    """An opened dataset.
-
-    Attributes:
-        info: classes and colors.
-        labeled: training images with labels.
-        unlabeled: training images whose labels are not used.
-        val: validation images with labels.
-    """
-
-    info: DatasetInfo
-    labeled: ImageSource
-    unlabeled: ImageSource
-    val: ImageSource
+# Entries of each list that are read before training starts; `python -m allspark_fast check` reads all.
+_CHECKED = 16
+_LISTED = 20
 
 
 def open_sources(config: DataConfig) -> Sources:
@@ -41,71 +33,136 @@ def open_sources(config: DataConfig) -> Sources:
         DataError: a folder or file is missing or malformed; the message names it.
         InputError: a setting is missing that tells where they are.
     """
-    if config.dataset == "scenes":
-        return _open_scenes(config)
-    root, info, splits = _locate(config, ("labeled", "unlabeled", "val"))
-    datasets = {name: SegmentationDataset(root, entries, info=info) for name, entries in splits.items()}
-    return Sources(info, datasets["labeled"], datasets["unlabeled"], datasets["val"])
+    info, (labeled, unlabeled, val) = _open(config, ("labeled", "unlabeled", "val"))
+    return Sources(info, labeled, unlabeled, val)
 
 
 def open_val(config: DataConfig) -> tuple[DatasetInfo, ImageSource]:
-    """Open the validation images alone, and their classes; needs no training lists.
+    """Open the validation images alone, and their classes; needs no training lists, raises as ``open_sources``."""
+    info, (val,) = _open(config, ("val",))
+    return info, val
 
-    Raises:
-        DataError: as for ``open_sources``.
-        InputError: as for ``open_sources``.
-    """
+
+def _open(config: DataConfig, names: Sequence[str]) -> tuple[DatasetInfo, list[ImageSource]]:
     if config.dataset == "scenes":
-        return SCENES, _open_scenes(config).val
-    root, info, splits = _locate(config, ("val",))
-    return info, SegmentationDataset(root, splits["val"], info=info)
-
-
-def _open_scenes(config: DataConfig) -> Sources:
-    labeled, unlabeled, val = config.scenes
-    size = round(_SCENE_SCALE * config.crop)
-
-    def scenes(start: int, count: int) -> ScenesDataset:
-        return ScenesDataset(range(start, start + count), size, _SCENE_SEED)
-
-    return Sources(SCENES, scenes(0, labeled), scenes(labeled, unlabeled), scenes(_FIRST_VAL_SCENE, val))
-
-
-def _locate(config: DataConfig, names: Sequence[str]) -> tuple[Path, DatasetInfo, Mapping[str, list[Entry]]]:
+        labeled, unlabeled, val = config.scenes
+        scenes = {
+            "labeled": range(labeled),
+            "unlabeled": range(labeled, labeled + unlabeled),
+            "val": range(_FIRST_VAL_SCENE, _FIRST_VAL_SCENE + val),
+        }
+        return SCENES, [ScenesDataset(scenes[name], round(_SCENE_SCALE * config.crop), _SCENE_SEED) for name in names]
     root = _root(config)
     info = DATASETS[config.dataset] if config.dataset in DATASETS else read_info(root)
     files = {name: getattr(config, name) for name in names}
-    splits = {name: find_split(root, file) for name, file in files.items() if file is not None}
-    if config.dataset == "folder":
-        splits = _complete(root, splits)
-    missing = [name for name in files if name not in splits]
+    lists = {name: find_split(root, file) for name, file in files.items() if file is not None}
+    if config.dataset == "folder" and len(lists) < len(files):
+        lists = _rest(root, lists) | lists
+    missing = [name for name in files if name not in lists]
     if missing:
         raise InputError(
             f"data.{missing[0]} is not set: expected a split file with one `image label` per line"
             " (`python -m allspark_fast splits` writes labeled.txt and unlabeled.txt)"
         )
-    return root, info, splits
+    return info, [SegmentationDataset(root, lists[name], info=info) for name in names]
 
 
 def _root(config: DataConfig) -> Path:
-    if config.root is not None:
-        root = config.root
-    elif "ALLSPARK_DATA_DIR" in os.environ:
-        folder = Path(os.environ["ALLSPARK_DATA_DIR"])
-        root = folder / config.dataset if (folder / config.dataset).is_dir() else folder
-    else:
+    root = config.root
+    if root is None and "ALLSPARK_DATA_DIR" not in os.environ:
         raise InputError(
             "data.root is not set: pass --data.root with the folder of the dataset, or set $ALLSPARK_DATA_DIR"
         )
+    if root is None:
+        folder = Path(os.environ["ALLSPARK_DATA_DIR"])
+        root = folder / config.dataset if (folder / config.dataset).is_dir() else folder
     if not root.is_dir():
         raise DataError(f"data.root: there is no folder {root}")
     return root
 
 
-def _complete(root: Path, splits: Mapping[str, list[Entry]]) -> dict[str, list[Entry]]:
-    """Add the lists of a folder that were not given: remaining images with a label are labeled, others unlabeled."""
-    taken = {entry.image for entries in splits.values() for entry in entries}
+def _rest(root: Path, lists: Mapping[str, list[Entry]]) -> dict[str, list[Entry]]:
+    """Sort the images of a folder that no list holds: those with a label are labeled, others unlabeled."""
+    taken = {entry.image for entries in lists.values() for entry in entries}
     rest = [entry for entry in scan_folder(root) if entry.image not in taken]
-    labeled = [entry for entry in rest if entry.label is not None]
-    unlabeled = [entry for entry in rest if entry.label is None]
-    return {"labeled": labeled, "unlabeled": unlabeled, **splits}
+    return {"labeled": [x for x in rest if x.label is not None], "unlabeled": [x for x in rest if x.label is None]}
+
+
+class TrainingData:
+    """Labeled, unlabeled and validation images of a configuration; each rank gets its part of them.
+
+    Args:
+        config: of the run.
+        device: where batches are delivered.
+
+    Attributes:
+        sources: what was opened.
+        info: names and colors of the classes.
+        steps_per_epoch: steps of one pass over the unlabeled images.
+
+    Raises:
+        DataError: a folder or file is missing or malformed, or there are too few images.
+    """
+
+    def __init__(self, config: Config, device: torch.device) -> None:
+        self._config = config
+        self._device = device
+        self.sources = open_sources(config.data)
+        self.info = self.sources.info
+        self._loader = self._build_loader()
+        self.steps_per_epoch = self._loader.steps_per_epoch
+
+    def check(self) -> None:
+        """Read some entries of every list, and check that the files of all exist.
+
+        Raises:
+            DataError: some cannot be used; the first of these are listed.
+        """
+        labeled_only = self._config.train.method == "supervised"
+        problems = check_sources(self.sources, self._config.data.crop, sample=_CHECKED, labeled_only=labeled_only)
+        errors = [problem for problem in problems if not problem.is_warning]
+        if errors:
+            more = [f"and {len(errors) - _LISTED} more"] if len(errors) > _LISTED else []
+            listed = "\n".join([*map(str, errors[:_LISTED]), *more])
+            raise DataError(f"{len(errors)} problems in the data; `python -m allspark_fast check` lists all:\n{listed}")
+
+    def batches(self, start_step: int, stop_step: int) -> Iterator[SemiBatch]:
+        """Yield the batches of steps, see SemiLoader.iterate."""
+        for batch in self._loader.iterate(start_step, stop_step):
+            yield batch.to(self._device, non_blocking=True)
+
+    @functools.cached_property
+    def first_batch(self) -> SemiBatch:
+        """The crops of the first step, with the labels that training does not see."""
+        return next(self._build_loader(hidden_labels=True).iterate(0, 1)).to(self._device)
+
+    def validation(self) -> Iterator[EvalSample]:
+        """Yield the validation images, see evaluation_loader."""
+        data = self._config.data
+        return evaluation_loader(
+            self.sources.val,
+            mean=data.mean,
+            std=data.std,
+            num_workers=self._config.eval.workers,
+            pin_memory=self._device.type == "cuda",
+            rank=rank(),
+            world_size=world_size(),
+        )
+
+    def _build_loader(self, *, hidden_labels: bool = False) -> SemiLoader:
+        data, train = self._config.data, self._config.train
+        crop = functools.partial(CropTransform, data.crop, mean=data.mean, std=data.std, scale_range=data.scale)
+        return SemiLoader(
+            self.sources.labeled,
+            self.sources.unlabeled,
+            crop(photometric=True),
+            crop(photometric=False),
+            batch_size=train.batch_size,
+            seed=train.seed,
+            num_workers=0 if hidden_labels else data.workers,
+            pin_memory=self._device.type == "cuda",
+            labeled_only=train.method == "supervised" and not hidden_labels,
+            hidden_labels=hidden_labels,
+            rank=rank(),
+            world_size=world_size(),
+        )

@@ -1,13 +1,14 @@
 """Splits of a list of entries into a labeled and an unlabeled part."""
 
+import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from allspark_fast.data.datasets import Entry, SegmentationDataset, split_line, values_of
-from allspark_fast.data.images import map_in_threads
+from allspark_fast.data.datasets import Entry, SegmentationDataset, split_line
+from allspark_fast.data.images import map_in_threads, values_of
 from allspark_fast.data.info import IGNORE_INDEX
 from allspark_fast.data.seeding import mix_seed
 from allspark_fast.errors import DataError, InputError
@@ -52,9 +53,10 @@ def parse_amount(text: str, total: int) -> int:
 
 
 def classes_of(dataset: SegmentationDataset) -> Callable[[Entry], frozenset[int]]:
-    """Return a function that reads the classes present in the label of an entry of ``dataset``."""
+    """Return a function that reads the classes present in the label of an entry of ``dataset``, once each."""
     index = {entry: position for position, entry in enumerate(dataset.entries)}
 
+    @functools.cache
     def present(entry: Entry) -> frozenset[int]:
         label = dataset.label(index[entry])
         return frozenset(() if label is None else values_of(label)) - {IGNORE_INDEX}

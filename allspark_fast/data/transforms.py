@@ -4,6 +4,7 @@ The distributions are those of the reference implementation (``dataset/semi.py``
 """
 
 from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -60,7 +61,7 @@ def _chance(generator: Generator, probability: float) -> bool:
 
 
 def draw_geometry(
-    size: tuple[int, int], crop_size: tuple[int, int], scale_range: tuple[float, float], generator: Generator
+    size: tuple[int, int], crop_size: int, scale_range: tuple[float, float], generator: Generator
 ) -> Geometry:
     """Draw resize, crop and flip.
 
@@ -70,7 +71,7 @@ def draw_geometry(
 
     Args:
         size: (width, height) of the image.
-        crop_size: (height, width) of the crop.
+        crop_size: side of the crop in pixels.
         scale_range: least and greatest scale.
         generator: source of randomness.
     """
@@ -80,17 +81,12 @@ def draw_geometry(
     width, height = (short_scaled, long_scaled) if size[1] > size[0] else (long_scaled, short_scaled)
     # An image a few pixels wide can scale to nothing.
     scaled = max(width, 1), max(height, 1)
-    x = _integer(generator, 0, max(scaled[0] - crop_size[1], 0))
-    y = _integer(generator, 0, max(scaled[1] - crop_size[0], 0))
+    x, y = (_integer(generator, 0, max(side - crop_size, 0)) for side in scaled)
     return Geometry(scaled, (x, y), _chance(generator, 0.5))
 
 
 def apply_geometry(
-    image: Image.Image,
-    geometry: Geometry,
-    crop_size: tuple[int, int],
-    resample: Image.Resampling,
-    fill: int,
+    image: Image.Image, geometry: Geometry, crop_size: int, resample: Image.Resampling, fill: int
 ) -> Image.Image:
     """Resize, crop, pad and flip at once: only the part that the crop keeps is resized.
 
@@ -100,24 +96,18 @@ def apply_geometry(
     Args:
         image: image or label.
         geometry: drawn for the size of ``image``.
-        crop_size: (height, width) of the result.
+        crop_size: side of the result in pixels.
         resample: filter of the resize.
         fill: value of the padding in every channel.
     """
     (scaled_width, scaled_height), (x, y), flip = geometry
-    width, height = min(crop_size[1], scaled_width), min(crop_size[0], scaled_height)
+    width, height = min(crop_size, scaled_width), min(crop_size, scaled_height)
     step_x, step_y = image.width / scaled_width, image.height / scaled_height
     right, bottom = min((x + width) * step_x, image.width), min((y + height) * step_y, image.height)
     part = image.resize((width, height), resample, box=(x * step_x, y * step_y, right, bottom))
-    crop = Image.new(image.mode, (crop_size[1], crop_size[0]), (fill,) * len(image.getbands()))
+    crop = Image.new(image.mode, (crop_size, crop_size), (fill,) * len(image.getbands()))
     crop.paste(part)
     return crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else crop
-
-
-def _valid_mask(geometry: Geometry, crop_size: tuple[int, int]) -> Tensor:
-    valid = torch.zeros(crop_size, dtype=torch.bool)
-    valid[: geometry.scaled[1], : geometry.scaled[0]] = True
-    return valid.flip(1) if geometry.flip else valid
 
 
 def _color_jitter(image: Image.Image, generator: Generator) -> Image.Image:
@@ -156,11 +146,12 @@ def label_tensor(label: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(label, dtype=np.int64))
 
 
+@dataclass(frozen=True)
 class CropTransform:
     """Random resize, crop and flip of image and label, and photometric changes of the image.
 
-    Args:
-        crop_size: side of the square crop, or (height, width), in pixels.
+    Attributes:
+        crop_size: side of the square crop in pixels.
         photometric: whether to jitter colors; the reference implementation does so for labeled images only.
         mean: mean per channel that is subtracted, for images in 0..1.
         std: standard deviation per channel that is divided by.
@@ -170,23 +161,18 @@ class CropTransform:
         ValueError: ``crop_size`` or ``scale_range`` is not positive, or the latter not ascending.
     """
 
-    def __init__(
-        self,
-        crop_size: int | tuple[int, int],
-        *,
-        photometric: bool,
-        mean: Sequence[float] = IMAGENET_MEAN,
-        std: Sequence[float] = IMAGENET_STD,
-        scale_range: tuple[float, float] = (0.5, 2.0),
-    ):
-        self.crop_size = (crop_size, crop_size) if isinstance(crop_size, int) else crop_size
-        if min(self.crop_size) < 1:
-            raise ValueError(f"crop_size is {crop_size}, expected at least 1 pixel per side")
-        if not 0 < scale_range[0] <= scale_range[1]:
-            raise ValueError(f"scale_range is {scale_range}, expected 0 < least <= greatest")
-        self.photometric = photometric
-        self.mean, self.std = tuple(mean), tuple(std)
-        self.scale_range = scale_range
+    crop_size: int
+    _: KW_ONLY
+    photometric: bool
+    mean: Sequence[float] = IMAGENET_MEAN
+    std: Sequence[float] = IMAGENET_STD
+    scale_range: tuple[float, float] = (0.5, 2.0)
+
+    def __post_init__(self) -> None:
+        if self.crop_size < 1:
+            raise ValueError(f"crop_size is {self.crop_size}, expected at least 1 pixel")
+        if not 0 < self.scale_range[0] <= self.scale_range[1]:
+            raise ValueError(f"scale_range is {self.scale_range}, expected 0 < least <= greatest")
 
     def __call__(self, image: Image.Image, label: Image.Image | None, generator: Generator) -> Sample:
         """Transform one image.
@@ -207,14 +193,10 @@ class CropTransform:
         crop = apply_geometry(image, geometry, self.crop_size, Image.Resampling.BILINEAR, 0)
         if self.photometric:
             crop = jitter_colors(crop, generator)
-        return Sample(
-            normalize_image(crop, self.mean, self.std),
-            self._label(label, geometry),
-            _valid_mask(geometry, self.crop_size),
-        )
-
-    def _label(self, label: Image.Image | None, geometry: Geometry) -> Tensor:
-        if label is None:
-            return torch.full(self.crop_size, IGNORE_INDEX)
-        crop = apply_geometry(label, geometry, self.crop_size, Image.Resampling.NEAREST, IGNORE_INDEX)
-        return label_tensor(crop)
+        target = torch.full((self.crop_size, self.crop_size), IGNORE_INDEX)
+        if label is not None:
+            nearest = Image.Resampling.NEAREST
+            target = label_tensor(apply_geometry(label, geometry, self.crop_size, nearest, IGNORE_INDEX))
+        valid = torch.zeros(self.crop_size, self.crop_size, dtype=torch.bool)
+        valid[: geometry.scaled[1], : geometry.scaled[0]] = True
+        return Sample(normalize_image(crop, self.mean, self.std), target, valid.flip(1) if geometry.flip else valid)

@@ -72,7 +72,3 @@ def test_classes_are_counted_without_a_meta_file(tmp_path):
         read_info(tmp_path)
     write_image(tmp_path / "labels" / "deep" / "b.png", np.array([[4, 255]], np.uint8))
     assert read_info(tmp_path).classes == ("class 0", "class 1", "class 2", "class 3", "class 4")
-
-
-def test_camvid_names_itself(camvid):
-    assert read_info(camvid) == DATASETS["camvid"]

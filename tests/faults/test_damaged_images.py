@@ -47,8 +47,11 @@ def harm(content: bytes, kind: str, source: random.Random) -> bytes:
 
 
 @pytest.mark.parametrize(("mode", "kind"), KINDS)
-def test_a_damaged_file_is_an_image_or_a_named_error(tmp_path: Path, mode: str, kind: str) -> None:
+def test_an_image_is_read_upright_and_a_damaged_one_is_named(tmp_path: Path, mode: str, kind: str) -> None:
     path, whole, source = tmp_path / "a.img", encoded(mode, kind), random.Random(0)
+    path.write_bytes(whole)
+    if mode not in ("F", "I"):
+        assert read_image(path).size == ((20, 24) if kind in ("PNG", "JPEG", "WEBP") else (24, 20))
     for trial in range(TRIALS):
         path.write_bytes(harm(whole, ("cut", "flip", "splice")[trial % 3], source))
         for read, result in ((read_image, "RGB"), (read_label, "L")):
@@ -58,16 +61,6 @@ def test_a_damaged_file_is_an_image_or_a_named_error(tmp_path: Path, mode: str, 
                     assert read(path).mode == result
                 except DataError as error:
                     assert str(path) in str(error)  # noqa: PT017 both outcomes are right
-
-
-@pytest.mark.parametrize(("mode", "kind"), [x for x in KINDS if x[0] not in ("F", "I")])
-def test_whole_files_of_every_mode_are_upright_colours(tmp_path: Path, mode: str, kind: str) -> None:
-    (tmp_path / "a.img").write_bytes(encoded(mode, kind))
-    image = read_image(tmp_path / "a.img")
-    assert image.mode == "RGB"
-    assert image.size == ((20, 24) if kind in ("PNG", "JPEG", "WEBP") else (24, 20))
-    if (mode, kind) in (("RGB", "PNG"), ("RGBA", "PNG")):
-        np.testing.assert_array_equal(np.rot90(np.asarray(image)), _PIXELS)
 
 
 def test_a_decompression_bomb_is_refused_without_decoding(tmp_path: Path) -> None:
@@ -87,9 +80,3 @@ def test_other_formats_are_refused_whatever_their_suffix(tmp_path: Path, kind: s
     for read in (read_image, read_label):
         with pytest.raises(DataError, match=r"a\.png: not an image in a supported format \(BMP, GIF.*convert it"):
             read(tmp_path / "a.png")
-
-
-def test_an_image_of_one_pixel(tmp_path: Path) -> None:
-    Image.new("L", (1, 1), 5).save(tmp_path / "a.png")
-    assert read_image(tmp_path / "a.png").getpixel((0, 0)) == (5, 5, 5)
-    assert read_label(tmp_path / "a.png").getpixel((0, 0)) == 5

@@ -1,6 +1,5 @@
 """Faults of a whole run: full and read-only disks, too little memory, lost workers, kills, files that go bad."""
 
-import json
 import multiprocessing
 import os
 import resource
@@ -9,7 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 from PIL import Image
 
@@ -23,6 +21,7 @@ from allspark_fast.training import trainer
 from allspark_fast.training.step import Losses, TrainState, train_step
 from allspark_fast.training.trainer import Trainer
 from tests.faults.kill_and_resume import kill_and_resume
+from tests.helpers.images import write_folder
 from tests.helpers.ranks import Run
 from tests.helpers.runs import assert_same_run, changed, tiny_config
 
@@ -158,17 +157,6 @@ def test_kills_at_random_moments(tmp_path: Path) -> None:
     Run(kill_four, tmp_path).finish()
 
 
-def make_folder(root: Path, images: int) -> list[Entry]:
-    entries = [Entry(f"images/{i}.png", f"labels/{i}.png") for i in range(images)]
-    for part in ("images", "labels"):
-        (root / part).mkdir(parents=True)
-    for i, entry in enumerate(entries):
-        Image.fromarray(np.full((50, 60, 3), 40 * i, np.uint8)).save(root / entry.image)
-        Image.fromarray(np.full((50, 60), i % 2, np.uint8)).save(root / entry.label)
-    (root / "meta.json").write_text(json.dumps({"classes": ["even", "odd"]}))
-    return entries
-
-
 def loader(root: Path, labeled: list[Entry], unlabeled: list[Entry], **options: object) -> SemiLoader:
     sources = [SegmentationDataset(root, entries, info=read_info(root)) for entries in (labeled, unlabeled)]
     crops = [CropTransform(32, photometric=False)] * 2
@@ -187,7 +175,7 @@ def loader(root: Path, labeled: list[Entry], unlabeled: list[Entry], **options: 
     ],
 )
 def test_a_file_that_goes_bad_during_the_run_is_named(tmp_path: Path, harm: str, workers: int, message: str) -> None:
-    entries = make_folder(tmp_path, 6)
+    entries = write_folder(tmp_path, 6, classes=2)
     batches = loader(tmp_path, entries, entries, num_workers=workers).iterate(0, 60)
     next(batches)
     for entry in entries:
@@ -199,10 +187,10 @@ def test_a_file_that_goes_bad_during_the_run_is_named(tmp_path: Path, harm: str,
         if harm in ("cut", "emptied"):
             harmed.write_bytes(label.read_bytes()[: 50 if harm == "cut" else 0])
         else:
-            size, value = ((60, 50), 7) if harm == "outside the classes" else ((9, 9), 0)
+            size, value = ((50, 40), 7) if harm == "outside the classes" else ((9, 9), 0)
             Image.new("L", size, value).save(harmed)
         harmed.replace(label)
-    with pytest.raises(DataError, match=rf"labels/\d\.png.*{message}"):
+    with pytest.raises(DataError, match=rf"labels/\d+\.png.*{message}"):
         list(batches)
 
 
@@ -210,7 +198,7 @@ def test_hidden_labels_that_are_not_there_are_told_and_left_out(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Lists of the public code name a label for every unlabeled image; training needs none of them."""
-    entries = make_folder(tmp_path, 4)
+    entries = write_folder(tmp_path, 4)
     absent = [Entry(entry.image, f"absent/{i}.png") for i, entry in enumerate(entries)]
     batch = next(loader(tmp_path, entries, absent, hidden_labels=True).iterate(0, 1))
     assert (batch.unlabeled_label == 255).all()
