@@ -63,7 +63,7 @@ def evaluate(
 def batches_of_equal_size(
     items: Iterable[Item], batch_size: int, size: Callable[[Item], Hashable]
 ) -> Iterator[list[Item]]:
-    """Yield every item once, with at most ``batch_size`` of equal size; few wait for others, so order changes little."""
+    """Yield every item once, up to ``batch_size`` of equal size; few wait for others, so order changes little."""
     waiting: dict[Hashable, list[Item]] = {}
     for item in items:
         key = size(item)
