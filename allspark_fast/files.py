@@ -1,47 +1,11 @@
-"""Files that are written whole or not at all, and read without running code from them."""
+"""Files that are written whole or not at all."""
 
 import os
-import pickle
 import shutil
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import torch
 from safetensors import SafetensorError
-
-from allspark_fast.errors import InputError
-
-
-def read_torch_file(path: Path) -> Any:
-    """Read what ``torch.save`` wrote onto the CPU, without running code from it.
-
-    Since torch 1.6 such files are zip archives, which hold a checksum of every tensor. ``torch.load`` does not compare
-    it: a flipped bit in a tensor would go unnoticed.
-
-    Raises:
-        InputError: the file is damaged, or holds more than tensors and plain values; the message names it.
-    """
-    try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                if (damaged := archive.testzip()) is not None:
-                    raise ValueError(f"the checksum of {damaged} is wrong")
-        elif not _begins_like_weights(path):
-            raise ValueError("it does not begin like a file of torch.save")
-        return torch.load(path, map_location="cpu", weights_only=True)
-    # Damaged files raise almost anything: BadZipFile, UnpicklingError, RuntimeError, EOFError, KeyError and more.
-    except Exception as error:
-        raise InputError(
-            f"{path} cannot be read, it is damaged or holds more than weights ({reason(error)})"
-        ) from error
-
-
-def _begins_like_weights(path: Path) -> bool:
-    """Return whether this may be an archive, or what torch wrote before 1.6: else torch advises to allow more."""
-    with path.open("rb") as file:
-        return file.read(2).startswith((b"PK", pickle.PROTO))
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:

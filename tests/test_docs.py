@@ -137,7 +137,7 @@ def test_commands_exist(command: str) -> None:
     elif words[:2] == ["-m", "allspark_fast"]:
         settings = words[3:]
         if words[2] not in ("train", "check"):
-            parser = importlib.import_module(f"allspark_fast.cli.{words[2]}").build_parser()
+            parser = importlib.import_module(f"allspark_fast.cli.{words[2]}").PARSER
             settings = parser.parse_known_args(settings)[1]
             assert not settings or words[2] == "evaluate"
         parse_config(settings, words[2])

@@ -1,6 +1,6 @@
 """Commands of ``python -m allspark_fast``: one module each, whose ``run(arguments)`` returns the exit status.
 
-Those that take more than a recipe have ``build_parser()`` too.
+Those that take more than a recipe have a ``PARSER`` too.
 """
 
 import argparse

@@ -1,6 +1,5 @@
 """``convert``."""
 
-import argparse
 from pathlib import Path
 
 from allspark_fast.cli import command_parser, property_table
@@ -10,39 +9,34 @@ from allspark_fast.weights.convert import read_model
 from allspark_fast.weights.files import save_weights
 from allspark_fast.weights.spec import describe_model, save_model
 
-
-def build_parser() -> argparse.ArgumentParser:
-    """Build the parser of the command's arguments."""
-    parser = command_parser("convert")
-    parser.add_argument(
-        "source",
-        metavar="SRC",
-        type=Path,
-        help="checkpoint of the public AllSpark code (.pth), Hugging Face SegFormer, a run folder, or weights of ours",
-    )
-    parser.add_argument(
-        "target",
-        metavar="DST",
-        type=Path,
-        help=".safetensors, .pth for the layout of the public AllSpark code, or a folder for the Hugging Face Hub",
-    )
-    parser.add_argument(
-        "--classes",
-        metavar="NAME|META.JSON",
-        help="data set that names the classes, or a file of names; default: what SRC says, or the public data set with "
-        "so many classes",
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace DST if it exists")
-    return parser
+PARSER = command_parser("convert")
+PARSER.add_argument(
+    "source",
+    metavar="SRC",
+    type=Path,
+    help="checkpoint of the public AllSpark code (.pth), Hugging Face SegFormer, a run folder, or weights of ours",
+)
+PARSER.add_argument(
+    "target",
+    metavar="DST",
+    type=Path,
+    help=".safetensors, .pth for the layout of the public AllSpark code, or a folder for the Hugging Face Hub",
+)
+PARSER.add_argument(
+    "--classes",
+    metavar="NAME|META.JSON",
+    help="data set that names the classes, or a file of names; default: what SRC says, or the public data set with "
+    "so many classes",
+)
+PARSER.add_argument("--overwrite", action="store_true", help="replace DST if it exists")
 
 
 def run(arguments: list[str]) -> int:
     """Convert weights."""
-    parser = build_parser()
-    options = parser.parse_args(arguments)
+    options = PARSER.parse_args(arguments)
     target = options.target
     if target.suffix not in (".safetensors", ".pth", ""):
-        parser.error(f"DST must be .safetensors, .pth or a folder, got {target}")
+        PARSER.error(f"DST must be .safetensors, .pth or a folder, got {target}")
     if target.exists() and not options.overwrite:
         raise InputError(f"{target} exists: pass --overwrite to replace it")
     if target.suffix:

@@ -1,6 +1,5 @@
 """``evaluate``."""
 
-import argparse
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -20,35 +19,38 @@ from allspark_fast.inference.scores import draw_confusion, score_record, score_t
 from allspark_fast.recipes import RECIPES
 from allspark_fast.weights.spec import load_model
 
-
-def build_parser() -> argparse.ArgumentParser:
-    """Build the parser of the command's arguments."""
-    parser = command_parser("evaluate")
-    parser.usage = "%(prog)s WEIGHTS [--split FILE] [--json FILE] [--confusion FILE] [RECIPE [--group.field value ...]]"
-    parser.epilog = (
-        f"RECIPE ({', '.join(RECIPES)}) and its settings, as `check` takes them, say where the images are and how they "
-        "are evaluated; without it, WEIGHTS must be a run folder, and the settings are those of the run. Crop and "
-        "normalization are those of the weights."
-    )
-    parser.add_argument("weights", metavar="WEIGHTS", type=Path, help="a run folder, or a file; a file needs a RECIPE")
-    parser.add_argument("--split", type=Path, metavar="FILE", help="split file to score, if not the validation images")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all scores to this file")
-    confusion_help = "draw the confusion matrix into this file; default for a run without RECIPE: its confusion.png"
-    parser.add_argument("--confusion", type=Path, metavar="FILE", help=confusion_help)
-    return parser
+PARSER = command_parser("evaluate")
+PARSER.usage = "%(prog)s WEIGHTS [--split FILE] [--json FILE] [--confusion FILE] [RECIPE [--group.field value ...]]"
+PARSER.epilog = (
+    f"RECIPE ({', '.join(RECIPES)}) and its settings, as `check` takes them, say where the images are and how they "
+    "are evaluated; without it, WEIGHTS must be a run folder, and the settings are those of the run. Crop and "
+    "normalization are those of the weights."
+)
+PARSER.add_argument("weights", metavar="WEIGHTS", type=Path, help="a run folder, or a file; a file needs a RECIPE")
+PARSER.add_argument("--split", type=Path, metavar="FILE", help="split file to score, if not the validation images")
+PARSER.add_argument("--json", type=Path, metavar="FILE", help="write all scores to this file")
+PARSER.add_argument(
+    "--confusion",
+    type=Path,
+    metavar="FILE",
+    help="draw the confusion matrix into this file; default for a run without RECIPE: its confusion.png",
+)
 
 
 def run(arguments: list[str]) -> int:
     """Score weights on the validation images of their run, or of a recipe."""
-    parser = build_parser()
-    options, settings = parser.parse_known_args(arguments)
+    options, settings = PARSER.parse_known_args(arguments)
     if settings and settings[0].startswith("-"):
-        parser.error(f"unrecognized arguments: {' '.join(settings)} (settings come after a RECIPE)")
+        PARSER.error(f"unrecognized arguments: {' '.join(settings)} (settings come after a RECIPE)")
     if settings:
         _, config = parse_config(settings, "evaluate WEIGHTS")
         picture = options.confusion
     else:
-        config = _config_of_run(options.weights)
+        if not (options.weights / "config.json").is_file():
+            raise FileNotFoundError(
+                f"{options.weights}: not a run folder (no config.json); for other weights name a RECIPE"
+            )
+        config = Config.read(options.weights / "config.json")
         picture = options.confusion or options.weights / "confusion.png"
     if options.split is not None:
         if config.data.dataset == "scenes":
@@ -81,9 +83,3 @@ def run(arguments: list[str]) -> int:
     if picture is not None:
         draw_confusion(picture, scores, info)
     return 0
-
-
-def _config_of_run(folder: Path) -> Config:
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder}: not a run folder (no config.json); for other weights name a RECIPE")
-    return Config.read(folder / "config.json")

@@ -1,6 +1,5 @@
 """``export``."""
 
-import argparse
 from pathlib import Path
 
 from allspark_fast.cli import command_parser
@@ -9,25 +8,21 @@ from allspark_fast.files import require_parent
 from allspark_fast.weights.export import MIN_SIDE, export_model
 from allspark_fast.weights.spec import load_model
 
-
-def build_parser() -> argparse.ArgumentParser:
-    """Build the parser of the command's arguments."""
-    parser = command_parser("export")
-    parser.epilog = (
-        f"The graph takes images (B, 3, H, W) in 0..1, any batch, at least {MIN_SIDE} pixels a side, "
-        "and returns logits (B, K, H, W)."
-    )
-    parser.add_argument(
-        "weights", metavar="WEIGHTS", type=Path, help="a run folder, or a file such as its best.safetensors"
-    )
-    parser.add_argument("out", metavar="OUT", type=Path, help=".pt2 for torch.export, .onnx for ONNX")
-    parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
-    return parser
+PARSER = command_parser("export")
+PARSER.epilog = (
+    f"The graph takes images (B, 3, H, W) in 0..1, any batch, at least {MIN_SIDE} pixels a side, "
+    "and returns logits (B, K, H, W)."
+)
+PARSER.add_argument(
+    "weights", metavar="WEIGHTS", type=Path, help="a run folder, or a file such as its best.safetensors"
+)
+PARSER.add_argument("out", metavar="OUT", type=Path, help=".pt2 for torch.export, .onnx for ONNX")
+PARSER.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
 
 
 def run(arguments: list[str]) -> int:
     """Export a trained model as one graph."""
-    options = build_parser().parse_args(arguments)
+    options = PARSER.parse_args(arguments)
     if options.out.exists() and not options.overwrite:
         raise InputError(f"{options.out} exists: pass --overwrite to replace it")
     require_parent(options.out)

@@ -1,7 +1,5 @@
 """``info``."""
 
-import argparse
-import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -10,22 +8,19 @@ import torch
 
 from allspark_fast import __version__
 from allspark_fast.cli import command_parser, property_table
+from allspark_fast.device import available_cpus
 from allspark_fast.kernels.triton_support import why_no_triton
 from allspark_fast.weights.spec import describe_model, find_weights, load_model
 
 _PACKAGES = ("torch", "torchvision", "triton", "safetensors", "timm", "huggingface_hub", "onnx", "onnxruntime")
 
-
-def build_parser() -> argparse.ArgumentParser:
-    """Build the parser of the command's arguments."""
-    parser = command_parser("info")
-    parser.add_argument("weights", metavar="WEIGHTS", nargs="?", type=Path, help="a run folder, or a file")
-    return parser
+PARSER = command_parser("info")
+PARSER.add_argument("weights", metavar="WEIGHTS", nargs="?", type=Path, help="a run folder, or a file")
 
 
 def run(arguments: list[str]) -> int:
     """Describe this machine, or a file of weights."""
-    options = build_parser().parse_args(arguments)
+    options = PARSER.parse_args(arguments)
     if options.weights is None:
         print(property_table(describe_machine()))
     else:
@@ -42,8 +37,7 @@ def describe_machine() -> dict[str, str]:
         properties = torch.cuda.get_device_properties(index)
         memory = f"{properties.total_memory / 2**30:.0f} GiB"
         rows[f"cuda:{index}"] = f"{properties.name}, {memory}; {kernels_on(torch.device('cuda', index))}"
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    rows["cpu"] = f"{cores} cores, {torch.get_num_threads()} threads; {kernels_on(torch.device('cpu'))}"
+    rows["cpu"] = f"{available_cpus()} cores, {torch.get_num_threads()} threads; {kernels_on(torch.device('cpu'))}"
     return rows
 
 

@@ -1,6 +1,5 @@
 """``predict``."""
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -10,55 +9,57 @@ from allspark_fast.cli import command_parser
 from allspark_fast.inference.predict import MAX_WHOLE_PIXELS, OutputFolder, Predictor, find_images, predict_files
 from allspark_fast.weights.spec import load_model
 
-
-def build_parser() -> argparse.ArgumentParser:
-    """Build the parser of the command's arguments."""
-    parser = command_parser("predict")
-    parser.add_argument("weights", metavar="WEIGHTS", help="a run folder, or a file such as its best.safetensors")
-    parser.add_argument(
-        "images", metavar="IMAGE", nargs="+", help="files, folders (searched recursively), patterns like 'a/**/*.jpg'"
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path("predictions"),
-        help="folder for labels/NAME.png (class indices, with a palette) and overlays/NAME.jpg, where NAME is the path "
-        "below a folder IMAGE; default: %(default)s; images in it are not labeled",
-    )
-    parser.add_argument("--confidence", action="store_true", help="also write confidence/NAME.png, 255 for certain")
-    parser.add_argument("--overwrite", action="store_true", help="replace predictions that exist")
-    mode = parser.add_mutually_exclusive_group()
-    whole_help = (
-        "predict whole images; default: as the model was validated, but images of more than "
-        f"{MAX_WHOLE_PIXELS / 2**20:.0f} megapixels in windows"
-    )
-    mode.add_argument("--whole", dest="mode", action="store_const", const="whole", help=whole_help)
-    window_help = "slide a window as large as a training crop"
-    mode.add_argument("--window", dest="mode", action="store_const", const="sliding", help=window_help)
-    batch_help = "images of equal size predicted together; memory grows with it; default: %(default)s"
-    parser.add_argument("--batch", type=int, default=1, help=batch_help)
-    parser.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto (default): a GPU if there is one"
-    )
-    parser.add_argument("--half", action="store_true", help="bfloat16 autocast, on a GPU: faster, less exact")
-    return parser
+PARSER = command_parser("predict")
+PARSER.add_argument("weights", metavar="WEIGHTS", help="a run folder, or a file such as its best.safetensors")
+PARSER.add_argument(
+    "images", metavar="IMAGE", nargs="+", help="files, folders (searched recursively), patterns like 'a/**/*.jpg'"
+)
+PARSER.add_argument(
+    "--out",
+    type=Path,
+    default=Path("predictions"),
+    help="folder for labels/NAME.png (class indices, with a palette) and overlays/NAME.jpg, where NAME is the path "
+    "below a folder IMAGE; default: %(default)s; images in it are not labeled",
+)
+PARSER.add_argument("--confidence", action="store_true", help="also write confidence/NAME.png, 255 for certain")
+PARSER.add_argument("--overwrite", action="store_true", help="replace predictions that exist")
+_MODE = PARSER.add_mutually_exclusive_group()
+_MODE.add_argument(
+    "--whole",
+    dest="mode",
+    action="store_const",
+    const="whole",
+    help="predict whole images; default: as the model was validated, but images of more than "
+    f"{MAX_WHOLE_PIXELS / 2**20:.0f} megapixels in windows",
+)
+_MODE.add_argument(
+    "--window", dest="mode", action="store_const", const="sliding", help="slide a window as large as a training crop"
+)
+PARSER.add_argument(
+    "--batch",
+    type=int,
+    default=1,
+    help="images of equal size predicted together; memory grows with it; default: %(default)s",
+)
+PARSER.add_argument(
+    "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto (default): a GPU if there is one"
+)
+PARSER.add_argument("--half", action="store_true", help="bfloat16 autocast, on a GPU: faster, less exact")
 
 
 def run(arguments: list[str]) -> int:
     """Label images; 1 if one of them cannot be read."""
-    parser = build_parser()
-    options = parser.parse_args(arguments)
+    options = PARSER.parse_args(arguments)
     if options.batch < 1:
-        parser.error(f"--batch must be at least 1, got {options.batch}")
+        PARSER.error(f"--batch must be at least 1, got {options.batch}")
     model, spec = load_model(options.weights)
     predictor = Predictor(model, spec, device=options.device, mode=options.mode, half=options.half)
     images = find_images(options.images, skip=options.out)
     output = OutputFolder(options.out, spec.info, confidence=options.confidence)
     output.claim(images, overwrite=options.overwrite)
+    done = predict_files(predictor, images, output, batch_size=options.batch)
     failed = 0
-    for error in tqdm(
-        predict_files(predictor, images, output, batch_size=options.batch), total=len(images), unit="image"
-    ):
+    for error in tqdm(done, total=len(images), unit="image"):
         if error is not None:
             failed += 1
             tqdm.write(f"error: {error}", file=sys.stderr)

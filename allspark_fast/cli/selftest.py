@@ -1,21 +1,16 @@
 """``selftest``."""
 
-import argparse
-
 import torch
 
 from allspark_fast.cli import command_parser
 from allspark_fast.kernels.selftest import check_kernels, passed, results_table
 
-
-def build_parser() -> argparse.ArgumentParser:
-    """Build the parser of the command's arguments."""
-    return command_parser("selftest")
+PARSER = command_parser("selftest")
 
 
 def run(arguments: list[str]) -> int:
     """Check the kernels and print a table; 1 if one fails."""
-    build_parser().parse_args(arguments)
+    PARSER.parse_args(arguments)
     results = check_kernels(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     print(results_table(results))
     return int(not passed(results))

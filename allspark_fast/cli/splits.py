@@ -1,6 +1,5 @@
 """``splits``."""
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,36 +9,30 @@ from allspark_fast.data.info import read_info
 from allspark_fast.data.splits import classes_of, make_split, parse_amount, write_split
 from allspark_fast.errors import DataError, InputError
 
-
-def build_parser() -> argparse.ArgumentParser:
-    """Build the parser of the command's arguments."""
-    parser = command_parser("splits")
-    parser.add_argument("root", metavar="ROOT", type=Path, help="folder that holds images/, labels/ and meta.json")
-    parser.add_argument(
-        "amount",
-        metavar="AMOUNT",
-        nargs="?",
-        help="how many images to train on with their label: 1/16, 0.125 or a count; default: all that have one",
-    )
-    parser.add_argument(
-        "--val", metavar="AMOUNT", help="first set so many labeled images aside for validation, in val.txt"
-    )
-    parser.add_argument(
-        "--list",
-        type=Path,
-        metavar="FILE",
-        help="split file to divide, below ROOT or the working directory; default: all of images/",
-    )
-    parser.add_argument("--seed", type=int, default=0, help="seed of the random choice; default: %(default)s")
-    parser.add_argument(
-        "--out", type=Path, metavar="FOLDER", help="where to write; default: ROOT/splits, or ROOT/splits/AMOUNT"
-    )
-    return parser
+PARSER = command_parser("splits")
+PARSER.add_argument("root", metavar="ROOT", type=Path, help="folder that holds images/, labels/ and meta.json")
+PARSER.add_argument(
+    "amount",
+    metavar="AMOUNT",
+    nargs="?",
+    help="how many images to train on with their label: 1/16, 0.125 or a count; default: all that have one",
+)
+PARSER.add_argument("--val", metavar="AMOUNT", help="first set so many labeled images aside for validation, in val.txt")
+PARSER.add_argument(
+    "--list",
+    type=Path,
+    metavar="FILE",
+    help="split file to divide, below ROOT or the working directory; default: all of images/",
+)
+PARSER.add_argument("--seed", type=int, default=0, help="seed of the random choice; default: %(default)s")
+PARSER.add_argument(
+    "--out", type=Path, metavar="FOLDER", help="where to write; default: ROOT/splits, or ROOT/splits/AMOUNT"
+)
 
 
 def run(arguments: list[str]) -> int:
     """Choose which images are labeled; write labeled.txt, unlabeled.txt and, if asked for, val.txt."""
-    options = build_parser().parse_args(arguments)
+    options = PARSER.parse_args(arguments)
     entries = scan_folder(options.root) if options.list is None else find_split(options.root, options.list)
     if not any(entry.label for entry in entries):
         raise DataError(f"{options.root}: no image has a label; labels/a.png belongs to images/a.jpg (or .png, ...)")

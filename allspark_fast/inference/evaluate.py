@@ -11,7 +11,6 @@ from allspark_fast.config import EvalMode
 from allspark_fast.data.loader import EvalSample
 from allspark_fast.inference.metrics import ConfusionMatrix, Scores
 from allspark_fast.kernels.arguments import check_choice
-from allspark_fast.kernels.bilinear import UpsampledBands
 from allspark_fast.kernels.upsample_argmax import upsample_argmax
 from allspark_fast.model import Segmentor
 
@@ -64,13 +63,7 @@ def evaluate(
 def batches_of_equal_size(
     items: Iterable[Item], batch_size: int, size: Callable[[Item], Hashable]
 ) -> Iterator[list[Item]]:
-    """Yield every item once, with others of equal size; few items wait for others, so order changes little.
-
-    Args:
-        items: what to group.
-        batch_size: items of a batch, at most.
-        size: the size of an item.
-    """
+    """Yield every item once, up to ``batch_size`` of equal size; few wait for others, so order changes little."""
     waiting: dict[Hashable, list[Item]] = {}
     for item in items:
         key = size(item)
@@ -110,8 +103,8 @@ def predict_labels(
         return labels[:, :height, :width], confidence[:, :height, :width]
     if mode == "whole":
         return upsample_argmax(model(images, kv_source="image"), (height, width))
-    labels, confidence = (torch.cat(bands, 1) for bands in zip(*_sliding_bands(model, images, crop), strict=True))
-    return labels, confidence
+    labels, confidence = zip(*_sliding_bands(model, images, crop), strict=True)
+    return torch.cat(labels, 1), torch.cat(confidence, 1)
 
 
 def _sliding_bands(model: Segmentor, images: Tensor, crop: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -131,7 +124,8 @@ def _sliding_bands(model: Segmentor, images: Tensor, crop: int) -> Iterator[tupl
                 if unfinished is not None:
                     total[:, :, : unfinished.shape[2]] = unfinished
                     unfinished = None
-            _add_softmax(total[..., columns], logits)
+            upsampled = F.interpolate(logits, window.shape[2:], mode="bilinear", align_corners=False)
+            total[..., columns] += upsampled.softmax(1)
         assert total is not None
         finished = total[:, :, : stop - rows.start]
         unfinished = total[:, :, stop - rows.start :].clone()  # a view would keep the rest
@@ -139,18 +133,6 @@ def _sliding_bands(model: Segmentor, images: Tensor, crop: int) -> Iterator[tupl
         confidence = top / finished.sum(1)
         del total, finished  # the next row of windows has its own
         yield labels, confidence
-
-
-def _add_softmax(total: Tensor, logits: Tensor) -> None:
-    """Add the softmax of logits upsampled to the size of ``total``; on a CPU in bands that stay in its cache."""
-    if total.is_cuda:
-        total += F.interpolate(logits, total.shape[2:], mode="bilinear", align_corners=False).softmax(1)
-        return
-    bands = UpsampledBands(logits, (total.shape[2], total.shape[3]))
-    for image, image_total in zip(bands.images(), total, strict=True):
-        for rows in bands:
-            band = bands.upsample_for_reduction(image, rows).softmax(bands.class_axis)
-            image_total[:, rows] += band.movedim(bands.class_axis, 0)
 
 
 def _windows(length: int, crop: int, smallest: int) -> Iterator[slice]:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from allspark_fast.data.info import IGNORE_INDEX
 from allspark_fast.distributed import all_reduce_sum
 from allspark_fast.kernels.arguments import check_count
 
@@ -33,14 +34,12 @@ class ConfusionMatrix:
 
     Args:
         num_classes: number of classes K, at least 1.
-        ignore_index: true class of pixels that do not count.
         device: where predictions are.
     """
 
-    def __init__(self, num_classes: int, *, ignore_index: int = 255, device: torch.device | str = "cpu") -> None:
+    def __init__(self, num_classes: int, *, device: torch.device | str = "cpu") -> None:
         check_count("num_classes", num_classes)
         self.num_classes = num_classes
-        self.ignore_index = ignore_index
         # One bin more takes the ignored pixels.
         self._counts = torch.zeros(num_classes**2 + 1, dtype=torch.int64, device=device)
 
@@ -49,7 +48,7 @@ class ConfusionMatrix:
 
         Args:
             prediction: integer classes in [0, K), any shape.
-            target: of the same shape, integer classes in [0, K) or ignore_index.
+            target: of the same shape, integer classes in [0, K), or 255, which is ignored.
 
         Raises:
             TypeError: one of them is floating point.
@@ -63,7 +62,7 @@ class ConfusionMatrix:
             raise ValueError(
                 f"prediction is {tuple(prediction.shape)}, target {tuple(target.shape)}, expected one shape"
             )
-        counted = target != self.ignore_index
+        counted = target != IGNORE_INDEX
         least, most = torch.minimum(prediction, target), torch.maximum(prediction, target)
         torch._assert_async(
             (~counted | ((least >= 0) & (most < self.num_classes))).all(),
@@ -82,19 +81,11 @@ class ConfusionMatrix:
         """(K, K) int64 pixels; rows are true classes, columns predicted ones."""
         return self._counts[:-1].view(self.num_classes, self.num_classes)
 
-    @property
-    def intersection(self) -> Tensor:
-        """(K,) int64 pixels."""
-        return self.matrix.diagonal()
-
-    @property
-    def union(self) -> Tensor:
-        """(K,) int64 pixels."""
-        return self.matrix.sum(0) + self.matrix.sum(1) - self.intersection
-
     def compute(self) -> Scores:
         """Return the scores of all that was counted."""
-        iou = self.intersection / self.union.clamp(min=1).double()
-        present = self.matrix.sum(1) > 0
+        intersection, true_pixels = self.matrix.diagonal(), self.matrix.sum(1)
+        union = self.matrix.sum(0) + true_pixels - intersection
+        iou = intersection / union.clamp(min=1).double()
+        present = true_pixels > 0
         mean_present = iou[present].mean().item() if present.any() else 0.0
         return Scores(iou, present, iou.mean().item(), mean_present, self.matrix)

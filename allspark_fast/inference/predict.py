@@ -3,10 +3,10 @@
 import glob
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, get_args
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +21,6 @@ from allspark_fast.device import DeviceName, choose_device
 from allspark_fast.errors import DataError, InputError
 from allspark_fast.files import make_folder, write_atomically
 from allspark_fast.inference.evaluate import batches_of_equal_size, predict_labels
-from allspark_fast.kernels.arguments import check_choice
 from allspark_fast.model import Segmentor
 from allspark_fast.weights.spec import ModelSpec
 
@@ -56,8 +55,7 @@ class Predictor:
         half: bfloat16 autocast, on a GPU.
 
     Raises:
-        InputError: there is no GPU, but ``device`` or ``half`` needs one.
-        ValueError: ``device`` or ``mode`` is unknown.
+        InputError: ``device`` is unknown, or it or ``half`` needs a GPU, and there is none.
     """
 
     def __init__(
@@ -69,8 +67,6 @@ class Predictor:
         mode: EvalMode | None = None,
         half: bool = False,
     ) -> None:
-        if mode is not None:
-            check_choice("mode", mode, get_args(EvalMode))
         self.device = choose_device(device)
         if half and self.device.type != "cuda":
             raise InputError("half precision needs a GPU: leave --half out")
@@ -85,7 +81,7 @@ class Predictor:
 
         Raises:
             TypeError: one is no Pillow image.
-            ValueError: one is not RGB, their sizes differ, or there is none.
+            ValueError: one is not RGB, their sizes differ, there is none, or ``mode`` is unknown.
         """
         for image in images:
             if not isinstance(image, Image.Image):
@@ -105,44 +101,26 @@ class Predictor:
         return [Prediction(*pair) for pair in pairs]
 
 
-class ImageFile(NamedTuple):
-    """An image to label.
-
-    Attributes:
-        path: of the file.
-        name: of its predictions, without suffix: where it lies below the folder that was given.
-    """
-
-    path: Path
-    name: Path
-
-
 @dataclass(frozen=True)
 class OutputFolder:
-    """Where the predictions of files go: ``labels/NAME.png``, ``overlays/NAME.jpg``, ``confidence/NAME.png``.
-
-    Attributes:
-        path: of the folder.
-        info: names and colors of the classes.
-        confidence: whether to write confidences.
-    """
+    """Where predictions go: ``labels/NAME.png``, ``overlays/NAME.jpg`` and, if asked for, ``confidence/NAME.png``."""
 
     path: Path
     info: DatasetInfo
     confidence: bool = False
 
-    def claim(self, images: Sequence[ImageFile], *, overwrite: bool = False) -> None:
-        """Make the folders for the predictions of ``images``.
+    def claim(self, images: Mapping[Path, Path], *, overwrite: bool = False) -> None:
+        """Make the folders for the predictions of the images that ``find_images`` found.
 
         Raises:
             InputError: two images would share a file, or a file exists and ``overwrite`` is False.
             NotADirectoryError: one is a file.
         """
-        name, count = Counter(image.name for image in images).most_common(1)[0]
+        name, count = Counter(images.values()).most_common(1)[0]
         if count > 1:
-            shared = ", ".join(str(image.path) for image in images if image.name == name)
+            shared = ", ".join(str(path) for path in images if images[path] == name)
             raise InputError(f"{shared}: these would share one file {name}.png; predict them into different folders")
-        files = [file for image in images for file in self._files(image.name).values()]
+        files = [file for name in images.values() for file in self._files(name).values()]
         existing = [file for file in files if file.exists()]
         if existing and not overwrite:
             raise InputError(
@@ -153,7 +131,7 @@ class OutputFolder:
             make_folder(folder)
 
     def write(self, name: Path, image: Image.Image, prediction: Prediction) -> None:
-        """Write the prediction of ``image`` under the name of its ImageFile."""
+        """Write the prediction of ``image``."""
         labels = Image.fromarray(prediction.labels)
         labels.putpalette([part for color in self.info.palette for part in color])
         pictures = {
@@ -169,31 +147,32 @@ class OutputFolder:
         return {kind: self.path / kind / f"{name}{suffix}" for kind, suffix in suffixes.items()}
 
 
-def find_images(arguments: Iterable[str], *, skip: Path | None = None) -> list[ImageFile]:
+def find_images(arguments: Iterable[str], *, skip: Path) -> dict[Path, Path]:
     """Find the images that files, folders (searched recursively) and patterns (``**`` for any folders) name.
-
-    Their names are paths below the folder, or below what stands before the first wildcard of a pattern; for a file, its
-    own. Hidden files and folders are left out.
 
     Args:
         arguments: of the command line.
-        skip: folder whose images do not count, such as that of earlier predictions, unless they are named one by one.
+        skip: folder whose images do not count, that of earlier predictions, unless they are named one by one.
+
+    Returns:
+        names of predictions by paths of images: where an image lies below its folder, or below what stands before the
+        first wildcard of a pattern, without suffix. Hidden files and folders are left out.
 
     Raises:
         FileNotFoundError: one of them names none.
     """
-    found: dict[Path, ImageFile] = {}
+    found: dict[Path, Path] = {}
     for argument in arguments:
         path = Path(argument)
-        files = [ImageFile(path, Path(path.stem))] if path.is_file() else list(_search(argument, skip))
+        files = {path: Path(path.stem)} if path.is_file() else dict(_search(argument, skip))
         if not files:
             raise FileNotFoundError(f"{argument!r}: no image, no folder with images, and no pattern that matches any")
-        for file in files:
-            found.setdefault(file.path, file)
-    return list(found.values())
+        for file, name in files.items():
+            found.setdefault(file, name)
+    return found
 
 
-def _search(argument: str, skip: Path | None) -> Iterator[ImageFile]:
+def _search(argument: str, skip: Path) -> Iterator[tuple[Path, Path]]:
     """Yield the images of a folder or a pattern, in alphabetical order."""
     is_folder = argument != "" and Path(argument).is_dir()
     parts = Path(argument).parts
@@ -201,26 +180,20 @@ def _search(argument: str, skip: Path | None) -> Iterator[ImageFile]:
     base = Path(*fixed)
     for file in sorted(glob.glob(f"{glob.escape(argument)}/**/*" if is_folder else argument, recursive=True)):
         path = Path(file)
-        skipped = skip is not None and path.resolve().is_relative_to(skip.resolve())
+        skipped = path.resolve().is_relative_to(skip.resolve())
         if file.lower().endswith(IMAGE_SUFFIXES) and path.is_file() and not skipped:
-            yield ImageFile(path, path.relative_to(base).with_suffix(""))
+            yield path, path.relative_to(base).with_suffix("")
 
 
 def predict_files(
-    predictor: Predictor, files: Iterable[ImageFile], output: OutputFolder, *, batch_size: int = 1
+    predictor: Predictor, files: Mapping[Path, Path], output: OutputFolder, *, batch_size: int
 ) -> Iterator[DataError | None]:
-    """Predict files into a folder; yields None, or what is wrong with the file, for each of them as it is done.
-
-    Args:
-        predictor: labels images.
-        files: the images.
-        output: where to write.
-        batch_size: images of equal size that are predicted together.
-    """
+    """Predict what ``find_images`` found; yields None, or what is wrong with the file, for each as it is done."""
+    images = zip(files.values(), map(_read, files), strict=True)
     # Files that cannot be read have no size, and so a batch of their own.
-    for batch in batches_of_equal_size(map(_read, files), batch_size, lambda pair: getattr(pair[1], "size", None)):
-        images = [image for _, image in batch if isinstance(image, Image.Image)]
-        predictions = iter(predictor(images) if images else [])
+    for batch in batches_of_equal_size(images, batch_size, lambda pair: getattr(pair[1], "size", None)):
+        readable = [image for _, image in batch if isinstance(image, Image.Image)]
+        predictions = iter(predictor(readable) if readable else [])
         for name, image in batch:
             if isinstance(image, Image.Image):
                 output.write(name, image, next(predictions))
@@ -229,8 +202,8 @@ def predict_files(
                 yield image
 
 
-def _read(file: ImageFile) -> tuple[Path, Image.Image | DataError]:
+def _read(path: Path) -> Image.Image | DataError:
     try:
-        return file.name, read_image(file.path)
+        return read_image(path)
     except DataError as error:
-        return file.name, error
+        return error

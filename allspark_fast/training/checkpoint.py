@@ -13,7 +13,8 @@ from torch.utils import _pytree as pytree
 
 from allspark_fast.distributed import all_gather_cat, all_reduce_any
 from allspark_fast.errors import InputError
-from allspark_fast.files import make_folder, read_torch_file, remove_unfinished, write_atomically
+from allspark_fast.files import make_folder, remove_unfinished, write_atomically
+from allspark_fast.weights.files import read_torch_file
 
 logger = logging.getLogger(__name__)
 

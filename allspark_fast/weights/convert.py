@@ -14,12 +14,11 @@ from allspark_fast.data.info import DATASETS, VOC_PALETTE, DatasetInfo, parse_me
 from allspark_fast.errors import DataError, InputError
 from allspark_fast.model import MIT_CONFIGS, Segmentor
 from allspark_fast.model.mit import STRIDES
-from allspark_fast.weights.files import load_state_dict, read_state_dict
+from allspark_fast.weights.files import read_state_dict
 from allspark_fast.weights.spec import ModelSpec, find_weights, load_model, read_spec
 
 # The data sets of the public code: the number of classes tells which one a checkpoint is of.
 _PUBLIC = {len(DATASETS[name].classes): DATASETS[name] for name in ("pascal", "cityscapes", "coco")}
-_MEMORY = "decoder.allspark.attn.kv_queue"
 
 
 def read_model(path: str | Path, classes: str | None = None) -> tuple[Segmentor, ModelSpec]:
@@ -46,21 +45,14 @@ def read_model(path: str | Path, classes: str | None = None) -> tuple[Segmentor,
         return model, spec
     state = read_state_dict(path, head=True)
     spec = infer_spec(state, path, classes)
-    model = spec.build_for(path)
-    load_state_dict(model, state, path)
-    return model.eval(), spec
+    return spec.restore(state, path), spec
 
 
 def infer_spec(state: Mapping[str, Tensor], path: Path, classes: str | None = None) -> ModelSpec:
-    """Infer what a model of these weights must be.
+    """Infer what a model of these weights from ``path`` must be, under this project's names.
 
     The crop is the smallest with as many tokens as the memory has, which is that of the public code (513, 801);
     without a memory it is the default one.
-
-    Args:
-        state: tensors under this project's names.
-        path: where they come from.
-        classes: see read_model.
 
     Raises:
         InputError: this is no model that we have.
@@ -71,16 +63,22 @@ def infer_spec(state: Mapping[str, Tensor], path: Path, classes: str | None = No
             f"--model.weights {path}"
         )
     info = _class_info(path, len(state["decoder.decoder.linear_pred.weight"]), classes)
-    allspark = _MEMORY in state
     backbone = _infer_backbone(state, path)
-    channels = MIT_CONFIGS[backbone].embed_dims[-1]
+    crop, num_heads = DataConfig().crop, 1
+    if allspark := "decoder.allspark.attn.kv_queue" in state:
+        tokens = state["decoder.allspark.attn.kv_queue"].shape[2]
+        side = math.isqrt(tokens)
+        if side**2 != tokens:
+            raise InputError(f"{path}: its memory has {tokens} tokens, expected a square number, for square crops")
+        crop = (side - 1) * STRIDES[-1] + 1
+        num_heads = len(state["decoder.allspark.attn.q_u.weight"]) // MIT_CONFIGS[backbone].embed_dims[-1]
     return ModelSpec(
         backbone=backbone,
         allspark=allspark,
         embedding_dim=len(state["decoder.decoder.linear_fuse.conv.weight"]),
-        num_heads=len(state["decoder.allspark.attn.q_u.weight"]) // channels if allspark else 1,
+        num_heads=num_heads,
         memory_init="empty" if "decoder.allspark.attn.queue_filled" in state else "randn",
-        crop=_infer_crop(state[_MEMORY].shape[2], path) if allspark else DataConfig().crop,
+        crop=crop,
         mode="sliding" if info.name == "cityscapes" else "whole",
         mean=DataConfig().mean,
         std=DataConfig().std,
@@ -97,13 +95,6 @@ def _infer_backbone(state: Mapping[str, Tensor], path: Path) -> str:
         if (config.embed_dims, config.depths) == (widths, depths):
             return name
     raise InputError(f"{path}: no Mix Transformer here has widths {widths} and depths {depths}")
-
-
-def _infer_crop(tokens: int, path: Path) -> int:
-    side = math.isqrt(tokens)
-    if side**2 != tokens:
-        raise InputError(f"{path}: its memory has {tokens} tokens, expected a square number, for square crops")
-    return (side - 1) * STRIDES[-1] + 1
 
 
 def _class_info(path: Path, count: int, classes: str | None) -> DatasetInfo:

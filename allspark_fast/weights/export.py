@@ -26,12 +26,7 @@ _ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
 
 class PixelsToLogits(nn.Module):
-    """What is exported: images in 0..1 to logits at their size.
-
-    Args:
-        model: in eval mode; it is copied, without its memory, which serves training only.
-        spec: what ``load_model`` returned with it.
-    """
+    """What is exported: images in 0..1 to logits at their size; the memory, which serves training only, is left out."""
 
     mean: Tensor
     std: Tensor
@@ -113,11 +108,7 @@ def _write_onnx(program: ExportedProgram, module: nn.Module, spec: ModelSpec, pa
 
 @torch.no_grad()
 def largest_error(program: Callable[[Tensor], Tensor], module: nn.Module, path: Path) -> float:
-    """Compare logits; return the largest difference, relative to the largest logit.
-
-    Raises:
-        RunError: it is more than rounding.
-    """
+    """Return the largest difference of logits, relative to the largest one; RunError if it is more than rounding."""
     errors = []
     for size in _CHECKED:
         images = torch.rand(size)

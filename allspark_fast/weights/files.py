@@ -1,14 +1,12 @@
-"""Files of weights: read safely, check, load into a model, save.
-
-Nothing here runs code from a file: ``.pth`` files are read with ``weights_only=True``.
-"""
+"""Files of weights: read without running code from them, check, load into a model, save."""
 
 import hashlib
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import pickle
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,9 +15,9 @@ from safetensors.torch import save
 from torch import Tensor
 
 from allspark_fast.errors import InputError, MissingPackageError
-from allspark_fast.files import read_torch_file
+from allspark_fast.files import reason
 from allspark_fast.model import Segmentor, TimmBackbone
-from allspark_fast.weights.names import of_timm_encoder, to_our_names
+from allspark_fast.weights.names import to_our_names
 
 # In the place of a file: the weights of tf_efficientnet_lite0 that come as a Python package.
 IMAGENET = "imagenet"
@@ -34,8 +32,7 @@ _RESETTABLE = {
 _NUMPY_SCALAR: list[Any] = [np.float64(0).__reduce__()[0], np.dtype, np.dtypes.Float64DType]
 
 
-@dataclass(frozen=True)
-class LoadReport:
+class LoadReport(NamedTuple):
     """What loading left out.
 
     Attributes:
@@ -77,7 +74,7 @@ def load_state_dict(
     own = model.state_dict()
     encoder_only = not any(name.startswith("decoder.") for name in state)
     if encoder_only and isinstance(model.backbone, TimmBackbone):
-        state = of_timm_encoder(state)
+        state = {f"backbone.features.model.{name}": x for name, x in state.items()}
     fitting = {name: x for name, x in state.items() if name in own and own[name].shape == x.shape}
     if "decoder.allspark.attn.kv_queue" not in fitting:
         # Pointers mean nothing without the channels they point into.
@@ -88,14 +85,14 @@ def load_state_dict(
     if encoder_only:
         wrong = [name for name in fresh if name.startswith("backbone.")]
     else:
-        wrong = [name for name in {*dropped, *fresh} if not _resettable([name])]
+        wrong = [name for name in {*dropped, *fresh} if _resettable_part(name) is None]
     if wrong:
         raise InputError(f"{path}: these weights are of another model: {_describe(sorted(wrong), state, own)}")
     if (dropped or fresh) and not encoder_only and not reset:
+        parts = dict.fromkeys(str(_resettable_part(name)) for name in (*dropped, *fresh))
         raise InputError(
-            f"{path}: {', '.join(_resettable([*dropped, *fresh]))} do not fit the model "
-            f"({_describe(dropped or fresh, state, own)}). Pass --model.reset True (in Python reset=True) to start "
-            "them afresh and load the rest"
+            f"{path}: {', '.join(parts)} do not fit the model ({_describe(dropped or fresh, state, own)}). Pass "
+            "--model.reset True (in Python reset=True) to start them afresh and load the rest"
         )
     model.load_state_dict(fitting, strict=False)
     return LoadReport(dropped, fresh)
@@ -112,8 +109,7 @@ def save_weights(model: Segmentor, path: str | Path, metadata: Mapping[str, str]
 
     Raises:
         InputError: the suffix is another.
-        OSError: the file cannot be written.
-        RuntimeError: a ``.pth`` file cannot be written.
+        OSError, RuntimeError: the file cannot be written.
     """
     path = Path(path)
     state = {name: x.detach().cpu().contiguous() for name, x in model.state_dict().items()}
@@ -143,18 +139,12 @@ def read_state_dict(path: str | Path, *, head: bool = False) -> dict[str, Tensor
     """
     path = Path(path)
     _require_file(path)
-    if path.suffix == ".safetensors":
-        content: Any = _load_safetensors(path)
-    else:
-        with torch.serialization.safe_globals(_NUMPY_SCALAR):
-            content = read_torch_file(path)
+    content = _read_safetensors(path) if path.suffix == ".safetensors" else read_torch_file(path)
     for key in ("model", "state_dict"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
-    are_weights = isinstance(content, Mapping) and all(
-        isinstance(name, str) and isinstance(x, Tensor) for name, x in content.items()
-    )
-    if not are_weights or not content:
+    pairs = list(content.items()) if isinstance(content, Mapping) else []
+    if not pairs or not all(isinstance(name, str) and isinstance(x, Tensor) for name, x in pairs):
         raise InputError(f"{path}: expected a state_dict or a checkpoint that holds one under 'model' or 'state_dict'")
     try:
         return to_our_names(content, head=head)
@@ -177,12 +167,39 @@ def read_metadata(path: str | Path) -> dict[str, str]:
         return file.metadata() or {}
 
 
+def read_torch_file(path: Path) -> Any:
+    """Read what ``torch.save`` wrote onto the CPU, without running code from it.
+
+    Since torch 1.6 such files are zip archives, which hold a checksum of every tensor. ``torch.load`` does not compare
+    it: a flipped bit in a tensor would go unnoticed.
+
+    Raises:
+        InputError: the file is damaged, or holds more than tensors and plain values; the message names it.
+    """
+    try:
+        with path.open("rb") as file:
+            # An archive, or what torch wrote before 1.6. Of any other file torch would advise to allow more.
+            if not file.read(2).startswith((b"PK", pickle.PROTO)):
+                raise ValueError("it does not begin like a file of torch.save")
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                if (damaged := archive.testzip()) is not None:
+                    raise ValueError(f"the checksum of {damaged} is wrong")
+        with torch.serialization.safe_globals(_NUMPY_SCALAR):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    # Damaged files raise almost anything: BadZipFile, UnpicklingError, RuntimeError, EOFError, KeyError and more.
+    except Exception as error:
+        raise InputError(
+            f"{path} cannot be read, it is damaged or holds more than weights ({reason(error)})"
+        ) from error
+
+
 def _require_file(path: Path) -> None:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file of weights")
 
 
-def _load_safetensors(path: Path) -> dict[str, Tensor]:
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
     """Read the tensors of a file and compare them with its checksum where it has one: the format itself has none."""
     with _open_safetensors(path) as file:
         content = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 it is no dict
@@ -238,17 +255,14 @@ def _check_pointers(path: str | Path, state: Mapping[str, Tensor]) -> None:
             raise InputError(f"{path}: {name} is {state[name].tolist()}, expected slots in [0, {slots})")
 
 
-def _resettable(names: Collection[str]) -> list[str]:
-    """Return the resettable parts that the names belong to."""
-    parts = (next((part for part, prefix in _RESETTABLE.items() if name.startswith(prefix)), "") for name in names)
-    return [part for part in dict.fromkeys(parts) if part]
+def _resettable_part(name: str) -> str | None:
+    return next((part for part, prefix in _RESETTABLE.items() if name.startswith(prefix)), None)
 
 
 def _describe(names: Sequence[str], state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
     """Return the first few names, each with its shapes in the file and in the model."""
-
-    def shape(tensors: Mapping[str, Tensor], name: str) -> str:
-        return str(tuple(tensors[name].shape)) if name in tensors else "absent"
-
-    lines = [f"{name} is {shape(state, name)} in the file, {shape(own, name)} in the model" for name in names[:3]]
+    lines = []
+    for name in names[:3]:
+        theirs, ours = (tuple(x[name].shape) if name in x else "absent" for x in (state, own))
+        lines.append(f"{name} is {theirs} in the file, {ours} in the model")
     return "; ".join(lines) + (f"; and {len(names) - 3} more" if len(names) > 3 else "")

@@ -28,10 +28,6 @@ _HEAD = {
     r"decode_head\.batch_norm\.": "decoder.decoder.linear_fuse.bn.",
     r"decode_head\.classifier\.": "decoder.decoder.linear_pred.",
 }
-# Of DistributedDataParallel, which the public code saves with its checkpoints.
-_WRAPPED = {r"module\.": ""}
-_MIT = {"": "backbone."}
-_TIMM = {"": "backbone.features.model."}
 
 
 def to_our_names(state: Mapping[str, Tensor], *, head: bool = False) -> dict[str, Tensor]:
@@ -45,22 +41,16 @@ def to_our_names(state: Mapping[str, Tensor], *, head: bool = False) -> dict[str
     Raises:
         ValueError: keys of attention have no values beside them.
     """
-    state = _rename(_rename(state, _WRAPPED), _ENCODER | (_HEAD if head else {}))
+    table = _ENCODER | (_HEAD if head else {})
+    # The public code saves the names of DistributedDataParallel.
+    state = {_renamed(name.removeprefix("module."), table): x for name, x in state.items()}
     for name in [name for name in state if name.startswith("backbone.block") and ".attn.key." in name]:
         value = state.pop(name.replace(".key.", ".value."), None)
         if value is None:
             raise ValueError(f"{name} has no values beside it, so this is no whole SegFormer")
         state[name.replace(".key.", ".kv.")] = torch.cat([state.pop(name), value])
-    return _rename(state, _MIT) if "patch_embed1.proj.weight" in state else state
-
-
-def of_timm_encoder(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename the tensors of a model of timm to those of a TimmBackbone in a Segmentor."""
-    return _rename(state, _TIMM)
-
-
-def _rename(state: Mapping[str, Tensor], table: Mapping[str, str]) -> dict[str, Tensor]:
-    return {_renamed(name, table): x for name, x in state.items()}
+    is_encoder = "patch_embed1.proj.weight" in state
+    return {f"backbone.{name}": x for name, x in state.items()} if is_encoder else state
 
 
 def _renamed(name: str, table: Mapping[str, str]) -> str:

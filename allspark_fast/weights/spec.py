@@ -2,17 +2,19 @@
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+
+from torch import Tensor
 
 from allspark_fast.config import Config, EvalMode, from_plain
 from allspark_fast.data.info import DatasetInfo, parse_meta
 from allspark_fast.errors import InputError
 from allspark_fast.files import make_folder, write_atomically
-from allspark_fast.kernels.arguments import check_count
 from allspark_fast.model import AllSparkOptions, Segmentor, build_segmentor
 from allspark_fast.model.options import MemoryInit
-from allspark_fast.weights.files import load_weights, read_metadata, save_weights
+from allspark_fast.weights.files import load_state_dict, read_metadata, read_state_dict, save_weights
 
 # The key of the metadata of .safetensors files, and the version of what stands there.
 _KEY = "allspark_fast"
@@ -49,10 +51,6 @@ class ModelSpec:
     std: tuple[float, float, float]
     info: DatasetInfo
 
-    def __post_init__(self) -> None:
-        for name in ("embedding_dim", "num_heads", "crop"):
-            check_count(name, getattr(self, name))
-
     @classmethod
     def of_run(cls, config: Config, info: DatasetInfo) -> "ModelSpec":
         """Return the specification of a configuration's model, trained on the classes of ``info``."""
@@ -71,11 +69,10 @@ class ModelSpec:
 
     def to_json(self) -> str:
         """Return version, fields, and the classes in the form of a ``meta.json``."""
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        info = fields.pop("info")
-        palette = info.palette[: len(info.classes)]
-        meta = {"dataset": info.name, "classes": info.classes, "palette": palette}
-        return json.dumps({"version": _VERSION, **fields, **meta})
+        fields = dataclasses.asdict(self) | {"version": _VERSION, "dataset": self.info.name}
+        del fields["info"]
+        colors = self.info.palette[: len(self.info.classes)]
+        return json.dumps(fields | {"classes": self.info.classes, "palette": colors})
 
     @classmethod
     def from_json(cls, text: str) -> "ModelSpec":
@@ -107,16 +104,19 @@ class ModelSpec:
             embedding_dim=self.embedding_dim,
         )
 
-    def build_for(self, path: Path) -> Segmentor:
-        """Build the model that a file of weights is for.
+    def restore(self, state: Mapping[str, Tensor], path: Path) -> Segmentor:
+        """Return the model, in eval mode, with what ``read_state_dict`` read from ``path``.
 
         Raises:
-            InputError: there is no such model; the message names the file.
+            InputError: there is no such model, or the weights are those of another, or of a part of it.
         """
         try:
-            return self.build()
+            model = self.build()
         except ValueError as error:
             raise InputError(f"{path}: no such model: {error}") from error
+        if fresh := load_state_dict(model, state, path).fresh:
+            raise InputError(f"{path} lacks weights of its model: {', '.join(fresh[:3])}")
+        return model.eval()
 
 
 def find_weights(path: str | Path) -> Path:
@@ -165,10 +165,7 @@ def load_model(path: str | Path) -> tuple[Segmentor, ModelSpec]:
             f"{path} does not say what its model is (classes, colors, sizes): if it holds weights, "
             f"`python -m allspark_fast convert {path} model.safetensors` finds that out and writes it down"
         )
-    model = spec.build_for(path)
-    if fresh := load_weights(model, path).fresh:
-        raise InputError(f"{path} lacks weights of its model: {', '.join(fresh[:3])}")
-    return model.eval(), spec
+    return spec.restore(read_state_dict(path), path), spec
 
 
 def save_model(model: Segmentor, spec: ModelSpec, path: str | Path) -> None:
@@ -201,19 +198,17 @@ def save_model(model: Segmentor, spec: ModelSpec, path: str | Path) -> None:
 
 def describe_model(model: Segmentor, spec: ModelSpec) -> dict[str, str]:
     """Return what a model is, as text by property."""
-    bottleneck = {"bottleneck": "none, plain SegFormer"}
+    rows = {"encoder": spec.backbone, "bottleneck": "none, plain SegFormer"}
     if model.decoder.allspark is not None:
         memory = model.decoder.allspark.attn
         classes, slots, tokens = memory.kv_queue.shape
         filled = classes if memory.queue_filled is None else int(memory.queue_filled.sum())
-        bottleneck = {
-            "bottleneck": f"AllSpark, {spec.num_heads} heads",
-            "memory": f"{slots} channels of {tokens} tokens for each class, initialized {spec.memory_init}; "
-            f"{filled} of {classes} classes filled",
-        }
-    return {
-        "encoder": spec.backbone,
-        **bottleneck,
+        rows["bottleneck"] = f"AllSpark, {spec.num_heads} heads"
+        rows["memory"] = (
+            f"{slots} channels of {tokens} tokens for each class, initialized {spec.memory_init}; "
+            f"{filled} of {classes} classes filled"
+        )
+    return rows | {
         "head": f"{spec.embedding_dim} channels",
         "parameters": f"{sum(x.numel() for x in model.parameters()) / 1e6:.1f} M",
         "crop": f"{spec.crop} pixels, validated on {'whole images' if spec.mode == 'whole' else 'sliding windows'}",

@@ -97,7 +97,7 @@ def test_large_images_go_through_windows_unless_told(weights: Path, monkeypatch:
         ({}, ["photo.jpg"], TypeError, "expected Pillow images, got str"),
         ({}, [Image.new("RGBA", (64, 64))], ValueError, "got mode RGBA"),
         ({}, [Image.new("RGB", (64, 80)), Image.new("RGB", (64, 70))], ValueError, r"one size, got \[\(64, 70\), "),
-        ({"mode": "slide"}, [], ValueError, "mode must be one of"),
+        ({"mode": "slide"}, [Image.new("RGB", (64, 64))], ValueError, "mode must be one of"),
         ({"device": "tpu"}, [], ValueError, "device must be one of"),
         ({"device": "cpu", "half": True}, [], InputError, "needs a GPU"),
     ],
@@ -191,14 +191,16 @@ def test_nothing_is_overwritten_unless_asked_for(
 
 
 def test_files_folders_and_patterns(photos: Path, tmp_path: Path) -> None:
-    files = find_images([str(photos / "c.png"), str(photos / "[ab].png")])
-    assert [file.path.name for file in files] == ["c.png", "a.png", "b.png"]
-    assert len(find_images([str(photos), str(photos / "a.png")])) == 8
-    assert len(find_images([str(tmp_path / "**" / "*.png")])) == 7
+    def find(*arguments: Path) -> list[str]:
+        return [path.name for path in find_images(map(str, arguments), skip=tmp_path / "predictions")]
+
+    assert find(photos / "c.png", photos / "[ab].png") == ["c.png", "a.png", "b.png"]
+    assert len(find(photos, photos / "a.png")) == 8
+    assert len(find(tmp_path / "**" / "*.png")) == 7
     with pytest.raises(FileNotFoundError, match=r"nowhere\.png"):
-        find_images([str(photos), str(photos / "nowhere.png")])
+        find(photos, photos / "nowhere.png")
     with pytest.raises(FileNotFoundError, match="'': no image"):  # of a shell variable that is not set, say
-        find_images([""])
+        find_images([""], skip=tmp_path)
 
 
 def test_folders_in_a_folder_are_mirrored(weights: Path, photos: Path) -> None:
@@ -210,5 +212,5 @@ def test_folders_in_a_folder_are_mirrored(weights: Path, photos: Path) -> None:
         assert main(["predict", str(weights), str(photos), "--out", str(out), "--overwrite"]) == 0
         assert len(names_in(out / "labels")) == 10
         assert {"a", "site_a/deep/a", "site_b/a"} < names_in(out / "labels") & names_in(out / "overlays")
-    by_pattern = find_images([str(photos / "site_*" / "**" / "a.png")])
-    assert {file.name for file in by_pattern} == {Path("site_a/deep/a"), Path("site_b/a")}
+    by_pattern = find_images([str(photos / "site_*" / "**" / "a.png")], skip=out)
+    assert set(by_pattern.values()) == {Path("site_a/deep/a"), Path("site_b/a")}
