@@ -16,7 +16,7 @@ from allspark_fast.config import TrainConfig
 from allspark_fast.data.info import IGNORE_INDEX
 from allspark_fast.data.loader import SemiBatch
 from allspark_fast.model import AllSpark, MixTransformer, SegFormerHead, Segmentor
-from allspark_fast.model.batch_norm import FiniteBatchNorm2d
+from allspark_fast.model.batch_norm import FiniteBatchNorm
 from allspark_fast.model.cross_attention import CrossAttention
 from allspark_fast.model.mit import EfficientSelfAttention, MixFFN
 from allspark_fast.model.tokens import to_map, to_tokens
@@ -183,5 +183,5 @@ _FORWARD: dict[type[nn.Module], Callable[..., object]] = {
     AllSpark: _bottleneck,
     CrossAttention: _cross_attention,
     SegFormerHead: _head,
-    FiniteBatchNorm2d: nn.BatchNorm2d.forward,
+    FiniteBatchNorm: nn.BatchNorm2d.forward,
 }

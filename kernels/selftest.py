@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate, normalize
 
-from allspark_fast.kernels.channel_attention import channel_attention
+from allspark_fast.kernels.channel_attention import Backend, channel_attention
 from allspark_fast.kernels.depthwise_gelu import depthwise_gelu
 from allspark_fast.kernels.depthwise_gelu import reference as depthwise_reference
 from allspark_fast.kernels.semantic_memory import channel_semantic_grouping, semantic_memory_enqueue
@@ -97,7 +97,7 @@ def _channel_attention(device: torch.device, dtype: torch.dtype) -> Comparison:
     """Compare on the tokens of a Pascal crop, with dropout and a masked group."""
     inputs = [_random(i, *shape).to(dtype) for i, shape in enumerate([(2, 1, 289, 32), *2 * [(1, 1, 289, 96)]])]
 
-    def attend(*inputs: Tensor, backend: str) -> Tensor:
+    def attend(*inputs: Tensor, backend: Backend) -> Tensor:
         mask, seed = (torch.tensor(x, device=inputs[0].device) for x in ([True, False, True], 1))
         return channel_attention(*inputs, group_mask=mask, dropout_p=0.1, seed=seed, backend=backend)
 

@@ -2,7 +2,7 @@
 
 from allspark_fast.model.allspark import AllSpark
 from allspark_fast.model.backbone import Backbone
-from allspark_fast.model.mit import MIT_CONFIGS, MiTConfig, MixTransformer
+from allspark_fast.model.mit import MIT_CONFIGS, MiTConfig, MixTransformer, compile_blocks
 from allspark_fast.model.options import AllSparkOptions
 from allspark_fast.model.segformer_head import SegFormerHead
 from allspark_fast.model.segmentor import Decoder, Segmentor, build_segmentor
@@ -20,4 +20,5 @@ __all__ = [
     "Segmentor",
     "TimmBackbone",
     "build_segmentor",
+    "compile_blocks",
 ]

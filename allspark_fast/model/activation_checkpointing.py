@@ -10,16 +10,7 @@ T = TypeVar("T")
 
 
 def checkpointed(function: Callable[..., T], *arguments: object, preserve_rng_state: bool = False) -> T:
-    """Call a function, but keep only its arguments for backward, which calls it again.
-
-    Args:
-        function: must have no side effects, since it runs twice.
-        arguments: what it is called with.
-        preserve_rng_state: whether it draws random numbers; the second call then draws the same ones.
-
-    Returns:
-        what the function returned.
-    """
+    """Return ``function(*arguments)``, computed again in backward; ``preserve_rng_state``: whether it draws numbers."""
     if not torch.is_grad_enabled():  # checkpoint has a cost even without gradients
         return function(*arguments)
     return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=preserve_rng_state)

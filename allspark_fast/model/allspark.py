@@ -60,9 +60,12 @@ class AllSpark(nn.Module):
         Args:
             feature_map: (2B, C, h, w) in training, labeled images first; (B, C, h, w) of any size in eval mode.
             class_logits: (B, K, h', w'), training only: logits of the pseudo-label pass on the unlabeled images.
-            crop_size: training only: (H, W) of the images in pixels; see token_class_map.
-            use_memory: training only: rebuild labeled features from the memory instead of this batch.
-            kv_source: eval mode only; see CrossAttention.infer.
+            crop_size: training only: (H, W) of the images in pixels. The class logits are resized to it and then to the
+                tokens, as in the reference implementation; None resizes them directly.
+            use_memory: training only: rebuild labeled features from the memory, or (in warm-up) from the unlabeled
+                features of this batch. Unlabeled channels are enqueued before, in warm-up too.
+            kv_source: eval mode only: where keys and values come from: ``image``, the same image, or ``batch``, all
+                images of the batch (the reference implementation; a prediction then depends on the other images).
 
         Returns:
             a map of the shape of ``feature_map``, channels-last in memory.
@@ -73,12 +76,11 @@ class AllSpark(nn.Module):
                 mode.
         """
         check_tensor("feature_map", feature_map, "(B, C, h, w)", FLOATING)
-        if feature_map.shape[1] != self.attn_norm.normalized_shape[0]:
-            raise ValueError(
-                f"feature_map has {feature_map.shape[1]} channels, expected {self.attn_norm.normalized_shape[0]}"
-            )
+        (channels,) = self.attn_norm.normalized_shape
+        if feature_map.shape[1] != channels:
+            raise ValueError(f"feature_map has {feature_map.shape[1]} channels, expected {channels}")
         check_choice("kv_source", kv_source, ("batch", "image"))
-        self._check_batch(feature_map, class_logits)
+        self._check_class_logits(class_logits, feature_map)
         size = map_size(feature_map)
         tokens = _pointwise(self.map_in, to_tokens(feature_map))
         normalized = self.attn_norm(tokens)
@@ -92,19 +94,21 @@ class AllSpark(nn.Module):
         tokens = self.encoder_norm(attended + tokens)
         return to_map(_pointwise(self.map_out, tokens), size)
 
-    def _check_batch(self, feature_map: Tensor, class_logits: Tensor | None) -> None:
-        if not self.training:
-            if class_logits is not None:
-                raise ValueError("class_logits are for training only: call train() first, or leave them out")
-            return
+    def _check_class_logits(self, class_logits: Tensor | None, feature_map: Tensor) -> None:
         if class_logits is None:
-            raise ValueError("training needs class_logits, the logits of the pseudo-label pass; or call eval() first")
+            if self.training:
+                raise ValueError(
+                    "training needs class_logits of the pseudo-label pass: give them, or call eval() first"
+                )
+            return
+        if not self.training:
+            raise ValueError("class_logits are for training only: call train() first, or leave them out")
         check_tensor("class_logits", class_logits, "(B, K, h', w')", FLOATING, like=feature_map)
         check_not_empty("class_logits", class_logits, {"B": 0, "h'": 2, "w'": 3})
-        if feature_map.shape[0] != 2 * class_logits.shape[0]:
+        images, expected = feature_map.shape[0], 2 * class_logits.shape[0]
+        if images != expected:
             raise ValueError(
-                f"feature_map holds {feature_map.shape[0]} images, expected 2B = {2 * class_logits.shape[0]}: labeled "
-                "images, then as many unlabeled ones, whose logits are class_logits"
+                f"feature_map holds {images} images, expected 2B = {expected}: labeled ones, then as many unlabeled"
             )
 
 

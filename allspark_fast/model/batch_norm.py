@@ -3,16 +3,15 @@
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from allspark_fast.distributed import all_reduce_mean, world_size
 
 
-class FiniteBatchNorm(_BatchNorm):
+class FiniteBatchNorm(nn.BatchNorm2d):
     """BatchNorm whose running statistics skip non-finite batches, so that one bad image spoils one step only.
 
     With several processes the statistics of training are those of the global batch (synchronized BatchNorm, which torch
-    has for GPUs only). The batches of all ranks must have the same shape.
+    has for GPUs only). The batches of all ranks must have the same shape (B, C, ...), of any number of axes.
     """
 
     running_mean: Tensor
@@ -23,17 +22,15 @@ class FiniteBatchNorm(_BatchNorm):
     def forward(self, feature_map: Tensor) -> Tensor:
         """Normalize (B, C, ...) and, in training, update the running statistics."""
         if not self.training:
-            return super().forward(feature_map)
+            mean, var = self.running_mean, self.running_var
+            return F.batch_norm(feature_map, mean, var, self.weight, self.bias, eps=self.eps)
         feature_map, mean, var = self.normalize(feature_map)
         self.update_statistics(mean, var)
         return feature_map
 
     def normalize(self, feature_map: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Normalize (B, C, ...) by its own statistics without side effects, so that checkpointing may run it again.
-
-        Returns:
-            the normalized map, and the batch's mean and unbiased variance (C,), for ``update_statistics``.
-        """
+        """Return the map (B, C, ...) normalized by its own statistics, its mean and unbiased variance, (C,) each."""
+        # Without side effects, so that checkpointing may run it again.
         if world_size() > 1:
             return self._normalize_over_ranks(feature_map)
         # With momentum 1, F.batch_norm writes the statistics of the batch into them.
@@ -64,11 +61,3 @@ class FiniteBatchNorm(_BatchNorm):
         scale = self.weight * torch.rsqrt(self.running_var + self.eps)
         shift = self.bias - self.running_mean * scale
         return scale.to(self.weight.dtype), shift.to(self.bias.dtype)
-
-
-class FiniteBatchNorm1d(FiniteBatchNorm, nn.BatchNorm1d):
-    """FiniteBatchNorm of vectors (B, C) or sequences (B, C, L)."""
-
-
-class FiniteBatchNorm2d(FiniteBatchNorm, nn.BatchNorm2d):
-    """FiniteBatchNorm of feature maps (B, C, h, w)."""

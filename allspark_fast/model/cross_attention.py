@@ -16,13 +16,8 @@ class CrossAttention(SemanticMemory):
     """Rebuilds labeled features from unlabeled channels (AllSpark, "Channel-wise Cross-attention").
 
     It inherits from the memory instead of holding one, so that the buffers keep their names ``attn.kv_queue`` and
-    ``attn.queue_ptr`` of the reference implementation. None of the eight projections has a bias.
-
-    Args:
-        channels: channels C of the features, which is also the number of slots of each class in the memory.
-        num_classes: number of classes K.
-        tokens: spatial tokens N of the training crops' deepest map.
-        options: see AllSparkOptions; the hidden size is D = H · C.
+    ``attn.queue_ptr`` of the reference implementation. Arguments are those of AllSpark; each class of the memory has
+    as many slots as the features have channels, and the hidden size is D = H · C.
 
     Attributes:
         backend: see channel_attention; ``reference`` uses only plain torch operators, for exported graphs.
@@ -42,25 +37,12 @@ class CrossAttention(SemanticMemory):
         self.out_u, self.out_l2u = (_linear(hidden, channels) for _ in range(2))
 
     def forward(
-        self, labeled: Tensor, unlabeled: Tensor, class_map: Tensor | None = None, *, use_memory: bool = False
+        self, labeled: Tensor, unlabeled: Tensor, class_map: Tensor, *, use_memory: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """Rebuild labeled features and refine unlabeled ones.
-
-        Args:
-            labeled: (B, N, C).
-            unlabeled: (B, N, C).
-            class_map: (B, K, N), scores of the classes on the unlabeled images; if given, their channels are enqueued
-                first, in warm-up too.
-            use_memory: rebuild labeled features from the memory, or (in warm-up) from the unlabeled features of this
-                batch.
-
-        Returns:
-            rebuilt labeled and refined unlabeled features, (B, N, C) each.
-        """
-        finish_enqueue = None if class_map is None else self.start_enqueue(unlabeled, class_map)
+        """Enqueue unlabeled channels by class map (B, K, N); return rebuilt labeled and refined unlabeled (B, N, C)."""
+        finish_enqueue = self.start_enqueue(unlabeled, class_map)
         refined = self._self_attention(unlabeled)  # overlaps with the communication between ranks
-        if finish_enqueue is not None:
-            finish_enqueue()
+        finish_enqueue()
         if use_memory:
             memory = self.stored_channels()[None].to(unlabeled.dtype)
             rebuilt = self._cross_attention(labeled, memory, self.queue_filled)
@@ -70,27 +52,12 @@ class CrossAttention(SemanticMemory):
         return rebuilt, refined
 
     def infer(self, features: Tensor, *, kv_source: KVSource) -> Tensor:
-        """Rebuild features from their own channels, as the labeled branch does at test time.
-
-        Args:
-            features: (B, N, C), any N.
-            kv_source: where keys and values come from: ``batch``, all images of the batch (the reference
-                implementation; a prediction then depends on the other images), or ``image``, the same image.
-
-        Returns:
-            (B, N, C).
-        """
+        """Rebuild features (B, N, C), any N, from their own channels, as the labeled branch does at test time."""
         source = features.transpose(0, 1)[None] if kv_source == "batch" else features[:, :, None]
         return self._cross_attention(features, source, None)
 
     def _cross_attention(self, labeled: Tensor, source: Tensor, group_mask: Tensor | None) -> Tensor:
-        """Compute the labeled branch: one similarity map [D, groups · D] for each image, without heads.
-
-        Args:
-            labeled: (B, N, C).
-            source: (B or 1, N, groups, C), from which keys and values are projected.
-            group_mask: bool (groups,) or None.
-        """
+        """Compute the labeled branch: one map [D, groups · D] an image, from a source (B or 1, N, groups, C)."""
         query = self.q_l2u(labeled)[:, None]
         key = self.k_l2u(source).flatten(2)[:, None]
         value = self.v_l2u(source).flatten(2)[:, None]

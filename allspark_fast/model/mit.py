@@ -39,8 +39,6 @@ class MiTConfig:
 
 
 STRIDES = (4, 8, 16, 32)
-# One for each of four stages, with and without stochastic depth, in training and in evaluation, at a few sizes.
-_MAX_GRAPHS = 64
 MIT_CONFIGS = {
     # Not in the paper; for tests and the embedded data: half of B0's widths, one block a stage.
     "mit_tiny": MiTConfig(embed_dims=(16, 32, 80, 128), depths=(1, 1, 1, 1)),
@@ -99,10 +97,9 @@ class MixTransformer(Backbone):
         check_tensor("images", images, "(B, 3, H, W)", FLOATING)
         if images.shape[1] != 3:
             raise ValueError(f"images have {images.shape[1]} channels, expected 3")
-        if min(images.shape[2:]) < self.min_size:
-            raise ValueError(
-                f"images are {images.shape[2]} x {images.shape[3]} pixels, expected at least {self.min_size} a side"
-            )
+        height, width = map_size(images)
+        if min(height, width) < self.min_size:
+            raise ValueError(f"images are {height} x {width} pixels, expected at least {self.min_size} a side")
         features, feature_map = [], images
         for stage in range(1, 5):
             tokens, size = getattr(self, f"patch_embed{stage}")(feature_map)
@@ -117,14 +114,7 @@ class MixTransformer(Backbone):
 
 
 class OverlapPatchEmbed(nn.Module):
-    """A strided convolution with overlapping windows, then LayerNorm.
-
-    Args:
-        in_channels: channels of the input map.
-        channels: channels of the tokens.
-        patch: side of the window, in pixels of the input map.
-        stride: stride of the window.
-    """
+    """A strided convolution with overlapping windows, then LayerNorm."""
 
     def __init__(self, in_channels: int, channels: int, patch: int, stride: int) -> None:
         super().__init__()
@@ -138,18 +128,7 @@ class OverlapPatchEmbed(nn.Module):
 
 
 class Block(nn.Module):
-    """A pre-norm transformer block: efficient self-attention, then Mix-FFN, both with stochastic depth.
-
-    Args:
-        channels: channels C of the tokens.
-        num_heads: attention heads.
-        sr_ratio: spatial reduction of keys and values.
-        mlp_ratio: hidden channels of the Mix-FFN as a multiple of C.
-        drop_path: probability that a sample skips a residual branch.
-
-    Attributes:
-        transform: the deterministic part of the block, perhaps compiled; see ``compile_blocks``.
-    """
+    """A pre-norm transformer block: efficient self-attention, then Mix-FFN, both with stochastic depth."""
 
     def __init__(self, channels: int, num_heads: int, sr_ratio: int, mlp_ratio: int, drop_path: float) -> None:
         super().__init__()
@@ -158,7 +137,7 @@ class Block(nn.Module):
         self.drop_path = drop_path
         self.norm2 = nn.LayerNorm(channels, eps=1e-6)
         self.mlp = MixFFN(channels, mlp_ratio * channels)
-        self.transform: Callable[..., Tensor] = _transform
+        self.transform: Callable[..., Tensor] = _transform  # compile_blocks replaces it
 
     def forward(self, tokens: Tensor, size: tuple[int, int]) -> Tensor:
         """Transform tokens (B, h·w, C) of a map of ``size`` = (h, w); returns the same shape."""
@@ -195,21 +174,16 @@ def compile_blocks(model: nn.Module, backend: str | Callable[..., Any]) -> None:
     blocks = [module for module in model.modules() if isinstance(module, Block)]
     if not blocks:
         raise InputError("only the blocks of mit_* backbones can be compiled, and this model has none: leave it out")
-    # The blocks share one function, for which torch keeps at most 8 graphs by default.
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MAX_GRAPHS)
+    # The blocks share one function, for which torch keeps at most 8 graphs by default: enough for four stages, with and
+    # without stochastic depth, in training and in evaluation, at a few sizes.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     transform = torch.compile(_transform, fullgraph=True, dynamic=False, backend=backend)
     for block in blocks:
         block.transform = transform
 
 
 class EfficientSelfAttention(nn.Module):
-    """Self-attention whose keys and values come from a spatially reduced map (SegFormer eq. 2).
-
-    Args:
-        channels: channels C of the tokens.
-        num_heads: attention heads.
-        sr_ratio: side of the windows that are reduced to one key; 1 for no reduction.
-    """
+    """Self-attention whose keys come from windows of ``sr_ratio`` x ``sr_ratio`` tokens (SegFormer eq. 2)."""
 
     def __init__(self, channels: int, num_heads: int, sr_ratio: int) -> None:
         super().__init__()
@@ -232,12 +206,7 @@ class EfficientSelfAttention(nn.Module):
 
 
 class MixFFN(nn.Module):
-    """A feed-forward layer with a depthwise 3x3 convolution, which replaces positional encodings (SegFormer eq. 3).
-
-    Args:
-        channels: channels C of the tokens.
-        hidden: hidden channels.
-    """
+    """A feed-forward layer with a depthwise 3x3 convolution, which replaces positional encodings (SegFormer eq. 3)."""
 
     def __init__(self, channels: int, hidden: int) -> None:
         super().__init__()
@@ -260,11 +229,7 @@ class MixFFN(nn.Module):
 
 
 class DepthwiseConv(nn.Module):
-    """A depthwise 3x3 convolution of tokens, under the name ``dwconv.dwconv`` of the released weights.
-
-    Args:
-        channels: channels C of the tokens.
-    """
+    """A depthwise 3x3 convolution of tokens, under the name ``dwconv.dwconv`` of the released weights."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()

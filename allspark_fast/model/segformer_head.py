@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from allspark_fast.kernels.bilinear import linear_matrix
 from allspark_fast.model.activation_checkpointing import checkpointed
-from allspark_fast.model.batch_norm import FiniteBatchNorm2d
+from allspark_fast.model.batch_norm import FiniteBatchNorm
 from allspark_fast.model.tokens import map_size, to_map, to_tokens
 
 
@@ -70,26 +70,17 @@ class SegFormerHead(nn.Module):
         if not self.linear_fuse.bn.training:
             scale, shift = self.linear_fuse.bn.scale_and_shift()
             weights, bias = [scale[:, None] * weight for weight in weights], scale * bias + shift
-        fused = _upsample(_linear(features[3], weights[0], bias), size)
+        fused = _project(features[3], weights[0], bias, size)
         for feature, weight in zip(reversed(features[:3]), weights[1:], strict=True):
-            fused.add_(_upsample(_linear(feature, weight), size))
+            fused.add_(_project(feature, weight, None, size))
         return fused
 
     def _normalize_and_classify(self, fused: Tensor, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return logits, and the batch's mean and variance for the running statistics; arguments as ``_classify``'s."""
         normalized, mean, var = self.linear_fuse.bn.normalize(fused)
         return self._classify(normalized.relu_(), kept), mean, var
 
     def _classify(self, fused: Tensor, kept: Tensor) -> Tensor:
-        """Drop whole channels of each sample, then classify; the dropout is applied to the classifier's weights.
-
-        Args:
-            fused: (B, E, h, w), after ReLU.
-            kept: (B, E), 0 where a channel is dropped and 1 / (1 - p) elsewhere.
-
-        Returns:
-            logits (B, K, h, w).
-        """
+        """Scale the channels of a map (B, E, h, w) by ``kept`` (B, E), on the classifier's weights, and classify."""
         weight = self.linear_pred.weight.flatten(1) * kept[:, None]  # (B, K, E)
         assert self.linear_pred.bias is not None
         logits = torch.baddbmm(self.linear_pred.bias, to_tokens(fused), weight.mT)
@@ -103,13 +94,10 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
         return (a.to(dtype) @ b.to(dtype)).to(a.dtype)
 
 
-def _linear(feature: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Apply a 1x1 convolution to a map."""
-    return to_map(F.linear(to_tokens(feature), weight, bias), map_size(feature))
-
-
-def _upsample(feature: Tensor, size: tuple[int, int]) -> Tensor:
-    if feature.shape[2:] == size:
+def _project(feature: Tensor, weight: Tensor, bias: Tensor | None, size: tuple[int, int]) -> Tensor:
+    """Apply a 1x1 convolution to a map, then resize it."""
+    feature = to_map(F.linear(to_tokens(feature), weight, bias), map_size(feature))
+    if map_size(feature) == size:
         return feature
     if torch.are_deterministic_algorithms_enabled():  # on a GPU, backward of interpolate uses atomic additions
         rows, columns = (linear_matrix(x, y, feature) for x, y in zip(feature.shape[2:], size, strict=True))
@@ -131,4 +119,4 @@ class _Fuse(nn.Module):
     def __init__(self, embedding_dim: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(4 * embedding_dim, embedding_dim, 1, bias=False)
-        self.bn = FiniteBatchNorm2d(embedding_dim)
+        self.bn = FiniteBatchNorm(embedding_dim)

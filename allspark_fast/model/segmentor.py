@@ -1,6 +1,7 @@
 """The whole model: encoder, AllSpark bottleneck, SegFormer head."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -29,21 +30,11 @@ class Decoder(nn.Module):
         self.allspark = allspark
         self.decoder = head
 
-    def forward(
-        self,
-        features: Sequence[Tensor],
-        class_logits: Tensor | None = None,
-        *,
-        crop_size: tuple[int, int] | None = None,
-        use_memory: bool = False,
-        kv_source: KVSource = "image",
-    ) -> Tensor:
-        """Decode four maps, finest first, to logits (B, K, h, w) of the finest map's size; arguments as AllSpark's."""
+    def forward(self, features: Sequence[Tensor], class_logits: Tensor | None = None, **options: Any) -> Tensor:
+        """Decode four maps, finest first, to logits (B, K, h, w) of the same size; options are those of AllSpark."""
         *finer, deepest = features
         if self.allspark is not None:
-            deepest = self.allspark(
-                deepest, class_logits, crop_size=crop_size, use_memory=use_memory, kv_source=kv_source
-            )
+            deepest = self.allspark(deepest, class_logits, **options)
         return self.decoder([*finer, deepest])
 
 
@@ -51,7 +42,7 @@ class Segmentor(nn.Module):
     """An encoder and a decoder.
 
     Args:
-        backbone: maps images (B, 3, H, W) to four feature maps, finest first.
+        backbone: maps images (B, 3, H, W) to four feature maps, finest first; its ``min_size`` is the model's too.
         decoder: maps those to logits.
     """
 
@@ -59,11 +50,7 @@ class Segmentor(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.decoder = decoder
-
-    @property
-    def min_size(self) -> int:
-        """Side of the smallest images in pixels: the encoder's ``min_size``."""
-        return self.backbone.min_size
+        self.min_size = backbone.min_size
 
     def forward(
         self,
@@ -83,7 +70,7 @@ class Segmentor(nn.Module):
             class_logits: (B, K, h', w'), training with AllSpark only: what this model, in eval mode and without
                 gradient, returned for the unlabeled images.
             use_memory: training with AllSpark only: whether warm-up is over.
-            kv_source: eval mode with AllSpark only; see CrossAttention.infer.
+            kv_source: eval mode with AllSpark only; see AllSpark.forward.
 
         Returns:
             logits (B or 2B, K, h, w) of the finest map's size, (⌈H / 4⌉, ⌈W / 4⌉) for a Mix Transformer.
@@ -116,30 +103,24 @@ def build_segmentor(
     Raises:
         InputError: the backbone is unknown, does not fit or has no activation checkpointing; the crops are too small.
         MissingPackageError: the backbone needs timm, which is not installed.
-        TypeError: a number is not an integer, ``crop_size`` not a pair, or ``allspark`` something else.
+        TypeError: a number is not an integer, or ``crop_size`` not a pair.
         ValueError: a number is less than 1.
     """
     check_count("num_classes", num_classes)
     check_count("embedding_dim", embedding_dim)
     check_size("crop_size", crop_size)
-    if not isinstance(allspark, AllSparkOptions | None):
-        raise TypeError(f"allspark must be AllSparkOptions or None, got {allspark!r}")
-    encoder = _build_backbone(backbone, activation_checkpointing)
+    encoder: Backbone
+    if backbone in MIT_CONFIGS:
+        encoder = MixTransformer(MIT_CONFIGS[backbone], activation_checkpointing=activation_checkpointing)
+    elif not backbone.startswith("timm/"):
+        raise InputError(f"backbone must be one of {', '.join(MIT_CONFIGS)}, or timm/NAME, got {backbone!r}")
+    elif activation_checkpointing:
+        raise InputError(f"activation_checkpointing is for mit_* backbones, not for {backbone}: leave it False")
+    else:
+        encoder = TimmBackbone(backbone.removeprefix("timm/"))
     if min(crop_size) < encoder.min_size:
         raise InputError(f"crop_size is {crop_size}, expected at least {encoder.min_size} pixels a side")
     height, width = encoder.deepest_size(crop_size)
-    bottleneck = None
-    if allspark is not None:
-        bottleneck = AllSpark(encoder.channels[-1], num_classes, height * width, allspark)
+    bottleneck = None if allspark is None else AllSpark(encoder.channels[-1], num_classes, height * width, allspark)
     head = SegFormerHead(encoder.channels, num_classes, embedding_dim)
     return Segmentor(encoder, Decoder(head, bottleneck))
-
-
-def _build_backbone(name: str, activation_checkpointing: bool) -> Backbone:
-    if name in MIT_CONFIGS:
-        return MixTransformer(MIT_CONFIGS[name], activation_checkpointing=activation_checkpointing)
-    if not name.startswith("timm/"):
-        raise InputError(f"backbone must be one of {', '.join(MIT_CONFIGS)}, or timm/NAME, got {name!r}")
-    if activation_checkpointing:
-        raise InputError(f"activation_checkpointing is for mit_* backbones, not for {name}: leave it False")
-    return TimmBackbone(name.removeprefix("timm/"))

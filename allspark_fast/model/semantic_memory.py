@@ -14,12 +14,6 @@ from allspark_fast.model.options import AllSparkOptions, ClassMap
 class SemanticMemory(nn.Module):
     """Ring buffers of unlabeled channels, one for each class (AllSpark, "Semantic Memory").
 
-    Args:
-        num_classes: number of classes K.
-        slots: channels kept for each class, S.
-        tokens: spatial tokens N of a channel.
-        options: see AllSparkOptions; only ``memory_init`` and ``memory_sync`` matter here.
-
     Attributes:
         kv_queue: buffer (K, S, N) float32, the channels; its memory layout is [N, K, S], so that keys are projected
             from it without a copy.
@@ -30,35 +24,22 @@ class SemanticMemory(nn.Module):
             ``state_dict``.
     """
 
-    kv_queue: Tensor
-    queue_ptr: Tensor
-    queue_filled: Tensor | None
-    received: Tensor
-
-    def __init__(self, num_classes: int, slots: int, tokens: int, options: AllSparkOptions = AllSparkOptions()) -> None:
+    def __init__(self, num_classes: int, slots: int, tokens: int, options: AllSparkOptions) -> None:
         super().__init__()
         self.memory_sync = options.memory_sync
         noise = torch.randn if options.memory_init == "randn" else torch.zeros
-        self.register_buffer("queue_ptr", torch.zeros(num_classes, dtype=torch.int64))
-        self.register_buffer("kv_queue", noise(tokens, num_classes, slots).permute(1, 2, 0))
-        filled = torch.zeros(num_classes, dtype=torch.bool) if options.memory_init == "empty" else None
-        self.register_buffer("queue_filled", filled)
-        self.register_buffer("received", torch.zeros(num_classes, dtype=torch.int64), persistent=False)
+        self.queue_ptr: Tensor = nn.Buffer(torch.zeros(num_classes, dtype=torch.int64))
+        self.kv_queue: Tensor = nn.Buffer(noise(tokens, num_classes, slots).permute(1, 2, 0))
+        filled = nn.Buffer(torch.zeros(num_classes, dtype=torch.bool))
+        self.queue_filled: Tensor | None = filled if options.memory_init == "empty" else None
+        self.received: Tensor = nn.Buffer(torch.zeros(num_classes, dtype=torch.int64), persistent=False)
         self.register_load_state_dict_pre_hook(_assume_filled)
 
     @torch.no_grad()
     def start_enqueue(self, features: Tensor, class_map: Tensor) -> Callable[[], None]:
-        """Assign the channels of unlabeled features to classes, and start to exchange them between ranks.
+        """Assign channels of features (B, N, C) to classes by a map (B, K, N), and start the exchange between ranks.
 
-        Args:
-            features: (B, N, C).
-            class_map: (B, K, N), scores of the classes at the same tokens.
-
-        Returns:
-            a function to call before the memory is used: it waits for the other ranks and writes the channels.
-
-        Raises:
-            ValueError: N or K differs from the memory's.
+        The function returned waits for the other ranks and writes the channels: call it before the memory is used.
         """
         classes, _, tokens = self.kv_queue.shape
         if features.shape[1] != tokens:
@@ -105,9 +86,9 @@ class SemanticMemory(nn.Module):
         """Write channels (B, N, C) of known classes (B, C), and count them."""
         semantic_memory_enqueue(self.kv_queue, self.queue_ptr, features, channel_class)
         of_class = channel_class.flatten()[:, None] == torch.arange(len(self.queue_ptr), device=channel_class.device)
-        self.received += of_class.sum(0)
+        self.received.add_(of_class.sum(0))
         if self.queue_filled is not None:
-            self.queue_filled |= of_class.any(0)
+            self.queue_filled.logical_or_(of_class.any(0))
 
 
 def _assume_filled(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: object) -> None:
@@ -118,25 +99,13 @@ def _assume_filled(module: nn.Module, state_dict: dict[str, Tensor], prefix: str
 
 
 def token_class_map(
-    logits: Tensor,
-    size: tuple[int, int],
-    *,
-    crop_size: tuple[int, int] | None = None,
-    kind: ClassMap = "logits",
+    logits: Tensor, size: tuple[int, int], *, crop_size: tuple[int, int] | None = None, kind: ClassMap = "logits"
 ) -> Tensor:
-    """Resize logits of the pseudo-label pass to class scores at the tokens of the deepest map.
+    """Resize logits (B, K, h', w') to class scores (B, K, h·w) at the tokens of a map, without gradient.
 
     The reference implementation resizes them to the crop and then to the tokens, both bilinearly with
-    align_corners=False. A resize is a matrix on each axis, so one product of two small matrices replaces both.
-
-    Args:
-        logits: (B, K, h', w') at any resolution.
-        size: (h, w) of the deepest map.
-        crop_size: (H, W) of the crop; None to resize directly.
-        kind: ``logits`` as in the reference implementation, or ``softmax`` over K, taken after the resize.
-
-    Returns:
-        (B, K, h·w) in at least float32, without gradient.
+    align_corners=False. A resize is a matrix on each axis, so one product of two small matrices replaces both. The
+    softmax is taken after the resize. The result is at least float32.
     """
     crop_height, crop_width = crop_size or size
     with torch.autocast(logits.device.type, enabled=False):

@@ -1,6 +1,7 @@
 """Encoders of timm, by name."""
 
 import difflib
+import importlib
 import inspect
 from types import ModuleType
 from typing import Any
@@ -12,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from allspark_fast.errors import InputError, MissingPackageError
 from allspark_fast.model.backbone import Backbone
-from allspark_fast.model.batch_norm import FiniteBatchNorm1d, FiniteBatchNorm2d
+from allspark_fast.model.batch_norm import FiniteBatchNorm
 from allspark_fast.model.tokens import map_size
 
 # Constructor arguments that lift the fixed image size: of plain transformers, and of Swin in older versions of timm.
@@ -39,7 +40,10 @@ class TimmBackbone(Backbone):
 
     def __init__(self, name: str) -> None:
         super().__init__()
-        timm = _import_timm()
+        try:
+            timm = importlib.import_module("timm")  # optional, and slow to import
+        except ImportError as error:
+            raise MissingPackageError("backbones timm/... need timm: pip install 'allspark-fast[timm]'") from error
         self.name = name
         self.features = timm.create_model(name, **_options(timm, name))
         _replace_layers(self.features, timm.layers)
@@ -51,20 +55,16 @@ class TimmBackbone(Backbone):
         """Encode images.
 
         Args:
-            images: (B, 3, H, W); upsampled to the next multiples of ``stride``, so that all maps cover exactly the
-                image.
+            images: (B, 3, H, W); upsampled to the next multiples of ``stride``, so that all maps cover the image.
 
         Returns:
             four maps (B, channels[i], h_i, w_i), finest first.
         """
         # The layout that convolutions on a CPU and tensor cores read.
         images = images.contiguous(memory_format=torch.channels_last)
-        height, width = self.deepest_size(map_size(images))
+        size = tuple(side * self.stride for side in self.deepest_size(map_size(images)))
         # Also where the size fits already: without a branch, one exported graph serves all sizes.
-        images = F.interpolate(
-            images, (height * self.stride, width * self.stride), mode="bilinear", align_corners=False
-        )
-        return self.features(images)
+        return self.features(F.interpolate(images, size, mode="bilinear", align_corners=False))
 
 
 class _SameConv2d(nn.Conv2d):
@@ -72,16 +72,7 @@ class _SameConv2d(nn.Conv2d):
 
     timm's own computes the padding from each map's size. Images are resized to multiples of all strides, so both are
     equal here, but sizes that depend on sizes through every layer grow to expressions that torch.export cannot solve.
-
-    Args:
-        conv: the convolution to replace.
     """
-
-    def __init__(self, conv: nn.Conv2d) -> None:
-        # On "meta", since initializing weights that get replaced would draw random numbers.
-        names = ("in_channels", "out_channels", "kernel_size", "stride", "dilation", "groups")
-        sizes = {name: getattr(conv, name) for name in names}
-        super().__init__(**sizes, bias=conv.bias is not None, device="meta")
 
     def forward(self, x: Tensor) -> Tensor:
         padding: list[int] = []
@@ -91,8 +82,8 @@ class _SameConv2d(nn.Conv2d):
         return super().forward(F.pad(x, padding))
 
 
-class _FiniteBatchNormAct2d(FiniteBatchNorm2d):
-    """FiniteBatchNorm2d followed by dropout and an activation, under timm's names."""
+class _FiniteBatchNormAct(FiniteBatchNorm):
+    """FiniteBatchNorm followed by dropout and an activation, under timm's names."""
 
     drop: nn.Module
     act: nn.Module
@@ -102,43 +93,20 @@ class _FiniteBatchNormAct2d(FiniteBatchNorm2d):
 
 
 def _replace_layers(features: nn.Module, layers: ModuleType) -> None:
-    """Replace convolutions with size-dependent padding, and every BatchNorm by a FiniteBatchNorm.
-
-    Args:
-        features: a model of timm; names and parameters stay.
-        layers: ``timm.layers``.
-    """
-    for name, module in list(features.named_modules()):
-        if type(module) is layers.Conv2dSame:
-            replacement: nn.Module = _SameConv2d(module)
-        elif isinstance(module, _BatchNorm):
-            replacement = _finite_batch_norm(name, module, layers.BatchNormAct2d)
-        else:
-            continue
-        replacement.load_state_dict(module.state_dict(keep_vars=True), assign=True)
-        features.set_submodule(name, replacement)
-
-
-def _finite_batch_norm(name: str, norm: _BatchNorm, with_activation: type[_BatchNorm]) -> nn.Module:
-    kinds: dict[type[_BatchNorm], type[_BatchNorm]] = {
-        nn.BatchNorm1d: FiniteBatchNorm1d,
-        nn.BatchNorm2d: FiniteBatchNorm2d,
-        with_activation: _FiniteBatchNormAct2d,
+    """Change the class of convolutions with size-dependent padding and of every BatchNorm; their tensors stay."""
+    replacements: dict[type[nn.Module], type[nn.Module]] = {
+        layers.Conv2dSame: _SameConv2d,
+        layers.BatchNormAct2d: _FiniteBatchNormAct,
+        nn.BatchNorm1d: FiniteBatchNorm,
+        nn.BatchNorm2d: FiniteBatchNorm,
     }
-    if type(norm) not in kinds:
-        raise InputError(f"{name} is a {type(norm).__name__}, which cannot be synchronized: take another backbone")
-    replacement = kinds[type(norm)](norm.num_features, norm.eps, norm.momentum)
-    if isinstance(norm, with_activation):
-        replacement.drop, replacement.act = norm.drop, norm.act
-    return replacement
-
-
-def _import_timm() -> ModuleType:
-    try:
-        import timm  # noqa: PLC0415 optional, and slow to import
-    except ImportError as error:
-        raise MissingPackageError("backbones timm/... need timm: pip install 'allspark-fast[timm]'") from error
-    return timm
+    for name, module in features.named_modules():
+        if type(module) in replacements:
+            module.__class__ = replacements[type(module)]
+        elif isinstance(module, _BatchNorm):
+            raise InputError(
+                f"{name} is a {type(module).__name__}, which cannot be synchronized: take another backbone"
+            )
 
 
 def _options(timm: ModuleType, name: str) -> dict[str, Any]:
@@ -148,7 +116,7 @@ def _options(timm: ModuleType, name: str) -> dict[str, Any]:
         hint = f"did you mean {', '.join(similar)}?" if similar else "timm.list_models() lists all"
         raise InputError(f"timm has no model {name!r}: {hint}")
     with torch.device("meta"):
-        model = timm.create_model(name, pretrained=False)
+        model = timm.create_model(name)
         strides = [feature["reduction"] for feature in getattr(model, "feature_info", [])]
         depth = len(strides)
         if depth < 4:
@@ -156,7 +124,6 @@ def _options(timm: ModuleType, name: str) -> dict[str, Any]:
         plain = min(strides) == max(strides)
         quarters = [depth * quarter // 4 - 1 for quarter in range(1, 5)]
         options = {
-            "pretrained": False,
             "features_only": True,
             # Unlike timm's other extractors it keeps the model's parameter names, and (B, C, h, w) is its layout.
             "feature_cls": "getter",

@@ -12,8 +12,7 @@ from allspark_fast.config import Change, Config, RunConfig, TrainConfig, changed
 from allspark_fast.distributed import world_size
 from allspark_fast.errors import InputError
 from allspark_fast.files import make_folder, remove_unfinished, write_atomically
-from allspark_fast.model import AllSparkOptions, Segmentor, build_segmentor
-from allspark_fast.model.mit import compile_blocks
+from allspark_fast.model import AllSparkOptions, Segmentor, build_segmentor, compile_blocks
 from allspark_fast.training.checkpoint import list_checkpoints
 from allspark_fast.training.sharding import shard
 from allspark_fast.training.step import TrainState

@@ -30,7 +30,7 @@ class ModelSpec:
         allspark: whether there is the AllSpark bottleneck.
         embedding_dim: channels of the head.
         num_heads: heads of the bottleneck.
-        memory_init: see SemanticMemory.
+        memory_init: see AllSparkOptions.
         crop: side of the training crops in pixels, and of sliding windows.
         mode: how the model was validated, see predict_labels.
         mean: of each color channel in 0..1, subtracted from images.

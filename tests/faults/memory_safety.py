@@ -2,7 +2,7 @@
 
 python -m tests.faults.memory_safety --shapes 1000
 
-The checker (tests/kernels/triton_checks.py) raises on an access outside the arguments, a masked load without a default,
+The checker (tests/helpers/triton_checks.py) raises on an access outside the arguments, a masked load without a default,
 and races between programs. Margins of NaN around the inputs and of a known value around the memory show what it cannot
 see: an access inside a tensor's storage, but beside its view.
 """

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from allspark_fast.kernels.triton_support import Kernels, set_kernels, why_no_triton
 
 # The interpreter is slow, and not everywhere.
-MOSTLY_TORCH = st.sampled_from(["torch"] * 3 + ["triton"] * (why_no_triton(torch.device("cpu")) is None))
+MOSTLY_TORCH = st.sampled_from(["torch"] * 5 + ["triton"] * (why_no_triton(torch.device("cpu")) is None))
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Anything in place of any argument of an operator: the documented error, which names it, or the right result."""
+"""Any value in place of any argument of an operator: the documented error, which names it, or the right result."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -149,6 +149,77 @@ OPERATORS = {
 }  # fmt: skip
 
 
+# By operator: what replaces some of its arguments above, the error and its message.
+BAD = {
+    "depthwise_gelu": [
+        ({"tokens": [1.0]}, TypeError, r"tokens must be a tensor of shape \(B, h·w, C\), got list"),
+        ({"tokens": torch.zeros(2, 20, 3).int()}, TypeError, "tokens must have dtype"),
+        ({"tokens": torch.zeros(2, 3, 4, 5)}, ValueError, r"tokens must have shape \(B, h·w, C\)"),
+        ({"size": (3, 4)}, ValueError, r"tokens must have shape \(B, h·w, C\) = \(2, 12, 3\), got \(2, 20"),
+        ({"size": (0, 5)}, ValueError, "H of size must be at least 1, got 0"),
+        ({"size": 15}, TypeError, r"size must be a pair \(H, W\), got 15"),
+        ({"weight": torch.zeros(3, 3, 3)}, ValueError, r"weight must have shape \(C, 1, 3, 3\), got \(3, 3"),
+        ({"weight": torch.zeros(3, 1, 5, 5)}, ValueError, r"weight must have shape .* = \(3, 1, 3, 3\)"),
+        ({"weight": torch.zeros(3, 1, 3, 3, device="meta")}, ValueError, "weight is on meta"),
+        ({"bias": None}, TypeError, r"bias must be a tensor of shape \(C,\), got NoneType"),
+        ({"bias": torch.zeros(5)}, ValueError, r"bias must have shape \(C,\) = \(3,\), got \(5,\)"),
+        ({"bias": torch.zeros(3).long()}, TypeError, "bias must have dtype"),
+    ],
+    "upsample_argmax": [
+        ({"logits": torch.zeros(2, 3, 4, 5).int()}, TypeError, "logits must have dtype"),
+        ({"logits": torch.zeros(3, 4, 5)}, ValueError, r"logits must have shape \(B, K, h, w\)"),
+        ({"logits": torch.zeros(2, 0, 4, 5)}, ValueError, "logits has K = 0"),
+        ({"size": (7, 9, 1)}, ValueError, r"size must be a pair \(H, W\)"),
+        ({"size": 7}, TypeError, r"size must be a pair \(H, W\), got 7"),
+        ({"size": (7, 9.5)}, TypeError, "W of size must be an integer, got 9.5"),
+        ({"size": (0, 9)}, ValueError, "H of size must be at least 1, got 0"),
+    ],
+    "upsample_cross_entropy": [
+        ({"logits": torch.zeros(2, 3, 4, 5).int()}, TypeError, "logits must have dtype"),
+        ({"logits": torch.zeros(3, 4, 5)}, ValueError, r"logits must have shape \(B, K, h, w\)"),
+        ({"logits": torch.zeros(2, 0, 4, 5)}, ValueError, "logits has K = 0"),
+        ({"target": torch.zeros(2, 7, 9)}, TypeError, "target must have dtype int64"),
+        ({"target": torch.zeros(1, 7, 9).long()}, ValueError, r"target must have shape .* \(2, 7, 9\)"),
+        ({"target": torch.zeros(2, 0, 9).long()}, ValueError, "target has H = 0"),
+        ({"target": torch.zeros(2, 7, 9, device="meta").long()}, ValueError, "target is on meta"),
+        ({"target": torch.full((2, 7, 9), 3)}, ValueError, r"target holds class 3, expected \[0, 3\)"),
+        ({"target": torch.full((2, 7, 9), -1)}, ValueError, "target holds class -1"),
+        ({"reduction": "avg"}, ValueError, "reduction must be one of mean, sum, none"),
+        ({"ignore_index": "255"}, TypeError, "ignore_index must be an integer, got '255'"),
+        ({"ignore_index": 1.5}, TypeError, "ignore_index must be an integer, got 1.5"),
+        ({"ignore_index": 2**63}, ValueError, "ignore_index must be in"),
+        ({"ohem_threshold": 0.5, "ohem_min_kept": 1.5}, TypeError, "ohem_min_kept must be an integer"),
+        ({"ohem_threshold": "0.5"}, TypeError, "ohem_threshold must be a number"),
+        ({"ohem_threshold": 1.5}, ValueError, "ohem_threshold must be a probability"),
+        ({"ohem_threshold": 0.5, "ohem_min_kept": -1}, ValueError, "ohem_min_kept must be at least 0"),
+    ],
+    "channel_semantic_grouping": [
+        ({"features": None}, TypeError, "features must be a tensor"),
+        ({"features": torch.ones(2, 5, 6).int()}, TypeError, "features must have dtype"),
+        ({"features": torch.ones(5, 6)}, ValueError, r"features must have shape \(B, N, C\)"),
+        ({"class_map": torch.ones(2, 3, 4)}, ValueError, r"class_map must have shape .* \(2, 3, 5\)"),
+        ({"class_map": torch.ones(1, 3, 5)}, ValueError, "class_map must have shape"),
+        ({"class_map": torch.ones(2, 0, 5)}, ValueError, "class_map has K = 0"),
+        ({"class_map": torch.ones(2, 3, 5, device="meta")}, ValueError, "class_map is on meta"),
+    ],
+    "semantic_memory_enqueue": [
+        ({"queue": torch.ones(3, 4, 5).int()}, TypeError, "queue must have dtype"),
+        ({"queue": torch.ones(3, 0, 5)}, ValueError, "queue has S = 0"),
+        ({"queue": torch.ones(3, 1, 5).expand(3, 4, 5)}, ValueError, "queue has strides .* clone"),
+        ({"queue": torch.ones(3, 8).unfold(1, 5, 1)}, ValueError, "queue has strides .* clone"),
+        ({"queue_ptr": torch.zeros(1).long().expand(3)}, ValueError, "queue_ptr has strides .* clone"),
+        ({"queue_ptr": torch.tensor([0, 4, 0])}, ValueError, r"holds 4, expected slots in \[0, 4\)"),
+        ({"queue_ptr": torch.tensor([0, 0, -1])}, ValueError, "queue_ptr holds -1"),
+        ({"queue_ptr": torch.zeros(3)}, TypeError, "queue_ptr must have dtype int64"),
+        ({"queue_ptr": torch.zeros(4).long()}, ValueError, r"queue_ptr must have shape .* \(3,\)"),
+        ({"features": torch.ones(2, 4, 6)}, ValueError, r"features must have shape .* \(2, 5, 6\)"),
+        ({"channel_class": torch.zeros(2, 6)}, TypeError, "channel_class must have dtype int64"),
+        ({"channel_class": torch.zeros(2, 5).long()}, ValueError, "channel_class must have shape"),
+        ({"features": torch.ones(2, 5, 6, device="meta")}, ValueError, "features is on meta"),
+    ],
+}
+
+
 @st.composite
 def tensors_like(draw: st.DrawFn, tensor: Tensor) -> Tensor:
     """Other sides, axes, dtype, strides, layout or device; most draws change one of them."""
@@ -218,3 +289,12 @@ def test_any_arguments(name: str, data: st.DataObject) -> None:
     for result, expected in zip(results(actual), results(operator.expected(**copies)), strict=True):
         tolerance = {} if result.dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
         torch.testing.assert_close(result, expected, equal_nan=True, **tolerance)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "error", "message"), [(name, *case) for name, cases in BAD.items() for case in cases]
+)
+def test_bad_arguments_are_named(name: str, change: dict[str, Any], error: type[Exception], message: str) -> None:
+    operator = OPERATORS[name]
+    with pytest.raises(error, match=message):
+        operator.run(**{**operator.arguments, **change})

@@ -111,21 +111,3 @@ def test_opcheck_compile_and_no_sync() -> None:
         assert not actual.requires_grad
     with forbid_sync():
         upsample_argmax(logits, (13, 17))
-
-
-BAD = {
-    "logits dtype": (torch.zeros(2, 3, 4, 5).int(), (7, 9), TypeError, "logits must have dtype"),
-    "logits axes": (torch.zeros(3, 4, 5), (7, 9), ValueError, r"logits must have shape \(B, K, h, w\)"),
-    "no classes": (torch.zeros(2, 0, 4, 5), (7, 9), ValueError, "logits has K = 0"),
-    "size of three": (torch.zeros(2, 3, 4, 5), (7, 9, 1), ValueError, r"size must be a pair \(H, W\)"),
-    "one side": (torch.zeros(2, 3, 4, 5), 7, TypeError, r"size must be a pair \(H, W\), got 7"),
-    "part of a pixel": (torch.zeros(2, 3, 4, 5), (7, 9.5), TypeError, "W of size must be an integer, got 9.5"),
-    "empty size": (torch.zeros(2, 3, 4, 5), (0, 9), ValueError, "H of size must be at least 1, got 0"),
-}
-
-
-@pytest.mark.parametrize("case", BAD)
-def test_bad_arguments_are_named(case: str) -> None:
-    logits, size, error, message = BAD[case]
-    with pytest.raises(error, match=message):
-        upsample_argmax(logits, size)

@@ -1,7 +1,6 @@
 """The bottleneck and its memory: what enters it, what uses it, switches, mistakes, several processes."""
 
 import copy
-import functools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -27,30 +26,6 @@ def batch(images: int = 2) -> tuple[Tensor, Tensor]:
     return torch.randn(2 * images, C, SIDE, SIDE), torch.randn(images, K, 5, 5)
 
 
-def test_a_transposed_map_gives_a_transposed_map() -> None:
-    """Tokens have no order."""
-    module = bottleneck().eval()
-    feature_map = torch.randn(1, C, 2, 5)
-    torch.testing.assert_close(module(feature_map.mT), module(feature_map).mT)
-
-
-@pytest.mark.slow
-def test_compiled_by_inductor() -> None:
-    """The operators keep the strides that they promise: generated code relies on them."""
-    torch._dynamo.reset()
-    plain = bottleneck(memory_init="empty")
-    compiled = copy.deepcopy(plain)
-    compiled.compile(fullgraph=True, dynamic=False)
-    features, class_logits = batch()
-    results = []
-    for module in (plain, compiled):
-        inputs = features.clone().requires_grad_()
-        output = module(inputs, class_logits, use_memory=True)
-        results.append((output, *torch.autograd.grad(output.square().sum(), [inputs, *module.parameters()])))
-    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(compiled.state_dict(), plain.state_dict(), rtol=1e-4, atol=1e-5)
-
-
 class TestMemory:
     """What training leaves in the memory, and what uses it."""
 
@@ -71,15 +46,6 @@ class TestMemory:
             assert module(*batch(), use_memory=use_memory).requires_grad == grad
         assert (module.attn.kv_queue.abs().sum(2) > 0).sum() == module.attn.received.sum() == 2 * C
         assert torch.equal(module.attn.queue_filled, module.attn.received > 0)
-
-    def test_enqueue_comes_before_use(self) -> None:
-        """With an empty memory and one class, the labeled branch of the first step already attends this batch."""
-        features, class_logits = batch()
-        class_logits[:, 1:] = 0
-        module = bottleneck(memory_init="empty")
-        memory, warm_up = (copy.deepcopy(module)(features, class_logits, use_memory=use) for use in (True, False))
-        assert not torch.equal(memory[:2], torch.zeros_like(memory[:2]))
-        assert torch.equal(memory[2:], warm_up[2:])
 
     def test_eval_neither_uses_nor_changes_it(self) -> None:
         module = bottleneck().eval()
@@ -133,20 +99,6 @@ class TestSwitches:
         other.attn.kv_queue[absent] = 100.0
         assert torch.equal(other(features, class_logits, use_memory=True), output)
 
-    def test_randn_attends_noise(self) -> None:
-        features, class_logits = batch()
-        module = bottleneck(memory_init="randn")
-        other = copy.deepcopy(module)
-        other.attn.kv_queue.mul_(2)
-        outputs = [x(features, class_logits, use_memory=True)[:2] for x in (module, other)]
-        assert not torch.allclose(*outputs)
-
-    def test_defaults_are_two_heads_and_warm_up(self) -> None:
-        module, inputs = bottleneck(), batch()
-        assert module.attn.num_heads == 2
-        outputs = [copy.deepcopy(module)(*inputs, **options) for options in ({}, {"use_memory": False})]
-        assert torch.equal(*outputs)
-
     def test_kv_source_batch_sees_the_other_images_and_image_does_not(self) -> None:
         module = bottleneck().eval()
         features = batch()[0]
@@ -190,7 +142,6 @@ class TestMistakes:
             (True, {"class_logits": torch.ones(2, 5, 5, 5)}, "class_map has 5 classes, the Semantic Memory 4"),
             (True, {"class_logits": torch.ones(0, K, 5, 6)}, "class_logits has B = 0"),
             (True, {"class_logits": torch.ones(2, K, 0, 6)}, "class_logits has h' = 0"),
-            (True, {"class_logits": torch.ones(2, K, 5, 0)}, "class_logits has w' = 0"),
         ],
     )
     def test_arguments(self, training: bool, change: dict[str, Tensor | None], message: str) -> None:
@@ -212,48 +163,38 @@ class TestMistakes:
             bottleneck(**{name: value})
 
 
-def halves(images: slice, step: int) -> tuple[Tensor, Tensor]:
-    """Some labeled images, the unlabeled ones beside them, and the latter's class logits, the same on every rank."""
+def step_on_own_images(module: AllSpark, step: int, index: int) -> None:
+    """Train a step on rank ``index``'s labeled and unlabeled image, the same whichever process asks."""
     torch.manual_seed(1)
     features, class_logits = batch(2)
     labeled, unlabeled = (features + step).chunk(2)
-    return torch.cat([labeled[images], unlabeled[images]]), class_logits[images]
+    module(torch.stack([labeled[index], unlabeled[index]]), class_logits[index : index + 1])
 
 
-def seeded_bottleneck(**options: object) -> AllSpark:
+def seeded_bottleneck() -> AllSpark:
     torch.manual_seed(0)
-    return bottleneck(memory_init="empty", **options)
+    return bottleneck(memory_init="empty", memory_sync="rank0")
 
 
-def memory_after_steps(memory_sync: str) -> list[dict[str, Tensor]]:
-    """This rank's state after each of two steps on its own labeled and unlabeled image."""
-    module = seeded_bottleneck(memory_sync=memory_sync)
+def memory_after_steps() -> list[dict[str, Tensor]]:
+    """This rank's state after each of two steps."""
+    module = seeded_bottleneck()
     states = []
     for step in range(2):
-        module(*halves(slice(rank(), rank() + 1), step))
+        step_on_own_images(module, step, rank())
         states.append(copy.deepcopy(module.state_dict()))
     return states
 
 
 @pytest.mark.slow
-def test_memory_sync_all_equals_one_process(tmp_path: Path) -> None:
-    states = run_on_ranks(functools.partial(memory_after_steps, "all"), 2, tmp_path)
-    module = seeded_bottleneck()
-    for step in range(2):
-        module(*halves(slice(2), step))
-        for index in range(2):
-            torch.testing.assert_close(states[index][step], dict(module.state_dict()))
-        assert torch.equal(states[0][step]["attn.kv_queue"], states[1][step]["attn.kv_queue"])
-
-
-@pytest.mark.slow
 def test_memory_sync_rank0_starts_each_step_from_rank_0(tmp_path: Path) -> None:
-    states = run_on_ranks(functools.partial(memory_after_steps, "rank0"), 2, tmp_path)
+    """``all`` is tested in tests/training/test_distributed.py."""
+    states = run_on_ranks(memory_after_steps, 2, tmp_path)
     start = seeded_bottleneck()
     for step in range(2):
         for index in (1, 0):  # rank 0 last: its memory is what the next step starts from
             module = copy.deepcopy(start)
-            module(*halves(slice(index, index + 1), step))
+            step_on_own_images(module, step, index)
             for name, value in module.state_dict().items():
                 assert torch.equal(states[index][step][name], value), name
         start = module

@@ -1,7 +1,6 @@
 """Steps, collectives and evaluation on several gloo ranks, against one process that sees the same images."""
 
 import copy
-import functools
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -93,7 +92,6 @@ def on_two_ranks() -> dict[str, Any]:
     for backbone in TIMM:
         results[backbone] = train_steps(2, make_state(sharding="replicate", backbone=backbone))
     results["skipped"] = skip_a_step()
-    results["resumed"] = resume_as_shards()
     results["saved"] = save_before_and_after_an_evaluation()
     results["mean"] = gradient_of_mean()
     results["any"] = [all_reduce_any(False), all_reduce_any(rank() == 1)]
@@ -109,20 +107,6 @@ def skip_a_step() -> bool:
     train_step(state, batch._replace(image=batch.image.fill_(float("nan"))) if rank() == 1 else batch, use_memory=True)
     unchanged = all(torch.equal(x.to_local(), before[name].to_local()) for name, x in state.model.named_parameters())
     return unchanged and state.skipped == 1
-
-
-def resume_as_shards() -> bool:
-    """Whether a sharded state takes over the whole state of another, which has taken steps."""
-    before = make_state(sharding="fsdp", optimizer="adamw")
-    train_step(before, make_batch(0, 2, own_part(2)), use_memory=True)
-    box = [copy.deepcopy(gather_state(before.state_dict()))]
-    dist.broadcast_object_list(box)
-    after = make_state(sharding="fsdp", optimizer="adamw")
-    after.load_state_dict(box[0])
-    for state in (before, after):
-        train_step(state, make_batch(1, 2, own_part(2)), use_memory=True)
-    a, b = flatten(before), flatten(after)
-    return rank() > 0 or (a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a))
 
 
 def save_before_and_after_an_evaluation() -> list[dict[str, Tensor]]:
@@ -215,9 +199,6 @@ class TestTwoRanks:
     def test_channels_travel_during_the_self_attention(self, results: list[dict[str, Any]]) -> None:
         assert results[0]["overlapped"] == [1.0, 1.0]
 
-    def test_a_state_of_whole_tensors_becomes_shards_again(self, results: list[dict[str, Any]]) -> None:
-        assert all(result["resumed"] for result in results)
-
     def test_an_evaluation_changes_nothing_that_is_saved(self, results: list[dict[str, Any]]) -> None:
         before, after = results[0]["saved"]
         assert before.keys() == after.keys()
@@ -294,20 +275,19 @@ def test_blocks_gathered_in_bfloat16(tmp_path: Path) -> None:
     (losses, sharded), _ = run_on_ranks(_bfloat16, 2, tmp_path)
     assert (whole, sharded) == ({torch.float32}, {torch.bfloat16})
     assert torch.equal(losses[0], expected[0])
-    torch.testing.assert_close(losses, expected, rtol=2e-3, atol=0)
+    # After an update. Two make some pixels' pseudo labels others.
+    torch.testing.assert_close(losses[1], expected[1], rtol=2e-3, atol=0)
 
 
-def _compiled_blocks(sharding: str) -> dict[str, Tensor]:
+def _compiled_blocks() -> dict[str, Tensor]:
     with patch.object(prepare, "compile_blocks", lambda model, _: compile_blocks(model, "aot_eager")):
-        return train_steps(2, make_state(sharding=sharding, compile=True))
+        return train_steps(2, make_state(sharding="fsdp", compile=True))
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("sharding", ["fsdp", "replicate"])
-def test_compiled_blocks_on_two_ranks_equal_one_process(sharding: str, tmp_path: Path) -> None:
-    work = functools.partial(_compiled_blocks, sharding)
-    assert_close(run_on_ranks(work, 2, tmp_path)[0], train_steps(2, make_state()))
+def test_compiled_blocks_on_two_ranks_equal_one_process(tmp_path: Path) -> None:
+    assert_close(run_on_ranks(_compiled_blocks, 2, tmp_path)[0], train_steps(2, make_state()))
 
 
 def test_restarts_that_would_hang_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

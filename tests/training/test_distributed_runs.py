@@ -54,14 +54,15 @@ def saved_step(folder: Path) -> int:
 def test_the_same_ranks_go_on_bit_for_bit_under_torchrun(tmp_path: Path) -> None:
     """After torchrun was stopped or killed, and when it starts all again as one of them was killed."""
     whole, restarted = tmp_path / "whole", tmp_path / "restarted"
-    ranks = start_run(arguments(whole), 2, dropout=True)
+    adamw = {"train.optimizer": "adamw"}
+    ranks = start_run(arguments(whole, **adamw), 2, dropout=True)
     printed = "".join(x.finish() for x in ranks)
     assert "2 processes, 1 micro-batches each, of 1 + 1" in printed
     assert printed.count("mIoU  ") == printed.count(f"step {STEPS}: mIoU") == 1
 
     def torchrun(*fault: str) -> tuple[int, str]:
         options = ["--standalone", "--nproc-per-node", "2", "--max-restarts", "1", "-m", "tests.helpers.ranks"]
-        command = [sys.executable, "-m", "torch.distributed.run", *options, *fault, *arguments(restarted)]
+        command = [sys.executable, "-m", "torch.distributed.run", *options, *fault, *arguments(restarted, **adamw)]
         # It ends when the ranks too have closed their output.
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
         return done.returncode, done.stdout + done.stderr

@@ -35,7 +35,7 @@ class TestRun:
     """One whole run."""
 
     def test_leaves_what_it_promises(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        config = tiny_config()
+        config = tiny_config(pseudo_from_epoch=1)
         train(config, tmp_path / "run")
         names = {path.name for path in (tmp_path / "run").iterdir()}
         promised = {"config.json", "metrics.jsonl", "checkpoints", "curves.png", "predictions.png", "best.safetensors"}
@@ -45,6 +45,10 @@ class TestRun:
         records = read_metrics(tmp_path / "run")
         assert [record["step"] for record in records if "loss" in record] == [3, 6, 9, 12]
         assert [record["step"] for record in records if "miou" in record] == [8, 12]
+        for record in (record for record in records if record["step"] in (3, 9, 12) and "loss" in record):
+            mean = (record["loss_labeled"] + record["loss_unlabeled"]) / 2
+            expected = record["loss_labeled"] if record["step"] <= 4 else mean  # an epoch has four steps
+            assert record["loss"] == pytest.approx(expected, rel=1e-5)
         for picture in ("curves.png", "predictions.png"):
             assert len(Image.open(tmp_path / "run" / picture).convert("RGB").getcolors(1 << 20)) > 100
         events = EventAccumulator(str(tmp_path / "run")).Reload()
@@ -87,20 +91,6 @@ class TestRun:
         )
         assert Image.open(tmp_path / "out" / "labels" / "photo.png").size == (70, 50)
 
-    @pytest.mark.usefixtures("no_pictures")
-    def test_pseudo_labels_count_from_their_epoch_on(self, tmp_path: Path) -> None:
-        train(tiny_config(pseudo_from_epoch=1), tmp_path)
-        for record in (record for record in read_metrics(tmp_path) if "loss" in record and record["step"] != 6):
-            mean = (record["loss_labeled"] + record["loss_unlabeled"]) / 2
-            expected = record["loss_labeled"] if record["step"] <= 4 else mean
-            assert record["loss"] == pytest.approx(expected, rel=1e-5)
-
-    @pytest.mark.usefixtures("no_pictures")
-    def test_learns(self, tmp_path: Path) -> None:
-        train(tiny_config("supervised", epochs=8, lr=0.02), tmp_path)
-        losses = [record["loss"] for record in read_metrics(tmp_path) if "loss" in record]
-        assert losses[-1] < 0.8 * losses[0]
-
     def test_checkpointing_reaches_the_backbone(self) -> None:
         for chosen in (False, True):
             config = changed(tiny_config(), model={"activation_checkpointing": chosen})
@@ -138,7 +128,9 @@ def test_a_run_on_a_gpu_resumes(method: str, tmp_path: Path, monkeypatch: pytest
 
 
 @pytest.mark.usefixtures("no_pictures")
-def test_supervised_loads_logs_and_counts_labeled_images_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_supervised_learns_from_labeled_images_and_counts_no_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     sizes = []
 
     def recorded_step(state: TrainState, batch: SemiBatch, **options: bool) -> object:
@@ -148,13 +140,15 @@ def test_supervised_loads_logs_and_counts_labeled_images_only(tmp_path: Path, mo
     # One second for each line of the log.
     monkeypatch.setattr(trainer_module.time, "perf_counter", itertools.count().__next__)
     monkeypatch.setattr(trainer_module, "train_step", recorded_step)
-    for method, unlabeled in (("supervised", 0), ("semi", 2)):
+    for method, unlabeled, epochs in (("supervised", 0, 8), ("semi", 2, 1)):
         sizes.clear()
-        Trainer(tiny_config(method), tmp_path / method).run()
+        Trainer(tiny_config(method, epochs=epochs, lr=0.02), tmp_path / method).run()
         assert set(sizes) == {(2, unlabeled)}
         first = read_metrics(tmp_path / method)[0]
         assert ("loss_unlabeled" in first) == (method == "semi")
         assert first["images_per_s"] == 3 * (2 + unlabeled)  # three steps in a line
+    losses = [record["loss"] for record in read_metrics(tmp_path / "supervised") if "loss" in record]
+    assert losses[-1] < 0.8 * losses[0]
 
 
 @pytest.mark.usefixtures("no_pictures")
@@ -316,40 +310,20 @@ def root(tmp_path: Path) -> Path:
 
 
 class TestOnesOwnData:
-    """splits, check, train and evaluate on a folder."""
+    """A folder; tests/test_docs.py gives it to all commands."""
 
-    def test_from_folder_to_score(self, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        (root / "train.txt").write_text("".join(f"images/{i}.png labels/{i}.png\n" for i in range(3)))
-        assert main(["splits", str(root), "1/3", "--list", "train.txt", "--out", str(root)]) == 0
-        assert "1 labeled, 2 unlabeled" in capsys.readouterr().out
-        shared = ["scenes", "--data.dataset", "folder", "--data.root", str(root), "--data.val", "val.txt"]
-        shared += ["--data.labeled", "labeled.txt", "--data.unlabeled", "unlabeled.txt", "--data.crop", "64"]
-        assert main(["check", *shared]) == 0
-        run = ["--run.output-dir", str(tmp_path / "run"), "--train.epochs", "1", "--train.batch-size", "2"]
-        assert main(["train", *shared, *run, "--data.workers", "0"]) == 0
-        assert "square" in capsys.readouterr().out
-
-    def test_a_folder_needs_no_split_files_but_for_validation(self, root: Path, tmp_path: Path) -> None:
-        config = changed(tiny_config(), data={"dataset": "folder", "root": root, "val": Path("val.txt")})
-        sources = Trainer(config, tmp_path / "run").data.sources
-        assert [entry.image for entry in sources.labeled.entries] == [f"images/{i}.png" for i in range(3)]
-        assert [entry.image for entry in sources.unlabeled.entries] == ["images/4.png", "images/5.png"]
-
-    @pytest.mark.parametrize("hidden", [True, False])
-    def test_hidden_labels_are_pictured_and_measured_where_there_are_some(
-        self, hidden: bool, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    def test_needs_no_split_files_but_for_validation_and_no_hidden_labels(
+        self, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        for i in (4, 5) if hidden else ():
-            Image.new("L", (96, 80), 1).save(root / f"labels/{i}.png")
-        for part, ids in (("labeled", (0, 1)), ("unlabeled", (4, 5))):
-            (root / f"{part}.txt").write_text("".join(f"images/{i}.png labels/{i}.png\n" for i in ids))
         pictured = []
         monkeypatch.setattr(trainer_module, "draw_predictions", lambda *args: pictured.extend(args[2]))
-        names = {part: Path(f"{part}.txt") for part in ("labeled", "unlabeled", "val")}
-        config = changed(tiny_config(epochs=1), data={"dataset": "folder", "root": root, **names})
-        Trainer(config, tmp_path / "run").run()
-        assert pictured == ["truth"] * hidden + ["pseudo label", "prediction"]
-        assert ("pseudo_label_accuracy" in read_metrics(tmp_path / "run")[-1]) == hidden
+        folder = {"dataset": "folder", "root": root, "val": Path("val.txt")}
+        trainer = Trainer(changed(tiny_config(epochs=1), data=folder), tmp_path / "run")
+        assert [entry.image for entry in trainer.data.sources.labeled.entries] == [f"images/{i}.png" for i in range(3)]
+        assert [entry.image for entry in trainer.data.sources.unlabeled.entries] == ["images/4.png", "images/5.png"]
+        trainer.run()
+        assert pictured == ["pseudo label", "prediction"]
+        assert "pseudo_label_accuracy" not in read_metrics(tmp_path / "run")[-1]
 
     def test_bad_data_is_listed_before_training(
         self, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
