@@ -8,6 +8,7 @@ from collections.abc import Callable
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from bench.bench_train_step import SIZES, check_losses, count_saved_bytes, fake_
 from bench.flops import FLOP_FORMULAS, flop_counter
 from bench.harness import Case, cell, conditions, gemm_rate, run, saved_bytes, table
 from bench.naive import naive_channel_attention
+from bench.operators import memory_cases, upsample_cases
 
 
 def test_every_benchmark_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -163,6 +165,17 @@ def test_library_attention_computes_the_same() -> None:
 def test_saved_bytes_counts_storages_once() -> None:
     x = torch.randn(100, requires_grad=True)
     assert saved_bytes(lambda: (x * x) * x.view(10, 10).flatten()) == 800  # x, and its square
+
+
+@pytest.mark.parametrize("cases", [cases, upsample_cases, memory_cases], ids=["attention", "upsample", "memory"])
+def test_speed(benchmark: Any, cases: Callable[[str], list[Case]]) -> None:
+    """The forward pass of our operator; at Pascal's size with ``--benchmark-enable --benchmark-autosave``."""
+    case = cases("tiny" if benchmark.disabled else "pascal")[0]
+    ours = next(
+        name for name in ("ours", "triton", "chunked") if name in case.variants and name not in case.unavailable
+    )
+    benchmark.extra_info["size"] = case.size
+    assert benchmark(case.variants[ours]).shape == case.variants["naive"]().shape
 
 
 @pytest.mark.slow
