@@ -103,8 +103,8 @@ def predict_labels(
         return labels[:, :height, :width], confidence[:, :height, :width]
     if mode == "whole":
         return upsample_argmax(model(images, kv_source="image"), (height, width))
-    labels, confidence = zip(*_sliding_bands(model, images, crop), strict=True)
-    return torch.cat(labels, 1), torch.cat(confidence, 1)
+    labels, confidence = (torch.cat(bands, 1) for bands in zip(*_sliding_bands(model, images, crop), strict=True))
+    return labels, confidence
 
 
 def _sliding_bands(model: Segmentor, images: Tensor, crop: int) -> Iterator[tuple[Tensor, Tensor]]:
