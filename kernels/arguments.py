@@ -1,4 +1,8 @@
-"""Checks of operator arguments: every message names the argument, its value and what was expected."""
+"""Checks of operator arguments: every message names the argument, its value and what was expected.
+
+What is not of the right kind (no tensor, no number, another dtype) is a TypeError; a wrong value, shape, layout or
+device is a ValueError.
+"""
 
 from collections.abc import Collection
 from numbers import Integral, Real
@@ -13,18 +17,14 @@ FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 def check_tensor(
     name: str, value: object, layout: str, dtypes: Collection[torch.dtype], like: Tensor | None = None
 ) -> None:
-    """Check that ``value`` is a tensor of the given layout and dtype.
+    """Check that ``value`` is a dense tensor of one of ``dtypes``, with as many axes as ``layout`` names.
 
     Args:
         name: the argument's name, for the message.
         value: what the caller passed.
-        layout: the expected axes, such as ``"(B, N, C)"``; their number is checked.
+        layout: the expected axes, such as ``"(B, N, C)"``.
         dtypes: the dtypes accepted.
         like: a tensor whose device ``value`` must share.
-
-    Raises:
-        TypeError: ``value`` is not a tensor or has another dtype.
-        ValueError: the number of axes, the layout or the device is wrong.
     """
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor of shape {layout}, got {type(value).__name__}")
@@ -41,43 +41,26 @@ def check_tensor(
 
 
 def check_shape(name: str, value: Tensor, layout: str, expected: tuple[int, ...]) -> None:
-    """Check the sizes of ``value``.
-
-    Raises:
-        ValueError: the sizes differ; the message gives ``layout`` with the expected numbers.
-    """
+    """Check the sizes of ``value``, which the message gives as ``layout`` = ``expected``."""
     if tuple(value.shape) != expected:
         raise ValueError(f"{name} must have shape {layout} = {expected}, got {tuple(value.shape)}")
 
 
 def check_not_empty(name: str, value: Tensor, axes: dict[str, int]) -> None:
-    """Check that the named axes of ``value`` hold at least one element.
-
-    Raises:
-        ValueError: one of them is empty.
-    """
+    """Check that the named axes of ``value`` hold at least one element."""
     for axis, dim in axes.items():
         if value.shape[dim] == 0:
             raise ValueError(f"{name} has {axis} = 0 in shape {tuple(value.shape)}, expected at least 1")
 
 
 def check_number(name: str, value: object) -> None:
-    """Check that ``value`` is a number of Python or NumPy, or symbolic in a traced graph.
-
-    Raises:
-        TypeError: it is not.
-    """
+    """Check that ``value`` is a number of Python or NumPy, or symbolic in a traced graph."""
     if not isinstance(value, (Real, torch.SymInt, torch.SymFloat)):
         raise TypeError(f"{name} must be a number, got {value!r}")
 
 
 def check_integer(name: str, value: object) -> None:
-    """Check that ``value`` is an integer that fits in int64, of Python or NumPy, or symbolic in a traced graph.
-
-    Raises:
-        TypeError: it is not an integer.
-        ValueError: it does not fit in int64.
-    """
+    """Check that ``value`` is an integer that fits in int64, of Python or NumPy, or symbolic in a traced graph."""
     if not isinstance(value, (Integral, torch.SymInt)):
         raise TypeError(f"{name} must be an integer, got {value!r}")
     if isinstance(value, Integral) and not -(2**63) <= int(value) < 2**63:
@@ -85,24 +68,14 @@ def check_integer(name: str, value: object) -> None:
 
 
 def check_count(name: str, value: Any) -> None:
-    """Check that ``value`` is an integer of at least 1.
-
-    Raises:
-        TypeError: it is not an integer.
-        ValueError: it is less than 1, or does not fit in int64.
-    """
+    """Check that ``value`` is an integer of at least 1."""
     check_integer(name, value)
     if value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}")
 
 
 def check_size(name: str, value: object) -> None:
-    """Check that ``value`` is a pair (H, W) of integers of at least 1.
-
-    Raises:
-        TypeError: it is not a tuple or list of integers.
-        ValueError: its length is not 2, or a side is less than 1.
-    """
+    """Check that ``value`` is a pair (H, W) of integers of at least 1."""
     if not isinstance(value, (tuple, list)):
         raise TypeError(f"{name} must be a pair (H, W), got {value!r}")
     if len(value) != 2:
@@ -112,10 +85,6 @@ def check_size(name: str, value: object) -> None:
 
 
 def check_choice(name: str, value: object, choices: Collection[str]) -> None:
-    """Check that ``value`` is one of ``choices``.
-
-    Raises:
-        ValueError: it is not.
-    """
+    """Check that ``value`` is one of ``choices``."""
     if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
