@@ -153,7 +153,7 @@ def test_workers_live_across_epochs():
     assert tuple(os.getpid().to_bytes(3, "big")) not in processes
 
 
-def test_labels_of_unlabeled_images_are_read_on_request(tmp_path):
+def test_labels_of_unlabeled_images_are_read_on_request(tmp_path, caplog):
     entries = write_folder(tmp_path, 4)
     labeled = SegmentationDataset(tmp_path, entries)
     absent = SegmentationDataset(tmp_path, [Entry(entry.image, "labels/absent.png") for entry in entries])
@@ -161,6 +161,7 @@ def test_labels_of_unlabeled_images_are_read_on_request(tmp_path):
     for unlabeled in (absent, Numbered(4, labels=False)):
         batch = next(plain_loader(labeled, unlabeled, hidden_labels=True).iterate(0, 1))
         assert (batch.unlabeled_label == 255).all()
+    assert "labels/absent.png" in caplog.text
 
 
 def test_labeled_only_reads_no_unlabeled_image_and_changes_nothing_else():
