@@ -1,6 +1,5 @@
 """Runs that are asked to stop by a signal, and go on: in a step, and in an evaluation."""
 
-import dataclasses
 import multiprocessing
 import os
 import signal
@@ -19,15 +18,14 @@ from allspark_fast.training.checkpoint import load_latest_checkpoint
 from allspark_fast.training.log import read_metrics
 from allspark_fast.training.step import TrainState, train_step
 from allspark_fast.training.trainer import Trainer, train
-from tests.helpers.runs import assert_same_run, tiny_config
+from tests.helpers.runs import assert_same_run, changed, tiny_config
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
 def test_after_signals_that_ask_to_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """SIGTERM and SIGUSR1, to loading processes too: the step in hand is finished and saved."""
-    config = tiny_config()
-    config = dataclasses.replace(config, data=dataclasses.replace(config.data, workers=1))
+    config = changed(tiny_config(), data={"workers": 1})
     Trainer(config, tmp_path / "whole").run()
     signals = {3: signal.SIGTERM, 5: signal.SIGUSR1}
 

@@ -147,10 +147,15 @@ def test_workers_live_across_epochs(monkeypatch):
     assert tuple(os.getpid().to_bytes(3, "big")) not in processes
 
 
-def test_unlabeled_images_without_a_hidden_label_are_ignored():
-    batch = next(plain_loader(Numbered(4), Numbered(4, labels=False), hidden_labels=True).iterate(0, 1))
-    assert (batch.unlabeled_label == 255).all()
-    assert next(plain_loader(Numbered(4), Numbered(4)).iterate(0, 1)).unlabeled_label is None
+def test_labels_of_unlabeled_images_are_read_on_request(tmp_path, caplog):
+    entries = write_folder(tmp_path, 4)
+    labeled = SegmentationDataset(tmp_path, entries)
+    absent = SegmentationDataset(tmp_path, [Entry(entry.image, "labels/absent.png") for entry in entries])
+    assert next(plain_loader(labeled, absent).iterate(0, 1)).unlabeled_label is None
+    for unlabeled in (absent, Numbered(4, labels=False)):
+        batch = next(plain_loader(labeled, unlabeled, hidden_labels=True).iterate(0, 1))
+        assert (batch.unlabeled_label == 255).all()
+    assert "labels/absent.png" in caplog.text
 
 
 def test_labeled_only_reads_no_unlabeled_image_and_changes_nothing_else():

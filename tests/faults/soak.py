@@ -14,13 +14,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from allspark_fast.training.log import read_metrics
+from tests.helpers.runs import tiny_arguments
 
 # More epochs than any soak takes; validation, pictures and checkpoints come often.
-ARGUMENTS = """
-scenes --data.scenes 3 8 2 --data.crop 64 --data.workers 1 --model.backbone mit_tiny --model.embedding-dim 16
---train.epochs 100000 --train.batch-size 2 --train.pseudo-from-epoch 0 --eval.every 20
---run.log-every 10 --run.save-every 100 --run.device cpu
-""".split()  # noqa: SIM905 as one types them
+SETTINGS = {
+    "data.workers": 1, "train.epochs": 100_000, "train.pseudo-from-epoch": 0, "eval.every": 20, "run.log-every": 10,
+    "run.save-every": 100,
+}  # fmt: skip
 
 
 def read(process: int) -> tuple[float, int]:
@@ -56,7 +56,8 @@ def main() -> int:
         parser.error(f"--minutes must be at least 4, got {minutes}")
     readings: list[tuple[float, int, int]] = []
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "allspark_fast", "train", *ARGUMENTS, "--run.output-dir", f"{folder}/run"]
+        arguments = tiny_arguments(Path(folder, "run"), SETTINGS)
+        command = [sys.executable, "-m", "allspark_fast", "train", *arguments]
         with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
             taken, started = 0, time.monotonic()
             print("minute  resident MB  descriptors  steps", flush=True)

@@ -27,15 +27,6 @@ def flip(path: Path, bit: int) -> None:
     path.write_bytes(content)
 
 
-class Net(nn.Module):
-    """Stands for a model: only its state_dict counts here."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm = nn.BatchNorm1d(40)
-        self.weight = nn.Parameter(torch.randn(3, 5).bfloat16())
-
-
 @pytest.mark.parametrize("name", ["step_00000003.pt", "a.safetensors", "a.pth"])
 def test_no_flipped_bit_changes_what_a_file_gives(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
@@ -43,7 +34,7 @@ def test_no_flipped_bit_changes_what_a_file_gives(tmp_path: Path, name: str) -> 
         save_checkpoint(tmp_path, 3, STATE, keep_last=1)
         read = functools.partial(load_latest_checkpoint, tmp_path)
     else:
-        save_weights(Net(), path)
+        save_weights(nn.Sequential(nn.BatchNorm1d(40), nn.Linear(3, 5).bfloat16()), path)
         read = functools.partial(read_state_dict, path)
     whole, expected, refused = path.read_bytes(), read(), 0
     for bit in torch.randint(8 * len(whole), (FLIPS,)).tolist():
@@ -55,16 +46,6 @@ def test_no_flipped_bit_changes_what_a_file_gives(tmp_path: Path, name: str) -> 
             assert str(path) in str(error)  # noqa: PT017 both outcomes are right
             refused += 1
     assert refused > FLIPS / 3
-
-
-def test_torch_alone_would_not_notice(tmp_path: Path) -> None:
-    """The reason for the checksums: as soon as this fails, they may go."""
-    path = save_checkpoint(tmp_path, 3, STATE, keep_last=1)
-    position = path.read_bytes().index(STATE["model"]["a"].numpy().tobytes())
-    flip(path, 8 * position + 7)
-    assert torch.load(path)["model"]["a"][0] != 0
-    with pytest.raises(ValueError, match="none of 1"):
-        load_latest_checkpoint(tmp_path)
 
 
 def test_safetensors_of_others_have_no_checksum_and_load(tmp_path: Path) -> None:
@@ -133,12 +114,6 @@ def test_what_is_no_state_dict_is_refused(tmp_path: Path, state: dict) -> None:
     torch.save(state, tmp_path / "a.pth")
     with pytest.raises(ValueError, match=r"state_dict|no whole SegFormer"):
         read_state_dict(tmp_path / "a.pth")
-
-
-def test_what_a_crash_left_is_removed(tmp_path: Path) -> None:
-    (tmp_path / ".step_00000002.pt.7.tmp.pt").write_bytes(b"half")
-    save_checkpoint(tmp_path, 3, STATE, keep_last=1)
-    assert [file.name for file in tmp_path.iterdir()] == ["step_00000003.pt"]
 
 
 def test_too_full_a_disk_is_told_before_work_starts(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Faults of a whole run: full and read-only disks, too little memory, lost workers, kills, files that go bad."""
+"""Faults of a whole run: full and read-only disks, too little memory, lost workers, kills."""
 
 import multiprocessing
 import os
@@ -9,33 +9,23 @@ import sys
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
 from allspark_fast.__main__ import main
-from allspark_fast.data.datasets import Entry, SegmentationDataset
-from allspark_fast.data.info import read_info
-from allspark_fast.data.loader import SemiBatch, SemiLoader
-from allspark_fast.data.transforms import CropTransform
-from allspark_fast.errors import DataError
+from allspark_fast.data.loader import SemiBatch
 from allspark_fast.training import trainer
 from allspark_fast.training.step import Losses, TrainState, train_step
 from allspark_fast.training.trainer import Trainer
-from tests.faults.kill_and_resume import kill_and_resume
-from tests.helpers.images import write_folder
 from tests.helpers.ranks import Run
-from tests.helpers.runs import assert_same_run, changed, tiny_config
+from tests.helpers.runs import assert_same_run, changed, tiny_arguments, tiny_config
 
 ROOT = Path(__file__).parents[2]
-TINY = {
-    "data.crop": 64, "data.workers": 0, "model.backbone": "mit_tiny", "model.embedding-dim": 16,
-    "train.batch-size": 2, "train.epochs": 1, "run.save-every": 1, "run.device": "cpu",
-}  # fmt: skip
+EVERY_STEP = {"train.epochs": 1, "run.save-every": 1}
 
 
-def arguments(folder: Path, **options: object) -> list[str]:
-    settings = {**TINY, **{name.replace("__", "."): value for name, value in options.items()}}
-    pairs = [str(x) for name, value in settings.items() for x in (f"--{name}", value)]
-    return ["train", "scenes", "--data.scenes", "3", "8", "2", *pairs, "--run.output-dir", str(folder)]
+def run_python(*arguments: str) -> None:
+    command = [sys.executable, *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=250)
+    assert done.returncode == 0, done.stderr
 
 
 # A tmpfs is read-only; has too little room for two checkpoints of 13 MB; and is filled after the first step.
@@ -77,7 +67,15 @@ def test_disks_that_are_read_only_too_small_or_fill_up(tmp_path: Path) -> None:
     mounted = ["unshare", "-rm"]
     if shutil.which("unshare") is None or subprocess.run([*mounted, "true"], check=False).returncode:
         pytest.skip("needs unshare and the right to make namespaces")
-    command = [*mounted, sys.executable, "-c", ON_DISKS, tmp_path, *arguments(tmp_path / "run")]
+    command = [
+        *mounted,
+        sys.executable,
+        "-c",
+        ON_DISKS,
+        tmp_path,
+        "train",
+        *tiny_arguments(tmp_path / "run", EVERY_STEP),
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     errors = done.stderr
     assert done.returncode == 0, errors
@@ -95,7 +93,7 @@ def test_a_limit_on_the_size_of_files(tmp_path: Path, capsys: pytest.CaptureFixt
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4_000_000, limits[1]))
     try:
-        assert main(arguments(tmp_path)) == 1
+        assert main(["train", *tiny_arguments(tmp_path, EVERY_STEP)]) == 1
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert "step_00000001.pt was not written" in capsys.readouterr().err
@@ -118,7 +116,8 @@ def train_in(more: int, command: list[str]) -> int:
 @pytest.mark.parametrize("more_mb", [300, 600])
 def test_out_of_memory_names_settings_that_take_less(tmp_path: Path, more_mb: int) -> None:
     """Batches of 8 crops of 800 pixels: with less NumPy has no room for a crop, with more torch none for a step."""
-    printed = Run(train_in, more_mb * 10**6, arguments(tmp_path, data__crop=800, train__batch_size=4)).finish(1)
+    arguments = tiny_arguments(tmp_path, {"data.crop": 800, "train.batch-size": 4})
+    printed = Run(train_in, more_mb * 10**6, ["train", *arguments]).finish(1)
     assert "error: " in printed
     assert "out of memory; what takes less: the same run goes on with --model.activation-checkpointing True" in printed
     assert "Traceback" not in printed
@@ -146,64 +145,10 @@ def test_a_run_whose_worker_was_killed_goes_on(tmp_path: Path, monkeypatch: pyte
     assert_same_run(tmp_path / "whole", tmp_path / "broken")
 
 
-def kill_four(folder: Path) -> int:
-    killed, compared = kill_and_resume(4, seed=1, folder=folder)
-    return int(killed.total() != 4 or compared < 1)
-
-
 @pytest.mark.slow
-def test_kills_at_random_moments(tmp_path: Path) -> None:
-    """Four of the kills of ``python -m tests.faults.kill_and_resume``; it forks, which no process that trained may."""
-    Run(kill_four, tmp_path).finish()
-
-
-def loader(root: Path, labeled: list[Entry], unlabeled: list[Entry], **options: object) -> SemiLoader:
-    sources = [SegmentationDataset(root, entries, info=read_info(root)) for entries in (labeled, unlabeled)]
-    crops = [CropTransform(32, photometric=False)] * 2
-    return SemiLoader(*sources, *crops, batch_size=2, seed=0, **options)
-
-
-@pytest.mark.parametrize(
-    ("harm", "workers", "message"),
-    [
-        ("deleted", 0, "no such file"),
-        ("cut", 0, "cannot be read as an image"),
-        ("cut", 1, "cannot be read as an image"),
-        ("emptied", 0, "the file is empty"),
-        ("outside the classes", 0, r"holds \[7\], but the 2 classes of .* have the indices 0\.\.1"),
-        ("of another size", 0, "is 9x9; the sizes must be equal"),
-    ],
-)
-def test_a_file_that_goes_bad_during_the_run_is_named(tmp_path: Path, harm: str, workers: int, message: str) -> None:
-    entries = write_folder(tmp_path, 6, classes=2)
-    batches = loader(tmp_path, entries, entries, num_workers=workers).iterate(0, 60)
-    next(batches)
-    for entry in entries:
-        label = tmp_path / entry.label
-        harmed = tmp_path / "harmed.png"  # a worker reads meanwhile
-        if harm == "deleted":
-            label.unlink()
-            continue
-        if harm in ("cut", "emptied"):
-            harmed.write_bytes(label.read_bytes()[: 50 if harm == "cut" else 0])
-        else:
-            size, value = ((50, 40), 7) if harm == "outside the classes" else ((9, 9), 0)
-            Image.new("L", size, value).save(harmed)
-        harmed.replace(label)
-    with pytest.raises(DataError, match=rf"labels/\d+\.png.*{message}"):
-        list(batches)
-
-
-def test_hidden_labels_that_are_not_there_are_told_and_left_out(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Lists of the public code name a label for every unlabeled image; training needs none of them."""
-    entries = write_folder(tmp_path, 4)
-    absent = [Entry(entry.image, f"absent/{i}.png") for i, entry in enumerate(entries)]
-    batch = next(loader(tmp_path, entries, absent, hidden_labels=True).iterate(0, 1))
-    assert (batch.unlabeled_label == 255).all()
-    assert (batch.label != 255).any()
-    assert "absent/" in caplog.text
+def test_kills_at_random_moments() -> None:
+    """Four of the kills of ``python -m tests.faults.kill_and_resume``."""
+    run_python("-m", "tests.faults.kill_and_resume", "--kills", "4", "--seed", "1")
 
 
 HOLDS_BATCHES = """
@@ -218,7 +163,4 @@ next(batches)
 
 def test_workers_end_with_the_process_that_holds_them() -> None:
     """They ignore SIGTERM, with which Python ends children at exit, and for which it then waits without a limit."""
-    done = subprocess.run(
-        [sys.executable, "-c", HOLDS_BATCHES], cwd=ROOT, capture_output=True, text=True, check=False, timeout=250
-    )
-    assert done.returncode == 0, done.stderr
+    run_python("-c", HOLDS_BATCHES)

@@ -14,24 +14,21 @@ from allspark_fast.training.checkpoint import list_checkpoints, load_latest_chec
 from allspark_fast.training.log import read_metrics
 from allspark_fast.weights.files import read_torch_file
 from tests.helpers.ranks import Fault, start_run
-from tests.helpers.runs import assert_same_run
+from tests.helpers.runs import assert_same_run, tiny_arguments
 
 ROOT = Path(__file__).parents[2]
 STEPS = 4
 # Three validation images: one more on rank 0 than on rank 1. Adam would enlarge rounding errors.
-ARGUMENTS = {
-    "data.crop": 64, "data.workers": 0, "model.backbone": "mit_tiny", "model.embedding-dim": 16,
-    "model.memory-sync": "all", "train.epochs": 1, "train.batch-size": 2, "train.warmup-epochs": 0,
+SETTINGS = {
+    "data.scenes": "3 8 3", "model.memory-sync": "all", "train.epochs": 1, "train.warmup-epochs": 0,
     "train.pseudo-from-epoch": 0, "train.kv-source": "image", "train.optimizer": "sgd", "train.lr": 0.01,
-    "train.ema": 0.9, "eval.every": 1, "run.log-every": 1, "run.save-every": 1, "run.device": "cpu",
+    "train.ema": 0.9, "eval.every": 1, "run.log-every": 1, "run.save-every": 1,
 }  # fmt: skip
 ANOTHER_ENDED = "error: another rank has ended or is stuck"
 
 
 def arguments(folder: Path, **options: object) -> list[str]:
-    settings = {**ARGUMENTS, **options}
-    pairs = [str(x) for name, value in settings.items() for x in (f"--{name}", value)]
-    return ["scenes", "--data.scenes", "3", "8", "3", *pairs, "--run.output-dir", str(folder)]
+    return tiny_arguments(folder, {**SETTINGS, **options})
 
 
 def assert_close_runs(a: Path, b: Path) -> None:

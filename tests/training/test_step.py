@@ -29,10 +29,8 @@ class TestUpdate:
         assert all(loss.isfinite() and not loss.requires_grad for loss in losses)
         assert (losses.unlabeled == 0) == (method == "supervised")
         assert state.received.shape == ((3,) if method == "allspark" else (0,))
-        changed = {name for name, x in state.model.state_dict().items() if not torch.equal(x, before[name])}
         # Without the unlabeled branch's own keys, a decoder would not learn from pseudo labels.
-        unused = {"decoder.allspark.attn.queue_filled"}
-        assert set(before) - changed <= unused
+        assert all(not torch.equal(x, before[name]) for name, x in state.model.state_dict().items())
 
     @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
     def test_learning_rates_of_backbone_and_rest(self, optimizer: str) -> None:
@@ -92,11 +90,6 @@ class TestLosses:
         assert (official < 3).all()
         assert torch.equal(corrected, official.where(data.unlabeled_valid, 255))
 
-    def test_pseudo_labels_of_rectangular_crops(self) -> None:
-        state = build_state(method="semi")
-        batch = random_batch()._replace(unlabeled_image=torch.randn(2, 3, 64, 96))
-        assert pseudo_pass(state.model, batch, state.config)[1].shape == (2, 64, 96)
-
     def test_attend_of_the_pseudo_pass(self) -> None:
         model, data = build_state().model, random_batch()
         alone = data._replace(unlabeled_image=data.unlabeled_image[:1])
@@ -137,9 +130,7 @@ def test_loading_copies_into_the_tensors_that_are_there(optimizer: str) -> None:
     before = [x.data_ptr() for x in tensors()]
     state.load_state_dict(copy.deepcopy(saved.state_dict()))
     assert [x.data_ptr() for x in tensors()] == before
-    expected = torch.utils._pytree.tree_leaves(saved.state_dict()["optimizer"])
-    for x, y in zip(torch.utils._pytree.tree_leaves(state.state_dict()["optimizer"]), expected, strict=True):
-        assert torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y
+    assert differences(state.state_dict(), saved.state_dict()) == []
 
 
 class TestAccumulation:

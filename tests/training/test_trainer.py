@@ -27,74 +27,65 @@ from allspark_fast.training.setup import build_model, lock_folder
 from allspark_fast.training.step import TrainState, train_step
 from allspark_fast.training.trainer import Trainer, train
 from allspark_fast.weights.files import save_weights
-from tests.helpers.runs import assert_same_run, changed, run_and_die, tiny_config
+from tests.helpers.images import write_folder
+from tests.helpers.runs import assert_same_run, changed, run_and_die, tiny_arguments, tiny_config
 from tests.helpers.steps import METHODS
 
 
-class TestRun:
-    """One whole run."""
+def test_leaves_what_it_promises(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tiny_config(pseudo_from_epoch=1)
+    train(config, tmp_path / "run")
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    promised = {"config.json", "metrics.jsonl", "checkpoints", "curves.png", "predictions.png", "best.safetensors"}
+    assert promised <= names
+    assert any(name.startswith("events.out.tfevents") for name in names)
+    assert not any(name.endswith(".tmp") or ".tmp." in name for name in names)
+    records = read_metrics(tmp_path / "run")
+    assert [record["step"] for record in records if "loss" in record] == [3, 6, 9, 12]
+    assert [record["step"] for record in records if "miou" in record] == [8, 12]
+    for record in (record for record in records if record["step"] in (3, 9, 12) and "loss" in record):
+        mean = (record["loss_labeled"] + record["loss_unlabeled"]) / 2
+        expected = record["loss_labeled"] if record["step"] <= 4 else mean  # an epoch has four steps
+        assert record["loss"] == pytest.approx(expected, rel=1e-5)
+    for picture in ("curves.png", "predictions.png"):
+        assert len(Image.open(tmp_path / "run" / picture).convert("RGB").getcolors(1 << 20)) > 100
+    events = EventAccumulator(str(tmp_path / "run")).Reload()
+    assert events.Tags()["images"] == ["predictions"]
+    assert [image.step for image in events.Images("predictions")] == [8, 12]
+    scored = [(record["step"], record["miou"]) for record in records if "miou" in record]
+    assert [(x.step, x.value) for x in events.Scalars("miou")] == [(step, pytest.approx(x)) for step, x in scored]
+    # What is measured of pseudo labels and memory: in 12 steps of 2 images it received all of their 128 channels.
+    last = records[-1]
+    assert sum(last["memory_received"]) == 12 * 2 * 128
+    per_class = {f"memory_received/{index}": count for index, count in enumerate(last["memory_received"])}
+    names = ("pseudo_label_accuracy", "pseudo_label_coverage", "memory_filled")
+    for name, value in {**{name: last[name] for name in names}, **per_class}.items():
+        assert events.Scalars(name)[-1].value == pytest.approx(value), name
+    printed = capsys.readouterr().out
+    assert "3 labeled, 8 unlabeled, 2 validation images" in printed
+    assert "mIoU" in printed
+    assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == config.run.keep_last
 
-    def test_leaves_what_it_promises(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        config = tiny_config(pseudo_from_epoch=1)
-        train(config, tmp_path / "run")
-        names = {path.name for path in (tmp_path / "run").iterdir()}
-        promised = {"config.json", "metrics.jsonl", "checkpoints", "curves.png", "predictions.png", "best.safetensors"}
-        assert promised <= names
-        assert any(name.startswith("events.out.tfevents") for name in names)
-        assert not any(name.endswith(".tmp") or ".tmp." in name for name in names)
-        records = read_metrics(tmp_path / "run")
-        assert [record["step"] for record in records if "loss" in record] == [3, 6, 9, 12]
-        assert [record["step"] for record in records if "miou" in record] == [8, 12]
-        for record in (record for record in records if record["step"] in (3, 9, 12) and "loss" in record):
-            mean = (record["loss_labeled"] + record["loss_unlabeled"]) / 2
-            expected = record["loss_labeled"] if record["step"] <= 4 else mean  # an epoch has four steps
-            assert record["loss"] == pytest.approx(expected, rel=1e-5)
-        for picture in ("curves.png", "predictions.png"):
-            assert len(Image.open(tmp_path / "run" / picture).convert("RGB").getcolors(1 << 20)) > 100
-        events = EventAccumulator(str(tmp_path / "run")).Reload()
-        assert events.Tags()["images"] == ["predictions"]
-        assert [image.step for image in events.Images("predictions")] == [8, 12]
-        scored = [(record["step"], record["miou"]) for record in records if "miou" in record]
-        assert [(x.step, x.value) for x in events.Scalars("miou")] == [(step, pytest.approx(x)) for step, x in scored]
-        # What is measured of pseudo labels and memory: in 12 steps of 2 images it received all of their 128 channels.
-        last = records[-1]
-        assert sum(last["memory_received"]) == 12 * 2 * 128
-        per_class = {f"memory_received/{index}": count for index, count in enumerate(last["memory_received"])}
-        names = ("pseudo_label_accuracy", "pseudo_label_coverage", "memory_filled")
-        for name, value in {**{name: last[name] for name in names}, **per_class}.items():
-            assert events.Scalars(name)[-1].value == pytest.approx(value), name
-        printed = capsys.readouterr().out
-        assert "3 labeled, 8 unlabeled, 2 validation images" in printed
-        assert "mIoU" in printed
-        assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == config.run.keep_last
+    # The same command again says that there is nothing to do.
+    train(config, tmp_path / "run")
+    assert "finished at step 12, best mIoU" in capsys.readouterr().out
 
-        # The same command again says that there is nothing to do.
-        train(config, tmp_path / "run")
-        assert "finished at step 12, best mIoU" in capsys.readouterr().out
+    # The best weights score what the log says, even where those that the run started from are gone.
+    settings = tmp_path / "run" / "config.json"
+    settings.write_text(settings.read_text().replace('"weights": null', '"weights": "gone.pth"'))
+    assert "gone.pth" in settings.read_text()
+    best = max(record["miou"] for record in records if "miou" in record)
+    assert main(["evaluate", str(tmp_path / "run"), "--json", str(tmp_path / "scores.json")]) == 0
+    assert f"{100 * best:.1f}" in capsys.readouterr().out
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert scores["miou"] == best
+    assert sum(map(sum, scores["confusion"])) == 2 * 80 * 80
+    assert Image.open(tmp_path / "run" / "confusion.png").width > 100
 
-        # The best weights score what the log says, even where those that the run started from are gone.
-        settings = tmp_path / "run" / "config.json"
-        settings.write_text(settings.read_text().replace('"weights": null', '"weights": "gone.pth"'))
-        assert "gone.pth" in settings.read_text()
-        best = max(record["miou"] for record in records if "miou" in record)
-        assert main(["evaluate", str(tmp_path / "run"), "--json", str(tmp_path / "scores.json")]) == 0
-        assert f"{100 * best:.1f}" in capsys.readouterr().out
-        scores = json.loads((tmp_path / "scores.json").read_text())
-        assert scores["miou"] == best
-        assert sum(map(sum, scores["confusion"])) == 2 * 80 * 80
-        assert Image.open(tmp_path / "run" / "confusion.png").width > 100
-
-        # They carry what one must know to use them.
-        Image.new("RGB", (70, 50)).save(tmp_path / "photo.png")
-        assert (
-            main(["predict", str(tmp_path / "run"), str(tmp_path / "photo.png"), "--out", str(tmp_path / "out")]) == 0
-        )
-        assert Image.open(tmp_path / "out" / "labels" / "photo.png").size == (70, 50)
-
-    def test_checkpointing_reaches_the_backbone(self) -> None:
-        for chosen in (False, True):
-            config = changed(tiny_config(), model={"activation_checkpointing": chosen})
-            assert build_model(config, 3).backbone.activation_checkpointing == chosen
+    # They carry what one must know to use them.
+    Image.new("RGB", (70, 50)).save(tmp_path / "photo.png")
+    assert main(["predict", str(tmp_path / "run"), str(tmp_path / "photo.png"), "--out", str(tmp_path / "out")]) == 0
+    assert Image.open(tmp_path / "out" / "labels" / "photo.png").size == (70, 50)
 
 
 @pytest.mark.slow
@@ -186,6 +177,7 @@ class TestResume:
         resumed = Trainer(changed(config, train={"max_skipped": 7}, **other), tmp_path / "broken")
         assert "model.activation_checkpointing: False -> True" in caplog.text
         assert resumed.step == 6
+        assert resumed.state.model.backbone.activation_checkpointing
         resumed.run()
         assert_same_run(tmp_path / "whole", tmp_path / "broken")
 
@@ -294,19 +286,12 @@ class TestSkippedSteps:
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """A data set of one's own: squares of class 1 on class 0; the last two of six images have no label."""
-    root = tmp_path / "data"
-    for part in ("images", "labels"):
-        (root / part).mkdir(parents=True)
-    for i in range(6):
-        label = torch.zeros(80, 96, dtype=torch.uint8)
-        label[10 + 4 * i : 40, 20:60] = 1
-        Image.fromarray((label * 200).numpy()).save(root / "images" / f"{i}.png")
-        if i < 4:
-            Image.fromarray(label.numpy()).save(root / "labels" / f"{i}.png")
-    (root / "meta.json").write_text(json.dumps({"classes": ["ground", "square"]}))
-    (root / "val.txt").write_text("images/3.png labels/3.png\n")
-    return root
+    """A data set of one's own: the last two of six images have no label."""
+    for entry in write_folder(tmp_path, 6)[4:]:
+        (tmp_path / entry.label).unlink()
+    (tmp_path / "meta.json").write_text('{"classes": ["one", "two", "three"]}')
+    (tmp_path / "val.txt").write_text("images/03.png labels/03.png\n")
+    return tmp_path
 
 
 class TestOnesOwnData:
@@ -319,8 +304,8 @@ class TestOnesOwnData:
         monkeypatch.setattr(trainer_module, "draw_predictions", lambda *args: pictured.extend(args[2]))
         folder = {"dataset": "folder", "root": root, "val": Path("val.txt")}
         trainer = Trainer(changed(tiny_config(epochs=1), data=folder), tmp_path / "run")
-        assert [entry.image for entry in trainer.data.sources.labeled.entries] == [f"images/{i}.png" for i in range(3)]
-        assert [entry.image for entry in trainer.data.sources.unlabeled.entries] == ["images/4.png", "images/5.png"]
+        assert [entry.image for entry in trainer.data.sources.labeled.entries] == [f"images/0{i}.png" for i in range(3)]
+        assert [entry.image for entry in trainer.data.sources.unlabeled.entries] == ["images/04.png", "images/05.png"]
         trainer.run()
         assert pictured == ["pseudo label", "prediction"]
         assert "pseudo_label_accuracy" not in read_metrics(tmp_path / "run")[-1]
@@ -328,23 +313,22 @@ class TestOnesOwnData:
     def test_bad_data_is_listed_before_training(
         self, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        (root / "images/1.png").write_bytes(b"")
-        Image.new("L", (96, 80), 7).save(root / "labels/2.png")
-        arguments = ["--data.dataset", "folder", "--data.root", str(root), "--data.val", "val.txt"]
-        arguments += ["--data.crop", "64", "--run.output-dir", str(tmp_path / "run"), "--train.batch-size", "2"]
+        (root / "images/01.png").write_bytes(b"")
+        Image.new("L", (50, 40), 7).save(root / "labels/02.png")
+        arguments = tiny_arguments(tmp_path / "run", {"data.dataset": "folder", "data.root": root})
         assert main(["train", *arguments]) == 1
         message = capsys.readouterr().err
-        assert "images/1.png" in message
-        assert "labels/2.png" in message
+        assert "images/01.png" in message
+        assert "labels/02.png" in message
         assert main(["check", *arguments]) == 1
 
 
 def test_camvid_runs(data_dir: Path, tmp_path: Path) -> None:
-    arguments = ["camvid", "--data.root", str(data_dir / "camvid"), "--run.output-dir", str(tmp_path)]
-    arguments += ["--data.labeled", "splits/1_16/seed0/labeled.txt", "--data.crop", "64", "--train.epochs", "1"]
-    (tmp_path / "few.txt").write_text("".join((data_dir / "camvid/splits/train.txt").open().readlines()[:4]))
-    (tmp_path / "val.txt").write_text("".join((data_dir / "camvid/splits/val.txt").open().readlines()[:2]))
-    arguments += ["--data.unlabeled", str(tmp_path / "few.txt"), "--data.val", str(tmp_path / "val.txt")]
-    arguments += ["--train.batch-size", "2", "--data.workers", "0"]
-    assert main(["train", *arguments]) == 0
+    root = data_dir / "camvid"
+    (tmp_path / "few.txt").write_text("".join((root / "splits/train.txt").open().readlines()[:4]))
+    (tmp_path / "val.txt").write_text("".join((root / "splits/val.txt").open().readlines()[:2]))
+    command = f"""train camvid --data.root {root} --data.labeled splits/1_16/seed0/labeled.txt --data.crop 64
+        --data.unlabeled {tmp_path}/few.txt --data.val {tmp_path}/val.txt --data.workers 0 --train.epochs 1
+        --train.batch-size 2 --run.output-dir {tmp_path}"""
+    assert main(command.split()) == 0
     assert read_metrics(tmp_path)[-1]["miou"] > 0
