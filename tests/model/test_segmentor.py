@@ -95,18 +95,15 @@ class TestHead:
         assert (actual - expected).abs().max() < 0.03 * expected.abs().max()
 
 
-class TestMixFFN:
-    """Backward computes convolution and GELU again."""
-
-    def test_keeps_the_hidden_layer_once_and_multiplies_once(self) -> None:
-        ffn, tokens = MixFFN(8, 32), torch.randn(2, 15, 8, requires_grad=True)
-        assert saved_bytes(lambda: ffn(tokens, (3, 5)), beyond=[tokens, *ffn.parameters()]) == 4 * 2 * 15 * 32
-        with FlopCounterMode(display=False) as counter:
-            ffn(tokens, (3, 5)).sum().backward()
-        counts = counter.get_flop_counts()["Global"]
-        linears, convolution = 2 * 2 * (2 * 15 * 8 * 32), 2 * (2 * 15 * 32 * 9)
-        assert counts[torch.ops.aten.addmm] == linears
-        assert counts[torch.ops.aten.convolution] == 2 * convolution
+def test_mix_ffn_keeps_the_hidden_layer_once_and_multiplies_once() -> None:
+    ffn, tokens = MixFFN(8, 32), torch.randn(2, 15, 8, requires_grad=True)
+    assert saved_bytes(lambda: ffn(tokens, (3, 5)), beyond=[tokens, *ffn.parameters()]) == 4 * 2 * 15 * 32
+    with FlopCounterMode(display=False) as counter:
+        ffn(tokens, (3, 5)).sum().backward()
+    counts = counter.get_flop_counts()["Global"]
+    linears, convolution = 2 * 2 * (2 * 15 * 8 * 32), 2 * (2 * 15 * 32 * 9)
+    assert counts[torch.ops.aten.addmm] == linears
+    assert counts[torch.ops.aten.convolution] == 2 * convolution
 
 
 class TestEncoder:
