@@ -7,10 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
-from allspark_fast.data.datasets import Entry
+from allspark_fast.data.datasets import Entry, SegmentationDataset
 from allspark_fast.data.loader import SemiLoader, evaluation_loader
 from allspark_fast.data.transforms import CropTransform
 from allspark_fast.errors import DataError, RunError
+from tests.helpers.images import write_folder
 
 PLAIN = {"mean": (0, 0, 0), "std": (1, 1, 1)}
 
@@ -164,6 +165,15 @@ def test_labeled_only_reads_no_unlabeled_image_and_changes_nothing_else():
         assert_equal([batch[:2] for batch in batches], [batch[:2] for batch in both.iterate(start, 6)])
         assert {tuple(map(len, batch[:4])) for batch in batches} == {(4, 4, 0, 0)}
         assert batches[0].unlabeled_label is None
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_an_unreadable_file_is_named(tmp_path, num_workers):
+    entries = write_folder(tmp_path, 4)
+    (tmp_path / entries[2].image).write_bytes(b"broken")
+    data = SegmentationDataset(tmp_path, entries)
+    with pytest.raises(DataError, match=r"images/02\.png: not an image"):
+        list(plain_loader(data, data, num_workers=num_workers).iterate(0, 1))
 
 
 def test_the_death_of_a_worker_is_told():
