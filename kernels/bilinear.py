@@ -48,16 +48,10 @@ class _SparseRows:
     """A sparse matrix that multiplies every image row of a band, by embedding_bag.
 
     Faster than torch.nn.functional.interpolate and its backward on channels-last bands, by up to 2x.
-
-    Args:
-        column: columns of the entries, row by row.
-        start: first entry of every row.
-        weight: values of the entries.
-        columns: number of columns.
-        repeats: most image rows of a band.
     """
 
     def __init__(self, column: Tensor, start: Tensor, weight: Tensor, columns: int, repeats: int) -> None:
+        """Take columns and weights of the entries, the first entry of every row, and the most image rows of a band."""
         self.sizes = len(column), len(start)
         row = torch.arange(repeats, device=column.device)[:, None]
         # Indices of a band's pixels fit in 32 bits.

@@ -1,7 +1,9 @@
 """Where the Triton kernels run. Triton itself is imported by each operator's kernel.py, and only when it is used."""
 
-import importlib.util
 import os
+from importlib import import_module
+from importlib.util import find_spec
+from types import ModuleType
 from typing import Literal
 
 import torch
@@ -9,7 +11,7 @@ from torch import Tensor
 
 Kernels = Literal["auto", "triton", "torch"]
 
-_INSTALLED = importlib.util.find_spec("triton") is not None
+_INSTALLED = find_spec("triton") is not None
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _kernels: Kernels = "auto"
@@ -60,16 +62,16 @@ def prefers_triton(*tensors: Tensor) -> bool:
     return all((_kernels == "triton" or x.type == "cuda") and why_no_triton(x) is None for x in devices)
 
 
-def check_triton_runs(name: str, tensor: Tensor) -> None:
-    """Check that the Triton kernels can run on ``tensor`` at all.
+def implementation(fallback: ModuleType, *tensors: Tensor) -> ModuleType:
+    """Return the ``kernel`` module beside ``fallback`` if an operator should use it on ``tensors``, else ``fallback``.
 
-    Args:
-        name: the argument's name, for the message.
-        tensor: the argument.
-
-    Raises:
-        ValueError: triton is not installed, or ``tensor`` has a device or dtype that the kernels do not take.
+    Operators call it inside, where tensors are real: tracing needs no device.
     """
+    return import_module(f"{fallback.__package__}.kernel") if prefers_triton(*tensors) else fallback
+
+
+def check_triton_runs(name: str, tensor: Tensor) -> None:
+    """Check that triton is installed and has kernels for the device and dtype of the argument ``name``."""
     if not _INSTALLED:
         raise ValueError("backend 'triton' needs the package triton, which is not installed: pip install triton")
     if not (tensor.is_cuda or _INTERPRETED):

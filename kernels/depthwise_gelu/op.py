@@ -1,6 +1,5 @@
 """Public function and registration of the depthwise convolution + GELU."""
 
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -8,7 +7,7 @@ from torch import Tensor
 
 from allspark_fast.kernels.arguments import FLOATING, check_shape, check_size, check_tensor
 from allspark_fast.kernels.depthwise_gelu import reference
-from allspark_fast.kernels.triton_support import prefers_triton
+from allspark_fast.kernels.triton_support import implementation
 
 
 def depthwise_gelu(tokens: Tensor, weight: Tensor, bias: Tensor, size: tuple[int, int]) -> Tensor:
@@ -42,19 +41,10 @@ def depthwise_gelu(tokens: Tensor, weight: Tensor, bias: Tensor, size: tuple[int
     return _depthwise_gelu(tokens, weight, bias, list(size))
 
 
-def _implementation(tokens: Tensor) -> ModuleType:
-    """Choose the module that runs, inside the operators: tracing needs no device."""
-    if prefers_triton(tokens):
-        from allspark_fast.kernels.depthwise_gelu import kernel  # noqa: PLC0415 triton is optional
-
-        return kernel
-    return reference
-
-
 @torch.library.custom_op("allspark_fast::depthwise_gelu", mutates_args=())
 def _depthwise_gelu(tokens: Tensor, weight: Tensor, bias: Tensor, size: list[int]) -> Tensor:
     with torch.autocast(tokens.device.type, enabled=False), torch.cuda.device_of(tokens):
-        return _implementation(tokens).forward(tokens, weight, bias, (size[0], size[1]))
+        return implementation(reference, tokens).forward(tokens, weight, bias, (size[0], size[1]))
 
 
 @_depthwise_gelu.register_fake
@@ -68,7 +58,7 @@ def _depthwise_gelu_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of tokens, weight and bias."""
     with torch.autocast(tokens.device.type, enabled=False), torch.cuda.device_of(tokens):
-        return _implementation(tokens).backward(grad, tokens, weight, bias, (size[0], size[1]))
+        return implementation(reference, tokens).backward(grad, tokens, weight, bias, (size[0], size[1]))
 
 
 @_depthwise_gelu_backward.register_fake

@@ -164,8 +164,6 @@ def semantic_memory_enqueue(queue: Tensor, queue_ptr: Tensor, features: Tensor, 
     """Compute ``reference.semantic_memory_enqueue`` for float16, bfloat16 and float32."""
     classes, slots, tokens = queue.shape
     channels = features.shape[2]
-    if features.numel() == 0 or classes == 0:
-        return
     source = torch.full((classes, slots), -1, dtype=torch.int32, device=queue.device)
     _route_kernel[(classes,)](
         channel_class.contiguous(),

@@ -1,13 +1,11 @@
 """Public functions and registration of channel semantic grouping and the memory's enqueue."""
 
-from types import ModuleType
-
 import torch
 from torch import Tensor
 
 from allspark_fast.kernels.arguments import FLOATING, check_not_empty, check_shape, check_tensor
 from allspark_fast.kernels.semantic_memory import vectorized
-from allspark_fast.kernels.triton_support import prefers_triton
+from allspark_fast.kernels.triton_support import implementation
 
 
 def channel_semantic_grouping(features: Tensor, class_map: Tensor) -> Tensor:
@@ -87,19 +85,10 @@ def _check_pointers(queue_ptr: Tensor, slots: int) -> None:
         raise ValueError(f"queue_ptr holds {wrong[0].item()}, expected slots in [0, {slots})")
 
 
-def _implementation(*tensors: Tensor) -> ModuleType:
-    """Choose the module that runs, inside the operators: tracing needs no device."""
-    if prefers_triton(*tensors):
-        from allspark_fast.kernels.semantic_memory import kernel  # noqa: PLC0415 triton is optional
-
-        return kernel
-    return vectorized
-
-
 @torch.library.custom_op("allspark_fast::channel_semantic_grouping", mutates_args=())
 def _channel_semantic_grouping(features: Tensor, class_map: Tensor) -> Tensor:
     with torch.autocast(features.device.type, enabled=False), torch.cuda.device_of(features):
-        return _implementation(features, class_map).channel_semantic_grouping(features, class_map)
+        return implementation(vectorized, features, class_map).channel_semantic_grouping(features, class_map)
 
 
 @_channel_semantic_grouping.register_fake
@@ -112,7 +101,7 @@ def _semantic_memory_enqueue(queue: Tensor, queue_ptr: Tensor, features: Tensor,
     if queue.device.type == "cpu":
         _check_pointers(queue_ptr, queue.shape[1])
     with torch.cuda.device_of(queue):
-        _implementation(queue, features).semantic_memory_enqueue(queue, queue_ptr, features, channel_class)
+        implementation(vectorized, queue, features).semantic_memory_enqueue(queue, queue_ptr, features, channel_class)
 
 
 @_semantic_memory_enqueue.register_fake

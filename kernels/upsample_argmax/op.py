@@ -1,12 +1,10 @@
 """Public function and registration of upsampling + argmax."""
 
-from types import ModuleType
-
 import torch
 from torch import Tensor
 
 from allspark_fast.kernels.arguments import FLOATING, check_not_empty, check_size, check_tensor
-from allspark_fast.kernels.triton_support import prefers_triton
+from allspark_fast.kernels.triton_support import implementation
 from allspark_fast.kernels.upsample_argmax import chunked
 
 
@@ -32,19 +30,10 @@ def upsample_argmax(logits: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tens
     return _upsample_argmax(logits.detach(), list(size))
 
 
-def _implementation(logits: Tensor) -> ModuleType:
-    """Choose the module that runs, inside the operator: tracing needs no device."""
-    if prefers_triton(logits):
-        from allspark_fast.kernels.upsample_argmax import kernel  # noqa: PLC0415 triton is optional
-
-        return kernel
-    return chunked
-
-
 @torch.library.custom_op("allspark_fast::upsample_argmax", mutates_args=())
 def _upsample_argmax(logits: Tensor, size: list[int]) -> tuple[Tensor, Tensor]:
     with torch.cuda.device_of(logits):
-        return _implementation(logits).upsample_argmax(logits, (size[0], size[1]))
+        return implementation(chunked, logits).upsample_argmax(logits, (size[0], size[1]))
 
 
 @_upsample_argmax.register_fake

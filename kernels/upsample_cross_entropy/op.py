@@ -1,6 +1,5 @@
 """Public function and registration of upsampling + cross-entropy, and online hard example mining on top of it."""
 
-from types import ModuleType
 from typing import Any, Literal
 
 import torch
@@ -15,7 +14,7 @@ from allspark_fast.kernels.arguments import (
     check_shape,
     check_tensor,
 )
-from allspark_fast.kernels.triton_support import prefers_triton
+from allspark_fast.kernels.triton_support import implementation
 from allspark_fast.kernels.upsample_cross_entropy import chunked
 
 Reduction = Literal["mean", "sum", "none"]
@@ -56,7 +55,19 @@ def upsample_cross_entropy(
             would wait for the device, such a class gives a NaN loss (float64: a device-side assertion).
     """
     check_integer("ignore_index", ignore_index)
-    _check_arguments(logits, target, reduction, ohem_threshold, ohem_min_kept)
+    check_tensor("logits", logits, "(B, K, h, w)", FLOATING)
+    check_not_empty("logits", logits, {"K": 1, "h": 2, "w": 3})
+    check_tensor("target", target, "(B, H, W)", (torch.int64,), like=logits)
+    check_shape("target", target, "(B, H, W)", (logits.shape[0], *target.shape[1:]))
+    check_not_empty("target", target, {"H": 1, "W": 2})
+    check_choice("reduction", reduction, _REDUCTIONS)
+    if ohem_threshold is not None:
+        check_number("ohem_threshold", ohem_threshold)
+        if not 0 <= ohem_threshold <= 1:
+            raise ValueError(f"ohem_threshold must be a probability in [0, 1] or None, got {ohem_threshold}")
+    check_integer("ohem_min_kept", ohem_min_kept)
+    if ohem_min_kept < 0:
+        raise ValueError(f"ohem_min_kept must be at least 0, got {ohem_min_kept}")
     loss, _ = _upsample_cross_entropy(logits, target, ignore_index)
     counts = target != ignore_index
     if ohem_threshold is not None:
@@ -78,23 +89,6 @@ def _hard_examples(loss: Tensor, valid: Tensor, threshold: float, min_kept: int)
     return mined | (valid & (valid.sum() < min_kept))
 
 
-def _check_arguments(
-    logits: Tensor, target: Tensor, reduction: str, ohem_threshold: float | None, ohem_min_kept: int
-) -> None:
-    check_tensor("logits", logits, "(B, K, h, w)", FLOATING)
-    check_not_empty("logits", logits, {"K": 1, "h": 2, "w": 3})
-    check_tensor("target", target, "(B, H, W)", (torch.int64,), like=logits)
-    check_shape("target", target, "(B, H, W)", (logits.shape[0], *target.shape[1:]))
-    check_not_empty("target", target, {"H": 1, "W": 2})
-    check_choice("reduction", reduction, _REDUCTIONS)
-    check_number("ohem_threshold", 0 if ohem_threshold is None else ohem_threshold)
-    if ohem_threshold is not None and not 0 <= ohem_threshold <= 1:
-        raise ValueError(f"ohem_threshold must be a probability in [0, 1] or None, got {ohem_threshold}")
-    check_integer("ohem_min_kept", ohem_min_kept)
-    if ohem_min_kept < 0:
-        raise ValueError(f"ohem_min_kept must be at least 0, got {ohem_min_kept}")
-
-
 def _check_classes(target: Tensor, classes: int, ignore_index: int) -> None:
     wrong = target[((target < 0) | (target >= classes)) & (target != ignore_index)]
     if wrong.numel():
@@ -103,22 +97,13 @@ def _check_classes(target: Tensor, classes: int, ignore_index: int) -> None:
         )
 
 
-def _implementation(logits: Tensor) -> ModuleType:
-    """Choose the module that runs, inside the operators: tracing needs no device."""
-    if prefers_triton(logits):
-        from allspark_fast.kernels.upsample_cross_entropy import kernel  # noqa: PLC0415 triton is optional
-
-        return kernel
-    return chunked
-
-
 @torch.library.custom_op("allspark_fast::upsample_cross_entropy", mutates_args=())
 def _upsample_cross_entropy(logits: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
     """Return loss and log-sum-exp of every pixel."""
     if target.device.type == "cpu":
         _check_classes(target, logits.shape[1], ignore_index)
     with torch.cuda.device_of(logits):
-        return _implementation(logits).forward(logits, target, ignore_index)
+        return implementation(chunked, logits).forward(logits, target, ignore_index)
 
 
 @_upsample_cross_entropy.register_fake
@@ -132,7 +117,7 @@ def _upsample_cross_entropy_backward(
     grad: Tensor, logits: Tensor, target: Tensor, lse: Tensor, ignore_index: int
 ) -> Tensor:
     with torch.cuda.device_of(logits):
-        return _implementation(logits).backward(grad, logits, target, lse, ignore_index)
+        return implementation(chunked, logits).backward(grad, logits, target, lse, ignore_index)
 
 
 @_upsample_cross_entropy_backward.register_fake
