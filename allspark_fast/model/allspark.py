@@ -107,9 +107,7 @@ class AllSpark(nn.Module):
         check_not_empty("class_logits", class_logits, {"B": 0, "h'": 2, "w'": 3})
         images, expected = feature_map.shape[0], 2 * class_logits.shape[0]
         if images != expected:
-            raise ValueError(
-                f"feature_map holds {images} images, expected 2B = {expected}: labeled ones, then as many unlabeled"
-            )
+            raise ValueError(f"feature_map holds {images} images, expected 2B = {expected}: B labeled, B unlabeled")
 
 
 def _pointwise(layers: nn.Sequential, tokens: Tensor) -> Tensor:
