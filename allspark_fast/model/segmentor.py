@@ -103,12 +103,14 @@ def build_segmentor(
     Raises:
         InputError: the backbone is unknown, does not fit or has no activation checkpointing; the crops are too small.
         MissingPackageError: the backbone needs timm, which is not installed.
-        TypeError: a number is not an integer, or ``crop_size`` not a pair.
+        TypeError: a number is not an integer, ``crop_size`` not a pair, or ``allspark`` something else.
         ValueError: a number is less than 1.
     """
     check_count("num_classes", num_classes)
     check_count("embedding_dim", embedding_dim)
     check_size("crop_size", crop_size)
+    if not isinstance(allspark, AllSparkOptions | None):
+        raise TypeError(f"allspark must be AllSparkOptions or None, got {allspark!r}")
     encoder: Backbone
     if backbone in MIT_CONFIGS:
         encoder = MixTransformer(MIT_CONFIGS[backbone], activation_checkpointing=activation_checkpointing)

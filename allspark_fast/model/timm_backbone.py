@@ -74,6 +74,12 @@ class _SameConv2d(nn.Conv2d):
     equal here, but sizes that depend on sizes through every layer grow to expressions that torch.export cannot solve.
     """
 
+    def __init__(self, conv: nn.Conv2d) -> None:
+        names = ("in_channels", "out_channels", "kernel_size", "stride", "dilation", "groups")
+        sizes = {name: getattr(conv, name) for name in names}
+        # On "meta", since initializing weights that get replaced would draw random numbers.
+        super().__init__(**sizes, bias=conv.bias is not None, device="meta")
+
     def forward(self, x: Tensor) -> Tensor:
         padding: list[int] = []
         for kernel, stride, dilation in zip(self.kernel_size, self.stride, self.dilation, strict=True):
@@ -85,28 +91,31 @@ class _SameConv2d(nn.Conv2d):
 class _FiniteBatchNormAct(FiniteBatchNorm):
     """FiniteBatchNorm followed by dropout and an activation, under timm's names."""
 
-    drop: nn.Module
-    act: nn.Module
+    def __init__(self, norm: Any) -> None:
+        super().__init__(norm.num_features, norm.eps, norm.momentum)
+        self.drop, self.act = norm.drop, norm.act
 
     def forward(self, x: Tensor) -> Tensor:
         return self.act(self.drop(super().forward(x)))
 
 
 def _replace_layers(features: nn.Module, layers: ModuleType) -> None:
-    """Change the class of convolutions with size-dependent padding and of every BatchNorm; their tensors stay."""
-    replacements: dict[type[nn.Module], type[nn.Module]] = {
-        layers.Conv2dSame: _SameConv2d,
-        layers.BatchNormAct2d: _FiniteBatchNormAct,
-        nn.BatchNorm1d: FiniteBatchNorm,
-        nn.BatchNorm2d: FiniteBatchNorm,
-    }
-    for name, module in features.named_modules():
-        if type(module) in replacements:
-            module.__class__ = replacements[type(module)]
+    """Replace convolutions with size-dependent padding, and every BatchNorm; names and tensors stay."""
+    for name, module in list(features.named_modules()):
+        if type(module) is layers.Conv2dSame:
+            replacement: nn.Module = _SameConv2d(module)
+        elif type(module) in (nn.BatchNorm1d, nn.BatchNorm2d):
+            replacement = FiniteBatchNorm(module.num_features, module.eps, module.momentum)
+        elif type(module) is layers.BatchNormAct2d:
+            replacement = _FiniteBatchNormAct(module)
         elif isinstance(module, _BatchNorm):
             raise InputError(
                 f"{name} is a {type(module).__name__}, which cannot be synchronized: take another backbone"
             )
+        else:
+            continue
+        replacement.load_state_dict(module.state_dict(keep_vars=True), assign=True)
+        features.set_submodule(name, replacement)
 
 
 def _options(timm: ModuleType, name: str) -> dict[str, Any]:

@@ -93,6 +93,7 @@ def test_wrong_values_are_named(call: Callable[[], object], message: str) -> Non
         (lambda: AllSparkOptions(dropout="0"), "dropout must be a number, got '0'"),
         (lambda: build_segmentor("mit_tiny", 3.0, (64, 64)), "num_classes must be an integer, got 3.0"),
         (lambda: build_segmentor("mit_tiny", 3, 64), r"crop_size must be a pair \(H, W\), got 64"),
+        (lambda: build_segmentor("mit_tiny", 3, (64, 64), allspark=False), "allspark must be AllSparkOptions or None"),
         (lambda: build_segmentor("mit_tiny", 3, ("64", 64)), "H of crop_size must be an integer, got '64'"),
         (lambda: tiny()(torch.ones(1, 3, 64, 64, dtype=torch.uint8)), "images"),
         (lambda: ConfusionMatrix(3.5), "num_classes must be an integer, got 3.5"),
