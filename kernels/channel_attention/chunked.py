@@ -45,7 +45,7 @@ class _Map:
         query: (B, H, N, Cq).
         key: (maps, N, L), without its mean, and zero at masked columns.
         value: (maps, N, L).
-        bias: (L,), -inf at masked columns.
+        bias: (L,), -inf at masked columns; None without a mask.
         count: columns that count, at least 1; a tensor if there is a mask, so that nothing waits for the device.
         key_mean: (B or 1, H, N, 1).
         covariance: of the key's tokens, (B or 1, H, N, N).
@@ -66,10 +66,10 @@ class _Map:
         self.query = query.to(dtype)
         self.key = key.flatten(0, 1).to(dtype, copy=True)
         self.value = value.flatten(0, 1).to(dtype)
-        self.bias = self.value.new_zeros(key.shape[3])
+        self.bias: Tensor | None = None
         self.count: Tensor | int = key.shape[3]
         if column_mask is not None:
-            self.bias.masked_fill_(~column_mask, -torch.inf)
+            self.bias = self.value.new_zeros(key.shape[3]).masked_fill_(~column_mask, -torch.inf)
             self.count = column_mask.sum().clamp(min=1)
             self.key.masked_fill_(~column_mask, 0)
         mean = self.key.sum(-1, keepdim=True) / self.count
@@ -99,7 +99,8 @@ class _Map:
 
     def logits(self, rows: Tensor, chunk: slice) -> Tensor:
         """Products (maps, rows, chunk) of rows (maps, rows, N) and the chunk's keys, masked columns at -inf."""
-        return torch.baddbmm(self.bias[chunk], rows, self.key[..., chunk])
+        key = self.key[..., chunk]
+        return torch.bmm(rows, key) if self.bias is None else torch.baddbmm(self.bias[chunk], rows, key)
 
     def drop(self, x: Tensor, block: slice, chunk: slice) -> Tensor:
         """Return x (maps, rows, chunk) with zeros where dropout has them; without dropout x itself."""
