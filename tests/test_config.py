@@ -1,17 +1,32 @@
 """Settings and recipes."""
 
 import dataclasses
+import json
 import re
 from pathlib import Path
 
 import pytest
 
 from allspark_fast.cli.recipe import parse_config
-from allspark_fast.config import Config, DataConfig, EvalConfig, ModelConfig, RunConfig, TrainConfig, changed_fields
+from allspark_fast.config import (
+    OLD_SETTINGS,
+    Config,
+    DataConfig,
+    EvalConfig,
+    ModelConfig,
+    RunConfig,
+    TrainConfig,
+    changed_fields,
+    from_plain,
+)
 from allspark_fast.errors import InputError
 from allspark_fast.recipes import RECIPES
 from allspark_fast.training.setup import build_model
 from tests.helpers.runs import changed
+
+
+def through_json(config: Config) -> Config:
+    return from_plain(Config, json.loads(config.to_json()), "config")
 
 
 def test_every_field_survives_json() -> None:
@@ -19,13 +34,38 @@ def test_every_field_survives_json() -> None:
         data=DataConfig(root=Path("a b"), labeled=Path("l.txt"), scenes=(1, 2, 3), mean=(0.5, 0.5, 0.5)),
         model=ModelConfig(weights=Path("w.pth"), reset=True),
     )
-    assert Config.from_json(config.to_json()) == config
+    assert through_json(config) == config
 
 
-def test_unknown_fields_are_named() -> None:
-    text = Config().to_json().replace('"crop"', '"crop_size"')
-    with pytest.raises(ValueError, match=r"config\.data: fields \['crop', 'crop_size'\]"):
-        Config.from_json(text)
+@pytest.mark.parametrize(
+    ("right", "wrong", "message"),
+    [
+        ('"crop"', '"crop_size"', r"config\.data: fields \['crop', 'crop_size'\] are missing or unknown"),
+        ('"kernels": "auto"', '"kernels": 1', "config.run.kernels is 1, expected one of auto, torch"),
+    ],
+)
+def test_damaged_settings_of_a_run_are_named(right: str, wrong: str, message: str) -> None:
+    text = Config().to_json().replace(right, wrong)
+    with pytest.raises(InputError, match=message):
+        from_plain(Config, json.loads(text), "config")
+    with pytest.raises(InputError, match=r"config.run is \[\], expected an object"):
+        from_plain(RunConfig, [], "config.run")
+
+
+@pytest.mark.parametrize("old", OLD_SETTINGS)
+@pytest.mark.parametrize("separator", [" ", "="])
+def test_settings_of_earlier_versions_are_refused_with_what_became_of_them(old: str, separator: str) -> None:
+    """On the command line, and in the config.json of a run."""
+    name, _, value = old.partition("=")
+    message = re.escape(f"{old} was {OLD_SETTINGS[old]}")
+    argument = f"--{name.replace('_', '-')}{separator}{value or 'True'}"
+    with pytest.raises(InputError, match=message):
+        parse_config(["pascal", "--train.lr", "1", *argument.split()], "train")
+    config = dataclasses.asdict(Config())
+    group, field = name.split(".")
+    config[group][field] = value
+    with pytest.raises(InputError, match=message):
+        from_plain(Config, json.loads(json.dumps(config, default=str)), "config")
 
 
 def test_changes_are_listed() -> None:
@@ -36,7 +76,7 @@ def test_changes_are_listed() -> None:
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_survives_json_and_tells_its_command(name: str) -> None:
     config = RECIPES[name]()
-    assert Config.from_json(config.to_json()) == config
+    assert through_json(config) == config
     documentation = RECIPES[name].__doc__
     assert "python train.py" in documentation
     if name in ("pascal", "pascal_augmented", "cityscapes", "coco"):

@@ -89,8 +89,8 @@ def infer_spec(state: Mapping[str, Tensor], path: Path, classes: str | None = No
 def _infer_backbone(state: Mapping[str, Tensor], path: Path) -> str:
     """Return the Mix Transformer of these widths and depths; loading compares all other shapes."""
     widths = tuple(len(state.get(f"backbone.patch_embed{stage}.proj.bias", ())) for stage in range(1, 5))
-    blocks = {match[0] for name in state if (match := re.match(r"backbone\.block\d\.\d+", name))}
-    depths = tuple(sum(block.startswith(f"backbone.block{stage}.") for block in blocks) for stage in range(1, 5))
+    norms = [name for name in state if re.fullmatch(r"backbone\.block\d\.\d+\.norm1\.bias", name)]
+    depths = tuple(sum(name.startswith(f"backbone.block{stage}.") for name in norms) for stage in range(1, 5))
     for name, config in MIT_CONFIGS.items():
         if (config.embed_dims, config.depths) == (widths, depths):
             return name
@@ -100,9 +100,10 @@ def _infer_backbone(state: Mapping[str, Tensor], path: Path) -> str:
 def _class_info(path: Path, count: int, classes: str | None) -> DatasetInfo:
     config = path.with_name("config.json")
     if classes is not None:
-        info = DATASETS[classes] if classes in DATASETS else _read_meta(Path(classes))
-    elif config.is_file() and (named := _hugging_face_classes(config)) is not None:
-        info = named
+        info = DATASETS[classes] if classes in DATASETS else _read_names(Path(classes))
+    # One of ours has no id2label.
+    elif config.is_file() and b'"id2label"' in config.read_bytes():
+        info = _read_names(config)
     else:
         generic = DatasetInfo(path.stem, tuple(f"class {index}" for index in range(count)), VOC_PALETTE)
         info = _PUBLIC.get(count, generic) if path.suffix == ".pth" else generic
@@ -111,21 +112,14 @@ def _class_info(path: Path, count: int, classes: str | None) -> DatasetInfo:
     return info
 
 
-def _read_meta(file: Path) -> DatasetInfo:
+def _read_names(file: Path) -> DatasetInfo:
+    """Read a meta.json, or the names that a config.json of Hugging Face gives to classes."""
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no file of class names, and no data set (known: {', '.join(DATASETS)})")
     try:
-        return parse_meta(json.loads(file.read_text(encoding="utf-8")), file.resolve().parent.name)
+        meta = json.loads(file.read_text(encoding="utf-8"))
+        if isinstance(meta, dict) and isinstance(names := meta.get("id2label"), dict):
+            meta = {"classes": [names.get(str(index)) for index in range(len(names))]}
+        return parse_meta(meta, file.resolve().parent.name)
     except ValueError as error:
         raise DataError(f"{file}: {error}") from error
-
-
-def _hugging_face_classes(config: Path) -> DatasetInfo | None:
-    """Read the classes that a config.json of Hugging Face names; None for one of ours, which does not."""
-    try:
-        names = json.loads(config.read_text(encoding="utf-8")).get("id2label")
-        if names is None:
-            return None
-        return parse_meta({"classes": [names[str(i)] for i in range(len(names))]}, config.resolve().parent.name)
-    except (ValueError, KeyError, AttributeError) as error:
-        raise DataError(f"{config}: expected a configuration of Hugging Face with 'id2label' ({error!r})") from error

