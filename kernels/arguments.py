@@ -17,14 +17,9 @@ FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 def check_tensor(
     name: str, value: object, layout: str, dtypes: Collection[torch.dtype], like: Tensor | None = None
 ) -> None:
-    """Check that ``value`` is a dense tensor of one of ``dtypes``, with as many axes as ``layout`` names.
+    """Check that ``value`` is a dense tensor of one of ``dtypes``, on the device of ``like``.
 
-    Args:
-        name: the argument's name, for the message.
-        value: what the caller passed.
-        layout: the expected axes, such as ``"(B, N, C)"``.
-        dtypes: the dtypes accepted.
-        like: a tensor whose device ``value`` must share.
+    It must have as many axes as ``layout``, such as ``"(B, N, C)"``.
     """
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor of shape {layout}, got {type(value).__name__}")

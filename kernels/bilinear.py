@@ -1,7 +1,4 @@
-"""Bilinear resizing with align_corners=False: its weights, and resizing in bands of output rows.
-
-The resize of an axis is a sparse matrix with two entries a row.
-"""
+"""Bilinear resizing with align_corners=False: its weights, and resizing in bands of output rows."""
 
 from collections.abc import Iterator
 from functools import cached_property

@@ -261,13 +261,7 @@ def forward(tokens: Tensor, weight: Tensor, bias: Tensor, size: tuple[int, int])
     output = torch.empty(tokens.shape, dtype=tokens.dtype, device=tokens.device)
     if output.numel():
         _depthwise_gelu_kernel[_grid(output, size)](
-            tokens.contiguous(),
-            weight.contiguous(),
-            bias.contiguous(),
-            output,
-            *size,
-            output.shape[2],
-            **_TILE,
+            tokens.contiguous(), weight.contiguous(), bias.contiguous(), output, *size, output.shape[2], **_TILE
         )
     return output
 

@@ -15,12 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 # More classes a tile spill registers.
-_GROUPING_CLASSES = 32
-_GROUPING_CHANNELS = 32
-_GROUPING_TOKENS = 16
-_ROUTE_CHANNELS = 1024
-_WRITE_TOKENS = 16
-_WRITE_SLOTS = 64
+_GROUPING_TILE = {"BLOCK_K": 32, "BLOCK_C": 32, "BLOCK_N": 16}
+_WRITE_TILE = {"BLOCK_N": 16, "BLOCK_S": 64}
 
 
 @triton.jit
@@ -137,52 +133,23 @@ def _write_kernel(
 def channel_semantic_grouping(features: Tensor, class_map: Tensor) -> Tensor:
     """Compute ``reference.channel_semantic_grouping`` for float16, bfloat16 and float32."""
     batch, tokens, channels = features.shape
-    classes = class_map.shape[1]
-    tiles = triton.cdiv(channels, _GROUPING_CHANNELS)
+    tiles = triton.cdiv(channels, _GROUPING_TILE["BLOCK_C"])
     channel_class = torch.empty((batch, channels), dtype=torch.int64, device=features.device)
     if channel_class.numel() == 0:
         return channel_class
     finite = torch.empty((batch, tiles), dtype=torch.bool, device=features.device)
-    _grouping_kernel[tiles, batch](
-        features,
-        class_map,
-        channel_class,
-        finite,
-        tokens,
-        channels,
-        classes,
-        *features.stride(),
-        *class_map.stride(),
-        BLOCK_K=_GROUPING_CLASSES,
-        BLOCK_C=_GROUPING_CHANNELS,
-        BLOCK_N=_GROUPING_TOKENS,
-    )
+    sizes, strides = (tokens, channels, class_map.shape[1]), (*features.stride(), *class_map.stride())
+    _grouping_kernel[tiles, batch](features, class_map, channel_class, finite, *sizes, *strides, **_GROUPING_TILE)
     return channel_class.masked_fill_(~finite.all(1, keepdim=True), -1)
 
 
 def semantic_memory_enqueue(queue: Tensor, queue_ptr: Tensor, features: Tensor, channel_class: Tensor) -> None:
     """Compute ``reference.semantic_memory_enqueue`` for float16, bfloat16 and float32."""
     classes, slots, tokens = queue.shape
-    channels = features.shape[2]
     source = torch.full((classes, slots), -1, dtype=torch.int32, device=queue.device)
     _route_kernel[(classes,)](
-        channel_class.contiguous(),
-        queue_ptr,
-        source,
-        channel_class.numel(),
-        slots,
-        queue_ptr.stride(0),
-        BLOCK_E=_ROUTE_CHANNELS,
+        channel_class.contiguous(), queue_ptr, source, channel_class.numel(), slots, queue_ptr.stride(0), BLOCK_E=1024
     )
-    _write_kernel[triton.cdiv(slots, _WRITE_SLOTS), triton.cdiv(tokens, _WRITE_TOKENS), classes](
-        features,
-        source,
-        queue,
-        tokens,
-        channels,
-        slots,
-        *features.stride(),
-        *queue.stride(),
-        BLOCK_N=_WRITE_TOKENS,
-        BLOCK_S=_WRITE_SLOTS,
-    )
+    grid = triton.cdiv(slots, _WRITE_TILE["BLOCK_S"]), triton.cdiv(tokens, _WRITE_TILE["BLOCK_N"]), classes
+    strides = *features.stride(), *queue.stride()
+    _write_kernel[grid](features, source, queue, tokens, features.shape[2], slots, *strides, **_WRITE_TILE)

@@ -69,14 +69,12 @@ def semantic_memory_enqueue(queue: Tensor, queue_ptr: Tensor, features: Tensor, 
 def _check_no_overlap(name: str, value: Tensor) -> None:
     """Check that each stride steps over all that the smaller ones reach."""
     reach = 1
-    for stride, side in sorted(
-        (stride, side) for stride, side in zip(value.stride(), value.shape, strict=True) if side > 1
-    ):
-        if stride < reach:
+    for stride, side in sorted(zip(value.stride(), value.shape, strict=True)):
+        if side > 1 and stride < reach:
             raise ValueError(
                 f"{name} has strides {value.stride()}: entries share memory, as after expand(); clone() it first"
             )
-        reach = stride * (side - 1) + reach
+        reach += stride * (side - 1)
 
 
 def _check_pointers(queue_ptr: Tensor, slots: int) -> None:

@@ -59,20 +59,11 @@ def _argmax_kernel(
 
 def upsample_argmax(logits: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """Compute ``reference.upsample_argmax`` for float16, bfloat16 and float32."""
-    batch, classes, height, width = logits.shape
+    batch = logits.shape[0]
     labels = torch.empty((batch, *size), dtype=torch.int64, device=logits.device)
     confidence = torch.empty(labels.shape, dtype=torch.float32, device=logits.device)
     if batch:
         _argmax_kernel[triton.cdiv(size[1], _PIXELS), size[0], batch](
-            logits,
-            labels,
-            confidence,
-            classes,
-            height,
-            width,
-            *size,
-            *logits.stride(),
-            BLOCK_X=_PIXELS,
-            BLOCK_K=_CLASSES,
+            logits, labels, confidence, *logits.shape[1:], *size, *logits.stride(), BLOCK_X=_PIXELS, BLOCK_K=_CLASSES
         )
     return labels, confidence

@@ -142,23 +142,13 @@ def _cross_entropy_backward_kernel(
 
 def forward(logits: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
     """Compute ``chunked.forward`` for float16, bfloat16 and float32; a target that is no class gives NaN."""
-    batch, classes, height, width = logits.shape
     loss = torch.empty(target.shape, dtype=torch.float32, device=logits.device)
     lse = torch.empty_like(loss)
-    if batch:
-        _cross_entropy_kernel[triton.cdiv(target.shape[2], _PIXELS), target.shape[1], batch](
-            logits,
-            target.contiguous(),
-            loss,
-            lse,
-            ignore_index,
-            classes,
-            height,
-            width,
-            *target.shape[1:],
-            *logits.stride(),
-            BLOCK_X=_PIXELS,
-            BLOCK_K=_CLASSES,
+    if logits.shape[0]:
+        grid = triton.cdiv(target.shape[2], _PIXELS), target.shape[1], logits.shape[0]
+        sizes = *logits.shape[1:], *target.shape[1:], *logits.stride()
+        _cross_entropy_kernel[grid](
+            logits, target.contiguous(), loss, lse, ignore_index, *sizes, BLOCK_X=_PIXELS, BLOCK_K=_CLASSES
         )
     return loss, lse
 
@@ -167,23 +157,10 @@ def backward(grad: Tensor, logits: Tensor, target: Tensor, lse: Tensor, ignore_i
     """Compute ``chunked.backward`` for float16, bfloat16 and float32."""
     batch, classes, height, width = logits.shape
     grad_logits = torch.empty_like(logits)
-    blocks = triton.cdiv(width, _CELLS) * triton.cdiv(classes, _CLASSES)
     if batch:
-        _cross_entropy_backward_kernel[blocks, height, batch](
-            logits,
-            grad.contiguous(),
-            target.contiguous(),
-            lse,
-            grad_logits,
-            ignore_index,
-            classes,
-            height,
-            width,
-            *target.shape[1:],
-            2 * target.shape[2] // width + 1,
-            *logits.stride(),
-            *grad_logits.stride(),
-            BLOCK_X=_CELLS,
-            BLOCK_K=_CLASSES,
-        )
+        grid = triton.cdiv(width, _CELLS) * triton.cdiv(classes, _CLASSES), height, batch
+        tensors = logits, grad.contiguous(), target.contiguous(), lse, grad_logits
+        sizes = classes, height, width, *target.shape[1:], 2 * target.shape[2] // width + 1
+        strides = *logits.stride(), *grad_logits.stride()
+        _cross_entropy_backward_kernel[grid](*tensors, ignore_index, *sizes, *strides, BLOCK_X=_CELLS, BLOCK_K=_CLASSES)
     return grad_logits

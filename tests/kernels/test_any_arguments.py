@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -45,8 +46,7 @@ class Operator(NamedTuple):
 
 def expected_attention(
     query: Tensor, key: Tensor, value: Tensor, group_mask: Tensor | None, eps: float, dropout_p: float,
-    seed: Tensor | None,
-    backend: str,
+    seed: Tensor | None, backend: str,
 ) -> Tensor:  # fmt: skip
     mask = None if group_mask is None else group_mask.repeat_interleave(key.shape[-1] // len(group_mask))
     if seed is None:  # drawn as the operator draws it
@@ -55,30 +55,16 @@ def expected_attention(
     return attention_reference.channel_attention(*wide, mask, eps, dropout_p, seed).to(query.dtype)
 
 
-def reached(features: Tensor, class_map: Tensor, channel_class: Tensor) -> Tensor:
+def similarity_reached(op: Callable[..., Tensor], features: Tensor, class_map: Tensor) -> Tensor:
     """Cosine similarity of every channel with its class: of classes that are equally similar any is right."""
+    channel_class = op(features, class_map)
     similarity = normalize(class_map.double(), dim=2) @ normalize(features.double(), dim=1)
     return similarity.gather(1, channel_class[:, None])
 
 
-def run_grouping(features: Tensor, class_map: Tensor) -> Tensor:
-    return reached(features, class_map, channel_semantic_grouping(features, class_map))
-
-
-def expected_grouping(features: Tensor, class_map: Tensor) -> Tensor:
-    return reached(features, class_map, memory_reference.channel_semantic_grouping(features, class_map))
-
-
-def run_enqueue(queue: Tensor, queue_ptr: Tensor, features: Tensor, channel_class: Tensor) -> tuple[Tensor, Tensor]:
-    semantic_memory_enqueue(queue, queue_ptr, features, channel_class)
-    return queue, queue_ptr
-
-
-def expected_enqueue(
-    queue: Tensor, queue_ptr: Tensor, features: Tensor, channel_class: Tensor
-) -> tuple[Tensor, Tensor]:
-    memory_reference.semantic_memory_enqueue(queue, queue_ptr, features, channel_class)
-    return queue, queue_ptr
+def enqueued(op: Callable[..., None], **arguments: Tensor) -> tuple[Tensor, Tensor]:
+    op(**arguments)
+    return arguments["queue"], arguments["queue_ptr"]
 
 
 def expected_loss(
@@ -122,15 +108,17 @@ OPERATORS = {
         expected_attention,
     ),
     "channel_semantic_grouping": Operator(
-        run_grouping, {"features": random(2, 5, 6), "class_map": random(2, 3, 5)}, expected_grouping
+        partial(similarity_reached, channel_semantic_grouping),
+        {"features": random(2, 5, 6), "class_map": random(2, 3, 5)},
+        partial(similarity_reached, memory_reference.channel_semantic_grouping),
     ),
     "semantic_memory_enqueue": Operator(
-        run_enqueue,
+        partial(enqueued, semantic_memory_enqueue),
         {
             "queue": random(3, 4, 5), "queue_ptr": torch.tensor([0, 2, 3]), "features": random(2, 5, 6),
             "channel_class": torch.tensor([[0, 1, -1, 2, 2, 0], [1, 1, 1, 7, 1, 1]]),
         },
-        expected_enqueue,
+        partial(enqueued, memory_reference.semantic_memory_enqueue),
     ),
     "upsample_cross_entropy": Operator(
         upsample_cross_entropy,
@@ -154,14 +142,9 @@ BAD = {
     "depthwise_gelu": [
         ({"tokens": [1.0]}, TypeError, r"tokens must be a tensor of shape \(B, h·w, C\), got list"),
         ({"tokens": torch.zeros(2, 20, 3).int()}, TypeError, "tokens must have dtype"),
-        ({"tokens": torch.zeros(2, 3, 4, 5)}, ValueError, r"tokens must have shape \(B, h·w, C\)"),
         ({"size": (3, 4)}, ValueError, r"tokens must have shape \(B, h·w, C\) = \(2, 12, 3\), got \(2, 20"),
-        ({"size": (0, 5)}, ValueError, "H of size must be at least 1, got 0"),
-        ({"size": 15}, TypeError, r"size must be a pair \(H, W\), got 15"),
-        ({"weight": torch.zeros(3, 3, 3)}, ValueError, r"weight must have shape \(C, 1, 3, 3\), got \(3, 3"),
         ({"weight": torch.zeros(3, 1, 5, 5)}, ValueError, r"weight must have shape .* = \(3, 1, 3, 3\)"),
         ({"weight": torch.zeros(3, 1, 3, 3, device="meta")}, ValueError, "weight is on meta"),
-        ({"bias": None}, TypeError, r"bias must be a tensor of shape \(C,\), got NoneType"),
         ({"bias": torch.zeros(5)}, ValueError, r"bias must have shape \(C,\) = \(3,\), got \(5,\)"),
         ({"bias": torch.zeros(3).long()}, TypeError, "bias must have dtype"),
     ],
@@ -181,12 +164,10 @@ BAD = {
         ({"target": torch.zeros(2, 7, 9)}, TypeError, "target must have dtype int64"),
         ({"target": torch.zeros(1, 7, 9).long()}, ValueError, r"target must have shape .* \(2, 7, 9\)"),
         ({"target": torch.zeros(2, 0, 9).long()}, ValueError, "target has H = 0"),
-        ({"target": torch.zeros(2, 7, 9, device="meta").long()}, ValueError, "target is on meta"),
-        ({"target": torch.full((2, 7, 9), 3)}, ValueError, r"target holds class 3, expected \[0, 3\)"),
         ({"target": torch.full((2, 7, 9), -1)}, ValueError, "target holds class -1"),
+        ({"target": torch.full((2, 7, 9), 3)}, ValueError, r"target holds class 3, expected \[0, 3\)"),
         ({"reduction": "avg"}, ValueError, "reduction must be one of mean, sum, none"),
         ({"ignore_index": "255"}, TypeError, "ignore_index must be an integer, got '255'"),
-        ({"ignore_index": 1.5}, TypeError, "ignore_index must be an integer, got 1.5"),
         ({"ignore_index": 2**63}, ValueError, "ignore_index must be in"),
         ({"ohem_threshold": 0.5, "ohem_min_kept": 1.5}, TypeError, "ohem_min_kept must be an integer"),
         ({"ohem_threshold": "0.5"}, TypeError, "ohem_threshold must be a number"),
@@ -194,16 +175,11 @@ BAD = {
         ({"ohem_threshold": 0.5, "ohem_min_kept": -1}, ValueError, "ohem_min_kept must be at least 0"),
     ],
     "channel_semantic_grouping": [
-        ({"features": None}, TypeError, "features must be a tensor"),
         ({"features": torch.ones(2, 5, 6).int()}, TypeError, "features must have dtype"),
-        ({"features": torch.ones(5, 6)}, ValueError, r"features must have shape \(B, N, C\)"),
         ({"class_map": torch.ones(2, 3, 4)}, ValueError, r"class_map must have shape .* \(2, 3, 5\)"),
-        ({"class_map": torch.ones(1, 3, 5)}, ValueError, "class_map must have shape"),
         ({"class_map": torch.ones(2, 0, 5)}, ValueError, "class_map has K = 0"),
-        ({"class_map": torch.ones(2, 3, 5, device="meta")}, ValueError, "class_map is on meta"),
     ],
     "semantic_memory_enqueue": [
-        ({"queue": torch.ones(3, 4, 5).int()}, TypeError, "queue must have dtype"),
         ({"queue": torch.ones(3, 0, 5)}, ValueError, "queue has S = 0"),
         ({"queue": torch.ones(3, 1, 5).expand(3, 4, 5)}, ValueError, "queue has strides .* clone"),
         ({"queue": torch.ones(3, 8).unfold(1, 5, 1)}, ValueError, "queue has strides .* clone"),
@@ -215,7 +191,6 @@ BAD = {
         ({"features": torch.ones(2, 4, 6)}, ValueError, r"features must have shape .* \(2, 5, 6\)"),
         ({"channel_class": torch.zeros(2, 6)}, TypeError, "channel_class must have dtype int64"),
         ({"channel_class": torch.zeros(2, 5).long()}, ValueError, "channel_class must have shape"),
-        ({"features": torch.ones(2, 5, 6, device="meta")}, ValueError, "features is on meta"),
     ],
 }
 
@@ -261,9 +236,7 @@ def arguments_of(draw: st.DrawFn, operator: Operator) -> dict[str, Any]:
 
 def plain(value: object) -> object:
     """Of tensors, a dense copy without gradients."""
-    return (
-        value.detach().to_dense().clone(memory_format=torch.contiguous_format) if isinstance(value, Tensor) else value
-    )
+    return value.detach().to_dense().contiguous().clone() if isinstance(value, Tensor) else value
 
 
 def results(value: Tensor | tuple[Tensor, ...]) -> Iterable[Tensor]:
