@@ -25,7 +25,6 @@ from allspark_fast.inference.scores import score_table
 from allspark_fast.model import AllSpark, AllSparkOptions, Segmentor, build_segmentor
 from allspark_fast.training.trainer import Trainer
 from allspark_fast.weights.files import load_weights, save_weights
-from allspark_fast.weights.spec import ModelSpec, save_model
 from tests.helpers.runs import changed, tiny_config
 
 SIZES = st.integers(0, 5)
@@ -226,15 +225,9 @@ def test_settings_are_refused_before_anything_is_made(
     ],
 )
 def test_files_that_cannot_be_where_they_are_meant(
-    command: str,
-    message: str,
-    tmp_path: Path,
-    tiny_spec: ModelSpec,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    command: str, message: str, weights: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    save_model(tiny_spec.build(), tiny_spec, "model.safetensors")
+    monkeypatch.chdir(weights.parent)
     Image.new("RGB", (64, 64)).save("photo.png")
     Path("file").touch()
     assert main(command.split()) == 1

@@ -1,7 +1,5 @@
-"""Faults of a whole run: full and read-only disks, too little memory, lost workers, kills."""
+"""Faults of a whole run: full and read-only disks, too little memory, kills."""
 
-import multiprocessing
-import os
 import resource
 import shutil
 import subprocess
@@ -14,11 +12,8 @@ import pytest
 import torch
 
 from allspark_fast.__main__ import main
-from allspark_fast.data.loader import SemiBatch
 from allspark_fast.training import trainer
-from allspark_fast.training.step import Losses, TrainState, train_step
-from allspark_fast.training.trainer import Trainer
-from tests.helpers.runs import assert_same_run, changed, tiny_arguments, tiny_config
+from tests.helpers.runs import tiny_arguments
 
 ROOT = Path(__file__).parents[2]
 EVERY_STEP = {"train.epochs": 1, "run.save-every": 1}
@@ -114,28 +109,6 @@ def test_out_of_memory_names_settings_that_take_less(
     *_, first, advice = capsys.readouterr().err.splitlines()
     assert first.startswith("error: ")
     assert advice.startswith("out of memory; what takes less: the same run goes on with --model.activation-checkpoint")
-
-
-@pytest.mark.usefixtures("no_pictures")
-def test_a_run_whose_worker_was_killed_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = changed(tiny_config(), data={"workers": 1})
-    Trainer(config, tmp_path / "whole").run()
-
-    def step(state: TrainState, batch: SemiBatch, **options: bool) -> Losses:
-        if state.step == 4:
-            (worker,) = multiprocessing.active_children()
-            worker.kill()
-            os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)
-        return train_step(state, batch, **options)
-
-    with monkeypatch.context() as killing:
-        killing.setattr(trainer, "train_step", step)
-        with pytest.raises(RuntimeError):
-            Trainer(config, tmp_path / "broken").run()
-    resumed = Trainer(config, tmp_path / "broken")
-    assert 3 <= resumed.step < 12
-    resumed.run()
-    assert_same_run(tmp_path / "whole", tmp_path / "broken")
 
 
 @pytest.mark.slow

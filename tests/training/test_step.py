@@ -90,14 +90,6 @@ class TestLosses:
         assert (official < 3).all()
         assert torch.equal(corrected, official.where(data.unlabeled_valid, 255))
 
-    def test_attend_of_the_pseudo_pass(self) -> None:
-        model, data = build_state().model, random_batch()
-        alone = data._replace(unlabeled_image=data.unlabeled_image[:1])
-        for kv_source, same in (("image", True), ("batch", False)):
-            config = TrainConfig(kv_source=kv_source)
-            both, one = (pseudo_pass(model, x, config)[0] for x in (data, alone))
-            assert torch.allclose(both[:1], one, atol=1e-6) == same
-
     @pytest.mark.parametrize("loss", ["ce", "ohem"])
     def test_a_batch_without_a_labeled_pixel_trains_on_pseudo_labels_alone(self, loss: str) -> None:
         state = build_state(loss=loss)
