@@ -4,13 +4,11 @@ import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Iterable, Iterator
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
-from torch import nn
 
-from allspark_fast.data.loader import EvalSample
 from allspark_fast.inference.evaluate import evaluate
 from allspark_fast.inference.metrics import Scores
 from allspark_fast.training import trainer as trainer_module
@@ -57,20 +55,12 @@ def test_after_signals_during_evaluations(tmp_path: Path, monkeypatch: pytest.Mo
     broken = tmp_path / "broken"
     evaluations = 0
 
-    def signaled_evaluate(model: nn.Module, samples: Iterable[EvalSample], *args: object, **kwargs: object) -> Scores:
+    def signaled_evaluate(*args: object, **options: object) -> Scores:
         nonlocal evaluations
         evaluations += 1
-
-        def watched() -> Iterator[EvalSample]:
-            for sample in samples:
-                if evaluations in (1, 4):
-                    os.kill(os.getpid(), signal.SIGTERM)
-                yield sample
-
-        return evaluate(model, watched(), *args, **kwargs)
-
-    def die(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
+        if evaluations in (1, 4):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(*args, **options)
 
     monkeypatch.setattr(trainer_module, "evaluate", signaled_evaluate)
     assert not train(config, broken)
@@ -78,7 +68,7 @@ def test_after_signals_during_evaluations(tmp_path: Path, monkeypatch: pytest.Mo
     assert first["evaluation_due"]
     assert not any("miou" in record for record in read_metrics(broken))
     with monkeypatch.context() as dying:
-        dying.setattr(trainer_module, "save_checkpoint", die)
+        dying.setattr(trainer_module, "save_checkpoint", Mock(side_effect=KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             train(config, broken)
     assert "miou" in read_metrics(broken)[-1]

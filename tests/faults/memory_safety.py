@@ -110,7 +110,7 @@ def depthwise(source: random.Random) -> None:
 OPS = {op.__name__: op for op in (attention, grouping, enqueue, loss, argmax, depthwise)}
 
 
-def check(op: str, shapes: int) -> None:
+def check(op: str, shapes: int, seed: int = 0) -> None:
     """Runs an operator on ``shapes`` random shapes.
 
     Raises:
@@ -119,7 +119,7 @@ def check(op: str, shapes: int) -> None:
     # One sample at a time, products in several pieces, and tiles that small inputs do not fit into.
     small = {"WORKSPACE_BYTES": 0, "PIECE_COLUMNS": 32, "SOFTMAX_TILE": 512, "GRADIENT_TILE": 512}
     columns = dict.fromkeys(("SOFTMAX_COLUMNS", "GRADIENT_COLUMNS", "MIN_COLUMNS"), 64)
-    for number in range(shapes):
+    for number in range(seed, seed + shapes):
         torch.manual_seed(number)
         try:
             with (
@@ -136,11 +136,13 @@ def check(op: str, shapes: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", type=int, default=1000)
-    shapes = parser.parse_args().shapes
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--op", choices=OPS, action="append")
+    options = parser.parse_args()
     torch.set_num_threads(1)
-    for op in OPS:
-        check(op, shapes)
-        print(f"{op}: {shapes} shapes, nothing out of bounds, no race, margins untouched", flush=True)
+    for op in options.op or OPS:
+        check(op, options.shapes, options.seed)
+        print(f"{op}: {options.shapes} shapes, nothing out of bounds, no race, margins untouched", flush=True)
 
 
 if __name__ == "__main__":

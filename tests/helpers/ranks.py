@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -61,11 +62,11 @@ class Fault(NamedTuple):
 class Run:
     """One rank of a run in a process of its own, without an agent that would end all ranks as soon as one has ended."""
 
-    def __init__(self, work: Callable[..., int], *arguments: Any) -> None:
+    def __init__(self, *arguments: Any) -> None:
         multiprocessing.set_forkserver_preload(_PRELOADED)
         context = multiprocessing.get_context("forkserver")
         self._output, output = context.Pipe(duplex=False)
-        self.process = context.Process(target=_with_output, args=(output, work, *arguments), daemon=True)
+        self.process = context.Process(target=_train, args=(output, *arguments), daemon=True)
         self.process.start()
         output.close()
 
@@ -83,18 +84,16 @@ def start_run(arguments: list[str], ranks: int, fault: Fault | None = None, *, d
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    return [Run(_train, arguments, index, ranks, port, fault, dropout) for index in range(ranks)]
+    return [Run(arguments, index, ranks, port, fault, dropout) for index in range(ranks)]
 
 
-def _with_output(output: Any, work: Callable[..., int], *arguments: Any) -> None:
+def _train(
+    output: Connection, arguments: list[str], index: int, ranks: int, port: int, fault: Fault | None, dropout: bool
+) -> None:
     for stream in (1, 2):
         os.dup2(output.fileno(), stream)
     output.close()
     sys.stdout, sys.stderr = (os.fdopen(stream, "w", buffering=1) for stream in (1, 2))
-    sys.exit(work(*arguments))
-
-
-def _train(arguments: list[str], index: int, ranks: int, port: int, fault: Fault | None, dropout: bool) -> int:
     if ranks > 1:
         places = {"RANK": index, "LOCAL_RANK": index, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
         address = {"MASTER_ADDR": "localhost", "MASTER_PORT": port}
@@ -102,7 +101,7 @@ def _train(arguments: list[str], index: int, ranks: int, port: int, fault: Fault
     if not dropout:
         build = setup.build_model
         setup.build_model = lambda *args, **options: without_dropout(build(*args, **options))
-    return train_with_fault(arguments, fault)
+    sys.exit(train_with_fault(arguments, fault))
 
 
 def train_with_fault(arguments: list[str], fault: Fault | None) -> int:

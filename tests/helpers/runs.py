@@ -79,12 +79,10 @@ def run_and_die(
 ) -> None:
     """Train so many steps, then raise."""
     trainer = Trainer(config, folder, device)
-    take_step, taken = trainer.train_step, 0
+    take_step = trainer.train_step
 
     def dying_step(batch: SemiBatch, **options: bool) -> object:
-        nonlocal taken
-        taken += 1
-        if taken > steps:
+        if trainer.step == steps:
             raise Killed
         return take_step(batch, **options)
 

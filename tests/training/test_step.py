@@ -90,14 +90,6 @@ class TestLosses:
         assert (official < 3).all()
         assert torch.equal(corrected, official.where(data.unlabeled_valid, 255))
 
-    def test_attend_of_the_pseudo_pass(self) -> None:
-        model, data = build_state().model, random_batch()
-        alone = data._replace(unlabeled_image=data.unlabeled_image[:1])
-        for kv_source, same in (("image", True), ("batch", False)):
-            config = TrainConfig(kv_source=kv_source)
-            both, one = (pseudo_pass(model, x, config)[0] for x in (data, alone))
-            assert torch.allclose(both[:1], one, atol=1e-6) == same
-
     @pytest.mark.parametrize("loss", ["ce", "ohem"])
     def test_a_batch_without_a_labeled_pixel_trains_on_pseudo_labels_alone(self, loss: str) -> None:
         state = build_state(loss=loss)
@@ -152,16 +144,8 @@ class TestAccumulation:
     def test_the_memory_takes_every_micro_batch(self) -> None:
         state = build_state(gradient_accumulation_steps=2)
         train_step(state, random_batch(), use_memory=True)
-        memory = state.model.decoder.allspark.attn
-        assert memory.queue_ptr.sum() % memory.kv_queue.shape[1] == 0
+        assert state.received.sum() == 2 * 128  # all channels of both images
         assert state.model.decoder.decoder.linear_fuse.bn.num_batches_tracked == 2
-
-    def test_split_keeps_every_image(self) -> None:
-        data = random_batch(6)
-        parts = list(data.split(3))
-        assert [len(part.image) for part in parts] == [2, 2, 2]
-        for whole, *pieces in zip(data[:4], *(part[:4] for part in parts), strict=True):
-            assert torch.equal(torch.cat(pieces), whole)
 
 
 class TestSkippedSteps:
@@ -218,12 +202,6 @@ def snapshot(state: TrainState) -> dict[str, object]:
 class TestNoSync:
     """Nothing in a step waits for the device: neither in torch nor inside our operators."""
 
-    @pytest.fixture
-    def unchecked(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """On CPU tensors, and only there, operators look for labels that are no class and for wrong pointers."""
-        monkeypatch.setattr(upsample_cross_entropy, "_check_classes", lambda *_, **__: None)
-        monkeypatch.setattr(semantic_memory, "_check_pointers", lambda *_, **__: None)
-
     @pytest.mark.parametrize(
         "options",
         [
@@ -234,7 +212,10 @@ class TestNoSync:
         ],
         ids=str,
     )
-    def test_on_cpu_tensors(self, options: dict, unchecked: None) -> None:
+    def test_on_cpu_tensors(self, options: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+        # On CPU tensors, and only there, operators look for labels that are no class and for wrong pointers.
+        monkeypatch.setattr(upsample_cross_entropy, "_check_classes", lambda *_, **__: None)
+        monkeypatch.setattr(semantic_memory, "_check_pointers", lambda *_, **__: None)
         state, data = build_state(**options), random_batch()
         with forbid_sync(inside_operators=True):
             train_step(state, data, use_memory=False)
