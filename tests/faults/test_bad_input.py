@@ -131,17 +131,6 @@ def test_numbers_of_numpy() -> None:
     assert AllSpark(np.int64(4), np.int64(3), 4, options).eval()(torch.ones(1, 4, 2, 2)).shape == (1, 4, 2, 2)
 
 
-def test_strides_and_empty_batches() -> None:
-    model, images = tiny().eval(), torch.randn(2, 3, 40, 33)
-    expected = model(images)
-    padded = torch.nn.functional.pad(images, (1, 2))[..., 1:-2]
-    for x in (padded, images.transpose(-1, -2).contiguous().transpose(-1, -2)):
-        torch.testing.assert_close(model(x), expected)
-    gray = images[:, :1].expand(-1, 3, -1, -1)
-    torch.testing.assert_close(model(gray), model(gray.contiguous()))
-    assert model(images[:0]).shape == (0, 3, 10, 9)
-
-
 @pytest.mark.parametrize("pointer", [-1, 64])
 def test_pointers_outside_the_memory_are_refused(tmp_path: Path, pointer: int) -> None:
     source, target = tiny(), tiny()
@@ -165,14 +154,6 @@ def test_scores_of_nothing() -> None:
     info = DATASETS["camvid"]
     table = score_table(ConfusionMatrix(len(info.classes)).compute(), info)
     assert table.count("(in no label)") == len(info.classes)
-
-
-@pytest.mark.parametrize("size", [(1, 1), (1, 500), (500, 1), (33, 31)])
-def test_crops_of_thin_images(size: tuple[int, int]) -> None:
-    sample = CropTransform(32, photometric=True)(Image.new("RGB", size), Image.new("L", size, 1), torch.Generator())
-    assert sample.image.shape == (3, 32, 32)
-    assert sample.image.isfinite().all()
-    assert torch.equal(sample.label == 1, sample.valid)
 
 
 NUMBERS = [

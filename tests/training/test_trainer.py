@@ -189,15 +189,12 @@ class TestResume:
         process.join()
         assert lock_folder(tmp_path) is not None
 
-    def test_settings_that_decide_the_numbers_are_refused_by_name(self, tmp_path: Path) -> None:
-        train(tiny_config(epochs=1), tmp_path)
+    def test_more_epochs_extend_a_finished_run_and_other_settings_are_refused_by_name(self, tmp_path: Path) -> None:
+        assert train(tiny_config(epochs=1), tmp_path)
         with pytest.raises(InputError, match=r"other settings \(train.lr: 0.01 -> 0.02\)"):
             Trainer(tiny_config(epochs=1, lr=0.02), tmp_path)
         with pytest.raises(InputError, match=r"train.gradient_accumulation_steps: 1 -> 2"):
             Trainer(tiny_config(epochs=1, gradient_accumulation_steps=2), tmp_path)
-
-    def test_more_epochs_extend_a_finished_run(self, tmp_path: Path) -> None:
-        assert train(tiny_config(epochs=1), tmp_path)
         assert train(tiny_config(epochs=2), tmp_path)
         assert [record["step"] for record in read_metrics(tmp_path) if "miou" in record] == [4, 8]
         with pytest.raises(InputError, match=r"train.epochs: 2 -> 1"):
