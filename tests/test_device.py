@@ -27,13 +27,9 @@ def test_threads_leave_cpus_to_workers_and_other_processes(
     """Of six CPUs, where four threads were asked for."""
     monkeypatch.setattr("allspark_fast.device.available_cpus", lambda: 6)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
-    before = torch.get_num_threads()
     torch.set_num_threads(4)
-    try:
-        limit_threads(workers)
-        assert torch.get_num_threads() == threads
-    finally:
-        torch.set_num_threads(before)
+    limit_threads(workers)
+    assert torch.get_num_threads() == threads
 
 
 def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,11 +25,6 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
     assert path.read_text() == "before"
 
 
-def test_a_folder_that_is_missing_is_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"there is no folder .*nowhere, make it first"):
-        write_atomically(tmp_path / "nowhere" / "a.txt", lambda path: path.write_text("a"))
-
-
 def test_file_and_folder_are_flushed_around_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     events, fsync, replace = [], os.fsync, Path.replace
 

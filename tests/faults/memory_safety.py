@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from allspark_fast.kernels.channel_attention import channel_attention
-from tests.helpers.triton_checks import checked_memory, exact_bfloat16, uninitialized_memory_is_nan
+from tests.helpers.triton_checks import strict_interpreter
 
 # isort: split
 from allspark_fast.kernels.channel_attention import kernel as attention_kernel
@@ -122,12 +122,7 @@ def check(op: str, shapes: int, seed: int = 0) -> None:
     for number in range(seed, seed + shapes):
         torch.manual_seed(number)
         try:
-            with (
-                patch.multiple(attention_kernel, **small, **columns),
-                exact_bfloat16(),
-                uninitialized_memory_is_nan(),
-                checked_memory(),
-            ):
+            with patch.multiple(attention_kernel, **small, **columns), strict_interpreter():
                 OPS[op](random.Random(number))
         except Exception as error:  # the interpreter wraps what the checker raises
             raise AssertionError(f"{op}, shape {number}: {error!r}") from error

@@ -17,8 +17,8 @@ from tests.helpers.runs import tiny_arguments
 
 # More epochs than any soak takes; validation, pictures and checkpoints come often.
 SETTINGS = {
-    "data.workers": 1, "train.epochs": 100_000, "train.pseudo-from-epoch": 0, "eval.every": 20, "run.log-every": 10,
-    "run.save-every": 100,
+    "data.workers": 1, "eval.workers": 1, "train.epochs": 100_000, "train.pseudo-from-epoch": 0, "eval.every": 20,
+    "run.log-every": 10, "run.save-every": 100,
 }  # fmt: skip
 
 

@@ -22,16 +22,13 @@ from allspark_fast.errors import InputError
 from allspark_fast.inference.evaluate import predict_labels
 from allspark_fast.inference.metrics import ConfusionMatrix
 from allspark_fast.inference.scores import score_table
-from allspark_fast.model import AllSpark, AllSparkOptions, Segmentor, build_segmentor
+from allspark_fast.model import AllSpark, AllSparkOptions, build_segmentor
 from allspark_fast.training.trainer import Trainer
 from allspark_fast.weights.files import load_weights, save_weights
+from tests.helpers.models import tiny_segmentor
 from tests.helpers.runs import changed, tiny_config
 
 SIZES = st.integers(0, 5)
-
-
-def tiny(**options: object) -> Segmentor:
-    return build_segmentor("mit_tiny", 3, (64, 64), **{"embedding_dim": 8, **options})
 
 
 def bottleneck(**change: object) -> Tensor:
@@ -64,10 +61,10 @@ LABELS = torch.zeros(4, 4, dtype=torch.int64)
         (lambda: AllSparkOptions(num_heads=0), "num_heads must be at least 1"),
         (lambda: build_segmentor("mit_b9", 3, (64, 64)), "backbone must be one of mit_tiny"),
         (lambda: build_segmentor("mit_tiny", 0, (64, 64)), "num_classes must be at least 1"),
-        (lambda: tiny()(torch.ones(1, 4, 64, 64)), "images"),
-        (lambda: tiny()(torch.ones(1, 1, 3, 64, 64)), "images"),
-        (lambda: predict_labels(tiny().eval(), torch.ones(1, 3, 64, 64), mode="slide"), "mode"),
-        (lambda: predict_labels(tiny().eval(), torch.ones(1, 3, 64, 64), mode="sliding", crop=1), "crop"),
+        (lambda: tiny_segmentor()(torch.ones(1, 4, 64, 64)), "images"),
+        (lambda: tiny_segmentor()(torch.ones(1, 1, 3, 64, 64)), "images"),
+        (lambda: predict_labels(tiny_segmentor().eval(), torch.ones(1, 3, 64, 64), mode="slide"), "mode"),
+        (lambda: predict_labels(tiny_segmentor().eval(), torch.ones(1, 3, 64, 64), mode="sliding", crop=1), "crop"),
         (lambda: ConfusionMatrix(0), "num_classes must be at least 1"),
         (lambda: updated(LABELS, LABELS[None]), "expected one shape"),
         (lambda: crop("L"), "has mode"),
@@ -93,7 +90,7 @@ def test_wrong_values_are_named(call: Callable[[], object], message: str) -> Non
         (lambda: build_segmentor("mit_tiny", 3, 64), r"crop_size must be a pair \(H, W\), got 64"),
         (lambda: build_segmentor("mit_tiny", 3, (64, 64), allspark=False), "allspark must be AllSparkOptions or None"),
         (lambda: build_segmentor("mit_tiny", 3, ("64", 64)), "H of crop_size must be an integer, got '64'"),
-        (lambda: tiny()(torch.ones(1, 3, 64, 64, dtype=torch.uint8)), "images"),
+        (lambda: tiny_segmentor()(torch.ones(1, 3, 64, 64, dtype=torch.uint8)), "images"),
         (lambda: ConfusionMatrix(3.5), "num_classes must be an integer, got 3.5"),
         (lambda: updated(LABELS.float(), LABELS), "expected integer classes"),
         (lambda: updated(LABELS, LABELS.float()), "expected integer classes"),
@@ -132,20 +129,9 @@ def test_numbers_of_numpy() -> None:
     assert AllSpark(np.int64(4), np.int64(3), 4, options).eval()(torch.ones(1, 4, 2, 2)).shape == (1, 4, 2, 2)
 
 
-def test_strides_and_empty_batches() -> None:
-    model, images = tiny().eval(), torch.randn(2, 3, 40, 33)
-    expected = model(images)
-    padded = torch.nn.functional.pad(images, (1, 2))[..., 1:-2]
-    for x in (padded, images.transpose(-1, -2).contiguous().transpose(-1, -2)):
-        torch.testing.assert_close(model(x), expected)
-    gray = images[:, :1].expand(-1, 3, -1, -1)
-    torch.testing.assert_close(model(gray), model(gray.contiguous()))
-    assert model(images[:0]).shape == (0, 3, 10, 9)
-
-
 @pytest.mark.parametrize("pointer", [-1, 64])
 def test_pointers_outside_the_memory_are_refused(tmp_path: Path, pointer: int) -> None:
-    source, target = tiny(), tiny()
+    source, target = tiny_segmentor(), tiny_segmentor()
     slots = source.decoder.allspark.attn.kv_queue.shape[1]
     source.decoder.allspark.attn.queue_ptr[1] = pointer if pointer < 0 else slots
     save_weights(source, tmp_path / "a.safetensors")
@@ -166,14 +152,6 @@ def test_scores_of_nothing() -> None:
     info = DATASETS["camvid"]
     table = score_table(ConfusionMatrix(len(info.classes)).compute(), info)
     assert table.count("(in no label)") == len(info.classes)
-
-
-@pytest.mark.parametrize("size", [(1, 1), (1, 500), (500, 1), (33, 31)])
-def test_crops_of_thin_images(size: tuple[int, int]) -> None:
-    sample = CropTransform(32, photometric=True)(Image.new("RGB", size), Image.new("L", size, 1), torch.Generator())
-    assert sample.image.shape == (3, 32, 32)
-    assert sample.image.isfinite().all()
-    assert torch.equal(sample.label == 1, sample.valid)
 
 
 NUMBERS = [

@@ -30,7 +30,7 @@ def tiny_arguments(folder: Path, settings: dict[str, Any]) -> list[str]:
     """Arguments of the train command for such a run, with other settings: ``{"train.epochs": 1}``."""
     tiny = {
         "data.scenes": "3 8 2", "data.crop": 64, "data.workers": 0, "model.backbone": "mit_tiny",
-        "model.embedding-dim": 16, "train.batch-size": 2, "run.device": "cpu",
+        "model.embedding-dim": 16, "train.batch-size": 2, "eval.workers": 0, "run.device": "cpu",
     }  # fmt: skip
     words = [word for name, value in {**tiny, **settings}.items() for word in (f"--{name}", *str(value).split())]
     return ["scenes", *words, "--run.output-dir", str(folder)]

@@ -2,21 +2,16 @@
 
 import subprocess
 import sys
-from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from allspark_fast.kernels.channel_attention import channel_attention
-from allspark_fast.kernels.depthwise_gelu import depthwise_gelu
-from allspark_fast.kernels.semantic_memory import channel_semantic_grouping, semantic_memory_enqueue
+from allspark_fast.kernels.selftest import CASES
 from allspark_fast.kernels.triton_support import prefers_triton, set_kernels
-from allspark_fast.kernels.upsample_argmax import upsample_argmax
-from allspark_fast.kernels.upsample_cross_entropy import upsample_cross_entropy
 
 WITHOUT_TRITON = """
 import sys
@@ -28,17 +23,6 @@ x = torch.randn(2, 16, 8, requires_grad=True)
 torch.cat(attention(x, x, torch.randn(2, 3, 16), use_memory=True)).sum().backward()
 assert x.grad.isfinite().all()
 """
-# By the module and the function of the kernels.
-CALLS: dict[tuple[str, str], Callable[[Tensor], object]] = {
-    ("channel_attention", "forward"): lambda x: channel_attention(*3 * [x[None]]),
-    ("depthwise_gelu", "forward"): lambda x: depthwise_gelu(x, torch.ones(6, 1, 3, 3), torch.ones(6), (1, 20)),
-    ("semantic_memory", "channel_semantic_grouping"): lambda x: channel_semantic_grouping(x, x.mT),
-    ("semantic_memory", "semantic_memory_enqueue"): lambda x: semantic_memory_enqueue(
-        torch.zeros(3, 4, 20), torch.zeros(3).long(), x, torch.zeros(1, 6).long()
-    ),
-    ("upsample_argmax", "upsample_argmax"): lambda x: upsample_argmax(x[None], (30, 30)),
-    ("upsample_cross_entropy", "forward"): lambda x: upsample_cross_entropy(x[None], torch.zeros(1, 9, 9).long()),
-}
 
 
 class KernelRanError(Exception):
@@ -51,22 +35,24 @@ def _auto() -> None:
     set_kernels("auto")
 
 
-@pytest.mark.parametrize(("folder", "function"), CALLS)
-def test_the_process_wide_switch(folder: str, function: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("op", CASES)
+def test_the_process_wide_switch(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
+    folder = "semantic_memory" if op in ("channel_semantic_grouping", "semantic_memory_enqueue") else op
     kernel = import_module(f"allspark_fast.kernels.{folder}.kernel")
 
     def ran(*_: object) -> None:
         raise KernelRanError
 
-    monkeypatch.setattr(kernel, function, ran)
-    call = CALLS[folder, function]
-    call(torch.ones(1, 20, 6))  # plain torch on the CPU
+    monkeypatch.setattr(kernel, op if hasattr(kernel, op) else "forward", ran)
+    operator, _, shapes, options = CASES[op]
+    call = partial(operator, *(torch.ones(shape) for shape in shapes), **options)
+    call()  # plain torch on the CPU
     assert set_kernels("triton") == "auto"
     with pytest.raises(KernelRanError):
-        call(torch.ones(1, 20, 6))
+        call()
     assert set_kernels("torch") == "triton"
-    call(torch.ones(1, 20, 6))
+    call()
 
 
 @pytest.mark.parametrize(

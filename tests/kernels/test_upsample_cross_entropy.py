@@ -55,25 +55,18 @@ class TestLoss:
     @settings(max_examples=40, deadline=None)
     @given(
         kernels=MOSTLY_TORCH,
-        batch=st.integers(1, 2),
-        classes=st.integers(1, 10),
-        small=st.tuples(st.integers(1, 4), st.integers(1, 5)),
-        large=st.tuples(st.integers(1, 6), st.integers(1, 9)),
+        sizes=st.tuples(
+            st.integers(1, 2),
+            st.integers(1, 10),
+            st.tuples(st.integers(1, 4), st.integers(1, 5)),
+            st.tuples(st.integers(1, 6), st.integers(1, 9)),
+        ),
         reduction=st.sampled_from(["mean", "sum", "none"]),
         seed=st.integers(0, 2**31),
     )
-    def test_any_size(
-        self,
-        kernels: str,
-        batch: int,
-        classes: int,
-        small: tuple[int, int],
-        large: tuple[int, int],
-        reduction: str,
-        seed: int,
-    ) -> None:
+    def test_any_size(self, kernels: str, sizes: tuple[Any, ...], reduction: str, seed: int) -> None:
         torch.manual_seed(seed)
-        logits, target = example(batch, classes, small, large)
+        logits, target = example(*sizes)
         target[0, 0, 0] = 0
         with use_kernels(kernels):
             assert_right(logits, target, reduction)
@@ -97,7 +90,6 @@ class TestLoss:
     def test_half_precision_is_computed_in_float32(self, kernels: str, dtype: torch.dtype) -> None:
         assert_right(*example(dtype=dtype))
 
-    @pytest.mark.parametrize("kernels", ["triton"], indirect=True)
     def test_large_logits_do_not_overflow(self, kernels: str) -> None:
         logits, target = example()
         assert_right(logits * 1e4, target)
@@ -178,9 +170,10 @@ class TestHardExamples:
             )
             torch.testing.assert_close(actual, expected)
 
-    def test_all_count_if_fewer_are_valid_than_must_be_kept(self) -> None:
+    @pytest.mark.parametrize("min_kept", [0, 2 * 13 * 17, 2**40])
+    def test_all_count_if_fewer_are_valid_than_must_be_kept(self, min_kept: int) -> None:
         logits, target = example(large=(13, 17))
-        actual = upsample_cross_entropy(logits, target, ohem_threshold=0.0, ohem_min_kept=target.numel())
+        actual = upsample_cross_entropy(logits, target, ohem_threshold=0.0, ohem_min_kept=min_kept)
         torch.testing.assert_close(actual, plain_loss(logits, target))
 
 
@@ -209,14 +202,6 @@ class TestRegistration:
         grad, lse = torch.rand(target.shape), torch.rand(target.shape) + 9
         for saved in (logits, logits.contiguous(memory_format=torch.channels_last)):
             opcheck(ops.upsample_cross_entropy_backward.default, (grad, saved, target, lse, 255))
-
-    def test_compiles_as_one_graph(self) -> None:
-        logits, target = example()
-        compiled = torch.compile(upsample_cross_entropy, fullgraph=True, backend="aot_eager")
-        options = {"ohem_threshold": 0.3, "ohem_min_kept": 9}
-        torch.testing.assert_close(
-            compiled(logits, target, **options), upsample_cross_entropy(logits, target, **options)
-        )
 
     def test_traces_for_cuda_without_a_gpu_or_host_sync(self) -> None:
         with FakeTensorMode(), torch.device("cuda"), forbid_sync():

@@ -281,11 +281,7 @@ def test_restarts_that_would_hang_are_refused(monkeypatch: pytest.MonkeyPatch) -
         pass
 
 
-def test_a_batch_that_ranks_cannot_share(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level("INFO", logger="allspark_fast")
+def test_a_batch_that_ranks_cannot_share(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("allspark_fast.training.setup.world_size", lambda: 3)
     with pytest.raises(ValueError, match=r"train.batch_size 8 .* by 3 processes with 2 .* multiple of 6"):
         check_batch(TrainConfig(batch_size=8, gradient_accumulation_steps=2))
-    config = TrainConfig(batch_size=12, gradient_accumulation_steps=2)
-    check_batch(config)
-    assert "3 processes, 2 micro-batches each, of 2 + 2" in caplog.text

@@ -1,22 +1,12 @@
-"""The pictures of a run: of little, of nothing finite, and of the memory."""
+"""The pictures of a run: of nothing finite, and of the memory."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
-import pytest
 import torch
 from PIL import Image
 
 from allspark_fast.data.scenes import SCENES
 from allspark_fast.training.pictures import draw_curves, draw_predictions
-
-
-@pytest.mark.parametrize(
-    "records", [[], [{"step": 1}], [{"step": 1, "loss_labeled": float("nan"), "miou": float("inf")}]]
-)
-def test_curves_of_little(tmp_path: Path, records: Sequence[dict]) -> None:
-    draw_curves(tmp_path, records, SCENES)
-    assert Image.open(tmp_path / "curves.png").width > 100
 
 
 def test_a_prediction_of_numbers_that_are_not_finite(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import shutil
 import signal
 from multiprocessing.synchronize import Event
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -15,7 +16,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from allspark_fast.__main__ import main
-from allspark_fast.data.loader import SemiBatch
 from allspark_fast.data.scenes import SCENES
 from allspark_fast.errors import InputError, RunError
 from allspark_fast.model.mit import compile_blocks
@@ -24,7 +24,7 @@ from allspark_fast.training import trainer as trainer_module
 from allspark_fast.training.cuda_graph import GraphedSteps
 from allspark_fast.training.log import read_metrics
 from allspark_fast.training.setup import build_model, lock_folder
-from allspark_fast.training.step import TrainState, train_step
+from allspark_fast.training.step import train_step
 from allspark_fast.training.trainer import Trainer, train
 from allspark_fast.weights.files import save_weights
 from tests.helpers.images import write_folder
@@ -117,19 +117,15 @@ def test_a_run_on_a_gpu_resumes(method: str, tmp_path: Path, monkeypatch: pytest
 def test_supervised_learns_from_labeled_images_and_counts_no_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sizes = []
-
-    def recorded_step(state: TrainState, batch: SemiBatch, **options: bool) -> object:
-        sizes.append((len(batch.image), len(batch.unlabeled_image)))
-        return train_step(state, batch, **options)
-
+    step = Mock(wraps=train_step)
+    monkeypatch.setattr(trainer_module, "train_step", step)
     # One second for each line of the log.
     monkeypatch.setattr(trainer_module.time, "perf_counter", itertools.count().__next__)
-    monkeypatch.setattr(trainer_module, "train_step", recorded_step)
     for method, unlabeled, epochs in (("supervised", 0, 8), ("semi", 2, 1)):
-        sizes.clear()
+        step.reset_mock()
         Trainer(tiny_config(method, epochs=epochs, lr=0.02), tmp_path / method).run()
-        assert set(sizes) == {(2, unlabeled)}
+        batches = [call.args[1] for call in step.call_args_list]
+        assert {(len(batch.image), len(batch.unlabeled_image)) for batch in batches} == {(2, unlabeled)}
         first = read_metrics(tmp_path / method)[0]
         assert ("loss_unlabeled" in first) == (method == "semi")
         assert first["images_per_s"] == 3 * (2 + unlabeled)  # three steps in a line
@@ -189,15 +185,12 @@ class TestResume:
         process.join()
         assert lock_folder(tmp_path) is not None
 
-    def test_settings_that_decide_the_numbers_are_refused_by_name(self, tmp_path: Path) -> None:
-        train(tiny_config(epochs=1), tmp_path)
+    def test_more_epochs_extend_a_finished_run_and_other_settings_are_refused_by_name(self, tmp_path: Path) -> None:
+        assert train(tiny_config(epochs=1), tmp_path)
         with pytest.raises(InputError, match=r"other settings \(train.lr: 0.01 -> 0.02\)"):
             Trainer(tiny_config(epochs=1, lr=0.02), tmp_path)
         with pytest.raises(InputError, match=r"train.gradient_accumulation_steps: 1 -> 2"):
             Trainer(tiny_config(epochs=1, gradient_accumulation_steps=2), tmp_path)
-
-    def test_more_epochs_extend_a_finished_run(self, tmp_path: Path) -> None:
-        assert train(tiny_config(epochs=1), tmp_path)
         assert train(tiny_config(epochs=2), tmp_path)
         assert [record["step"] for record in read_metrics(tmp_path) if "miou" in record] == [4, 8]
         with pytest.raises(InputError, match=r"train.epochs: 2 -> 1"):
@@ -232,10 +225,7 @@ def hold_lock(folder: Path, locked: Event) -> None:
 def test_a_picture_that_cannot_be_drawn_does_not_end_a_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def fail(*_: object) -> None:
-        raise RuntimeError("no fonts")
-
-    monkeypatch.setattr(trainer_module, "draw_curves", fail)
+    monkeypatch.setattr(trainer_module, "draw_curves", Mock(side_effect=RuntimeError("no fonts")))
     assert train(tiny_config(epochs=1), tmp_path)
     assert "the pictures of step 4 were not drawn: RuntimeError('no fonts')" in caplog.text
     assert (tmp_path / "best.safetensors").exists()
