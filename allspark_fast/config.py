@@ -275,6 +275,7 @@ OLD_SETTINGS = {
     "run.folder": "renamed: use run.output_dir",
     "run.keep": "renamed: use run.keep_last",
     "run.sharded_checkpoints": "removed: a checkpoint is always one file",
+    "run.save_in_background": "removed: a checkpoint is one small file, written between two steps",
     "run.kernels=strict": "removed: kernels are auto or torch; `python -m allspark_fast selftest` checks them",
 }
 
