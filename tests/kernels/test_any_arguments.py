@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.nn.functional import interpolate, normalize
+from torch.nn.functional import normalize
 
 from allspark_fast.kernels.channel_attention import channel_attention
 from allspark_fast.kernels.channel_attention import reference as attention_reference
@@ -22,6 +22,7 @@ from allspark_fast.kernels.depthwise_gelu import depthwise_gelu
 from allspark_fast.kernels.depthwise_gelu import reference as depthwise_reference
 from allspark_fast.kernels.semantic_memory import channel_semantic_grouping, semantic_memory_enqueue
 from allspark_fast.kernels.semantic_memory import reference as memory_reference
+from allspark_fast.kernels.upsample_argmax import reference as argmax_reference
 from allspark_fast.kernels.upsample_argmax import upsample_argmax
 from allspark_fast.kernels.upsample_cross_entropy import reference as loss_reference
 from allspark_fast.kernels.upsample_cross_entropy import upsample_cross_entropy
@@ -88,8 +89,7 @@ def expected_loss(
 
 
 def expected_argmax(logits: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    wide = interpolate(logits.double(), tuple(size), mode="bilinear").softmax(1)
-    confidence, labels = wide.max(1)
+    labels, confidence = argmax_reference.upsample_argmax(logits.double(), tuple(size))
     return labels, confidence.to(torch.promote_types(logits.dtype, torch.float32))
 
 

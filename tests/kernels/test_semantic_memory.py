@@ -96,15 +96,6 @@ class TestEnqueue:
         semantic_memory_enqueue(queue, pointer, features.requires_grad_(), channel_class)
         assert not queue.requires_grad
 
-    @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-    def test_grouping_keeps_non_finite_images_out(self, kernels: str, bad: float) -> None:
-        queue, queue_ptr, features, _ = example()
-        features[0, 3, 1] = bad
-        channel_class = channel_semantic_grouping(features, torch.randn(2, 3, 5))
-        assert (channel_class[0] == -1).all()
-        assert_equals_the_loop(queue, queue_ptr, features, channel_class)
-        assert queue.isfinite().all()
-
     def test_a_valid_class_stores_the_channel_unchanged(self, kernels: str) -> None:
         queue, pointer = torch.zeros(1, 2, 2), torch.zeros(1, dtype=torch.int64)
         semantic_memory_enqueue(queue, pointer, torch.tensor([[[1.0], [math.inf]]]), torch.zeros(1, 1).long())
