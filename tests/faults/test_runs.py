@@ -21,7 +21,7 @@ EVERY_STEP = {"train.epochs": 1, "run.save-every": 1}
 
 def run_python(*arguments: str) -> None:
     command = [sys.executable, *arguments]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=250)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 
@@ -112,6 +112,7 @@ def test_out_of_memory_names_settings_that_take_less(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_kills_at_random_moments() -> None:
     """Four of the kills of ``python -m tests.faults.kill_and_resume``."""
     run_python("-m", "tests.faults.kill_and_resume", "--kills", "4", "--seed", "1")
