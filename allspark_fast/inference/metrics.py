@@ -5,9 +5,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from allspark_fast.data.info import IGNORE_INDEX
 from allspark_fast.distributed import all_reduce_sum
 from allspark_fast.kernels.arguments import check_count
+
+_IGNORE_INDEX = 255  # of data.info, which loads Pillow
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class ConfusionMatrix:
             raise ValueError(
                 f"prediction is {tuple(prediction.shape)}, target {tuple(target.shape)}, expected one shape"
             )
-        counted = target != IGNORE_INDEX
+        counted = target != _IGNORE_INDEX
         least, most = torch.minimum(prediction, target), torch.maximum(prediction, target)
         torch._assert_async(
             (~counted | ((least >= 0) & (most < self.num_classes))).all(),
