@@ -184,6 +184,7 @@ class TestBackends:
         self, shared: bool, dropout_p: float, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(chunked, "BLOCK_ROWS", 3)
+        monkeypatch.setattr(chunked, "BLOCK_ENTRIES", 0)
         monkeypatch.setattr(chunked, "CHUNK", 20)
         tensors = inputs(2, 2, 9, 5, 75, shared=shared, dtype=torch.float32)
         mask = torch.tensor([True, True, False, True, True])

@@ -12,7 +12,6 @@ from safetensors.torch import load_file
 from allspark_fast.signals import STOPPED
 from allspark_fast.training.checkpoint import list_checkpoints, load_latest_checkpoint
 from allspark_fast.training.log import read_metrics
-from allspark_fast.weights.files import read_torch_file
 from tests.helpers.ranks import Fault, start_run
 from tests.helpers.runs import assert_same_run, tiny_arguments
 
