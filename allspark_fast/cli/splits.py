@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from allspark_fast.cli import command_parser
-from allspark_fast.data.datasets import Entry, SegmentationDataset, find_split, scan_folder
+from allspark_fast.data.datasets import Entry, SegmentationDataset, find_split, read_split, scan_folder
 from allspark_fast.data.info import read_info
 from allspark_fast.data.splits import classes_of, make_split, parse_amount, write_split
 from allspark_fast.errors import DataError, InputError
@@ -17,7 +17,11 @@ PARSER.add_argument(
     nargs="?",
     help="how many images to train on with their label: 1/16, 0.125 or a count; default: all that have one",
 )
-PARSER.add_argument("--val", metavar="AMOUNT", help="first set so many labeled images aside for validation, in val.txt")
+PARSER.add_argument(
+    "--val",
+    metavar="AMOUNT",
+    help="first set so many labeled images aside for validation, in val.txt; default: those of ROOT/splits/val.txt",
+)
 PARSER.add_argument(
     "--list",
     type=Path,
@@ -34,6 +38,8 @@ def run(arguments: list[str]) -> int:
     """Choose which images are labeled; write labeled.txt, unlabeled.txt and, if asked for, val.txt."""
     options = PARSER.parse_args(arguments)
     entries = scan_folder(options.root) if options.list is None else find_split(options.root, options.list)
+    if options.val is None:
+        entries = _without_val(options.root, entries)
     if not any(entry.label for entry in entries):
         raise DataError(f"{options.root}: no image has a label; labels/a.png belongs to images/a.jpg (or .png, ...)")
     named = options.list is None or (options.root / "meta.json").is_file()
@@ -57,6 +63,16 @@ def run(arguments: list[str]) -> int:
         names = [dataset.info.classes[index] if dataset.info else f"class {index}" for index in split.uncovered]
         print(f"in no labeled image: {', '.join(names)}")
     return 0
+
+
+def _without_val(root: Path, entries: list[Entry]) -> list[Entry]:
+    """Leave out what an earlier ``--val`` set aside."""
+    file = root / "splits" / "val.txt"
+    aside = {entry.image for entry in read_split(file)} if file.is_file() else set()
+    kept = [entry for entry in entries if entry.image not in aside]
+    if len(kept) < len(entries):
+        print(f"{file}: {len(entries) - len(kept)} images stay aside for validation; remove the file to split them too")
+    return kept
 
 
 def _labeled(entries: Sequence[Entry]) -> int:

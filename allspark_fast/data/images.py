@@ -66,9 +66,28 @@ def require_bytes(path: Path) -> None:
 
 
 def list_images(folder: Path) -> list[Path]:
-    """List the image files below a folder in alphabetical order; skips hidden files."""
-    files = sorted(folder.rglob("*"))
-    return [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith(".")]
+    """List the image files below a folder in alphabetical order.
+
+    Hidden files and folders are left out. Links to folders are followed, but for those that lead back to a folder in
+    which they lie. A folder is entered once, and of several ways to it one without links is taken.
+    """
+    found: list[Path] = []
+    entered: set[str] = set()
+    folders, links = [folder], list[Path]()
+    while folders or links:
+        current = folders.pop() if folders else links.pop(0)
+        real = os.path.realpath(current)
+        is_loop = current != folder and Path(os.path.realpath(current.parent)).is_relative_to(real)
+        if real in entered or is_loop or not current.is_dir():
+            continue
+        entered.add(real)
+        visible = [path for path in sorted(current.iterdir()) if not path.name.startswith(".")]
+        for path in visible:
+            if path.is_dir():
+                (links if path.is_symlink() else folders).append(path)
+            elif path.suffix.lower() in IMAGE_SUFFIXES:
+                found.append(path)
+    return sorted(found)
 
 
 def map_in_threads(function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:

@@ -178,6 +178,6 @@ def read_info(root: str | Path) -> DatasetInfo:
     if not file.is_file():
         return _infer_info(root, file)
     try:
-        return parse_meta(json.loads(file.read_text(encoding="utf-8")), root.name)
+        return parse_meta(json.loads(file.read_text(encoding="utf-8-sig")), root.name)
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
         raise DataError(f"{file}: {error}") from error

@@ -1,6 +1,7 @@
 """All images that a run reads: opened, checked, and delivered as batches."""
 
 import functools
+import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import torch
 
 from allspark_fast.config import Config, DataConfig
-from allspark_fast.data.check import check_sources
+from allspark_fast.data.check import Problem, check_sources
 from allspark_fast.data.datasets import Entry, ImageSource, SegmentationDataset, Sources, find_split, scan_folder
 from allspark_fast.data.info import DATASETS, DatasetInfo, read_info
 from allspark_fast.data.loader import EvalSample, SemiBatch, SemiLoader, evaluation_loader
@@ -16,6 +17,8 @@ from allspark_fast.data.scenes import SCENES, ScenesDataset
 from allspark_fast.data.transforms import CropTransform
 from allspark_fast.distributed import rank, world_size
 from allspark_fast.errors import DataError, InputError
+
+logger = logging.getLogger(__name__)
 
 # Scenes are larger than the crop, as photographs are.
 _SCENE_SCALE = 1.25
@@ -88,6 +91,12 @@ def _rest(root: Path, lists: Mapping[str, list[Entry]]) -> dict[str, list[Entry]
     return {"labeled": [x for x in rest if x.label is not None], "unlabeled": [x for x in rest if x.label is None]}
 
 
+def _list_problems(problems: Sequence[Problem]) -> str:
+    more = [f"and {len(problems) - _LISTED} more"] if len(problems) > _LISTED else []
+    listed = "\n".join([*map(str, problems[:_LISTED]), *more])
+    return f"{len(problems)} problems in the data; `python -m allspark_fast check` lists all:\n{listed}"
+
+
 class TrainingData:
     """Labeled, unlabeled and validation images of a configuration; each rank gets its part of them.
 
@@ -113,18 +122,19 @@ class TrainingData:
         self.steps_per_epoch = self._loader.steps_per_epoch
 
     def check(self) -> None:
-        """Read some entries of every list, and check that the files of all exist.
+        """Read some entries of every list, check that the files of all exist, and log what looks wrong.
 
         Raises:
             DataError: some cannot be used; the first of these are listed.
         """
         labeled_only = self._config.train.method == "supervised"
         problems = check_sources(self.sources, self._config.data.crop, sample=_CHECKED, labeled_only=labeled_only)
+        warnings = [problem for problem in problems if problem.is_warning]
         errors = [problem for problem in problems if not problem.is_warning]
+        if warnings:
+            logger.warning("%s", _list_problems(warnings))
         if errors:
-            more = [f"and {len(errors) - _LISTED} more"] if len(errors) > _LISTED else []
-            listed = "\n".join([*map(str, errors[:_LISTED]), *more])
-            raise DataError(f"{len(errors)} problems in the data; `python -m allspark_fast check` lists all:\n{listed}")
+            raise DataError(_list_problems(errors))
 
     def batches(self, start_step: int, stop_step: int) -> Iterator[SemiBatch]:
         """Yield the batches of steps, see SemiLoader.iterate."""

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from allspark_fast.config import EvalMode
-from allspark_fast.data.images import IMAGE_SUFFIXES, read_image
+from allspark_fast.data.images import IMAGE_SUFFIXES, list_images, read_image
 from allspark_fast.data.info import DatasetInfo
 from allspark_fast.data.transforms import normalize_image
 from allspark_fast.device import DeviceName, choose_device
@@ -174,14 +174,14 @@ def find_images(arguments: Iterable[str], *, skip: Path) -> dict[Path, Path]:
 
 def _search(argument: str, skip: Path) -> Iterator[tuple[Path, Path]]:
     """Yield the images of a folder or a pattern, in alphabetical order."""
-    is_folder = argument != "" and Path(argument).is_dir()
-    parts = Path(argument).parts
-    fixed = parts if is_folder else itertools.takewhile(lambda part: not glob.has_magic(part), parts)
-    base = Path(*fixed)
-    for file in sorted(glob.glob(f"{glob.escape(argument)}/**/*" if is_folder else argument, recursive=True)):
-        path = Path(file)
-        skipped = path.resolve().is_relative_to(skip.resolve())
-        if file.lower().endswith(IMAGE_SUFFIXES) and path.is_file() and not skipped:
+    if argument != "" and Path(argument).is_dir():
+        base, files = Path(argument), list_images(Path(argument))
+    else:
+        base = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), Path(argument).parts))
+        matches = map(Path, sorted(glob.glob(argument, recursive=True)))
+        files = [path for path in matches if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()]
+    for path in files:
+        if not path.resolve().is_relative_to(skip.resolve()):
             yield path, path.relative_to(base).with_suffix("")
 
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from allspark_fast.data.images import read_image, read_label, read_orientation, resolve_path
+from allspark_fast.data.images import list_images, read_image, read_label, read_orientation, resolve_path
 from allspark_fast.errors import DataError
 from tests.helpers.images import exif, write_image
 
@@ -111,3 +111,29 @@ def test_links_lead_out_but_dots_behind_them_do_not(tmp_path):
     write_image(tmp_path / "elsewhere" / "secret.png", GRADIENT)
     assert read_image(resolve_path(tmp_path / "root", "link/a.png")).size == (8, 6)
     assert not resolve_path(tmp_path / "root", "link/../secret.png").exists()
+
+
+def test_images_of_a_folder_are_found_once_and_without_hidden_ones(tmp_path):
+    root, elsewhere = tmp_path / "root", tmp_path / "elsewhere"
+    for folder in ("b", "tiles.tif", ".ipynb_checkpoints", "b/.cache/deep"):
+        (root / folder).mkdir(parents=True)
+        write_image(root / folder / "x.png", GRADIENT)
+    elsewhere.mkdir()
+    write_image(elsewhere / "y.PNG", GRADIENT)
+    write_image(root / ".z.png", GRADIENT)
+    (root / "notes.txt").write_text("no image")
+    for link, target in {
+        "a": root / "b",  # comes before b, whose own path is the one to take
+        "b/self": root / "b",
+        "b/up": tmp_path,
+        "linked": elsewhere,
+        "linked_again": elsewhere,
+        "z.png": root / "b/x.png",
+    }.items():
+        (root / link).symlink_to(target)
+    found = [path.relative_to(root).as_posix() for path in list_images(root)]
+    assert found == ["b/x.png", "linked/y.PNG", "tiles.tif/x.png", "z.png"]
+
+
+def test_no_folder_has_no_images(tmp_path):
+    assert list_images(tmp_path / "labels") == []

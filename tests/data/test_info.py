@@ -32,7 +32,8 @@ def test_meta_file(tmp_path, palette):
     meta = {"classes": ["sea", "land"]}
     if palette is not None:
         meta |= {"ignore_index": 0, "palette": palette}
-    (tmp_path / "meta.json").write_text(json.dumps(meta))
+    # Editors on Windows put a byte order mark in front.
+    (tmp_path / "meta.json").write_text(json.dumps(meta), encoding="utf-8" if palette else "utf-8-sig")
     info = read_info(tmp_path)
     assert (info.name, info.classes) == (tmp_path.name, ("sea", "land"))
     assert info.ignore_index == (255 if palette is None else 0)

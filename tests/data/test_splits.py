@@ -100,6 +100,13 @@ def test_validation_is_set_aside_and_training_keeps_rare_classes(tmp_path, capsy
     assert entries[5] in lists["labeled"]
     assert lists["unlabeled"] == [Entry(entries[7].image, None)]
     assert sorted(entry.image for part in lists.values() for entry in part) == [entry.image for entry in entries]
+    aside = {entry.image for entry in lists["val"]}
+    for amount, options in ("2", []), ("3", ["--list", "all.txt"]):
+        (tmp_path / "all.txt").write_text("".join(f"{entry.image} {entry.label}\n" for entry in entries[:7]))
+        assert run([str(tmp_path), amount, *options]) == 0
+        assert f"{tmp_path / 'splits/val.txt'}: 3 images stay aside for validation" in capsys.readouterr().out
+        trained_on = [read_split(tmp_path / "splits" / amount / f"{name}.txt") for name in ("labeled", "unlabeled")]
+        assert not aside & {entry.image for part in trained_on for entry in part}
     assert run([str(tmp_path), "1/2", "--val", "3"]) == 0
     assert len(read_split(tmp_path / "splits/1_2/labeled.txt")) == 2
     with pytest.raises(ValueError, match="--val 7 leaves no label to train on: 7 images have one"):

@@ -294,6 +294,15 @@ class TestOnesOwnData:
         assert "labels/02.png" in message
         assert main(["check", *arguments]) == 1
 
+    def test_doubtful_data_is_told_and_trained_on(
+        self, root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        (root / "labeled.txt").write_text("images/00.png labels/00.png\nimages/01.png labels/01.png\n")
+        (root / "val.txt").write_text("images/01.png labels/01.png\n")
+        lists = {"data.dataset": "folder", "data.root": root, "data.val": "val.txt", "data.labeled": "labeled.txt"}
+        assert main(["train", *tiny_arguments(tmp_path / "run", lists)]) == 0
+        assert "warning: images/01.png: is trained on and also in val" in caplog.text
+
 
 def test_camvid_runs(data_dir: Path, tmp_path: Path) -> None:
     root = data_dir / "camvid"
