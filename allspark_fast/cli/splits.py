@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from allspark_fast.cli import command_parser
+from allspark_fast.data.check import check_unused
 from allspark_fast.data.datasets import Entry, SegmentationDataset, find_split, read_split, scan_folder
 from allspark_fast.data.info import read_info
 from allspark_fast.data.splits import classes_of, make_split, parse_amount, write_split
@@ -38,6 +39,8 @@ def run(arguments: list[str]) -> int:
     """Choose which images are labeled; write labeled.txt, unlabeled.txt and, if asked for, val.txt."""
     options = PARSER.parse_args(arguments)
     entries = scan_folder(options.root) if options.list is None else find_split(options.root, options.list)
+    for problem in check_unused(options.root) if options.list is None else ():
+        print(problem)
     if options.val is None:
         entries = _without_val(options.root, entries)
     if not any(entry.label for entry in entries):

@@ -1,7 +1,9 @@
 """Check a dataset before training: files, sizes, label values, and how the lists fit together."""
 
 import posixpath
-from collections.abc import Iterator, Set
+import re
+import unicodedata
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -10,7 +12,16 @@ from pathlib import Path
 import numpy as np
 
 from allspark_fast.data.datasets import SegmentationDataset, Sources, require_equal_size
-from allspark_fast.data.images import map_in_threads, read_orientation, require_bytes, resolve_path, values_of
+from allspark_fast.data.images import (
+    IMAGE_SUFFIXES,
+    list_files,
+    list_images,
+    map_in_threads,
+    read_orientation,
+    require_bytes,
+    resolve_path,
+    values_of,
+)
 from allspark_fast.data.info import IGNORE_INDEX, DatasetInfo
 from allspark_fast.errors import DataError
 
@@ -87,6 +98,52 @@ def _check_overlaps(lists: dict[str, SegmentationDataset], labeled_only: bool) -
         yield Problem(file, "is trained on and also in val, which makes the score too good", is_warning=True)
 
 
+def check_unused(root: Path) -> list[Problem]:
+    """Name the files below images/ and labels/ of a folder that nothing uses, with the probable reason.
+
+    Args:
+        root: folder of a dataset; if it has no images/, there is nothing to say.
+    """
+    problems = []
+    for folder in ("images", "labels"):
+        files = [x.relative_to(root) for x in list_files(root / folder) if x.suffix.lower() not in IMAGE_SUFFIXES]
+        if files:
+            message = f"{_files_left_out(files)}: its suffix is none of {', '.join(IMAGE_SUFFIXES)}; convert images"
+            problems.append(Problem(folder, message, is_warning=True))
+    images = {_stem(file, root / "images") for file in list_images(root / "images")}
+    labels = [file for file in list_images(root / "labels") if _stem(file, root / "labels") not in images]
+    if images and labels:
+        unmatched = [file.relative_to(root) for file in labels]
+        folded = {_fold(_stem(x, root / "images")): x.relative_to(root) for x in list_files(root / "images")}
+        likely = _likely_image(_fold(_stem(labels[0], root / "labels")), folded)
+        reason = "no image has that name" if likely is None else f"{likely} is probably its image"
+        message = f"{_files_left_out(unmatched)}: {reason}; give image and label the same name before the suffix"
+        problems.append(Problem("labels", message, is_warning=True))
+    return problems
+
+
+def _files_left_out(files: Sequence[Path]) -> str:
+    return f"{len(files)} {'file is' if len(files) == 1 else 'files are'} left out, {files[0].as_posix()!r} first"
+
+
+def _stem(file: Path, folder: Path) -> str:
+    return file.relative_to(folder).with_suffix("").as_posix()
+
+
+def _fold(name: str) -> str:
+    """A name without what differs between systems: upper and lower case, and how accents are composed."""
+    return unicodedata.normalize("NFC", name).casefold()
+
+
+def _likely_image(label: str, images: Mapping[str, Path]) -> Path | None:
+    """Find the image whose name a label's begins with: a.jpg for a_mask and a.jpg.png."""
+    while label:
+        if label in images:
+            return images[label]
+        label = re.sub(r"[^._-]*$", "", label)[:-1]
+    return None
+
+
 def _check_classes(info: DatasetInfo, values: Set[int], *, all_read: bool) -> Iterator[Problem]:
     """Compare the classes with the class indices in all labels of the labeled list that were read."""
     absent = [name for index, name in enumerate(info.classes) if index not in values]
@@ -116,7 +173,7 @@ def check_sources(
         labeled_only: whether training does not read the unlabeled images, which may then be labeled ones as well.
 
     Returns:
-        problems in the order of the lists.
+        problems in the order of the lists, then files that nothing uses.
     """
     opened = {"labeled": sources.labeled, "unlabeled": sources.unlabeled, "val": sources.val}
     lists = {name: source for name, source in opened.items() if isinstance(source, SegmentationDataset)}
@@ -149,4 +206,6 @@ def check_sources(
         width, height = max(sizes)
         message = f"every crop holds padding, the largest image is {height}x{width}; a smaller crop wastes less"
         problems.append(Problem(f"crop {crop}x{crop}", message, is_warning=True))
+    for root in dict.fromkeys(dataset.root for dataset in lists.values()):
+        problems.extend(check_unused(root))
     return problems

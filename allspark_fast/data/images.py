@@ -66,7 +66,12 @@ def require_bytes(path: Path) -> None:
 
 
 def list_images(folder: Path) -> list[Path]:
-    """List the image files below a folder in alphabetical order.
+    """List the image files below a folder in alphabetical order, see ``list_files``."""
+    return [file for file in list_files(folder) if file.suffix.lower() in IMAGE_SUFFIXES]
+
+
+def list_files(folder: Path) -> list[Path]:
+    """List the files below a folder in alphabetical order.
 
     Hidden files and folders are left out. Links to folders are followed, but for those that lead back to a folder in
     which they lie. A folder is entered once, and of several ways to it one without links is taken.
@@ -85,7 +90,7 @@ def list_images(folder: Path) -> list[Path]:
         for path in visible:
             if path.is_dir():
                 (links if path.is_symlink() else folders).append(path)
-            elif path.suffix.lower() in IMAGE_SUFFIXES:
+            else:
                 found.append(path)
     return sorted(found)
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from allspark_fast.config import DataConfig
-from allspark_fast.data.check import check_sources
+from allspark_fast.data.check import check_sources, check_unused
 from allspark_fast.data.datasets import Entry, SegmentationDataset, Sources
 from allspark_fast.data.info import VOC_PALETTE, DatasetInfo
 from allspark_fast.data.sources import open_sources
@@ -26,6 +26,7 @@ def check(root, lists, info=INFO, crop=32, **options):
 
 
 def assert_starts(problems, *starts):
+    problems = list(problems)
     assert len(problems) == len(starts)
     for problem, start in zip(problems, starts, strict=True):
         assert problem.startswith(start)
@@ -60,6 +61,39 @@ def test_files_that_cannot_be_read(tmp_path, lists):
         "error: labels/06.png: not an image in a supported format",
         "error: labels/07.png: holds colors that do not stand for exactly one class",
         "error: labels/08.png: no such file",
+        "warning: labels: 1 file is left out, 'labels/01.png' first: no image has that name",
+    )
+
+
+@pytest.mark.parametrize(
+    ("image", "label", "reason"),
+    [
+        ("IMG_00.JPG", "img_00.png", "images/IMG_00.JPG is probably its image"),
+        ("cafe\u0301.jpg", "caf\u00e9.png", "images/cafe\u0301.jpg is probably its image"),
+        ("00.jpg", "00_mask.png", "images/00.jpg is probably its image"),
+        ("00.jpg", "00.jpg.png", "images/00.jpg is probably its image"),
+        ("00.jpg", "seg-00.png", "no image has that name"),
+    ],
+)
+def test_labels_that_match_no_image_are_told(tmp_path, image, label, reason):
+    write_folder(tmp_path, 1)
+    (tmp_path / "images/00.png").rename(tmp_path / "images" / image)
+    (tmp_path / "labels/00.png").rename(tmp_path / "labels" / label)
+    assert_starts(
+        map(str, check_unused(tmp_path)), f"warning: labels: 1 file is left out, 'labels/{label}' first: {reason}"
+    )
+
+
+def test_files_of_other_kinds_are_told(tmp_path):
+    write_folder(tmp_path, 4)
+    for name, other in (("images/00.png", "images/00.HEIC"), ("images/01.png", "images/01.jfif")):
+        (tmp_path / name).rename(tmp_path / other)
+    (tmp_path / "labels/classes.txt").write_text("sea land")
+    assert_starts(
+        map(str, check_unused(tmp_path)),
+        "warning: images: 2 files are left out, 'images/00.HEIC' first: its suffix is none of .bmp, ",
+        "warning: labels: 1 file is left out, 'labels/classes.txt' first: its suffix is none of .bmp, ",
+        "warning: labels: 2 files are left out, 'labels/00.png' first: images/00.HEIC is probably its image",
     )
 
 
@@ -135,6 +169,6 @@ def test_samples_are_bounded_and_the_same_again_and_hide_no_absent_file(tmp_path
     assert_starts(
         problems[:3], "error: val: ", "error: labels/00.png: the file is empty", "error: images/01.png: no such"
     )
-    assert len(problems) == 3 + 5
+    assert len(problems) == 3 + 5 + 1  # the label of the absent image
     assert problems == check(tmp_path, lists, sample=5)
-    assert len(check(tmp_path, lists, sample=50)) == len(check(tmp_path, lists)) == 3 + 18
+    assert len(check(tmp_path, lists, sample=50)) == len(check(tmp_path, lists)) == 3 + 18 + 1

@@ -100,11 +100,14 @@ def test_validation_is_set_aside_and_training_keeps_rare_classes(tmp_path, capsy
     assert entries[5] in lists["labeled"]
     assert lists["unlabeled"] == [Entry(entries[7].image, None)]
     assert sorted(entry.image for part in lists.values() for entry in part) == [entry.image for entry in entries]
+    (tmp_path / "images/photo.heic").write_bytes(b"")
     aside = {entry.image for entry in lists["val"]}
     for amount, options in ("2", []), ("3", ["--list", "all.txt"]):
         (tmp_path / "all.txt").write_text("".join(f"{entry.image} {entry.label}\n" for entry in entries[:7]))
         assert run([str(tmp_path), amount, *options]) == 0
-        assert f"{tmp_path / 'splits/val.txt'}: 3 images stay aside for validation" in capsys.readouterr().out
+        printed = capsys.readouterr().out
+        assert f"{tmp_path / 'splits/val.txt'}: 3 images stay aside for validation" in printed
+        assert ("'images/photo.heic' first" in printed) == (not options)
         trained_on = [read_split(tmp_path / "splits" / amount / f"{name}.txt") for name in ("labeled", "unlabeled")]
         assert not aside & {entry.image for part in trained_on for entry in part}
     assert run([str(tmp_path), "1/2", "--val", "3"]) == 0
