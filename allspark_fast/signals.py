@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -13,7 +14,7 @@ STOPPED = 75
 
 @contextmanager
 def stop_signals() -> Iterator[Callable[[], bool]]:
-    """Note stop signals instead of dying of them.
+    """Note stop signals instead of dying of them; outside of the main thread Python lets nobody note any.
 
     Yields:
         a function that returns whether one has arrived, or whether the ``torchrun`` that started this process is gone:
@@ -26,11 +27,12 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
         nonlocal arrived
         arrived = True
 
-    before = [signal.signal(number, note) for number in STOP_SIGNALS]
+    noted = STOP_SIGNALS if threading.current_thread() is threading.main_thread() else []
+    before = [signal.signal(number, note) for number in noted]
     try:
         yield lambda: arrived or (torchrun is not None and os.getppid() != torchrun)
     finally:
-        for number, handler in zip(STOP_SIGNALS, before, strict=True):
+        for number, handler in zip(noted, before, strict=True):
             signal.signal(number, handler)
 
 

@@ -3,12 +3,15 @@
 import multiprocessing
 import os
 import signal
+import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
 
+from allspark_fast.__main__ import main
 from allspark_fast.inference.evaluate import evaluate
 from allspark_fast.inference.metrics import Scores
 from allspark_fast.training import trainer as trainer_module
@@ -16,7 +19,7 @@ from allspark_fast.training.checkpoint import load_latest_checkpoint
 from allspark_fast.training.log import read_metrics
 from allspark_fast.training.step import TrainState, train_step
 from allspark_fast.training.trainer import Trainer, train
-from tests.helpers.runs import assert_same_run, changed, tiny_config
+from tests.helpers.runs import assert_same_run, changed, tiny_arguments, tiny_config
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 
@@ -78,3 +81,15 @@ def test_after_signals_during_evaluations(tmp_path: Path, monkeypatch: pytest.Mo
     del last
     assert train(config, broken)
     assert_same_run(tmp_path / "whole", broken)
+
+
+def test_a_run_in_a_thread(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(train, tiny_config(), tmp_path).result()
+
+
+def test_a_run_without_standard_streams(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, None)
+    assert main(["train", *tiny_arguments(tmp_path, {"train.epochs": 1})]) == 0
+    assert main(["trian"]) == 2
