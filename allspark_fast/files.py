@@ -15,8 +15,8 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         OSError: there is no such folder, the disk is full, or the folder is read-only; ``path`` is as it was before.
     """
     require_parent(path)
-    # Named after the process, because ranks may write at the same time.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp{path.suffix}")
+    # Named after the process, because ranks may write at the same time. A name may be as long as names can be.
+    temporary = path.with_name(f".{path.name[:40]}.{os.getpid()}.tmp{path.suffix}")
     try:
         write(temporary)
         _flush(temporary, os.O_RDWR)

@@ -48,7 +48,7 @@ PARSER.add_argument("--half", action="store_true", help="bfloat16 autocast, on a
 
 
 def run(arguments: list[str]) -> int:
-    """Label images; 1 if one of them cannot be read."""
+    """Label images; 1 if one of them cannot be read or a prediction not be written."""
     options = PARSER.parse_args(arguments)
     if options.batch < 1:
         PARSER.error(f"--batch must be at least 1, got {options.batch}")
@@ -63,5 +63,5 @@ def run(arguments: list[str]) -> int:
         if error is not None:
             failed += 1
             tqdm.write(f"error: {error}", file=sys.stderr)
-    print(f"{options.out}: {len(images) - failed} images labeled" + (f", {failed} cannot be read" if failed else ""))
+    print(f"{options.out}: {len(images) - failed} images labeled" + (f", {failed} failed" if failed else ""))
     return int(failed > 0)

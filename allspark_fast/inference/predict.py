@@ -26,6 +26,8 @@ from allspark_fast.weights.spec import ModelSpec
 
 # Whole images take memory in proportion to their pixels, and more; larger ones than 2048 x 1024 go through windows.
 MAX_WHOLE_PIXELS = 2048 * 1024
+# Of an overlay, in pixels: what Pillow writes as JPEG.
+MAX_OVERLAY_SIDE = 65500
 _OVERLAY = 0.5
 
 
@@ -131,7 +133,12 @@ class OutputFolder:
             make_folder(folder)
 
     def write(self, name: Path, image: Image.Image, prediction: Prediction) -> None:
-        """Write the prediction of ``image``."""
+        """Write the prediction of ``image``, its labels first.
+
+        Raises:
+            DataError: a side has more than MAX_OVERLAY_SIDE pixels; all but the overlay is written.
+            OSError: a file cannot be written.
+        """
         labels = Image.fromarray(prediction.labels)
         labels.putpalette([part for color in self.info.palette for part in color])
         pictures = {
@@ -140,10 +147,16 @@ class OutputFolder:
             "confidence": Image.fromarray((255 * prediction.confidence).round().astype(np.uint8)),
         }
         for kind, file in self._files(name).items():
+            if kind == "overlays" and max(image.size) > MAX_OVERLAY_SIDE:
+                raise DataError(
+                    f"{file} was not written: the image is {image.width}x{image.height} pixels, and a JPEG has at most"
+                    f" {MAX_OVERLAY_SIDE} a side; its labels were written"
+                )
             write_atomically(file, pictures[kind].save)
 
     def _files(self, name: Path) -> dict[str, Path]:
-        suffixes = {"labels": ".png", "overlays": ".jpg"} | ({"confidence": ".png"} if self.confidence else {})
+        confidence = {"confidence": ".png"} if self.confidence else {}
+        suffixes = {"labels": ".png", **confidence, "overlays": ".jpg"}
         return {kind: self.path / kind / f"{name}{suffix}" for kind, suffix in suffixes.items()}
 
 
@@ -187,8 +200,8 @@ def _search(argument: str, skip: Path) -> Iterator[tuple[Path, Path]]:
 
 def predict_files(
     predictor: Predictor, files: Mapping[Path, Path], output: OutputFolder, *, batch_size: int
-) -> Iterator[DataError | None]:
-    """Predict what ``find_images`` found; yields None, or what is wrong with the file, for each as it is done."""
+) -> Iterator[DataError | OSError | None]:
+    """Predict what ``find_images`` found; yields None, or what went wrong with the file, for each as it is done."""
     images = zip(files.values(), map(_read, files), strict=True)
     # Files that cannot be read have no size, and so a batch of their own.
     for batch in batches_of_equal_size(images, batch_size, lambda pair: getattr(pair[1], "size", None)):
@@ -196,10 +209,17 @@ def predict_files(
         predictions = iter(predictor(readable) if readable else [])
         for name, image in batch:
             if isinstance(image, Image.Image):
-                output.write(name, image, next(predictions))
-                yield None
+                yield _write(output, name, image, next(predictions))
             else:
                 yield image
+
+
+def _write(output: OutputFolder, name: Path, image: Image.Image, prediction: Prediction) -> DataError | OSError | None:
+    try:
+        output.write(name, image, prediction)
+    except (DataError, OSError) as error:
+        return error
+    return None
 
 
 def _read(path: Path) -> Image.Image | DataError:

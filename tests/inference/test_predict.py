@@ -168,8 +168,26 @@ def test_a_corrupt_image_is_named_and_the_rest_done(
     assert main(["predict", str(weights), str(photos), "--out", str(tmp_path / "out"), "--batch", "4"]) == 1
     printed = capsys.readouterr()
     assert "b.png" in printed.err
-    assert "7 images labeled, 1 cannot be read" in printed.out
+    assert "7 images labeled, 1 failed" in printed.out
     assert len(names_in(tmp_path / "out" / "labels")) == 7
+
+
+def test_a_prediction_that_cannot_be_written_is_named_and_the_rest_done(
+    weights: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    long_name = "é" * 123 + "abc"  # 249 bytes; 255 are allowed
+    picture(70, 80).save(photos / f"{long_name}.png")
+    (out / "labels/a.png").mkdir(parents=True)
+    monkeypatch.setattr("allspark_fast.inference.predict.MAX_OVERLAY_SIDE", 89)
+    assert main(["predict", str(weights), str(photos), "--out", str(out), "--overwrite"]) == 1
+    printed = capsys.readouterr()
+    assert "5 images labeled, 4 failed" in printed.out
+    assert "labels/a.png was not written (" in printed.err
+    for name in ("b", "c"):
+        assert f"overlays/{name}.jpg was not written: the image is 90x70 pixels" in printed.err
+    assert names_in(out / "labels") == names_in(photos) - {"notes"}
+    assert long_name in names_in(out / "overlays")
 
 
 def test_nothing_is_overwritten_unless_asked_for(
