@@ -23,7 +23,7 @@ from allspark_fast.__main__ import main
 from allspark_fast.distributed import rank
 from allspark_fast.training import setup, trainer
 from allspark_fast.training.step import Losses, TrainState
-from tests.helpers.steps import without_dropout
+from bench.bench_train_step import without_dropout
 
 # Ranks are forked from a process that has done nothing but import, which would take most of the time of a test.
 _PRELOADED = ["tests.helpers.ranks"]

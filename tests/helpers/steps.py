@@ -4,7 +4,7 @@ import torch
 
 from allspark_fast.config import TrainConfig
 from allspark_fast.data.loader import SemiBatch
-from allspark_fast.model import AllSparkOptions, Segmentor, build_segmentor
+from allspark_fast.model import AllSparkOptions, build_segmentor
 from allspark_fast.training.step import TrainState
 
 METHODS = ("allspark", "semi", "supervised")
@@ -25,12 +25,3 @@ def random_batch(size: int = 2) -> SemiBatch:
     valid = torch.ones(size, 64, 64, dtype=torch.bool)
     valid[:, 40:] = False
     return SemiBatch(images[0], torch.randint(3, (size, 64, 64)), images[1], valid, None)
-
-
-def without_dropout(model: Segmentor) -> Segmentor:
-    """Turn off, in place, all that is random in training: stochastic depth and dropout."""
-    for module in model.modules():
-        for name in ("drop_path", "dropout", "p"):
-            if isinstance(getattr(module, name, None), float):
-                setattr(module, name, 0.0)
-    return model

@@ -24,8 +24,8 @@ from allspark_fast.training import setup as prepare
 from allspark_fast.training.setup import build_state, check_batch
 from allspark_fast.training.sharding import block_policy, gather_state
 from allspark_fast.training.step import TrainState, compute_losses, pseudo_pass, train_step
+from bench.bench_train_step import without_dropout
 from tests.helpers.ranks import run_on_ranks
-from tests.helpers.steps import without_dropout
 
 STEPS = 3
 # With BatchNorm alone, and with an activation behind it.

@@ -13,9 +13,10 @@ from allspark_fast.config import TrainConfig
 from allspark_fast.kernels.semantic_memory import op as semantic_memory
 from allspark_fast.kernels.upsample_cross_entropy import op as upsample_cross_entropy
 from allspark_fast.training.step import TrainState, compute_losses, poly_lr, pseudo_pass, train_step
+from bench.bench_train_step import without_dropout
 from tests.helpers.forbid_sync import forbid_sync
 from tests.helpers.runs import differences
-from tests.helpers.steps import METHODS, build_state, random_batch, without_dropout
+from tests.helpers.steps import METHODS, build_state, random_batch
 
 
 class TestUpdate:
