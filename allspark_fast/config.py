@@ -99,6 +99,14 @@ class TrainConfig:
         warmup_epochs: epochs before labeled features are rebuilt from the memory rather than from their batch.
         pseudo_from_epoch: first epoch in which pseudo labels count; until then unlabeled images only feed the memory.
             0 as in the paper; later for an encoder without pretraining, whose first pseudo labels are noise.
+        unlabeled_weight: factor on the loss of pseudo labels.
+        teacher: what labels the unlabeled images: the student itself (the paper), or ema, the average of its weights.
+        conf_thresh: least confidence of pseudo labels that count; 0 for all (the paper).
+        conf_mode: threshold is the same for all classes; class takes the mean confidence of each class where that is
+            less, so that hard and rare classes get pseudo labels too.
+        strong: show the student unlabeled crops after color jitter, gray and blur; the teacher labels them as they are.
+        cutmix: probability that an unlabeled crop gets a box of another one, with its pseudo labels.
+        copy_paste: probability that an unlabeled crop gets half of the classes of a labeled one, with their labels.
         loss: of the labeled images: ce (cross-entropy), or ohem, which keeps the hard pixels.
         loss_mean: with several processes, over the valid pixels of all of them (global), or of each one (rank, the
             reference implementation), which weights pixels more on ranks that have fewer. OHEM always mines per rank.
@@ -132,6 +140,13 @@ class TrainConfig:
     weight_decay: float = 1e-4
     warmup_epochs: int = 5
     pseudo_from_epoch: int = 0
+    unlabeled_weight: float = 1.0
+    teacher: Literal["student", "ema"] = "student"
+    conf_thresh: float = 0.0
+    conf_mode: Literal["threshold", "class"] = "threshold"
+    strong: bool = False
+    cutmix: float = 0.0
+    copy_paste: float = 0.0
     loss: Literal["ce", "ohem"] = "ce"
     loss_mean: Literal["global", "rank"] = "global"
     ohem_threshold: float = 0.7
@@ -154,6 +169,18 @@ class TrainConfig:
         _within(self, "train", lr=(0, 100), lr_multi=(0, 1000), weight_decay=(0, 10), seed=(0, 2**63 - 1))
         # At 1 the average would never move.
         _within(self, "train", ohem_threshold=(0, 1), ohem_min_kept=(0, 10**9), ema=(0, 0.999999))
+        _within(self, "train", unlabeled_weight=(0, 1000), conf_thresh=(0, 1), cutmix=(0, 1), copy_paste=(0, 1))
+        if self.teacher == "ema":
+            _expect(
+                self.ema > 0, "train.ema", self.ema, "the decay of the average that train.teacher=ema needs, say 0.99"
+            )
+        if self.conf_mode == "class":
+            _expect(
+                self.conf_thresh > 0,
+                "train.conf_thresh",
+                self.conf_thresh,
+                "the bound of train.conf_mode=class, say 0.95",
+            )
         divisor, batch = self.gradient_accumulation_steps, self.batch_size
         expected = f"a divisor of train.batch_size = {batch}"
         _expect(batch % divisor == 0, "train.gradient_accumulation_steps", divisor, expected)

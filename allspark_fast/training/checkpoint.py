@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 _FORMAT = "allspark_fast checkpoint 2"
 # What follows the number of ranks and the device, not the model.
 _RANDOM = ("rng", "cuda_rng")
+# What checkpoints of earlier versions lack: their runs start it afresh.
+_ADDED = "classes"
 
 
 def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any], *, keep_last: int) -> Path:
@@ -115,6 +117,8 @@ def _read_checkpoint(path: Path, expected: Mapping[str, Any] | None) -> dict[str
     if found != _FORMAT:
         raise InputError(f"{path} is no checkpoint of this version: its format is {found!r}, expected {_FORMAT!r}")
     if expected is not None:
+        if _ADDED in expected:
+            state.setdefault(_ADDED, expected[_ADDED])
         _check_shapes(path, _shapes(state), _shapes(expected))
     return state
 

@@ -118,6 +118,11 @@ def check_batch(config: TrainConfig) -> None:
             f"train.batch_size {config.batch_size} cannot be shared equally by {ranks} processes with {micro_batches} "
             f"micro-batches (train.gradient_accumulation_steps) each: set it to a multiple of {ranks * micro_batches}"
         )
+    if config.cutmix and share % 2:
+        raise InputError(
+            f"train.cutmix mixes pairs of crops, but a micro-batch has {share}: set train.batch_size to a multiple of "
+            f"{2 * ranks * micro_batches} (it is {config.batch_size}), or train.cutmix to 0"
+        )
     if ranks * micro_batches > 1:
         logger.info(
             "a step takes %d + %d images: %d processes, %d micro-batches each, of %d + %d; train.lr is that of the "
@@ -167,6 +172,8 @@ def build_state(model: Segmentor, config: TrainConfig, total_steps: int) -> Trai
     ema = copy.deepcopy(model).requires_grad_(False) if config.ema > 0 else None
     if config.compile:
         compile_blocks(model, "inductor")
+        if ema is not None and config.teacher == "ema":
+            compile_blocks(ema, "inductor")
     if not sharded:
         return TrainState(model, config, total_steps=total_steps, ema=ema)
     replica = copy.deepcopy(model).requires_grad_(False)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils import _pytree as pytree
 
@@ -41,6 +41,12 @@ def block_policy(amp: bool, device: str) -> MixedPrecisionPolicy:
     if amp and device == "cuda":
         return MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     return MixedPrecisionPolicy()
+
+
+def reshard(model: Segmentor) -> None:
+    """Shard what a forward pass without a backward pass has left gathered; other models stay as they are."""
+    if isinstance(model, FSDPModule):
+        model.reshard()
 
 
 def to_local(x: Tensor) -> Tensor:

@@ -239,7 +239,7 @@ class Trainer:
         """Label the unlabeled crops of the first step; return some of them to draw, and what all measure."""
         batch = self.data.first_batch
         with torch.compiler.set_stance("force_eager"):
-            class_logits, pseudo_label = pseudo_pass(self.state.model, batch, self.config.train)
+            class_logits, pseudo_label, _ = pseudo_pass(self.state.teacher, batch, self.config.train)
             logits = self.state.evaluated_model().eval()(batch.unlabeled_image)
         prediction, _ = upsample_argmax(logits, (pseudo_label.shape[1], pseudo_label.shape[2]))
         measured = pseudo_label_record(class_logits, pseudo_label, batch)
