@@ -37,6 +37,15 @@ def _static(target: str, _: int) -> Iterator[list[Record]]:
     yield [{"op": "static", "size": target, **record} for record in static.report(target, full=True)]
 
 
+def _launches(size: str, _: int) -> Iterator[list[Record]]:
+    """What a training step launches on a GPU that need not be there, by operator."""
+    from bench import launches  # noqa: PLC0415 triton is optional
+
+    counts = launches.count_launches(size)
+    rows = [("all", counts.total()), *counts.most_common(30)]
+    yield [{"op": "launches", "size": size, "operator": name, "launches": count} for name, count in rows]
+
+
 _STATIC_KEYS = ("kernel", "dtype", "config", "registers", "spill_bytes", "shared_bytes", "ctas_per_sm", "mma")
 
 BENCHMARKS = {
@@ -51,6 +60,9 @@ BENCHMARKS = {
     "ffn": _operator(operators.mix_ffn_cases, default=_TIMED_STEPS),
     "step": Benchmark(bench_train_step.measure, bench_train_step.SIZES, _TIMED_STEPS),
     "flops": Benchmark(bench_train_step.count, bench_train_step.SIZES, _FULL_STEPS),
+    "launches": Benchmark(
+        _launches, bench_train_step.SIZES, ["pascal"], {"operator": ("operator", 1.0), "launches": ("launches", 1.0)}
+    ),
     "static": Benchmark(_static, _TARGETS, _TARGETS, {key: (key, 1.0) for key in _STATIC_KEYS}),
 }
 

@@ -17,9 +17,9 @@ from allspark_fast.data.info import IGNORE_INDEX
 from allspark_fast.data.loader import SemiBatch
 from allspark_fast.model import AllSpark, MixTransformer, SegFormerHead, Segmentor
 from allspark_fast.model.batch_norm import FiniteBatchNorm
+from allspark_fast.model.common import to_map, to_tokens
 from allspark_fast.model.cross_attention import CrossAttention
 from allspark_fast.model.mit import EfficientSelfAttention, MixFFN
-from allspark_fast.model.tokens import to_map, to_tokens
 from allspark_fast.training.step import Losses, TrainState
 
 
@@ -105,10 +105,11 @@ def _segmentor(model: Segmentor, images: Tensor, *args: Any, **kwargs: Any) -> T
 def _encoder(encoder: MixTransformer, images: Tensor) -> list[Tensor]:
     """Copy the map of each stage to contiguous memory."""
     features, feature_map = [], images
+    scales = iter(encoder.draw_scales(images))
     for stage in range(1, 5):
         tokens, size = getattr(encoder, f"patch_embed{stage}")(feature_map)
         for block in getattr(encoder, f"block{stage}"):
-            tokens = block(tokens, size)
+            tokens = block(tokens, size, next(scales))
         feature_map = to_map(getattr(encoder, f"norm{stage}")(tokens), size).contiguous()
         features.append(feature_map)
     return features
