@@ -1,9 +1,11 @@
 """The device that work runs on, and how many CPUs there are for it."""
 
 import os
+from collections.abc import Mapping
 from typing import Literal, get_args
 
 import torch
+from torch import Tensor
 
 from allspark_fast.errors import InputError
 
@@ -33,23 +35,22 @@ def available_cpus() -> int:
 
 
 def limit_threads(workers: int) -> None:
-    """Leave CPUs to the DataLoader workers and to the other processes of this host.
+    """Leave CPUs to so many DataLoader workers, and to the other processes of this host; never use more threads.
 
-    Threads that wait for a CPU which a worker has are slower than fewer threads. OMP_NUM_THREADS, or whoever set
-    torch's number, may have asked for still fewer.
-
-    Args:
-        workers: DataLoader workers of this process.
+    Threads that wait for a CPU which a worker has are slower than fewer threads.
     """
     cpus = available_cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     torch.set_num_threads(min(torch.get_num_threads(), max(1, cpus - workers)))
 
 
-def use_deterministic_operations() -> None:
-    """Let torch use only operations that give the same bits every time, in this process; it raises where it cannot.
+def random_states(device: torch.device) -> dict[str, Tensor]:
+    """Return the states of the generators that work on a device draws from."""
+    states = {"rng": torch.get_rng_state()}
+    return {**states, "cuda_rng": torch.cuda.get_rng_state()} if device.type == "cuda" else states
 
-    Call it before the GPU is used.
-    """
-    # cuBLAS: one workspace for each stream (torch's notes on reproducibility).
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True)
+
+def set_random_states(states: Mapping[str, Tensor]) -> None:
+    """Set what ``random_states`` returned."""
+    for name, set_state in (("rng", torch.set_rng_state), ("cuda_rng", torch.cuda.set_rng_state)):
+        if name in states:
+            set_state(states[name].clone())  # torch crashes on a part of a larger tensor

@@ -3,6 +3,7 @@
 import functools
 import itertools
 import logging
+import os
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -17,7 +18,7 @@ from allspark_fast.config import Config
 from allspark_fast.data.info import IGNORE_INDEX
 from allspark_fast.data.loader import SemiBatch
 from allspark_fast.data.sources import TrainingData
-from allspark_fast.device import limit_threads, use_deterministic_operations
+from allspark_fast.device import limit_threads, random_states, set_random_states
 from allspark_fast.distributed import all_gather_cat, all_reduce_any, failing_together, process_group, rank, world_size
 from allspark_fast.errors import RunError
 from allspark_fast.inference.evaluate import evaluate
@@ -27,12 +28,7 @@ from allspark_fast.kernels.triton_support import set_kernels
 from allspark_fast.kernels.upsample_argmax import upsample_argmax
 from allspark_fast.signals import stop_signals
 from allspark_fast.training import setup
-from allspark_fast.training.checkpoint import (
-    list_checkpoints,
-    load_latest_checkpoint,
-    require_space,
-    save_checkpoint,
-)
+from allspark_fast.training.checkpoint import list_checkpoints, load_latest_checkpoint, require_space, save_checkpoint
 from allspark_fast.training.cuda_graph import GraphedSteps
 from allspark_fast.training.diagnostics import memory_record, pseudo_label_record
 from allspark_fast.training.log import MetricsLog, Record
@@ -67,7 +63,8 @@ class Trainer:
         self.device = device
         setup.check_batch(config.train)
         if config.train.deterministic:
-            use_deterministic_operations()
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the GPU is first used
+            torch.use_deterministic_algorithms(True)
         set_kernels(config.run.kernels)
         self.data = TrainingData(config, device)
         with failing_together():
@@ -116,39 +113,34 @@ class Trainer:
         Raises:
             RunError: too many steps had a loss or gradient that is not finite.
         """
-        bar = tqdm(total=self.total_steps, initial=self.step, unit="step", dynamic_ncols=True, disable=rank() > 0)
-        with stop_signals() as asked, bar:  # an error closes the bar, so that its message has a line for itself
-            return self._run(asked, bar)
-
-    def _run(self, asked: Callable[[], bool], bar: "tqdm[Any]") -> Scores | None:
         run = self.config.run
         log = MetricsLog(self.folder, self.step, evaluated=not self.evaluation_due) if rank() == 0 else None
         batches = self.data.batches(self.step, self.total_steps)
-        scores: Scores | None = None
-        stopping = False
-        started, logged = time.perf_counter(), self.step
-        while not (stopping or self.finished):
-            if not self.evaluation_due:
-                self._take_step(next(batches))
-                stopping = all_reduce_any(asked())
-                bar.update()
-                if self.step % run.log_every == 0 or self.step == self.total_steps:
-                    rate = (self.step - logged) / (time.perf_counter() - started)
-                    bar.set_postfix(self._log_losses(log, steps_per_s=rate))
+        scores, stopping = None, False
+        bar = tqdm(total=self.total_steps, initial=self.step, unit="step", dynamic_ncols=True, disable=rank() > 0)
+        with stop_signals() as asked, bar:  # an error closes the bar, so that its message has a line for itself
+            started, logged = time.perf_counter(), self.step
+            while not (stopping or self.finished):
+                if not self.evaluation_due:
+                    self._take_step(next(batches))
+                    stopping = all_reduce_any(asked())
+                    bar.update()
+                    if self.step % run.log_every == 0 or self.step == self.total_steps:
+                        rate = (self.step - logged) / (time.perf_counter() - started)
+                        bar.set_postfix(self._log_losses(log, steps_per_s=rate))
+                        started, logged = time.perf_counter(), self.step
+                save = stopping or self.step % run.save_every == 0
+                if self.evaluation_due and not stopping:
+                    with torch.compiler.set_stance("force_eager"):  # compiling for every size of image takes longer
+                        scores = self._evaluate(log, asked, bar)
+                    stopping = scores is None
+                    save = True
                     started, logged = time.perf_counter(), self.step
-            save = stopping or self.step % run.save_every == 0
-            if self.evaluation_due and not stopping:
-                scores = self._evaluate(log, asked, bar)
-                stopping = scores is None
-                save = True
-                started, logged = time.perf_counter(), self.step
-            if save:
-                self._save()
+                if save:
+                    self._save()
         if log is not None:
             log.close()
-        if not self.finished:
-            return None
-        return scores or self._score()
+        return scores if self.finished else None
 
     def _take_step(self, batch: SemiBatch) -> None:
         train = self.config.train
@@ -218,29 +210,25 @@ class Trainer:
         except Exception as error:
             logger.warning("the pictures of step %d were not drawn: %r", self.step, error)
 
-    def _score(self, asked: Callable[[], bool] = lambda: False) -> Scores:
+    def _score(self, asked: Callable[[], bool]) -> Scores:
         """Score the validation images, or those before a signal asked to stop."""
-        model, classes = self.state.evaluated_model(), len(self.data.info.classes)
-        with torch.compiler.set_stance("force_eager"):  # compiling for every size of image would take longer
-            seen = itertools.takewhile(lambda _: not asked(), self.data.validation())
-            return evaluate(
-                model,
-                seen,
-                classes,
-                mode=self.config.eval.mode,
-                crop=self.config.data.crop,
-                device=self.device,
-                batch_size=self.config.eval.batch_size,
-                amp=self.config.train.amp,
-            )
+        return evaluate(
+            self.state.evaluated_model(),
+            itertools.takewhile(lambda _: not asked(), self.data.validation()),
+            len(self.data.info.classes),
+            mode=self.config.eval.mode,
+            crop=self.config.data.crop,
+            device=self.device,
+            batch_size=self.config.eval.batch_size,
+            amp=self.config.train.amp,
+        )
 
     @torch.no_grad()
     def _pseudo_labels(self) -> tuple[Tensor, dict[str, Tensor], Record]:
         """Label the unlabeled crops of the first step; return some of them to draw, and what all measure."""
         batch = self.data.first_batch
-        with torch.compiler.set_stance("force_eager"):
-            class_logits, pseudo_label = pseudo_pass(self.state.model, batch, self.config.train)
-            logits = self.state.evaluated_model().eval()(batch.unlabeled_image)
+        class_logits, pseudo_label = pseudo_pass(self.state.model, batch, self.config.train)
+        logits = self.state.evaluated_model().eval()(batch.unlabeled_image)
         prediction, _ = upsample_argmax(logits, (pseudo_label.shape[1], pseudo_label.shape[2]))
         measured = pseudo_label_record(class_logits, pseudo_label, batch)
         assert batch.unlabeled_label is not None
@@ -262,8 +250,7 @@ class Trainer:
             "best": self.best,
             "evaluation_due": self.evaluation_due,
             # One after the other, for all ranks.
-            "rng": all_gather_cat(torch.get_rng_state()),
-            "cuda_rng": all_gather_cat(torch.cuda.get_rng_state()) if self.device.type == "cuda" else None,
+            **{name: all_gather_cat(x) for name, x in random_states(self.device).items()},
         }
 
     def _resume(self) -> None:
@@ -272,20 +259,13 @@ class Trainer:
             return
         self.state.load_state_dict(state)
         self.step, self.best, self.evaluation_due = int(state["step"]), state["best"], state["evaluation_due"]
-        saved = state["rng"].numel() // torch.get_rng_state().numel()
-        if saved == world_size():
-            # Copies, because torch crashes on a part of a larger tensor.
-            torch.set_rng_state(state["rng"].chunk(saved)[rank()].clone())
-            if state["cuda_rng"] is not None and self.device.type == "cuda":
-                torch.cuda.set_rng_state(state["cuda_rng"].chunk(saved)[rank()].clone())
+        own, ranks = random_states(self.device), world_size()
+        if (saved := state["rng"].numel() // own["rng"].numel()) == ranks:
+            set_random_states({name: state[name].chunk(ranks)[rank()] for name in own if state.get(name) is not None})
         else:
             torch.manual_seed(self.config.train.seed + rank() + (self.step << 16))
-            logger.info(
-                "the checkpoint is of %d processes, now there are %d: dropout draws other numbers than it would have",
-                saved,
-                world_size(),
-            )
-        logger.info("resumed at step %d of %d", self.step, self.total_steps)
+            logger.info(f"the checkpoint is of {saved} processes, now there are {ranks}: dropout draws other numbers")
+        logger.info(f"resumed at step {self.step} of {self.total_steps}")
 
 
 def train(config: Config, folder: Path) -> bool:

@@ -23,7 +23,7 @@ from allspark_fast.training import setup as prepare
 from allspark_fast.training import trainer as trainer_module
 from allspark_fast.training.cuda_graph import GraphedSteps
 from allspark_fast.training.log import read_metrics
-from allspark_fast.training.setup import build_model, lock_folder
+from allspark_fast.training.setup import build_model, claim_folder
 from allspark_fast.training.step import train_step
 from allspark_fast.training.trainer import Trainer, train
 from allspark_fast.weights.files import save_weights
@@ -183,7 +183,7 @@ class TestResume:
             Trainer(tiny_config(), tmp_path)
         process.kill()
         process.join()
-        assert lock_folder(tmp_path) is not None
+        assert claim_folder(tmp_path, tiny_config()) is not None
 
     def test_more_epochs_extend_a_finished_run_and_other_settings_are_refused_by_name(self, tmp_path: Path) -> None:
         assert train(tiny_config(epochs=1), tmp_path)
@@ -216,7 +216,7 @@ class TestResume:
 
 
 def hold_lock(folder: Path, locked: Event) -> None:
-    lock = lock_folder(folder)
+    lock = claim_folder(folder, tiny_config())
     assert lock is not None
     locked.set()
     signal.pause()
