@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.utils import make_grid
+from torchvision.utils import make_grid  # type: ignore[import-untyped]
 
 from allspark_fast.data.info import IGNORE_INDEX, DatasetInfo
 from allspark_fast.files import write_atomically
