@@ -1,11 +1,9 @@
 """The device that work runs on, and how many CPUs there are for it."""
 
 import os
-from collections.abc import Mapping
 from typing import Literal, get_args
 
 import torch
-from torch import Tensor
 
 from allspark_fast.errors import InputError
 
@@ -41,16 +39,3 @@ def limit_threads(workers: int) -> None:
     """
     cpus = available_cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     torch.set_num_threads(min(torch.get_num_threads(), max(1, cpus - workers)))
-
-
-def random_states(device: torch.device) -> dict[str, Tensor]:
-    """Return the states of the generators that work on a device draws from."""
-    states = {"rng": torch.get_rng_state()}
-    return {**states, "cuda_rng": torch.cuda.get_rng_state()} if device.type == "cuda" else states
-
-
-def set_random_states(states: Mapping[str, Tensor]) -> None:
-    """Set what ``random_states`` returned."""
-    for name, set_state in (("rng", torch.set_rng_state), ("cuda_rng", torch.cuda.set_rng_state)):
-        if name in states:
-            set_state(states[name].clone())  # torch crashes on a part of a larger tensor

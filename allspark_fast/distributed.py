@@ -1,8 +1,4 @@
-"""Several processes: joining them, and the collectives of a run; each does nothing in a single process.
-
-Without an initialized process group there is one process, of rank 0. ``process_group`` is the only place that makes
-the default one.
-"""
+"""Several processes: joining them, and the collectives of a run; each does nothing in a single process."""
 
 import os
 from collections.abc import Callable, Iterator

@@ -52,8 +52,7 @@ def load_latest_checkpoint(folder: Path, expected: Mapping[str, Any] | None = No
         expected: state whose tensors a checkpoint must equal in names and shapes; None takes any.
 
     Returns:
-        the state on the CPU, or None if there is no checkpoint. Those that cannot be read are named in a warning and
-        passed over.
+        the state on the CPU, or None without a checkpoint; those that cannot be read are passed over with a warning.
 
     Raises:
         InputError: there are checkpoints, but none can be read, or ranks find different ones.
@@ -101,6 +100,19 @@ def require_space(folder: Path, state: Mapping[str, Any], *, keep_last: int) -> 
             f"{folder}: {free / 1e6:.1f} MB are free, but {missing} more checkpoints take at least "
             f"{missing * size / 1e6:.1f} MB: free space, or give a --run.output-dir elsewhere"
         )
+
+
+def random_states(device: torch.device) -> dict[str, Tensor]:
+    """Return the states of the generators that work on a device draws from."""
+    states = {"rng": torch.get_rng_state()}
+    return {**states, "cuda_rng": torch.cuda.get_rng_state()} if device.type == "cuda" else states
+
+
+def set_random_states(states: Mapping[str, Tensor]) -> None:
+    """Set what ``random_states`` returned."""
+    for name, set_state in (("rng", torch.set_rng_state), ("cuda_rng", torch.cuda.set_rng_state)):
+        if name in states:
+            set_state(states[name].clone())  # torch crashes on a part of a larger tensor
 
 
 def _read_checkpoint(path: Path, expected: Mapping[str, Any] | None) -> dict[str, Any]:

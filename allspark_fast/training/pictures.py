@@ -14,55 +14,44 @@ from allspark_fast.files import write_atomically
 from allspark_fast.training.log import Record
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.image import AxesImage
+    from matplotlib.figure import Figure
 
-# More names than this would overlap.
-_NAMED_CLASSES = 30
+# What the metrics are called in the curves, by panel.
+_CURVES = {
+    "cross-entropy": {"loss_labeled": "labeled", "loss_unlabeled": "unlabeled"},
+    "validation": {"miou": "mIoU"},
+    "pseudo labels": {"pseudo_label_accuracy": "accuracy", "pseudo_label_coverage": "coverage"},
+}
 
 
 def draw_curves(folder: Path, records: Sequence[Record], info: DatasetInfo) -> None:
     """Write curves.png: losses, mIoU on the validation set, pseudo labels, and what the Semantic Memory received."""
     from matplotlib.figure import Figure  # noqa: PLC0415 slow to import
 
-    received = [record for record in records if "memory_received" in record]
     figure = Figure(figsize=(10, 7.2), layout="constrained")
-    (losses, scores), (pseudo_labels, memory) = figure.subplots(2, 2)
-    _plot(losses, records, {"loss_labeled": "labeled", "loss_unlabeled": "unlabeled"}, "cross-entropy")
-    _plot(scores, records, {"miou": "mIoU"}, "validation")
-    names = {"pseudo_label_accuracy": "accuracy", "pseudo_label_coverage": "coverage"}
-    _plot(pseudo_labels, records, names, "pseudo labels")
-    for axes in (scores, pseudo_labels):
-        axes.set_ylim(0, 1)
-    if received:
-        figure.colorbar(_plot_memory(memory, received, info), ax=memory)
-    else:
-        memory.set_axis_off()
+    for place, (title, names) in enumerate(_CURVES.items(), 1):
+        axes = figure.add_subplot(2, 2, place, title=title, xlabel="step")
+        for name, label in names.items():
+            points = [(record["step"], record[name]) for record in records if name in record]
+            if points:
+                marker = "." if len(points) == 1 else ""  # a line of one point would not show
+                axes.plot(*zip(*points, strict=True), label=label, linewidth=1.5, marker=marker)
+        axes.set_ylim(0, None if title == "cross-entropy" else 1)
+        axes.grid(alpha=0.3)
+        if axes.has_data():
+            axes.legend(frameon=False)
+    if received := [record["memory_received"] for record in records if "memory_received" in record]:
+        _draw_memory(figure, np.array(received, dtype=float), info)
     write_atomically(folder / "curves.png", lambda temporary: figure.savefig(temporary, dpi=120))
 
 
-def _plot_memory(axes: "Axes", records: Sequence[Record], info: DatasetInfo) -> "AxesImage":
+def _draw_memory(figure: "Figure", totals: np.ndarray, info: DatasetInfo) -> None:
     """Draw a column for each evaluation: the share of the channels since the one before that each class received."""
-    totals = np.array([record["memory_received"] for record in records], dtype=float)
     counts = np.diff(totals, axis=0, prepend=0)
     part = counts / counts.sum(1, keepdims=True).clip(min=1)
-    image = axes.imshow(part.T, aspect="auto", interpolation="nearest", vmin=0)
-    if len(info.classes) <= _NAMED_CLASSES:
-        axes.set_yticks(range(len(info.classes)), info.classes, fontsize=7)
-    axes.set(title="channels into the memory, by class", xlabel="evaluation")
-    return image
-
-
-def _plot(axes: "Axes", records: Sequence[Record], names: dict[str, str], title: str) -> None:
-    for name, label in names.items():
-        points = [(record["step"], record[name]) for record in records if name in record]
-        if points:
-            marker = "." if len(points) == 1 else ""  # a line of one point would not show
-            axes.plot(*zip(*points, strict=True), label=label, linewidth=1.5, marker=marker)
-    axes.set(title=title, xlabel="step")
-    axes.grid(alpha=0.3)
-    if axes.has_data():
-        axes.legend(frameon=False)
+    axes = figure.add_subplot(2, 2, 4, title="channels into the memory, by class", xlabel="evaluation")
+    figure.colorbar(axes.imshow(part.T, aspect="auto", interpolation="nearest", vmin=0), ax=axes)
+    axes.set_yticks(range(len(info.classes)), info.classes, fontsize=min(7, 210 / len(info.classes)))
 
 
 def draw_predictions(

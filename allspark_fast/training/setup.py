@@ -8,7 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import IO
 
-from allspark_fast.config import Config, RunConfig, TrainConfig, changed_fields
+from allspark_fast.config import Config, EvalConfig, RunConfig, TrainConfig, changed_fields
 from allspark_fast.distributed import world_size
 from allspark_fast.errors import InputError
 from allspark_fast.files import make_folder, remove_unfinished, write_atomically
@@ -25,6 +25,8 @@ except ImportError:  # Windows
 
 logger = logging.getLogger(__name__)
 
+# Steps of a run that repays what compiling takes, by an estimate.
+_REPAY_COMPILING = 5000
 # What may change between two sittings of a run, because it does not decide the numbers.
 _FREE = {
     "data.root",
@@ -36,9 +38,7 @@ _FREE = {
     "train.deterministic",
     "train.max_skipped",
     "train.sharding",
-    "eval.every",
-    "eval.batch_size",
-    "eval.workers",
+    *(f"eval.{field.name}" for field in fields(EvalConfig) if field.name != "mode"),
     *(f"run.{field.name}" for field in fields(RunConfig)),
 }
 
@@ -139,13 +139,18 @@ def build_state(model: Segmentor, config: TrainConfig, total_steps: int) -> Trai
         InputError: the model is to be compiled, but its encoder has no blocks to compile.
     """
     sharded = config.sharding == "fsdp" and world_size() > 1
-    ema = copy.deepcopy(model).requires_grad_(False) if config.ema > 0 else None
-    if config.compile:
-        compile_blocks(model, "inductor")
-    if not sharded:
-        return TrainState(model, config, total_steps=total_steps, ema=ema)
-    replica = copy.deepcopy(model).requires_grad_(False)
-    for x in (model, ema):
+    ema, replica = (copy.deepcopy(model).requires_grad_(False) if x else None for x in (config.ema > 0, sharded))
+    repays = next(model.parameters()).is_cuda and total_steps > _REPAY_COMPILING
+    if config.compile == "on" or (config.compile == "auto" and repays):
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")  # torch's own is lost at reboot
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / "allspark_fast" / "inductor"))
+        try:
+            compile_blocks(model, "inductor")
+            logger.info("the encoder's blocks are compiled in the first steps, a minute or two (train.compile)")
+        except InputError:  # no such blocks
+            if config.compile == "on":
+                raise
+    for x in (model, ema) if sharded else ():
         if x is not None:
             shard(x, amp=config.amp)
     return TrainState(model, config, total_steps=total_steps, ema=ema, replica=replica)

@@ -25,3 +25,10 @@ def random_batch(size: int = 2) -> SemiBatch:
     valid = torch.ones(size, 64, 64, dtype=torch.bool)
     valid[:, 40:] = False
     return SemiBatch(images[0], torch.randint(3, (size, 64, 64)), images[1], valid, None)
+
+
+def autocast_as_on_a_gpu(
+    device: str, dtype: torch.dtype | None = None, enabled: bool = True, autocast: type[torch.autocast] = torch.autocast
+) -> torch.autocast:
+    """The autocast of a step, which is for GPUs, on a CPU too; takes the place of torch.autocast."""
+    return autocast(device, dtype, enabled=enabled or dtype == torch.bfloat16)
