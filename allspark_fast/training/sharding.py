@@ -17,14 +17,11 @@ from allspark_fast.model.mit import Block
 
 
 def shard(model: Segmentor, *, amp: bool) -> None:
-    """Shard the parameters of a model over all ranks: each block of a MiT on its own, then the rest together.
+    """Shard the parameters of a model in place over all ranks: each block of a MiT on its own, then the rest together.
 
-    Buffers stay whole. With ``amp`` on a GPU, blocks are gathered in bfloat16, which is what autocast makes of their
-    matrices anyway, and their gradients are reduced in float32; the rest stays float32, for the head's products.
-
-    Args:
-        model: sharded in place, on its device; the names of its state_dict stay.
-        amp: whether it will run under bfloat16 autocast.
+    Buffers and the names of its state_dict stay. With ``amp`` (bfloat16 autocast) on a GPU, blocks are gathered in
+    bfloat16, which is what autocast makes of their matrices anyway, and their gradients are reduced in float32; the
+    rest stays float32, for the head's products.
     """
     # Nothing writes into the logits.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
@@ -62,13 +59,11 @@ def full_tensor(x: Tensor) -> Tensor:
 def gather_state(state: dict[str, Any]) -> dict[str, Any]:
     """Gather sharded tensors one after the other; only rank 0 keeps them, on the CPU. All ranks have to call this."""
 
-    def gather(x: Any) -> Any:
-        if not isinstance(x, DTensor):
-            return x
+    def gather(x: DTensor) -> Tensor | None:
         full = x.full_tensor()
         return full.cpu() if rank() == 0 else None
 
-    return pytree.tree_map(gather, state)
+    return pytree.tree_map_only(DTensor, gather, state)
 
 
 def from_local_like(x: Tensor, parameter: Tensor) -> Tensor:
