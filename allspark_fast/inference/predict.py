@@ -96,6 +96,21 @@ class Predictor:
         pairs = zip(labels.byte().cpu().numpy(), confidence.float().cpu().numpy(), strict=True)
         return [Prediction(*pair) for pair in pairs]
 
+    def predict(self, image: str | Path | Image.Image | npt.NDArray[np.uint8]) -> Prediction:
+        """Label one image: a file, a Pillow image, or an array (H, W, 3) or (H, W) of uint8.
+
+        Raises:
+            DataError: the file cannot be read as an image.
+            TypeError: the array is not of uint8, or of another shape.
+        """
+        if isinstance(image, np.ndarray):
+            if image.dtype != np.uint8 or image.shape[2:] not in ((), (3,)):
+                raise TypeError(f"expected uint8 (H, W, 3) or (H, W), got {image.dtype} {image.shape}")
+            image = Image.fromarray(image)
+        elif not isinstance(image, Image.Image):
+            image = read_image(image)
+        return self([image.convert("RGB")])[0]
+
 
 @dataclass(frozen=True)
 class OutputFolder:

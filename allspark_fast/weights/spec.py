@@ -159,17 +159,19 @@ def save_model(model: Segmentor, spec: ModelSpec, path: str | Path) -> None:
 
 def describe_model(model: Segmentor, spec: ModelSpec) -> dict[str, str]:
     """Return what a model is, as text by property."""
-    rows = {"encoder": spec.backbone, "bottleneck": "none, plain SegFormer"}
+    bottleneck, memory = "none, plain SegFormer", "none"
     if model.decoder.allspark is not None:
-        memory = model.decoder.allspark.attn
-        classes, slots, tokens = memory.kv_queue.shape
-        filled = classes if memory.queue_filled is None else int(memory.queue_filled.sum())
-        rows["bottleneck"] = f"AllSpark, {spec.num_heads} heads"
-        rows["memory"] = (
+        queue, filled = model.decoder.allspark.attn.kv_queue, model.decoder.allspark.attn.queue_filled
+        classes, slots, tokens = queue.shape
+        bottleneck = f"AllSpark, {spec.num_heads} heads"
+        memory = (
             f"{slots} channels of {tokens} tokens for each class, initialized {spec.memory_init}; "
-            f"{filled} of {classes} classes filled"
+            f"{classes if filled is None else int(filled.sum())} of {classes} classes filled"
         )
-    return rows | {
+    return {
+        "encoder": spec.backbone,
+        "bottleneck": bottleneck,
+        "memory": memory,
         "head": f"{spec.embedding_dim} channels",
         "parameters": f"{sum(x.numel() for x in model.parameters()) / 1e6:.1f} M",
         "crop": f"{spec.crop} pixels, validated on {'whole images' if spec.mode == 'whole' else 'sliding windows'}",
