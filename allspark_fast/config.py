@@ -236,7 +236,10 @@ class RunConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """All settings of a run, in groups."""
+    """All settings of a run, in groups.
+
+    A setting that is new must default to what earlier versions did: it is read so from their runs.
+    """
 
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -325,13 +328,13 @@ def from_plain(kind: Any, value: Any, where: str) -> Any:
     """Return a value of a type from what JSON makes of it.
 
     Args:
-        kind: a dataclass, whose every field must be there; ``X | None``, a tuple of fixed length, a Literal, Path, or
-            one of Python's plain types.
+        kind: a dataclass, of which fields with a default may be missing, as in files of earlier versions; ``X | None``,
+            a tuple of fixed length, a Literal, Path, or one of Python's plain types.
         value: of ``json.loads``, or already of the dataclass ``kind``.
         where: name of the value, for messages.
 
     Raises:
-        InputError: a field is missing, unknown, or of another type; the message names it.
+        InputError: a field without default is missing, or one is unknown or of another type; the message names it.
     """
     if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         if isinstance(value, kind):
@@ -340,9 +343,10 @@ def from_plain(kind: Any, value: Any, where: str) -> Any:
         hints = get_type_hints(kind)
         for name in set(value) - set(hints):
             refuse_old_setting(f"{where}.{name}".removeprefix("config."))
-        if different := sorted(set(value) ^ set(hints)):
+        needed = {x.name for x in dataclasses.fields(kind) if x.default is x.default_factory is dataclasses.MISSING}
+        if different := sorted((set(value) - set(hints)) | (needed - set(value))):
             raise InputError(f"{where}: fields {different} are missing or unknown in this version")
-        return kind(**{name: from_plain(hint, value[name], f"{where}.{name}") for name, hint in hints.items()})
+        return kind(**{name: from_plain(hints[name], x, f"{where}.{name}") for name, x in value.items()})
     if get_origin(kind) is UnionType:
         return None if value is None else from_plain(get_args(kind)[0], value, where)
     if get_origin(kind) is tuple:

@@ -40,7 +40,7 @@ def test_every_field_survives_json() -> None:
 @pytest.mark.parametrize(
     ("right", "wrong", "message"),
     [
-        ('"crop"', '"crop_size"', r"config\.data: fields \['crop', 'crop_size'\] are missing or unknown"),
+        ('"crop"', '"crop_size"', r"config\.data: fields \['crop_size'\] are missing or unknown"),
         ('"kernels": "auto"', '"kernels": 1', "config.run.kernels is 1, expected one of auto, torch"),
     ],
 )
@@ -50,6 +50,18 @@ def test_damaged_settings_of_a_run_are_named(right: str, wrong: str, message: st
         from_plain(Config, json.loads(text), "config")
     with pytest.raises(InputError, match=r"config.run is \[\], expected an object"):
         from_plain(RunConfig, [], "config.run")
+
+
+def test_settings_that_earlier_versions_lacked_take_their_defaults(tmp_path: Path) -> None:
+    config = changed(Config(), train={"lr": 0.5}, data={"crop": 65})
+    fields = json.loads(config.to_json())
+    del fields["train"]["ema"], fields["data"]["workers"], fields["eval"]
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    assert Config.read(tmp_path / "config.json") == config
+    for text in ('{"train": {"lr": 0.5, "momentum": 0.9}}', '{"id2label": {}}', "[]"):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(InputError, match=r"config\.json holds no settings of a run"):
+            Config.read(tmp_path / "config.json")
 
 
 @pytest.mark.parametrize("old", OLD_SETTINGS)
