@@ -32,7 +32,6 @@ def check_compiled(target: str, *, full: bool) -> None:
     for record in records:
         assert record["spill_bytes"] == 0, record
         assert record["shared_bytes"] <= SHARED_KIB[target] * 1024, record
-        assert record["ctas_per_sm"] >= 1, record
 
 
 @pytest.mark.slow
