@@ -34,3 +34,9 @@ class Inputs(NamedTuple):
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype in which values of ``dtype`` are summed: float32, or float64 for float64."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def pack_rows(x: Tensor, maps: int) -> Tensor:
+    """(B, H, N, C) -> (maps, N, R): samples that share their keys are rows of one map, whose keys are read once."""
+    samples = x.reshape(-1, maps, *x.shape[2:])
+    return samples.permute(1, 2, 0, 3).reshape(maps, x.shape[2], -1)
