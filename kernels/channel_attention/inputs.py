@@ -25,11 +25,6 @@ class Inputs(NamedTuple):
     dropout_p: float
     seed: Tensor | None
 
-    def samples(self, which: slice) -> "Inputs":
-        """Return the arguments for some of the samples."""
-        own = slice(None) if self.key.shape[0] == 1 else which
-        return self._replace(query=self.query[which], key=self.key[own], value=self.value[own])
-
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype in which values of ``dtype`` are summed: float32, or float64 for float64."""

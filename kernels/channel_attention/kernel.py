@@ -1,17 +1,13 @@
 """Channel attention by library products of whole rows, with Triton kernels between them.
 
 With N = 289 to 1369 features in a dot product, storing an entry of the similarity map costs less than making it again.
-So the matrix library makes all products, and row_kernels.py does what lies between. All columns of a sample's rows are
-there at once: the variance of the instance norm is a statistic of rows, its gradient one more term of theirs, and what
-the gradient of softmax subtracts from a row is the sum of these very numbers.
+So the matrix library makes all products, and row_kernels.py does what lies between. The norm and the gradient of
+softmax need only sums over rows, which are there at once; docs/kernels.md has the derivation and the costs.
 
     forward     S = qᵀk                row statistics, rstd, softmax    O = v Pᵀ
     backward    S = qᵀk, dP = dOᵀv     row sums, dS                     dV = dO P, dK = q dS, dQ = k dSᵀ
-
-docs/kernels.md has the derivation, and counts FLOPs and bytes.
 """
 
-import functools
 import math
 
 import torch
@@ -27,24 +23,22 @@ WORKSPACE_BYTES = 256 * 2**20
 # Products over L have small results. They are made in pieces of about so many columns, to occupy all processors.
 PIECE_COLUMNS = 4096
 # Columns that a program reads at a time where it has whole rows; rows and columns of a tile where it has not.
-ROW_COLUMNS = 4096
-TILE_ROWS, TILE_COLUMNS = 8, 512
-WARPS = 8
+ROW_COLUMNS, TILE_ROWS, TILE_COLUMNS, WARPS = 4096, 8, 512, 8
 
 
 class _Samples:
     """The similarity maps of some samples; row_kernels.py says what the tensors are."""
 
     def __init__(self, inputs: Inputs, which: slice) -> None:
-        first, inputs = which.start, inputs.samples(which)
-        batch, heads, self.tokens, channels = inputs.query.shape
-        self.query = query = inputs.query.contiguous()
-        self.key, self.value = (x.flatten(0, 1).contiguous() for x in (inputs.key, inputs.value))
+        query = self.query = inputs.query[which].contiguous()
+        batch, heads, self.tokens, channels = query.shape
+        own = slice(None) if inputs.key.shape[0] == 1 else which
+        self.key, self.value = (x[own].flatten(0, 1).contiguous() for x in (inputs.key, inputs.value))
         self.maps, _, columns = self.key.shape
         rows = batch * heads * channels // self.maps
         self.sizes = channels, rows, columns
         column_mask = None if inputs.column_mask is None else inputs.column_mask.contiguous()
-        self.mask = column_mask, inputs.seed, first * heads * channels, drop_threshold(inputs.dropout_p)
+        self.mask = column_mask, inputs.seed, which.start * heads * channels, drop_threshold(inputs.dropout_p)
         self.keep_scale = 1 / (1 - inputs.dropout_p)
         # S is made of and stored in float16: bfloat16 has too few digits.
         dtype = torch.float32 if query.dtype == torch.float32 else torch.float16
@@ -62,6 +56,8 @@ class _Samples:
             query, key_unit, self.mean, self.half_rows, self.unit, self.shift, self.tokens, channels, rows,
             range_factor, BLOCK_R=8, BLOCK_N=triton.next_power_of_2(self.tokens), num_warps=WARPS,
         )  # fmt: skip
+
+
 def _parts(inputs: Inputs, buffers: int) -> list[slice]:
     """Samples to compute at a time: as many as fit into the workspace with so many maps each, at least one."""
     batch, heads, _, channels = inputs.query.shape
@@ -114,14 +110,14 @@ def _attend(samples: _Samples, eps: float, output: Tensor, statistics: Tensor) -
     maps, tokens, (channels, rows, columns) = samples.maps, samples.tokens, samples.sizes
     probability = samples.key.new_empty((maps, rows, columns))
     logits = _product(samples.half_rows.mT, samples.half_key, probability.view(samples.half_key.dtype))
-    scale, maximum, squares = lse.new_empty((3, *lse.shape))
+    maximum, squares = lse.new_empty((2, *lse.shape))
     row_kernels.row_statistics_kernel[rows, maps](
-        logits, maximum, squares, *samples.sizes, BLOCK_L=ROW_COLUMNS, num_warps=WARPS
-    )
-    row_kernels.rstd_kernel[rows // channels, maps](
-        squares, samples.unit, samples.shift, samples.count, rstd, scale, tokens, channels, eps,
-        BLOCK_C=triton.next_power_of_2(channels), num_warps=WARPS,
+        logits, samples.unit, samples.count, maximum, squares, tokens, *samples.sizes,
+        BLOCK_L=ROW_COLUMNS, num_warps=WARPS,
     )  # fmt: skip
+    variance = squares.mean(-1, keepdim=True) + samples.shift.var(-1, correction=0, keepdim=True)
+    rstd.copy_(torch.rsqrt(variance + eps))
+    scale = samples.unit * rstd
     tiles = triton.cdiv(columns, TILE_COLUMNS)
     sums = lse.new_empty((tiles, *lse.shape))
     row_kernels.softmax_kernel[triton.cdiv(rows, TILE_ROWS), tiles, maps](
@@ -130,7 +126,7 @@ def _attend(samples: _Samples, eps: float, output: Tensor, statistics: Tensor) -
     )  # fmt: skip
     parts = _pieces_product(samples.value, probability)
     row_kernels.finish_kernel[triton.cdiv(rows, 128), triton.cdiv(tokens, 16), maps](
-        parts, sums, scale, maximum, lse, None, None, None, None, output, tokens, channels, rows, len(parts), tiles,
+        parts, sums.sum(0), scale, maximum, lse, None, None, None, None, output, tokens, channels, rows, len(parts),
         samples.keep_scale, BLOCK_R=128, BLOCK_N=16,
     )  # fmt: skip
 
@@ -169,23 +165,21 @@ def _differentiate(
 
     tiles = triton.cdiv(columns, TILE_COLUMNS)
     sums = lse.new_empty((4, tiles, *lse.shape))
-    delta, slope, offset = lse.new_empty((3, *lse.shape))
     entries = grad_logits, probability, logits, samples.unit * rstd, grad_unit, rstd, lse, *samples.mask
     entries = *entries, samples.keep_scale, *samples.sizes, sums
-    launch = functools.partial(
-        row_kernels.gradient_kernel[triton.cdiv(rows, TILE_ROWS), tiles, maps],
-        BLOCK_R=TILE_ROWS, BLOCK_L=TILE_COLUMNS, num_warps=WARPS,
-    )  # fmt: skip
-    launch(*entries, None, None, None)
-    row_kernels.norm_gradient_kernel[rows // channels, maps](
-        sums, samples.shift, rstd, samples.count, delta, slope, offset, tokens, channels, tiles,
-        BLOCK_C=triton.next_power_of_2(channels), num_warps=WARPS,
-    )  # fmt: skip
-    launch(*entries, delta, slope, offset)
+    launch = row_kernels.gradient_kernel[triton.cdiv(rows, TILE_ROWS), tiles, maps]
+    tile = {"BLOCK_R": TILE_ROWS, "BLOCK_L": TILE_COLUMNS, "num_warps": WARPS}
+    launch(*entries, None, None, None, **tile)
+    grad_sum, total, grad_dot, dot = sums.sum(1)
+    # P sums to 1 but for rounding. Over its very sum, rows of dS sum to zero even where one key gets nearly all.
+    delta = grad_sum / total.masked_fill_(total == 0, 1)
+    slope = torch.addcmul(grad_dot, delta, dot, value=-1).mean(-1, keepdim=True) / samples.count[0, 0]
+    offset = slope * rstd * (samples.shift - samples.shift.mean(-1, keepdim=True))
+    launch(*entries, delta, slope.expand_as(delta).contiguous(), offset, **tile)
     _product(grad_output, probability, grad_value, accumulate=accumulate)
     _product(pack_rows(samples.query, maps), grad_logits, grad_key, accumulate=accumulate)
-    parts = _pieces_product(samples.key, grad_logits)
+    parts, sums = _pieces_product(samples.key, grad_logits), sums[0].sum(0)
     row_kernels.finish_kernel[triton.cdiv(rows, 128), triton.cdiv(tokens, 16), maps](
-        parts, sums[0], None, None, None, rstd, offset, samples.count, samples.mean, grad_query, tokens, channels, rows,
-        len(parts), tiles, samples.keep_scale, BLOCK_R=128, BLOCK_N=16,
+        parts, sums, None, None, None, rstd, offset, samples.count, samples.mean, grad_query, tokens, channels, rows,
+        len(parts), samples.keep_scale, BLOCK_R=128, BLOCK_N=16,
     )  # fmt: skip

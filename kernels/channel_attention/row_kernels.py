@@ -8,8 +8,8 @@ are rows of one map: row r of R is channel r % C of its sample r // C. Names hav
     grad                    (maps, R, L)      dP / grad_unit, and dS in the same memory
     parts                   (pieces, maps, N, R) float32: a product over L in pieces
     key_unit, mean, count   (maps, N)         of a key's token: power of two, mean, columns that count (at least 1)
-    unit, shift, scale, maximum, squares, rstd, lse, delta, slope, offset    (B, H, C): a number a row
-    sums                    (..., tiles, B, H, C): row sums of each tile
+    unit, shift, scale, maximum, squares, rstd, lse, delta, slope, offset    (B, H, C)    a number a row
+    sums                    (..., tiles, B, H, C)    row sums of each tile
     column_mask             (L,)              columns that count; None if all do
     seed                    ()                of dropout; None without. Row 0 is row first_row of the hash
     grad_unit               ()                None for 1
@@ -23,7 +23,7 @@ import triton.language as tl
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 # These vary from call to call, and must not compile anew.
-_UNSPECIALIZED = ["threshold", "keep_scale", "range_factor", "eps", "pieces", "tiles", "first_row"]
+_UNSPECIALIZED = ["threshold", "keep_scale", "range_factor", "pieces", "first_row"]
 
 
 @triton.jit
@@ -58,17 +58,6 @@ def _tile(C, R, L, BLOCK_R: tl.constexpr, BLOCK_L: tl.constexpr):
     o_row = _row_index(i_map, o_r, C, maps)
     o_entry = (i_map * R + o_r[:, None]) * L + o_l[None, :]  # [BR, BL]
     return o_l, o_r < R, (o_r < R)[:, None] & (o_l < L)[None, :], o_row, i_l * maps * R + o_row, o_entry
-
-
-@triton.jit
-def _sum_tiles(sums, o_row, m_r, row_count, tiles, BLOCK_R: tl.constexpr):
-    """Sums of all tiles of a row; several are read at a time, because a load takes longer than all else."""
-    b_sum = tl.zeros([BLOCK_R], tl.float32)
-    for start in range(0, tiles, 8):
-        o_tile = (start + tl.arange(0, 8)).to(tl.int64)
-        m = (o_tile < tiles)[:, None] & m_r[None, :]
-        b_sum += tl.sum(tl.load(sums + o_tile[:, None] * row_count + o_row[None, :], mask=m, other=0.0), 0)
-    return b_sum  # [BR]
 
 
 @triton.jit
@@ -154,8 +143,8 @@ def half_rows_kernel(
 
 
 @triton.jit
-def row_statistics_kernel(logits, maximum, squares, C, R, L, BLOCK_L: tl.constexpr):
-    """Maximum and sum of squares of one row of products; one program each.
+def row_statistics_kernel(logits, unit, count, maximum, squares, N, C, R, L, BLOCK_L: tl.constexpr):
+    """Maximum of one row of products, and mean square of what they stand for; one program each.
 
     The row sums to zero, and masked columns are zero: they change neither.
     """
@@ -169,25 +158,9 @@ def row_statistics_kernel(logits, maximum, squares, C, R, L, BLOCK_L: tl.constex
         b_maximum = tl.maximum(b_maximum, b_logits)
         b_squares += b_logits * b_logits
     o_row = _row_index(i_map, i_r, C, tl.num_programs(1))
+    row_unit = tl.load(unit + o_row)
     tl.store(maximum + o_row, tl.max(b_maximum, 0))
-    tl.store(squares + o_row, tl.sum(b_squares, 0))
-
-
-@triton.jit(do_not_specialize=_UNSPECIALIZED)
-def rstd_kernel(squares, unit, shift, count, rstd, scale, N, C, eps, BLOCK_C: tl.constexpr):
-    """1 / standard deviation of a sample's map, for each of its rows; the rows of products sum to zero."""
-    i_sample, i_map = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    o_c = tl.arange(0, BLOCK_C)
-    m_c = o_c < C
-    o_row = (i_sample * tl.num_programs(1) + i_map) * C + o_c
-    b_unit = tl.load(unit + o_row, mask=m_c, other=0.0)
-    b_shift = tl.load(shift + o_row, mask=m_c, other=0.0)
-    b_shift = tl.where(m_c, b_shift - tl.sum(b_shift, 0) / C, 0.0)
-    b_squares = tl.load(squares + o_row, mask=m_c, other=0.0) * b_unit * b_unit / tl.load(count + i_map * N)
-    variance = tl.sum(b_squares + b_shift * b_shift, 0) / C
-    b_rstd = tl.zeros([BLOCK_C], tl.float32) + 1.0 / tl.sqrt(variance + eps)
-    tl.store(rstd + o_row, b_rstd, mask=m_c)
-    tl.store(scale + o_row, b_unit * b_rstd, mask=m_c)
+    tl.store(squares + o_row, tl.sum(b_squares, 0) * row_unit * row_unit / tl.load(count + i_map * N))
 
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
@@ -206,28 +179,6 @@ def softmax_kernel(
     if seed is not None:
         b_probability = tl.where(_kept(seed, first_row, o_row, o_l, threshold), b_probability, 0.0)
     tl.store(probability + o_entry, b_probability.to(probability.dtype.element_ty), mask=m)
-
-
-@triton.jit(do_not_specialize=_UNSPECIALIZED)
-def norm_gradient_kernel(sums, shift, rstd, count, delta, slope, offset, N, C, tiles, BLOCK_C: tl.constexpr):
-    """For the rows of a sample: delta = sum of P M dP, slope = mean of dS S over the map, offset = slope · shift."""
-    i_sample, i_map = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    o_c = tl.arange(0, BLOCK_C)
-    m_c = o_c < C
-    o_row = (i_sample * tl.num_programs(1) + i_map) * C + o_c
-    row_count = tl.num_programs(0).to(tl.int64) * tl.num_programs(1) * C
-    size = row_count * tiles
-    # P sums to 1 but for rounding. Over its very sum, rows of dS sum to zero even where one key gets nearly all.
-    b_total = _sum_tiles(sums + size, o_row, m_c, row_count, tiles, BLOCK_C)
-    b_delta = _sum_tiles(sums, o_row, m_c, row_count, tiles, BLOCK_C) / tl.where(b_total == 0.0, 1.0, b_total)
-    b_dot = _sum_tiles(sums + 2 * size, o_row, m_c, row_count, tiles, BLOCK_C)
-    b_dot -= b_delta * _sum_tiles(sums + 3 * size, o_row, m_c, row_count, tiles, BLOCK_C)
-    b_slope = tl.zeros([BLOCK_C], tl.float32) + tl.sum(b_dot, 0) / (C * tl.load(count + i_map * N))
-    b_shift = tl.load(shift + o_row, mask=m_c, other=0.0)
-    b_shift = (b_shift - tl.sum(b_shift, 0) / C) * tl.load(rstd + o_row, mask=m_c, other=0.0)
-    tl.store(delta + o_row, b_delta, mask=m_c)
-    tl.store(slope + o_row, b_slope, mask=m_c)
-    tl.store(offset + o_row, b_slope * b_shift, mask=m_c)
 
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
@@ -271,12 +222,12 @@ def gradient_kernel(
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
 def finish_kernel(
-    parts, sums, scale, maximum, lse, rstd, offset, count, mean, result, N, C, R, pieces, tiles, keep_scale,
+    parts, sums, scale, maximum, lse, rstd, offset, count, mean, result, N, C, R, pieces, keep_scale,
     BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """The output (B, H, N, C) from parts of v Pᵀ, and lse; or, where maximum is None, dq from parts of k dSᵀ.
 
-    The sums are those of P, or of dS as it was rounded. In units of log2, lse is 0 for rows without a column.
+    sums (B, H, C) are those of P, or of dS as it was rounded. In units of log2, lse is 0 for rows without a column.
     """
     i_r, i_n, i_map = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     maps = tl.num_programs(2)
@@ -285,7 +236,7 @@ def finish_kernel(
     m_n, m_r = o_n < N, o_r < R
     m = m_n[:, None] & m_r[None, :]
     o_row = _row_index(i_map, o_r, C, maps)
-    b_sum = _sum_tiles(sums, o_row, m_r, maps.to(tl.int64) * R, tiles, BLOCK_R)
+    b_sum = tl.load(sums + o_row, mask=m_r, other=0.0)
     b_result = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
     for piece in range(pieces):
         o_part = ((tl.cast(piece, tl.int64) * maps + i_map) * N + o_n[:, None]) * R + o_r[None, :]
