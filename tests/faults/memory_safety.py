@@ -117,12 +117,11 @@ def check(op: str, shapes: int, seed: int = 0) -> None:
         AssertionError: a kernel touched what it must not; the message names the number of the shape.
     """
     # One sample at a time, products in several pieces, and tiles that small inputs do not fit into.
-    small = {"WORKSPACE_BYTES": 0, "PIECE_COLUMNS": 32, "TILE_ENTRIES": 512}
-    columns = dict.fromkeys(("ROW_COLUMNS", "TILE_COLUMNS", "MIN_COLUMNS"), 64)
+    small = {"WORKSPACE_BYTES": 0, "PIECE_COLUMNS": 32, "ROW_COLUMNS": 64, "TILE_COLUMNS": 64}
     for number in range(seed, seed + shapes):
         torch.manual_seed(number)
         try:
-            with patch.multiple(attention_kernel, **small, **columns), strict_interpreter():
+            with patch.multiple(attention_kernel, **small), strict_interpreter():
                 OPS[op](random.Random(number))
         except Exception as error:  # the interpreter wraps what the checker raises
             raise AssertionError(f"{op}, shape {number}: {error!r}") from error
