@@ -114,8 +114,7 @@ def _launch_channel_attention(dtype: torch.dtype, tokens: int, dropout_p: float)
 def _launch_semantic_memory(dtype: torch.dtype) -> None:
     features = torch.empty(4, 289, 512, dtype=dtype, device="cuda")
     queue = torch.empty(289, 21, 512, device="cuda").permute(1, 2, 0)
-    class_map = torch.empty(4, 21, 289, device="cuda")
-    channel_class = semantic_memory.channel_semantic_grouping(features, class_map)
+    channel_class = torch.empty(4, 512, dtype=torch.int64, device="cuda")
     pointers = torch.empty(21, dtype=torch.int64, device="cuda")
     semantic_memory.semantic_memory_enqueue(queue, pointers, features, channel_class)
 
