@@ -48,8 +48,6 @@ FLOP_FORMULAS: dict[object, Callable[..., int]] = {
     torch.ops.allspark_fast.channel_attention_backward: lambda grad, _, key, *__, **___: (
         5 * 2 * math.prod(grad) * key[3]
     ),
-    # Cosine similarities of features (B, N, C) and class_map (B, K, N).
-    torch.ops.allspark_fast.channel_semantic_grouping: lambda x, classes, *_, **__: 2 * math.prod(x) * classes[1],
     # Nine products for each number of tokens (B, N, C); backward the same again, and gradients of tokens and weights.
     torch.ops.allspark_fast.depthwise_gelu: lambda tokens, *_, **__: 2 * 9 * math.prod(tokens),
     torch.ops.allspark_fast.depthwise_gelu_backward: lambda grad, *_, **__: 3 * 2 * 9 * math.prod(grad),

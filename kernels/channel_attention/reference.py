@@ -8,7 +8,7 @@ from allspark_fast.kernels.channel_attention.inputs import Inputs, accumulation_
 
 
 def channel_attention(inputs: Inputs, eps: float) -> Tensor:
-    """Return softmax(InstanceNorm(queryᵀ key)) valueᵀ (B, H, N, Cq) in the query's dtype, computed in float32 or float64.
+    """Return softmax(InstanceNorm(queryᵀ key)) valueᵀ (B, H, N, Cq) in the query's dtype, from float32 or float64.
 
     AllSpark, "Channel-wise Cross-attention". Zeros if every column is masked.
     """

@@ -60,13 +60,6 @@ def attention(source: random.Random) -> None:
     assert all(x.isfinite().all() for x in (output, *grads))
 
 
-def grouping(source: random.Random) -> None:
-    batch, classes, tokens = source.randint(1, 3), source.randint(1, 40), source.randint(1, 40)
-    features = inside_margins((batch, tokens, source.randint(1, 70)), source.choice(DTYPES))
-    channel_class = memory_kernel.channel_semantic_grouping(features, inside_margins((batch, classes, tokens)))
-    assert ((channel_class >= 0) & (channel_class < classes)).all()
-
-
 def enqueue(source: random.Random) -> None:
     batch, classes, slots = source.randint(1, 3), source.randint(1, 5), source.randint(1, 70)
     tokens, channels = source.randint(1, 20), source.randint(1, 70)
@@ -107,7 +100,7 @@ def depthwise(source: random.Random) -> None:
     assert all(x.isfinite().all() for x in (output, *grads))
 
 
-OPS = {op.__name__: op for op in (attention, grouping, enqueue, loss, argmax, depthwise)}
+OPS = {op.__name__: op for op in (attention, enqueue, loss, argmax, depthwise)}
 
 
 def check(op: str, shapes: int, seed: int = 0) -> None:
