@@ -1,7 +1,9 @@
 """Predictions for images: in memory, and from files to label images, overlays and confidences."""
 
+import fnmatch
 import glob
 import itertools
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +16,7 @@ import torch
 from PIL import Image
 
 from allspark_fast.config import EvalMode
-from allspark_fast.data.images import IMAGE_SUFFIXES, list_images, read_image
+from allspark_fast.data.images import IMAGE_SUFFIXES, list_files, read_image
 from allspark_fast.data.info import DatasetInfo
 from allspark_fast.data.transforms import normalize_image
 from allspark_fast.device import DeviceName, choose_device
@@ -29,6 +31,9 @@ Result = TypeVar("Result")
 MAX_WHOLE_PIXELS = 2048 * 1024
 # Of an overlay, in pixels: what Pillow writes as JPEG.
 MAX_OVERLAY_SIDE = 65500
+# Files of these suffixes are images too, but read only if they are named one by one.
+OTHER_SUFFIXES: tuple[str, ...] = ("", ".arw", ".avif", ".cr2", ".cr3", ".dib", ".dng", ".heic", ".heif", ".hif")
+OTHER_SUFFIXES += (".jfif", ".jp2", ".jpe", ".jxl", ".nef", ".orf", ".pbm", ".pnm", ".psd", ".raf", ".rw2", ".tga")
 _OVERLAY = 0.5
 
 
@@ -121,7 +126,7 @@ class OutputFolder:
     confidence: bool = False
 
     def claim(self, images: Mapping[Path, Path], *, overwrite: bool = False) -> None:
-        """Make the folders for the predictions of the images that ``find_images`` found.
+        """Make the folders for predictions, and check that those of the images of ``find_images`` may be written.
 
         Raises:
             InputError: two images would share a file, or a file exists and ``overwrite`` is False.
@@ -132,13 +137,13 @@ class OutputFolder:
             shared = ", ".join(str(path) for path in images if images[path] == name)
             raise InputError(f"{shared}: these would share one file {name}.png; predict them into different folders")
         files = [file for name in images.values() for file in self._files(name).values()]
-        existing = [file for file in files if file.exists()]
+        existing = list(filter(os.path.exists, files))  # False for a name that is too long
         if existing and not overwrite:
             raise InputError(
                 f"{existing[0]} exists, as do {len(existing) - 1} others: pass --overwrite, or write to another "
                 "folder (--out)"
             )
-        for folder in {file.parent for file in files}:
+        for folder in {file.parent for file in self._files(Path("name")).values()}:
             make_folder(folder)
 
     def write(self, name: Path, image: Image.Image, prediction: Prediction) -> None:
@@ -161,6 +166,7 @@ class OutputFolder:
                     f"{file} was not written: the image is {image.width}x{image.height} pixels, and a JPEG has at most"
                     f" {MAX_OVERLAY_SIDE} a side; its labels were written"
                 )
+            make_folder(file.parent)
             write_atomically(file, pictures[kind].save)
 
     def _files(self, name: Path) -> dict[str, Path]:
@@ -169,7 +175,7 @@ class OutputFolder:
         return {kind: self.path / kind / f"{name}{suffixes[kind]}" for kind in kinds}
 
 
-def find_images(arguments: Iterable[str], *, skip: Path) -> dict[Path, Path]:
+def find_images(arguments: Iterable[str], *, skip: Path) -> tuple[dict[Path, Path], list[Path]]:
     """Find the images that files, folders (searched recursively) and patterns (``**`` for any folders) name.
 
     Args:
@@ -178,32 +184,52 @@ def find_images(arguments: Iterable[str], *, skip: Path) -> dict[Path, Path]:
 
     Returns:
         names of predictions by paths of images: where an image lies below its folder, or below what stands before the
-        first wildcard of a pattern, without suffix. Hidden files and folders are left out.
+        first wildcard of a pattern, without suffix; and the files whose suffix is that of no image. Hidden files and
+        folders count in neither, and linked folders once.
 
     Raises:
-        FileNotFoundError: one of them names none.
+        FileNotFoundError: one of them names no image.
     """
     found: dict[Path, Path] = {}
+    others: set[Path] = set()
+    predictions = skip.resolve()
     for argument in arguments:
-        path = Path(argument)
-        files = {path: Path(path.stem)} if path.is_file() else dict(_search(argument, skip))
-        if not files:
+        if Path(argument).is_file():
+            found.setdefault(Path(argument), Path(Path(argument).stem))
+            continue
+        base, listed = _search(argument)
+        files = [path for path in listed if not path.resolve().is_relative_to(predictions)]
+        if not any(map(_is_image, files)):
             raise FileNotFoundError(f"{argument!r}: no image, no folder with images, and no pattern that matches any")
-        found |= {file: name for file, name in files.items() if file not in found}
-    return found
+        for path in filter(_is_image, files):
+            found.setdefault(path, path.relative_to(base).with_suffix(""))
+        others |= set(itertools.filterfalse(_is_image, files))
+    return found, sorted(others - found.keys())
 
 
-def _search(argument: str, skip: Path) -> Iterator[tuple[Path, Path]]:
-    """Yield the images of a folder or a pattern, in alphabetical order."""
-    if argument != "" and Path(argument).is_dir():
-        base, files = Path(argument), list_images(Path(argument))
-    else:
-        base = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), Path(argument).parts))
-        matches = map(Path, sorted(glob.glob(argument, recursive=True)))
-        files = [path for path in matches if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()]
-    for path in files:
-        if not path.resolve().is_relative_to(skip.resolve()):
-            yield path, path.relative_to(base).with_suffix("")
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in IMAGE_SUFFIXES
+
+
+def _search(argument: str) -> tuple[Path, list[Path]]:
+    """Return the files of a folder or a pattern in alphabetical order, and the folder in which it starts."""
+    path = Path(argument)
+    if argument != "" and path.is_dir():
+        return path, list_files(path)
+    base = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), path.parts))
+    pattern = path.parts[len(base.parts) :]
+    if "**" not in pattern:
+        return base, [file for file in map(Path, sorted(glob.glob(argument))) if file.is_file()]
+    # glob follows links in circles.
+    return base, [file for file in list_files(base) if _matches(file.relative_to(base).parts, pattern)]
+
+
+def _matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:
+    if not pattern:
+        return not parts
+    if pattern[0] == "**":
+        return any(_matches(parts[start:], pattern[1:]) for start in range(len(parts) + 1))
+    return bool(parts) and fnmatch.fnmatch(parts[0], pattern[0]) and _matches(parts[1:], pattern[1:])
 
 
 def predict_files(

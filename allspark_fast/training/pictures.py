@@ -9,6 +9,7 @@ from torch import Tensor
 
 from allspark_fast.data.info import DatasetInfo
 from allspark_fast.files import write_atomically
+from allspark_fast.text import drawable
 from allspark_fast.training.log import Record
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def _plot_memory(axes: "Axes", records: Sequence[Record], info: DatasetInfo) -> 
     classes = len(info.classes)
     axes.set_xticks(shown, [f"{records[i]['step']}\n{records[i]['memory_filled']}/{classes}" for i in shown])
     if classes <= _NAMED_CLASSES:
-        axes.set_yticks(range(classes), info.classes, fontsize=7)
+        axes.set_yticks(range(classes), drawable(info.classes), fontsize=7)
     axes.set(title="channels into the memory, by class", xlabel="step, and classes filled so far")
     return image
 
@@ -107,7 +108,7 @@ def draw_predictions(
     axes.spines[:].set_visible(False)
     patches = [
         Patch(facecolor="#" + bytes(color).hex(), edgecolor="grey", label=name)
-        for name, color in zip(info.classes, info.palette, strict=False)
+        for name, color in zip(drawable(info.classes), info.palette, strict=False)
     ]
     figure.legend(handles=patches, loc="outside lower center", ncols=min(len(patches), 8), fontsize=8, frameon=False)
     write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=110, bbox_inches="tight"))

@@ -261,6 +261,7 @@ class Trainer:
             **self.state.state_dict(),
             "best": self.best,
             "evaluation_due": self.evaluation_due,
+            "spec": ModelSpec.of_run(self.config, self.data.info).to_json(),
             # One after the other, for all ranks.
             "rng": all_gather_cat(torch.get_rng_state()),
             "cuda_rng": all_gather_cat(torch.cuda.get_rng_state()) if self.device.type == "cuda" else None,

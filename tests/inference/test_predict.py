@@ -177,14 +177,22 @@ def test_a_prediction_that_cannot_be_written_is_named_and_the_rest_done(
     long_name = "é" * 123 + "abc"  # 249 bytes; 255 are allowed
     picture(70, 80).save(photos / f"{long_name}.png")
     (out / "labels/a.png").mkdir(parents=True)
+    (photos / "site").mkdir()
+    picture(64, 64).save(photos / "site/d.png")
+    (out / "labels/site").write_text("a file, where a folder is needed")
+    too_long = photos / ("x" * 252)  # with .png, one byte too long
+    picture(64, 64).save(too_long, "PNG")
     monkeypatch.setattr("allspark_fast.inference.predict.MAX_OVERLAY_SIDE", 89)
-    assert main(["predict", str(weights), str(photos), "--out", str(out), "--overwrite"]) == 1
+    arguments = [str(photos), str(too_long), "--out", str(out), "--overwrite"]
+    assert main(["predict", str(weights), *arguments]) == 1
     printed = capsys.readouterr()
-    assert "5 images labeled, 4 failed" in printed.out
+    assert "5 images labeled, 6 failed" in printed.out
     assert "labels/a.png was not written (" in printed.err
+    assert "labels/site: expected a folder" in printed.err
+    assert "File name too long" in printed.err
     for name in ("b", "c"):
         assert f"overlays/{name}.jpg was not written: the image is 90x70 pixels" in printed.err
-    assert names_in(out / "labels") == names_in(photos) - {"notes"}
+    assert names_in(out / "labels") == names_in(photos) - {"notes", "site/d"}
     assert long_name in names_in(out / "overlays")
 
 
@@ -206,9 +214,34 @@ def test_nothing_is_overwritten_unless_asked_for(
     assert Image.open(label).size == (90, 70)
 
 
+def test_images_that_are_left_out_are_named(
+    weights: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["predict", str(weights), str(photos), "--overwrite", "--out", str(tmp_path / "out")]
+    assert main(command) == 0  # notes.txt is no image
+    assert "1 files that are no images were left out" in capsys.readouterr().out
+    others = ["phone.HEIC", "raw.NEF", "site/scan.jfif", "without_suffix"]
+    (photos / "site").mkdir()
+    for name in others:
+        picture(64, 64).save(photos / name, "JPEG")
+    assert main(command) == 1
+    printed = capsys.readouterr()
+    assert "8 images labeled\n" in printed.out
+    assert all(f"{photos / name}: left out" in printed.err for name in others)
+    assert main([*command[:2], str(photos / "site/scan.jfif"), *command[3:]]) == 0
+
+
+def test_links_in_circles_end(photos: Path, tmp_path: Path) -> None:
+    for name, target in (("self", "."), ("up", ".."), ("again", "../photos")):
+        (photos / name).symlink_to(target)
+    for argument in (photos, photos / "**", photos / "**" / "*.*", tmp_path / "**" / "**" / "*.[jp]*g"):
+        found, _ = find_images([str(argument)], skip=tmp_path / "predictions")
+        assert sorted(path.name for path in found) == sorted({path.name for path in photos.glob("*.*g")})
+
+
 def test_files_folders_and_patterns(photos: Path, tmp_path: Path) -> None:
     def find(*arguments: Path) -> list[str]:
-        return [path.name for path in find_images(map(str, arguments), skip=tmp_path / "predictions")]
+        return [path.name for path in find_images(map(str, arguments), skip=tmp_path / "predictions")[0]]
 
     assert find(photos / "c.png", photos / "[ab].png") == ["c.png", "a.png", "b.png"]
     assert len(find(photos, photos / "a.png")) == 8
@@ -228,5 +261,5 @@ def test_folders_in_a_folder_are_mirrored(weights: Path, photos: Path) -> None:
         assert main(["predict", str(weights), str(photos), "--out", str(out), "--overwrite"]) == 0
         assert len(names_in(out / "labels")) == 10
         assert {"a", "site_a/deep/a", "site_b/a"} < names_in(out / "labels") & names_in(out / "overlays")
-    by_pattern = find_images([str(photos / "site_*" / "**" / "a.png")], skip=out)
+    by_pattern, _ = find_images([str(photos / "site_*" / "**" / "a.png")], skip=out)
     assert set(by_pattern.values()) == {Path("site_a/deep/a"), Path("site_b/a")}
