@@ -114,6 +114,18 @@ def test_numbers_that_are_just_out_of_range_are_refused(group: type, name: str, 
         group(**{name: value})
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"teacher": "ema"}, "train.ema is 0.0, expected .* train.teacher=ema needs"),
+        ({"conf_mode": "class"}, "train.conf_thresh is 0.0, expected .* train.conf_mode=class"),
+    ],
+)
+def test_settings_without_what_they_need_are_refused(options: dict, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        TrainConfig(**options)
+
+
 def test_the_papers_hyper_parameters() -> None:
     pascal, cityscapes, coco = (RECIPES[name]() for name in ("pascal", "cityscapes", "coco"))
     for config in (pascal, cityscapes, coco):
@@ -121,7 +133,8 @@ def test_the_papers_hyper_parameters() -> None:
         assert (config.train.optimizer, config.train.weight_decay) == ("sgd", 1e-4)
         official = {"memory_init": "randn", "memory_sync": "rank0", "class_map": "logits"}
         assert official.items() <= dataclasses.asdict(config.model).items()
-        official = {"kv_source": "batch", "pseudo_padding": True, "pseudo_from_epoch": 0}
+        official = {"kv_source": "batch", "pseudo_padding": True, "pseudo_from_epoch": 0, "teacher": "student"}
+        official |= {"conf_thresh": 0, "strong": False, "cutmix": 0, "copy_paste": 0, "unlabeled_weight": 1, "ema": 0}
         assert official.items() <= dataclasses.asdict(config.train).items()
 
     def schedule(config: Config) -> tuple[float, ...]:
