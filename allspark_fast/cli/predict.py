@@ -43,12 +43,6 @@ _MODE.add_argument(
     "--window", dest="mode", action="store_const", const="sliding", help="slide a window as large as a training crop"
 )
 PARSER.add_argument(
-    "--batch",
-    type=int,
-    default=1,
-    help="images of equal size predicted together; memory grows with it; default: %(default)s",
-)
-PARSER.add_argument(
     "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto (default): a GPU if there is one"
 )
 PARSER.add_argument("--half", action="store_true", help="bfloat16 autocast, on a GPU: faster, less exact")
@@ -57,16 +51,13 @@ PARSER.add_argument("--half", action="store_true", help="bfloat16 autocast, on a
 def run(arguments: list[str]) -> int:
     """Label images; 1 if one of them was left out, cannot be read, or its prediction not be written."""
     options = PARSER.parse_args(arguments)
-    if options.batch < 1:
-        PARSER.error(f"--batch must be at least 1, got {options.batch}")
     model, spec = load_model(options.weights)
     predictor = Predictor(model, spec, device=options.device, mode=options.mode, half=options.half)
     images, others = find_images(options.images, skip=options.out)
     output = OutputFolder(options.out, spec.info, confidence=options.confidence)
     output.claim(images, overwrite=options.overwrite)
-    done = predict_files(predictor, images, output, batch_size=options.batch)
     failed = 0
-    for error in tqdm(done, total=len(images), unit="image"):
+    for error in tqdm(predict_files(predictor, images, output), total=len(images), unit="image"):
         if error is not None:
             failed += 1
             tqdm.write(f"error: {error}", file=sys.stderr)

@@ -5,10 +5,10 @@ import glob
 import itertools
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -20,13 +20,12 @@ from allspark_fast.data.images import IMAGE_SUFFIXES, list_files, read_image
 from allspark_fast.data.info import DatasetInfo
 from allspark_fast.data.transforms import normalize_image
 from allspark_fast.device import DeviceName, choose_device
-from allspark_fast.errors import DataError, InputError
+from allspark_fast.errors import DataError, InputError, RunError
 from allspark_fast.files import make_folder, write_atomically
-from allspark_fast.inference.evaluate import batches_of_equal_size, predict_labels
+from allspark_fast.inference.evaluate import predict_labels
 from allspark_fast.model import Segmentor
 from allspark_fast.weights.spec import ModelSpec
 
-Result = TypeVar("Result")
 # Whole images take memory in proportion to their pixels, and more; larger ones than 2048 x 1024 go through windows.
 MAX_WHOLE_PIXELS = 2048 * 1024
 # Of an overlay, in pixels: what Pillow writes as JPEG.
@@ -51,8 +50,6 @@ class Prediction(NamedTuple):
 
 class Predictor:
     """Labels images with a trained model.
-
-    Each image is treated alone: its batch mates change nothing, their number no more than the rounding of logits.
 
     Args:
         model: what predicts; it is moved to the device and in eval mode afterwards.
@@ -84,29 +81,13 @@ class Predictor:
         self.half = half
 
     @torch.no_grad()
-    def __call__(self, images: Sequence[Image.Image]) -> list[Prediction]:
-        """Label RGB images of equal size together; ``read_image`` returns such images.
-
-        Raises:
-            ValueError: one is not RGB, their sizes differ, there is none, or ``mode`` is unknown.
-        """
-        kinds = {(image.mode, image.size) for image in images}
-        if len(kinds) != 1 or images[0].mode != "RGB":
-            raise ValueError(f"expected RGB images (image.convert('RGB') makes one) of one size, got {sorted(kinds)}")
-        batch = torch.stack([normalize_image(image, self.spec.mean, self.spec.std) for image in images])
-        large = images[0].width * images[0].height > MAX_WHOLE_PIXELS
-        mode = self.mode or ("sliding" if large else self.spec.mode)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
-            labels, confidence = predict_labels(self.model, batch.to(self.device), mode=mode, crop=self.spec.crop)
-        pairs = zip(labels.byte().cpu().numpy(), confidence.float().cpu().numpy(), strict=True)
-        return [Prediction(*pair) for pair in pairs]
-
     def predict(self, image: str | Path | Image.Image | npt.NDArray[np.uint8]) -> Prediction:
         """Label one image: a file, a Pillow image, or an array (H, W, 3) or (H, W) of uint8.
 
         Raises:
             DataError: the file cannot be read as an image.
             TypeError: the array is not of uint8, or of another shape.
+            ValueError: ``mode`` is unknown.
         """
         if isinstance(image, np.ndarray):
             if image.dtype != np.uint8 or image.shape[2:] not in ((), (3,)):
@@ -114,7 +95,11 @@ class Predictor:
             image = Image.fromarray(image)
         elif not isinstance(image, Image.Image):
             image = read_image(image)
-        return self([image.convert("RGB")])[0]
+        pixels = normalize_image(image.convert("RGB"), self.spec.mean, self.spec.std)[None].to(self.device)
+        mode = self.mode or ("sliding" if image.width * image.height > MAX_WHOLE_PIXELS else self.spec.mode)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
+            labels, confidence = predict_labels(self.model, pixels, mode=mode, crop=self.spec.crop)
+        return Prediction(labels[0].byte().cpu().numpy(), confidence[0].float().cpu().numpy())
 
 
 @dataclass(frozen=True)
@@ -232,22 +217,15 @@ def _matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:
     return bool(parts) and fnmatch.fnmatch(parts[0], pattern[0]) and _matches(parts[1:], pattern[1:])
 
 
-def predict_files(
-    predictor: Predictor, files: Mapping[Path, Path], output: OutputFolder, *, batch_size: int
-) -> Iterator[Exception | None]:
+def predict_files(predictor: Predictor, files: Mapping[Path, Path], output: OutputFolder) -> Iterator[Exception | None]:
     """Predict what ``find_images`` found; yields None, or what went wrong with the file, for each as it is done."""
-    images = ((name, _attempt(read_image, path)) for path, name in files.items())
-    # Files that cannot be read have no size, and so a batch of their own.
-    for batch in batches_of_equal_size(images, batch_size, lambda pair: getattr(pair[1], "size", None)):
-        readable = [image for _, image in batch if isinstance(image, Image.Image)]
-        predictions = iter(predictor(readable) if readable else [])
-        for name, image in batch:
-            yield image if isinstance(image, Exception) else _attempt(output.write, name, image, next(predictions))
-
-
-def _attempt(function: Callable[..., Result], *arguments: object) -> Result | Exception:
-    """Call a function on one file and return its result, or the error that concerns this file alone."""
-    try:
-        return function(*arguments)
-    except (DataError, OSError) as error:
-        return error
+    for path, name in files.items():
+        error: Exception | None = None
+        try:
+            image = read_image(path)
+            output.write(name, image, predictor.predict(image))
+        except (DataError, OSError) as failure:
+            error = failure
+        except (MemoryError, torch.OutOfMemoryError):
+            error = RunError(f"{path}: out of memory: pass --window, or make the image smaller")
+        yield error
