@@ -67,48 +67,37 @@ def test_damage_is_named(change: dict, message: str, tmp_path: Path, tiny_spec: 
         load_model(tmp_path / "odd.safetensors")
 
 
-def test_a_file_of_another_kind_is_not_written(tmp_path: Path, tiny_spec: ModelSpec) -> None:
+def test_files_of_other_kinds(tmp_path: Path, tiny_spec: ModelSpec) -> None:
+    with pytest.raises(FileNotFoundError, match=r"none of best\.safetensors"):
+        load_model(tmp_path)
     with pytest.raises(InputError, match=r"model\.bin: weights are saved as \.safetensors or \.pth"):
         save_model(tiny_spec.build(), tiny_spec, str(tmp_path / "model.bin"))
     assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_without_weights(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"none of best\.safetensors"):
-        load_model(tmp_path)
-
-
 @pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize("train", [{}, {"method": "semi", "ema": 0.9}, {"method": "supervised"}])
-def test_a_checkpoint_of_a_run_is_the_model_of_its_last_step(tmp_path: Path, train: dict) -> None:
-    config = changed(tiny_config(), train={"epochs": 1, **train}, data={"mean": (0.4, 0.5, 0.6)})
-    run = Trainer(config, tmp_path)
-    run.run()
-    path = max((tmp_path / "checkpoints").iterdir())
-    model, spec = load_model(path)
-    best, expected = load_model(tmp_path)  # of the last step, which was the only one evaluated
-    assert spec == expected == ModelSpec.of_run(config, run.data.info)
-    assert differences(model.state_dict(), best.state_dict()) == []
-
-
-@pytest.mark.usefixtures("no_pictures")
-def test_a_checkpoint_goes_through_every_command(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_a_checkpoint_of_a_run_is_its_model_for_every_command(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, train: dict
 ) -> None:
     monkeypatch.setattr(export, "export_model", lambda model, spec, path: path.write_text(spec.to_json()) * 0)
-    Trainer(changed(tiny_config(), train={"epochs": 1}), tmp_path / "run").run()
-    path = max((tmp_path / "run/checkpoints").iterdir())
-    Image.new("RGB", (70, 60)).save(tmp_path / "photo.png")
-    capsys.readouterr()
-    printed = []
-    for weights in (path, tmp_path / "run"):
-        photo, ours, graph, out = (str(tmp_path / name) for name in ("photo.png", "a.safetensors", "a.onnx", "out"))
-        assert main(["info", str(weights)]) == main(["evaluate", str(weights)]) == 0
-        assert main(["convert", str(weights), ours, "--overwrite"]) == 0
-        assert main(["export", str(weights), graph, "--overwrite"]) == 0
-        assert main(["predict", str(weights), photo, "--out", out, "--overwrite"]) == 0
-        printed.append(capsys.readouterr().out.splitlines()[1:])
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (70, 60)).save("photo.png")
+    config = changed(tiny_config(), train={"epochs": 1, **train}, data={"mean": (0.4, 0.5, 0.6)})
+    Trainer(config, Path("run")).run()
+    printed, models = [], []
+    for weights in (Path("run"), max(Path("run/checkpoints").iterdir())):
+        capsys.readouterr()
+        assert main(["evaluate", str(weights)]) == 0
+        for command, *words in (("convert", "a.safetensors"), ("export", "a.onnx"), ("predict", "photo.png")):
+            assert main([command, str(weights), *words, "--overwrite"]) == 0
+        printed.append(capsys.readouterr().out)
+        models.append(load_model(weights))
     assert printed[0] == printed[1]
+    (best, expected), (model, spec) = models  # of the last step, the only one that was evaluated
+    assert spec == expected
+    assert spec.mean == (0.4, 0.5, 0.6)
+    assert differences(model.state_dict(), best.state_dict()) == []
 
 
 def test_a_checkpoint_of_an_earlier_version_is_not_taken_for_weights_of_others(
