@@ -36,17 +36,16 @@ def run(arguments: list[str]) -> int:
     options, settings = PARSER.parse_known_args(arguments)
     if settings and settings[0].startswith("-"):
         PARSER.error(f"unrecognized arguments: {' '.join(settings)} (settings come after a RECIPE)")
+    # Of a run folder, or of a file in it, such as checkpoints/step_00000012.pt.
+    files = [folder / "config.json" for folder in (options.weights, *options.weights.parents[:2])]
     if settings:
         _, config = parse_config(settings, "evaluate WEIGHTS")
+    elif found := [file for file in files if file.is_file()]:
+        config = Config.read(found[0])
     else:
-        # A run folder, or a file of it, such as checkpoints/step_00000012.pt.
-        folders = (options.weights, *options.weights.parents[:2])
-        file = next((folder / "config.json" for folder in folders if (folder / "config.json").is_file()), None)
-        if file is None:
-            raise FileNotFoundError(
-                f"{options.weights}: not a run folder (no config.json); for other weights name a RECIPE"
-            )
-        config = Config.read(file)
+        raise FileNotFoundError(
+            f"{options.weights}: not a run folder (no config.json); for other weights name a RECIPE"
+        )
     if options.split is not None:
         if config.data.dataset == "scenes":
             raise InputError("--split: rendered scenes have no split files; leave it out")

@@ -115,7 +115,7 @@ class OutputFolder:
 
         Raises:
             InputError: two images would share a file, or a file exists and ``overwrite`` is False.
-            NotADirectoryError: one is a file.
+            NotADirectoryError: one of the folders is a file.
         """
         name, count = Counter(images.values()).most_common(1)[0]
         if count > 1:
@@ -124,15 +124,13 @@ class OutputFolder:
         files = [file for name in images.values() for file in self._files(name).values()]
         existing = list(filter(os.path.exists, files))  # False for a name that is too long
         if existing and not overwrite:
-            raise InputError(
-                f"{existing[0]} exists, as do {len(existing) - 1} others: pass --overwrite, or write to another "
-                "folder (--out)"
-            )
-        for folder in {file.parent for file in self._files(Path("name")).values()}:
-            make_folder(folder)
+            more = f"{existing[0]} exists, as do {len(existing) - 1} others"
+            raise InputError(f"{more}: pass --overwrite, or write to another folder (--out)")
+        for file in self._files(Path("name")).values():
+            make_folder(file.parent)
 
     def write(self, name: Path, image: Image.Image, prediction: Prediction) -> None:
-        """Write the prediction of ``image``, its labels first.
+        """Write the prediction of an RGB image, its labels first.
 
         Raises:
             DataError: a side has more than MAX_OVERLAY_SIDE pixels; all but the overlay is written.
@@ -140,11 +138,8 @@ class OutputFolder:
         """
         labels = Image.fromarray(prediction.labels)
         labels.putpalette([part for color in self.info.palette for part in color])
-        pictures = {
-            "labels": labels,
-            "confidence": Image.fromarray((255 * prediction.confidence).round().astype(np.uint8)),
-            "overlays": Image.blend(image, labels.convert("RGB"), _OVERLAY),
-        }
+        confidence = Image.fromarray((255 * prediction.confidence).round().astype(np.uint8))
+        overlay = Image.blend(image, labels.convert("RGB"), _OVERLAY)
         for kind, file in self._files(name).items():
             if kind == "overlays" and max(image.size) > MAX_OVERLAY_SIDE:
                 raise DataError(
@@ -152,12 +147,11 @@ class OutputFolder:
                     f" {MAX_OVERLAY_SIDE} a side; its labels were written"
                 )
             make_folder(file.parent)
-            write_atomically(file, pictures[kind].save)
+            write_atomically(file, {"labels": labels, "confidence": confidence, "overlays": overlay}[kind].save)
 
     def _files(self, name: Path) -> dict[str, Path]:
-        suffixes = {"labels": ".png", "confidence": ".png", "overlays": ".jpg"}
-        kinds = [kind for kind in suffixes if kind != "confidence" or self.confidence]
-        return {kind: self.path / kind / f"{name}{suffixes[kind]}" for kind in kinds}
+        suffixes = {"labels": ".png"} | ({"confidence": ".png"} if self.confidence else {}) | {"overlays": ".jpg"}
+        return {kind: self.path / kind / f"{name}{suffix}" for kind, suffix in suffixes.items()}
 
 
 def find_images(arguments: Iterable[str], *, skip: Path) -> tuple[dict[Path, Path], list[Path]]:
