@@ -198,7 +198,7 @@ def _search(argument: str) -> tuple[Path, list[Path]]:
     base = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), path.parts))
     pattern = path.parts[len(base.parts) :]
     if "**" not in pattern:
-        return base, [file for file in map(Path, sorted(glob.glob(argument))) if file.is_file()]
+        return base, [file for file in map(Path, sorted(glob.glob(argument))) if not file.is_dir()]
     # glob follows links in circles.
     return base, [file for file in list_files(base) if _matches(file.relative_to(base).parts, pattern)]
 

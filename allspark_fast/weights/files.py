@@ -18,8 +18,6 @@ from allspark_fast.errors import InputError, MissingPackageError
 from allspark_fast.files import reason, write_atomically
 from allspark_fast.model import Segmentor, TimmBackbone
 
-# In the place of a file: the weights of tf_efficientnet_lite0 that come as a Python package.
-IMAGENET = "imagenet"
 _QUEUE = "decoder.allspark.attn.kv_queue"
 # What depends on the classes and on the crop, and may be reset when those change.
 _RESETTABLE = {
@@ -68,7 +66,7 @@ def load_weights(model: Segmentor, path: str | Path, *, reset: bool = False) -> 
         InputError: the file is damaged, holds something else, or does not fit the model.
         MissingPackageError: the package that holds the weights ``imagenet`` is not installed.
     """
-    state = _read_imagenet(model) if str(path) == IMAGENET else read_weights(path)[0]
+    state = _read_imagenet(model) if str(path) == "imagenet" else read_weights(path)[0]
     return load_state_dict(model, state, path, reset=reset)
 
 

@@ -129,7 +129,10 @@ def find_weights(path: str | Path) -> Path:
     for name in _FILES:
         if (path / name).is_file():
             return path / name
-    raise FileNotFoundError(f"{path}: none of {', '.join(_FILES)} in this folder; a run writes the first")
+    raise FileNotFoundError(
+        f"{path}: none of {', '.join(_FILES)} in this folder; a run writes the first at its first evaluation, and until "
+        "then there are its checkpoints/step_*.pt"
+    )
 
 
 def load_model(path: str | Path) -> tuple[Segmentor, ModelSpec]:

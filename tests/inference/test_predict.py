@@ -221,6 +221,8 @@ def test_files_folders_and_patterns(photos: Path, tmp_path: Path) -> None:
     assert find(photos / "c.png", photos / "[ab].png") == ["c.png", "a.png", "b.png"]
     assert len(find(photos, photos / "a.png")) == 8
     assert len(find(tmp_path / "**" / "*.png")) == 7
+    (photos / "c_gone.png").symlink_to("nowhere")  # named when it is read
+    assert find(photos / "c*.png") == ["c.png", "c_gone.png"]
     with pytest.raises(FileNotFoundError, match=r"nowhere\.png"):
         find(photos, photos / "nowhere.png")
     with pytest.raises(FileNotFoundError, match="'': no image"):  # of a shell variable that is not set, say
