@@ -17,7 +17,7 @@ COMMANDS = {
     "predict": "predict WEIGHTS IMAGE|FOLDER|PATTERN ...: label images",
     "convert": "convert SRC DST: convert weights of the public AllSpark code to ours, and back",
     "export": "export WEIGHTS OUT: write a model as one graph, .pt2 or .onnx",
-    "info": "info [WEIGHTS]: describe a file of weights, or, without one, this machine",
+    "info": "info WEIGHTS: describe a file of weights",
     "selftest": "selftest: check every kernel on this machine's device",
     "check": "check [RECIPE] [--group.field value ...]: list every problem of the data set",
     "splits": "splits ROOT [AMOUNT]: choose which images to train on with their labels, and which to validate on",

@@ -258,6 +258,7 @@ class Trainer:
             **self.state.state_dict(),
             "best": self.best,
             "evaluation_due": self.evaluation_due,
+            "spec": ModelSpec.of_run(self.config, self.data.info).to_json(),
             # One after the other, for all ranks.
             **{name: all_gather_cat(x) for name, x in random_states(self.device).items()},
         }
