@@ -152,5 +152,5 @@ def build_state(model: Segmentor, config: TrainConfig, total_steps: int) -> Trai
                 raise
     for x in (model, ema) if sharded else ():
         if x is not None:
-            shard(x, amp=config.amp)
+            shard(x)
     return TrainState(model, config, total_steps=total_steps, ema=ema, replica=replica)

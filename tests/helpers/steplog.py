@@ -2,7 +2,6 @@
 
 import copy
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
@@ -13,11 +12,9 @@ from torch.utils import _pytree as pytree
 from allspark_fast.kernels.semantic_memory import op as memory
 from allspark_fast.kernels.upsample_cross_entropy import op as cross_entropy
 from allspark_fast.training.checkpoint import random_states, set_random_states
-from allspark_fast.training.cuda_graph import GraphedSteps
+from allspark_fast.training.cuda_graph import GraphedSteps, Recording
 from allspark_fast.training.step import Losses, TrainState
 from tests.helpers.forbid_sync import forbid_sync
-
-Recording = tuple[Losses, Callable[[], object]]
 
 
 class Call(NamedTuple):

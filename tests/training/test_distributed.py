@@ -20,18 +20,17 @@ from allspark_fast.errors import InputError, RunError
 from allspark_fast.kernels.upsample_cross_entropy import upsample_cross_entropy
 from allspark_fast.model import build_segmentor
 from allspark_fast.model.cross_attention import CrossAttention
-from allspark_fast.model.mit import Block, compile_blocks
+from allspark_fast.model.mit import compile_blocks
 from allspark_fast.model.options import AllSparkOptions
 from allspark_fast.training import cuda_graph
 from allspark_fast.training import setup as prepare
 from allspark_fast.training.setup import build_state, check_batch
-from allspark_fast.training.sharding import block_policy, gather_state
+from allspark_fast.training.sharding import gather_state
 from allspark_fast.training.step import Losses, TrainState, pseudo_pass, train_step
 from bench.bench_train_step import without_dropout
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.runs import differences
 from tests.helpers.steplog import logged_steps
-from tests.helpers.steps import autocast_as_on_a_gpu
 
 STEPS = 3
 # With BatchNorm alone, and with an activation behind it.
@@ -231,40 +230,6 @@ def _four() -> dict[str, Tensor]:
 def test_four_ranks_equal_one_process(tmp_path: Path) -> None:
     """One of them has no part of what has a row for each of the three classes."""
     assert_close(run_on_ranks(_four, 4, tmp_path)[0], train_steps(4, make_state()))
-
-
-def _layer_norm_in_float32(x: Tensor, shape: list[int], weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """As autocast calls it on a GPU; a CPU's does not cast."""
-    return torch.native_layer_norm(x.float(), shape, weight.float(), bias.float(), eps)[0]
-
-
-def _bfloat16() -> tuple[Tensor, set[torch.dtype]]:
-    """Losses of a GPU's mixed precision, taken to the CPU, and the dtypes of the weights that blocks compute with."""
-    dtypes = set()
-
-    def note(block: torch.nn.Module, *_: object) -> None:
-        dtypes.update(x.dtype for x in block.parameters())
-
-    with (
-        patch("allspark_fast.training.sharding.block_policy", lambda *_: block_policy(True, "cuda")),
-        patch("torch.autocast", autocast_as_on_a_gpu),
-        patch("torch.nn.functional.layer_norm", _layer_norm_in_float32),
-    ):
-        state = make_state(sharding="fsdp")
-        for block in (x for x in state.model.modules() if isinstance(x, Block)):
-            block.register_forward_pre_hook(note)
-        return train_steps(2, state)["losses"], dtypes
-
-
-@pytest.mark.slow
-def test_blocks_gathered_in_bfloat16(tmp_path: Path) -> None:
-    """As autocast rounds the matrices of one process; sums of gradients are ordered otherwise."""
-    expected, whole = _bfloat16()
-    (losses, sharded), _ = run_on_ranks(_bfloat16, 2, tmp_path)
-    assert (whole, sharded) == ({torch.float32}, {torch.bfloat16})
-    assert torch.equal(losses[0], expected[0])
-    # After an update. Two make some pixels' pseudo labels others.
-    torch.testing.assert_close(losses[1], expected[1], rtol=2e-3, atol=0)
 
 
 def test_restarts_that_would_hang_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -302,14 +302,3 @@ class TestOnesOwnData:
         lists = {"data.dataset": "folder", "data.root": root, "data.val": "val.txt", "data.labeled": "labeled.txt"}
         assert main(["train", *tiny_arguments(tmp_path / "run", lists)]) == 0
         assert "warning: images/01.png: is trained on and also in val" in caplog.text
-
-
-def test_camvid_runs(data_dir: Path, tmp_path: Path) -> None:
-    root = data_dir / "camvid"
-    (tmp_path / "few.txt").write_text("".join((root / "splits/train.txt").open().readlines()[:4]))
-    (tmp_path / "val.txt").write_text("".join((root / "splits/val.txt").open().readlines()[:2]))
-    command = f"""train camvid --data.root {root} --data.labeled splits/1_16/seed0/labeled.txt --data.crop 64
-        --data.unlabeled {tmp_path}/few.txt --data.val {tmp_path}/val.txt --data.workers 0 --train.epochs 1
-        --train.batch-size 2 --run.output-dir {tmp_path}"""
-    assert main(command.split()) == 0
-    assert read_metrics(tmp_path)[-1]["miou"] > 0
