@@ -4,6 +4,7 @@ import copy
 import logging
 import os
 import socket
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import IO
@@ -142,15 +143,17 @@ def build_state(model: Segmentor, config: TrainConfig, total_steps: int) -> Trai
     ema, replica = (copy.deepcopy(model).requires_grad_(False) if x else None for x in (config.ema > 0, sharded))
     repays = next(model.parameters()).is_cuda and total_steps > _REPAY_COMPILING
     if config.compile == "on" or (config.compile == "auto" and repays):
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")  # torch's own is lost at reboot
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / "allspark_fast" / "inductor"))
+        with suppress(OSError, RuntimeError):  # no home, or a read-only one: torch's temporary folder will do
+            cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "allspark_fast" / "inductor"
+            cache.mkdir(parents=True, exist_ok=True)
+            if os.access(cache, os.W_OK):
+                os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
         try:
             compile_blocks(model, "inductor")
             logger.info("the encoder's blocks are compiled in the first steps, a minute or two (train.compile)")
         except InputError:  # no such blocks
             if config.compile == "on":
                 raise
-    for x in (model, ema) if sharded else ():
-        if x is not None:
-            shard(x)
+    for x in filter(None, (model, ema) if sharded else ()):
+        shard(x)
     return TrainState(model, config, total_steps=total_steps, ema=ema, replica=replica)
