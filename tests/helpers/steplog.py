@@ -2,7 +2,7 @@
 
 import copy
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -17,35 +17,25 @@ from allspark_fast.training.step import Losses, TrainState
 from tests.helpers.forbid_sync import forbid_sync
 
 
-class Call(NamedTuple):
-    """A call of an operator of torch, with the tensors themselves."""
-
-    function: Any
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    result: Any
-
-
 class StepLog(forbid_sync):
     """Logs all calls, those inside our operators too; an AssertionError if Python reads a number, which may decide."""
 
     def __init__(self) -> None:
         super().__init__(inside_operators=True)
-        self.calls: list[Call] = []
+        self.calls: list[tuple[Any, Any, Any, Any]] = []  # operator, arguments, result
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = super().__torch_dispatch__(func, types, args, kwargs)
         if func.namespace not in ("allspark_fast", "profiler"):
-            self.calls.append(Call(func, args, kwargs or {}, result))
+            self.calls.append((func, args, kwargs or {}, result))
         return result
 
     @torch.no_grad()
     def replay(self) -> None:
         """Make all calls again on the same memory: in place, or copied to where the logged result lies."""
-        for call in self.calls:
-            inputs = storages((call.args, call.kwargs))
-            again = call.function(*call.args, **call.kwargs)
-            for old, new in zip(pytree.tree_leaves(call.result), pytree.tree_leaves(again), strict=True):
+        for operator, args, kwargs, result in self.calls:
+            inputs, again = storages((args, kwargs)), operator(*args, **kwargs)
+            for old, new in zip(pytree.tree_leaves(result), pytree.tree_leaves(again), strict=True):
                 if isinstance(new, torch.ScriptObject):  # of a collective
                     new.wait()
                 elif isinstance(old, Tensor) and not storages(old) <= inputs:
@@ -54,11 +44,11 @@ class StepLog(forbid_sync):
     def foreign(self, known: Any) -> set[int]:
         """The memory that calls read or write, but neither made nor know: nobody keeps it for a replay."""
         made, found = storages(known), set()
-        for call in self.calls:
+        for operator, args, kwargs, result in self.calls:
             # A number of Python, as in x[0] = 0, which a GPU gets by a fill.
-            constant = call.function is torch.ops.aten.lift_fresh.default
-            found |= set() if constant else storages((call.args, call.kwargs)) - made
-            made |= storages(call.result)
+            if operator is not torch.ops.aten.lift_fresh.default:
+                found |= storages((args, kwargs)) - made
+            made |= storages(result)
         return found
 
 
