@@ -99,6 +99,14 @@ class TrainConfig:
         warmup_epochs: epochs before labeled features are rebuilt from the memory rather than from their batch.
         pseudo_from_epoch: first epoch in which pseudo labels count; until then unlabeled images only feed the memory.
             0 as in the paper; later for an encoder without pretraining, whose first pseudo labels are noise.
+        unlabeled_weight: factor on the loss of pseudo labels.
+        teacher: what labels the unlabeled images: the student itself (the paper), or ema, the average of its weights.
+        conf_thresh: least confidence of pseudo labels that count; 0 for all (the paper).
+        conf_mode: threshold is the same for all classes; class takes the mean confidence of each class where that is
+            less, so that hard and rare classes get pseudo labels too.
+        strong: show the student unlabeled crops after color jitter, gray and blur; the teacher labels them as they are.
+        cutmix: probability that an unlabeled crop gets a box of another one, with its pseudo labels.
+        copy_paste: probability that an unlabeled crop gets half of the classes of a labeled one, with their labels.
         loss: of the labeled images: ce (cross-entropy), or ohem, which keeps the hard pixels.
         loss_mean: with several processes, over the valid pixels of all of them (global), or of each one (rank, the
             reference implementation), which weights pixels more on ranks that have fewer. OHEM always mines per rank.
@@ -134,6 +142,13 @@ class TrainConfig:
     weight_decay: float = 1e-4
     warmup_epochs: int = 5
     pseudo_from_epoch: int = 0
+    unlabeled_weight: float = 1.0
+    teacher: Literal["student", "ema"] = "student"
+    conf_thresh: float = 0.0
+    conf_mode: Literal["threshold", "class"] = "threshold"
+    strong: bool = False
+    cutmix: float = 0.0
+    copy_paste: float = 0.0
     loss: Literal["ce", "ohem"] = "ce"
     loss_mean: Literal["global", "rank"] = "global"
     ohem_threshold: float = 0.7
@@ -156,6 +171,18 @@ class TrainConfig:
         _within(self, "train", lr=(0, 100), lr_multi=(0, 1000), weight_decay=(0, 10), seed=(0, 2**63 - 1))
         # At 1 the average would never move.
         _within(self, "train", ohem_threshold=(0, 1), ohem_min_kept=(0, 10**9), ema=(0, 0.999999))
+        _within(self, "train", unlabeled_weight=(0, 1000), conf_thresh=(0, 1), cutmix=(0, 1), copy_paste=(0, 1))
+        if self.teacher == "ema":
+            _expect(
+                self.ema > 0, "train.ema", self.ema, "the decay of the average that train.teacher=ema needs, say 0.99"
+            )
+        if self.conf_mode == "class":
+            _expect(
+                self.conf_thresh > 0,
+                "train.conf_thresh",
+                self.conf_thresh,
+                "the bound of train.conf_mode=class, say 0.95",
+            )
         divisor, batch = self.gradient_accumulation_steps, self.batch_size
         expected = f"a divisor of train.batch_size = {batch}"
         _expect(batch % divisor == 0, "train.gradient_accumulation_steps", divisor, expected)
@@ -209,7 +236,10 @@ class RunConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """All settings of a run, in groups."""
+    """All settings of a run, in groups.
+
+    A setting that is new must default to what earlier versions did: it is read so from their runs.
+    """
 
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -298,13 +328,13 @@ def from_plain(kind: Any, value: Any, where: str) -> Any:
     """Return a value of a type from what JSON makes of it.
 
     Args:
-        kind: a dataclass, whose every field must be there; ``X | None``, a tuple of fixed length, a Literal, Path, or
-            one of Python's plain types.
+        kind: a dataclass, of which fields with a default may be missing, as in files of earlier versions; ``X | None``,
+            a tuple of fixed length, a Literal, Path, or one of Python's plain types.
         value: of ``json.loads``, or already of the dataclass ``kind``.
         where: name of the value, for messages.
 
     Raises:
-        InputError: a field is missing, unknown, or of another type; the message names it.
+        InputError: a field without default is missing, or one is unknown or of another type; the message names it.
     """
     if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         if isinstance(value, kind):
@@ -313,9 +343,10 @@ def from_plain(kind: Any, value: Any, where: str) -> Any:
         hints = get_type_hints(kind)
         for name in set(value) - set(hints):
             refuse_old_setting(f"{where}.{name}".removeprefix("config."))
-        if different := sorted(set(value) ^ set(hints)):
+        needed = {x.name for x in dataclasses.fields(kind) if x.default is x.default_factory is dataclasses.MISSING}
+        if different := sorted((set(value) - set(hints)) | (needed - set(value))):
             raise InputError(f"{where}: fields {different} are missing or unknown in this version")
-        return kind(**{name: from_plain(hint, value[name], f"{where}.{name}") for name, hint in hints.items()})
+        return kind(**{name: from_plain(hints[name], x, f"{where}.{name}") for name, x in value.items()})
     if get_origin(kind) is UnionType:
         return None if value is None else from_plain(get_args(kind)[0], value, where)
     if get_origin(kind) is tuple:

@@ -75,11 +75,7 @@ class GraphedSteps:
         warnings.filterwarnings("ignore", message="This instance was constructed with capturable=True")
 
     def __call__(self, batch: SemiBatch, **phase: bool) -> Losses:
-        """Take a step; arguments as ``train_step``'s. The next step may overwrite the losses.
-
-        Raises:
-            ValueError: autocast is on, whose cached casts a recording would read for ever.
-        """
+        """Take a step; arguments as ``train_step``'s. The next step may overwrite the losses."""
         if (batch.image.shape, phase) != (self._size, self._phase):
             self.release()
             self._size, self._phase, self._warmup_steps = batch.image.shape, phase, WARMUP_STEPS
@@ -112,8 +108,6 @@ class GraphedSteps:
 
     def _record(self, batch: SemiBatch) -> Losses:
         """Record a step and take it, by its first replay unless that is wrong."""
-        if torch.is_autocast_enabled(batch.image.device.type):
-            raise ValueError("a step cannot be recorded under an outer autocast: set train.amp instead")
         # Before the recording, so that their memory is free again by then.
         copies = [] if self._report is None else self._take_twice(batch)
         self._batch = SemiBatch(*(None if x is None else x.clone() for x in batch))  # type: ignore[arg-type]

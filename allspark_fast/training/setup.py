@@ -106,6 +106,11 @@ def check_batch(config: TrainConfig) -> None:
             f"train.batch_size {config.batch_size} cannot be shared equally by {ranks} processes with {micro_batches} "
             f"micro-batches (train.gradient_accumulation_steps) each: set it to a multiple of {ranks * micro_batches}"
         )
+    if config.cutmix and share % 2:
+        raise InputError(
+            f"train.cutmix mixes pairs of crops, but a micro-batch has {share}: set train.batch_size to a multiple of "
+            f"{2 * ranks * micro_batches} (it is {config.batch_size}), or train.cutmix to 0"
+        )
     if ranks * micro_batches > 1:
         logger.info(
             f"a step takes {config.batch_size} + {config.batch_size} images: {ranks} processes, {micro_batches} "
@@ -137,7 +142,7 @@ def build_state(model: Segmentor, config: TrainConfig, total_steps: int) -> Trai
     """Build all that steps change, from a model on its device, the same on all ranks; it may be sharded in place.
 
     Raises:
-        InputError: the model is to be compiled, but its encoder has no blocks to compile.
+        InputError: the model is to be compiled, and its encoder has no blocks.
     """
     sharded = config.sharding == "fsdp" and world_size() > 1
     ema, replica = (copy.deepcopy(model).requires_grad_(False) if x else None for x in (config.ema > 0, sharded))
@@ -149,9 +154,10 @@ def build_state(model: Segmentor, config: TrainConfig, total_steps: int) -> Trai
             if os.access(cache, os.W_OK):
                 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
         try:
-            compile_blocks(model, "inductor")
+            for x in filter(None, (model, ema if config.teacher == "ema" else None)):
+                compile_blocks(x, "inductor")
             logger.info("the encoder's blocks are compiled in the first steps, a minute or two (train.compile)")
-        except InputError:  # no such blocks
+        except InputError:
             if config.compile == "on":
                 raise
     for x in filter(None, (model, ema) if sharded else ()):

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils import _pytree as pytree
 
@@ -28,6 +28,12 @@ def shard(model: Segmentor) -> None:
         if isinstance(module, Block):
             fully_shard(module, mesh=mesh)
     fully_shard(model, mesh=mesh)
+
+
+def reshard(model: Segmentor) -> None:
+    """Shard what a forward pass without a backward pass has left gathered; other models stay as they are."""
+    if isinstance(model, FSDPModule):
+        model.reshard()
 
 
 def to_local(x: Tensor) -> Tensor:

@@ -76,8 +76,7 @@ class Trainer:
         self.total_steps = config.train.epochs * self.data.steps_per_epoch
         resumed = bool(checkpoint.list_checkpoints(self.checkpoints))
         model = setup.build_model(config, len(self.data.info.classes), resumed=resumed).to(device)
-        if rank() > 0:
-            # Weights are the same on all ranks, what is dropped is not.
+        if rank() > 0:  # weights are the same on all ranks, what is dropped is not
             torch.manual_seed(config.train.seed + rank())
         self.state = setup.build_state(model, config.train, self.total_steps)
         self.findings: Record = {}  # for the next line of the log
@@ -228,7 +227,7 @@ class Trainer:
     def _pseudo_labels(self, model: Segmentor) -> tuple[Tensor, dict[str, Tensor], Record]:
         """Label the unlabeled crops of the first step; return some of them to draw, and what all measure."""
         batch = self.data.first_batch
-        class_logits, pseudo_label = pseudo_pass(self.state.model, batch, self.config.train)
+        class_logits, pseudo_label, _ = pseudo_pass(self.state.teacher, batch, self.config.train)
         logits = model.eval()(batch.unlabeled_image)
         prediction, _ = upsample_argmax(logits, (pseudo_label.shape[1], pseudo_label.shape[2]))
         measured = pseudo_label_record(class_logits, pseudo_label, batch)
@@ -249,8 +248,9 @@ class Trainer:
             **self.state.state_dict(),
             "best": self.best,
             "evaluation_due": self.evaluation_due,
-            # One after the other, for all ranks.
-            **{name: all_gather_cat(x) for name, x in checkpoint.random_states(self.device).items()},
+            **{
+                name: all_gather_cat(x) for name, x in checkpoint.random_states(self.device).items()
+            },  # in order of ranks
         }
 
     def _resume(self, state: dict[str, Any]) -> None:

@@ -65,8 +65,8 @@ def logged_steps(state: TrainState, **options: Any) -> GraphedSteps:
         # On CPU tensors, and only there, operators look for labels that are no class and for wrong pointers.
         with patch.object(cross_entropy, "_check_classes"), patch.object(memory, "_check_pointers"), StepLog() as log:
             losses = step()
-        lasting = [state.state_dict(), [group["lr"] for group in state.optimizer.param_groups], step.args]
-        assert not log.foreign(lasting)
+        rates, halves = [group["lr"] for group in state.optimizer.param_groups], [*vars(state.half_weights).values()]
+        assert not log.foreign([state.state_dict(), rates, halves, step.args])
         state.load_state_dict(before)
         set_random_states(random)
         return losses, log.replay

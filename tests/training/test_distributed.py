@@ -32,6 +32,7 @@ from bench.bench_train_step import without_dropout
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.runs import differences
 from tests.helpers.steplog import logged_steps
+from tests.helpers.steps import BEYOND
 
 STEPS = 3
 TIMM = "timm/regnetx_002"
@@ -42,12 +43,12 @@ def make_state(memory_sync: str = "all", backbone: str = "mit_tiny", **options: 
     torch.manual_seed(0)
     bottleneck = AllSparkOptions(memory_init="empty", memory_sync=memory_sync)
     model = build_segmentor(backbone, 3, (64, 64), allspark=bottleneck, embedding_dim=16)
-    config = TrainConfig(lr=0.01, kv_source="image", pseudo_padding=False, ema=0.9, **options)
+    config = TrainConfig(**{"lr": 0.01, "kv_source": "image", "pseudo_padding": False, "ema": 0.9, **options})
     return build_state(without_dropout(model), config, total_steps=10)
 
 
-def make_batch(step: int, size: int, part: slice = slice(None)) -> SemiBatch:
-    """Images of one step, of which very different numbers of pixels count."""
+def make_batch(step: int, size: int, part: slice = slice(None), *, mixing: bool = False) -> SemiBatch:
+    """Images of one step, of which very different numbers of pixels count; mixed at random if asked for."""
     generator = torch.Generator().manual_seed(step)
     images = torch.randn(2, size, 3, 64, 64, generator=generator)
     label = torch.randint(3, (size, 64, 64), generator=generator)
@@ -55,7 +56,9 @@ def make_batch(step: int, size: int, part: slice = slice(None)) -> SemiBatch:
     for i in range(size):
         label[i, 10 + 40 * i // size :] = 255
         valid[i, :, 60 - 50 * i // size :] = False
-    return SemiBatch(*(x[part] for x in (images[0], label, images[1], valid)), None)
+    mixed, pasted = torch.rand(2, size, 64, 64, generator=generator) < 0.3
+    masks = (mixed[part], (pasted & (label < 255))[part]) if mixing else ()
+    return SemiBatch(*(x[part] for x in (images[0], label, images[1], valid)), None, None, *masks)
 
 
 def own_part(size: int) -> slice:
@@ -69,13 +72,14 @@ def flatten(state: TrainState) -> dict[str, Tensor]:
     tensors = {f"{group}.{name}": x for group in ("model", "ema") for name, x in gathered[group].items()}
     for index, values in enumerate(gathered["optimizer"]):
         tensors |= {f"optimizer.{index}.{key}": x for key, x in values.items()}
-    return tensors | {"loss_sums": gathered["loss_sums"]}
+    return {**tensors, "loss_sums": gathered["loss_sums"], **gathered["classes"]}
 
 
 def train_steps(size: int, state: TrainState, take: Callable[..., Losses] | None = None) -> dict[str, Tensor]:
     """What some steps on this rank's part of the same images leave, and their losses."""
     take = take or functools.partial(train_step, state)
-    batches = [make_batch(step, size, own_part(size)) for step in range(STEPS)]
+    mixing = state.config.cutmix > 0
+    batches = [make_batch(step, size, own_part(size), mixing=mixing) for step in range(STEPS)]
     losses = [torch.stack(take(batch, use_memory=True)).clone() for batch in batches]
     return {**flatten(state), "losses": torch.stack(losses)}
 
@@ -101,6 +105,7 @@ def on_two_ranks() -> dict[str, Any]:
     results["recorded errors"] = [x["recorded_step"]["error"] for x in found]
     with patch.object(prepare, "compile_blocks", lambda model, _: compile_blocks(model, "aot_eager")):
         results["compiled"] = train_steps(2, make_state(sharding="fsdp", compile="on"))
+    results["beyond"] = train_steps(4, make_state(sharding="fsdp", **BEYOND))
     results["mean per rank"] = train_steps(2, make_state(loss_mean="rank"))["losses"]
     results["overlapped"] = [attend_before_rank_0_arrives(memory_sync) for memory_sync in ("all", "rank0")]
     results[TIMM] = train_steps(2, make_state(backbone=TIMM))
@@ -176,6 +181,9 @@ class TestTwoRanks:
         assert memory.keys() >= {"kv_queue", "queue_ptr", "queue_filled"}
         assert all(torch.equal(x, other[name]) for name, x in memory.items())
         assert torch.equal(memory["queue_ptr"], state.model.decoder.allspark.attn.queue_ptr)
+
+    def test_an_averaged_teacher_and_thresholds_of_classes(self, results: list[dict[str, Any]]) -> None:
+        assert_close(results[0]["beyond"], train_steps(4, make_state(**BEYOND)))
 
     def test_recorded_steps_with_their_collectives(self, results: list[dict[str, Any]]) -> None:
         for result in results:

@@ -80,7 +80,6 @@ def test_leaves_what_it_promises(tmp_path: Path, capsys: pytest.CaptureFixture[s
     scores = json.loads((tmp_path / "scores.json").read_text())
     assert scores["miou"] == best
     assert sum(map(sum, scores["confusion"])) == 2 * 80 * 80
-    assert Image.open(tmp_path / "run" / "confusion.png").width > 100
 
 
 @pytest.mark.slow
