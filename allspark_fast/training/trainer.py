@@ -248,9 +248,7 @@ class Trainer:
             **self.state.state_dict(),
             "best": self.best,
             "evaluation_due": self.evaluation_due,
-            **{
-                name: all_gather_cat(x) for name, x in checkpoint.random_states(self.device).items()
-            },  # in order of ranks
+            **{name: all_gather_cat(x) for name, x in checkpoint.random_states(self.device).items()},  # by rank
         }
 
     def _resume(self, state: dict[str, Any]) -> None:
