@@ -59,10 +59,8 @@ class MetricsLog:
 def read_metrics(folder: Path) -> list[Record]:
     """Read the records of metrics.jsonl, without a last line that a crash cut off."""
     path = folder / "metrics.jsonl"
-    if not path.is_file():
-        return []
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    records: list[Record] = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
         try:
             records.append(json.loads(line))
         except json.JSONDecodeError:

@@ -4,6 +4,7 @@ import copy
 import logging
 import os
 import socket
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import IO
@@ -141,23 +142,24 @@ def build_state(model: Segmentor, config: TrainConfig, total_steps: int) -> Trai
     """Build all that steps change, from a model on its device, the same on all ranks; it may be sharded in place.
 
     Raises:
-        InputError: the model is to be compiled, but its encoder has no blocks to compile.
+        InputError: the model is to be compiled, and its encoder has no blocks.
     """
     sharded = config.sharding == "fsdp" and world_size() > 1
     ema, replica = (copy.deepcopy(model).requires_grad_(False) if x else None for x in (config.ema > 0, sharded))
     repays = next(model.parameters()).is_cuda and total_steps > _REPAY_COMPILING
     if config.compile == "on" or (config.compile == "auto" and repays):
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")  # torch's own is lost at reboot
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / "allspark_fast" / "inductor"))
+        with suppress(OSError, RuntimeError):  # no home, or a read-only one: torch's temporary folder will do
+            cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "allspark_fast" / "inductor"
+            cache.mkdir(parents=True, exist_ok=True)
+            if os.access(cache, os.W_OK):
+                os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
         try:
-            compile_blocks(model, "inductor")
-            if ema is not None and config.teacher == "ema":
-                compile_blocks(ema, "inductor")
+            for x in filter(None, (model, ema if config.teacher == "ema" else None)):
+                compile_blocks(x, "inductor")
             logger.info("the encoder's blocks are compiled in the first steps, a minute or two (train.compile)")
-        except InputError:  # no such blocks
+        except InputError:
             if config.compile == "on":
                 raise
-    for x in (model, ema) if sharded else ():
-        if x is not None:
-            shard(x, amp=config.amp)
+    for x in filter(None, (model, ema) if sharded else ()):
+        shard(x)
     return TrainState(model, config, total_steps=total_steps, ema=ema, replica=replica)

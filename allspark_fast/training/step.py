@@ -80,7 +80,7 @@ class TrainState:
     ) -> None:
         device = next(model.parameters()).device
         self.amp = config.amp and next(model.parameters()).is_cuda
-        # FSDP casts the weights of a sharded model itself.
+        # FSDP gathers the weights of a sharded model anew, and autocast casts them.
         self.half_weights = HalfWeights(model, enabled=self.amp and replica is None)
         self.model = model
         self.config = config

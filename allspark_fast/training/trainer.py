@@ -28,15 +28,7 @@ from allspark_fast.kernels.triton_support import set_kernels
 from allspark_fast.kernels.upsample_argmax import upsample_argmax
 from allspark_fast.model import Segmentor
 from allspark_fast.signals import stop_signals
-from allspark_fast.training import setup
-from allspark_fast.training.checkpoint import (
-    list_checkpoints,
-    load_latest_checkpoint,
-    random_states,
-    require_space,
-    save_checkpoint,
-    set_random_states,
-)
+from allspark_fast.training import checkpoint, setup
 from allspark_fast.training.cuda_graph import GraphedSteps
 from allspark_fast.training.diagnostics import memory_record, pseudo_label_record
 from allspark_fast.training.log import MetricsLog, Record
@@ -82,10 +74,9 @@ class Trainer:
                 self._lock = setup.claim_folder(folder, config)
         torch.manual_seed(config.train.seed)
         self.total_steps = config.train.epochs * self.data.steps_per_epoch
-        resumed = bool(list_checkpoints(self.checkpoints))
+        resumed = bool(checkpoint.list_checkpoints(self.checkpoints))
         model = setup.build_model(config, len(self.data.info.classes), resumed=resumed).to(device)
-        if rank() > 0:
-            # Weights are the same on all ranks, what is dropped is not.
+        if rank() > 0:  # weights are the same on all ranks, what is dropped is not
             torch.manual_seed(config.train.seed + rank())
         self.state = setup.build_state(model, config.train, self.total_steps)
         self.findings: Record = {}  # for the next line of the log
@@ -96,8 +87,8 @@ class Trainer:
         state = self._state()
         with failing_together():
             if rank() == 0:
-                require_space(self.checkpoints, state, keep_last=config.run.keep_last)
-        if (saved := load_latest_checkpoint(self.checkpoints, state)) is not None:
+                checkpoint.require_space(self.checkpoints, state, keep_last=config.run.keep_last)
+        if (saved := checkpoint.load_latest_checkpoint(self.checkpoints, state)) is not None:
             self._resume(saved)
 
     def _choose_step(self) -> Callable[..., object]:
@@ -143,14 +134,13 @@ class Trainer:
                         rate = (self.step - logged) / (time.perf_counter() - started)
                         bar.set_postfix(self._log_losses(log, steps_per_s=rate))
                         started, logged = time.perf_counter(), self.step
-                save = stopping or self.step % run.save_every == 0
-                if self.evaluation_due and not stopping:
+                evaluating = self.evaluation_due and not stopping
+                if evaluating:
                     with torch.compiler.set_stance("force_eager"):  # compiling for every size of image takes longer
                         scores = self._evaluate(log, asked, bar)
                     stopping = scores is None
-                    save = True
                     started, logged = time.perf_counter(), self.step
-                if save:
+                if evaluating or stopping or self.step % run.save_every == 0:
                     self._save()
         if log is not None:
             log.close()
@@ -251,7 +241,7 @@ class Trainer:
         state = gather_state(self._state())
         with failing_together():
             if rank() == 0:
-                save_checkpoint(self.checkpoints, self.step, state, keep_last=self.config.run.keep_last)
+                checkpoint.save_checkpoint(self.checkpoints, self.step, state, keep_last=self.config.run.keep_last)
 
     def _state(self) -> dict[str, Any]:
         return {
@@ -259,16 +249,17 @@ class Trainer:
             "best": self.best,
             "evaluation_due": self.evaluation_due,
             "spec": ModelSpec.of_run(self.config, self.data.info).to_json(),
-            # One after the other, for all ranks.
-            **{name: all_gather_cat(x) for name, x in random_states(self.device).items()},
+            **{name: all_gather_cat(x) for name, x in checkpoint.random_states(self.device).items()},  # by rank
         }
 
     def _resume(self, state: dict[str, Any]) -> None:
         self.state.load_state_dict(state)
         self.step, self.best, self.evaluation_due = int(state["step"]), state["best"], state["evaluation_due"]
-        own, ranks = random_states(self.device), world_size()
+        own, ranks = checkpoint.random_states(self.device), world_size()
         if (saved := state["rng"].numel() // own["rng"].numel()) == ranks:
-            set_random_states({name: state[name].chunk(ranks)[rank()] for name in own if state.get(name) is not None})
+            checkpoint.set_random_states(
+                {name: state[name].chunk(ranks)[rank()] for name in own if state.get(name) is not None}
+            )
         else:
             torch.manual_seed(self.config.train.seed + rank() + (self.step << 16))
             logger.info(f"the checkpoint is of {saved} processes, now there are {ranks}: dropout draws other numbers")

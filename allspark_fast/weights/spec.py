@@ -130,8 +130,8 @@ def find_weights(path: str | Path) -> Path:
         if (path / name).is_file():
             return path / name
     raise FileNotFoundError(
-        f"{path}: none of {', '.join(_FILES)} in this folder; a run writes the first at its first evaluation, and until "
-        "then there are its checkpoints/step_*.pt"
+        f"{path}: none of {', '.join(_FILES)} in this folder; a run writes the first at its first evaluation, and "
+        "until then there are its checkpoints/step_*.pt"
     )
 
 
