@@ -30,6 +30,7 @@ def shard(model: Segmentor, *, amp: bool) -> None:
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     device = next(model.parameters()).device.type
     mesh = init_device_mesh(device, (world_size(),))
+    model.to(memory_format=torch.contiguous_format)  # the only one that FSDP takes
     for module in model.modules():
         if isinstance(module, Block):
             fully_shard(module, mesh=mesh, mp_policy=block_policy(amp, device))

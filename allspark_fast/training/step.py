@@ -14,7 +14,7 @@ from allspark_fast.distributed import all_reduce_mean, world_size
 from allspark_fast.kernels.upsample_argmax import upsample_argmax
 from allspark_fast.kernels.upsample_cross_entropy import upsample_cross_entropy
 from allspark_fast.model import Segmentor
-from allspark_fast.model.half_weights import HalfWeights
+from allspark_fast.training.half_weights import HalfWeights
 from allspark_fast.training.sharding import average_gradients, from_local_like, full_tensor, shard_like, to_local
 
 
