@@ -6,8 +6,8 @@ runs.
 
 import copy
 import functools
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
 from unittest.mock import patch
 
@@ -23,20 +23,7 @@ from allspark_fast.model.mit import compile_blocks
 from allspark_fast.training.cuda_graph import GraphedSteps
 from allspark_fast.training.step import Losses, TrainState, compute_losses, train_step
 from bench import naive
-from bench.flops import flop_counter
-from bench.harness import DEVICE, Record, check_parity, peak_bytes, saved_bytes, time_figures, timed
-
-# Those with bfloat16 run under autocast.
-NAMES = ("naive", "naive bfloat16", "ours", "ours bfloat16")
-_ON_GPU = (
-    "naive",
-    "naive bfloat16",
-    "naive bfloat16 compiled",
-    "ours bfloat16",
-    "ours bfloat16 compiled",
-    "ours bfloat16 graph",
-    "ours bfloat16 compiled graph",
-)
+from bench.harness import DEVICE, DTYPE, Case, Record, flop_counter, run, saved_bytes
 
 
 class StepSize(NamedTuple):
@@ -82,26 +69,30 @@ class Variant(NamedTuple):
 
 
 def make_variant(name: str, model: Segmentor, batch: SemiBatch, *, backend: str = "inductor") -> Variant:
-    """Build a variant with memory on, which takes the model over; ``name`` may end with " compiled" and " graph"."""
+    """Build a variant with memory on, which takes the model over.
+
+    ``name`` is ``naive`` or ``ours``; then may follow ``bfloat16``, under autocast; ``compiled``, the blocks of the
+    encoder; and for ours ``recorded``, as a CUDA graph.
+    """
     kind, *options = name.split()
     config = TrainConfig(amp="bfloat16" in options)
-    compute: Callable[..., Losses] = compute_losses
-    step: Callable[..., Losses] = train_step
-    if kind == "naive":
-        compute, step = naive.naive_losses, naive.naive_train_step
-        naive.make_naive(model)
-        if "compiled" in options:
-            model.compile(backend=backend)
-    elif "compiled" in options:
+    state = TrainState(naive.make_naive(model) if kind == "naive" else model, config, total_steps=10**6)
+    compute = naive.naive_losses if kind == "naive" else compute_losses
+    step = functools.partial(naive.naive_train_step if kind == "naive" else train_step, state)
+    if "compiled" in options:
         compile_blocks(model, backend)
-    state = TrainState(model, config, total_steps=10**6)
-    take_step: Callable[..., Losses] = GraphedSteps(state) if "graph" in options else functools.partial(step, state)
 
     def losses() -> Losses:
         with torch.autocast(batch.image.device.type, torch.bfloat16, enabled=config.amp):
             return compute(model, batch, config, use_memory=True)
 
+    take_step = recorded_steps(state) if "recorded" in options else step
     return Variant(model, losses, functools.partial(take_step, batch, use_memory=True))
+
+
+def recorded_steps(state: TrainState) -> Callable[..., Losses]:
+    """Return ``train_step`` of a state, recorded as a CUDA graph where there is a GPU."""
+    return GraphedSteps(state) if DEVICE == "cuda" else functools.partial(train_step, state)
 
 
 def without_dropout(model: Segmentor) -> Segmentor:
@@ -134,60 +125,46 @@ def fake_variant(size: str, name: str, device: str = "cpu") -> Iterator[Variant]
     def fused_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return torch.ops.aten._scaled_dot_product_efficient_attention(query, key, value, None, True)[0]
 
-    with (
-        FakeTensorMode(),
-        torch.device(device),
-        # Without a GPU torch would choose the attention that materializes its map, and turn autocast off.
-        patch.object(F, "scaled_dot_product_attention", fused_attention) if device == "cuda" else nullcontext(),
-        patch.object(torch.cuda.amp.common, "amp_definitely_not_available", return_value=False),
-        patch.object(torch.cuda, "is_bf16_supported", return_value=True),
+    with ExitStack() as stack:
+        stack.enter_context(FakeTensorMode())
+        stack.enter_context(torch.device(device))
         # These look at numbers, and neither counts.
-        patch.object(nn.init, "trunc_normal_"),
-        patch.object(naive, "naive_enqueue"),
-    ):
+        stack.enter_context(patch.object(nn.init, "trunc_normal_"))
+        stack.enter_context(patch.object(naive, "naive_enqueue"))
+        if device == "cuda":  # without a GPU torch takes the attention that materializes its map, and no autocast
+            stack.enter_context(patch.object(F, "scaled_dot_product_attention", fused_attention))
+            stack.enter_context(patch.object(torch.cuda.amp.common, "amp_definitely_not_available", return_value=False))
+            stack.enter_context(patch.object(torch.cuda, "is_bf16_supported", return_value=True))
         yield make_variant(name, SIZES[size].build_model(), SIZES[size].random_batch())
 
 
-def measure(size: str, repeats: int) -> Iterator[list[Record]]:
-    """Check that the variants compute the same loss, then time their steps in turn."""
-    names, warmup_steps = (_ON_GPU, 5) if DEVICE == "cuda" else (("naive", "ours"), 1)
+def measure(size: str, repeats: int) -> Iterator[Record]:
+    """Check that both compute the same loss, then time their steps in turn; under bfloat16 autocast on a GPU."""
+    kinds, amp = ("naive", "ours"), " bfloat16" * (DEVICE == "cuda")
     model, batch = SIZES[size].build_model().to(DEVICE), SIZES[size].random_batch().to(DEVICE)
-    # Compiling takes minutes and changes no mathematics.
-    plain = {name: make_variant(name, without_dropout(copy.deepcopy(model)), batch) for name in names if name in NAMES}
-    check_losses(plain)
-    variants = {name: make_variant(name, copy.deepcopy(model), batch) for name in names}
-    for variant in variants.values():  # kernels are compiled and steps recorded
-        for _ in range(warmup_steps):
-            variant.step()
-    rounds = [{name: timed(variant.step)[1] for name, variant in variants.items()} for _ in range(repeats)]
-    records = []
-    for name, variant in variants.items():
-        record: Record = {"op": "train_step", "size": f"{size}: {SIZES[size]}", "variant": name}
-        dtype = torch.bfloat16 if "bfloat16" in name else torch.float32
-        record |= time_figures(rounds, name, "naive", step_flops(size, name.partition(" ")[0]), dtype)
+    fixed = {kind: make_variant(kind + amp, without_dropout(copy.deepcopy(model)), batch) for kind in kinds}
+    variants = {kind: make_variant(kind + amp, copy.deepcopy(model), batch) for kind in kinds}
+    case = Case(
+        op="train_step",
+        size=f"{size}: {SIZES[size]}{amp}",
+        variants={kind: functools.partial(_total, variant.step) for kind, variant in variants.items()},
+        parity={kind: functools.partial(_total, variant.losses) for kind, variant in fixed.items()},
+        flops={kind: step_flops(size, kind) for kind in kinds},
+    )
+    for record, variant in zip(run(case, repeats), variants.values(), strict=True):
         record["images_per_s"] = 2 * SIZES[size].batch / record["seconds_p50"]
-        record["saved_bytes"] = count_saved_bytes(variant)
-        # A graph's memory is taken once, when it is recorded.
-        record["peak_bytes"] = None if name.endswith(" graph") else peak_bytes(variant.step)
-        records.append(record)
-    yield records
+        yield record | {"saved_bytes": count_saved_bytes(variant)}
 
 
-@torch.no_grad()
-def check_losses(variants: Mapping[str, Variant]) -> None:
-    """Raise an AssertionError if the loss of a variant differs from that of the first."""
-    tolerance = 3e-2 if DEVICE == "cuda" else 1e-4
-    check_parity({name: {"loss": variant.losses().total} for name, variant in variants.items()}, tolerance)
+def _total(losses: Callable[[], Losses]) -> Tensor:
+    """In the dtype whose tolerance is due."""
+    return losses().total.to(DTYPE)
 
 
-def count(size: str, _: int) -> Iterator[list[Record]]:
-    """Count FLOPs and saved bytes of the variants, in single precision and under autocast."""
-    records: list[Record] = []
-    for name in NAMES:
+def count(size: str, _: int) -> Iterator[Record]:
+    """Count FLOPs and saved bytes, in single precision and under autocast."""
+    for name in ("naive", "naive bfloat16", "ours", "ours bfloat16"):
         with fake_variant(size, name, "cuda") as variant:  # autocast saves more on a GPU than on a CPU
             saved = count_saved_bytes(variant)
         record: Record = {"op": "train_step_cost", "size": f"{size}: {SIZES[size]}", "variant": name}
-        records.append(record | {"flops": step_flops(size, name.partition(" ")[0]), "saved_bytes": saved})
-    for record in records:
-        record |= {f"{key}_ratio": record[key] / records[0][key] for key in ("flops", "saved_bytes")}
-    yield records
+        yield record | {"flops": step_flops(size, name.partition(" ")[0]), "saved_bytes": saved}

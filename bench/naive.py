@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from allspark_fast.config import TrainConfig
 from allspark_fast.data.info import IGNORE_INDEX
 from allspark_fast.data.loader import SemiBatch
-from allspark_fast.model import AllSpark, MixTransformer, SegFormerHead, Segmentor
+from allspark_fast.model import AllSpark, SegFormerHead, Segmentor
 from allspark_fast.model.batch_norm import FiniteBatchNorm
 from allspark_fast.model.common import to_map, to_tokens
 from allspark_fast.model.cross_attention import CrossAttention
@@ -102,19 +102,6 @@ def _segmentor(model: Segmentor, images: Tensor, *args: Any, **kwargs: Any) -> T
     return upsample(Segmentor.forward(model, images, *args, **kwargs), images.shape[2:])
 
 
-def _encoder(encoder: MixTransformer, images: Tensor) -> list[Tensor]:
-    """Copy the map of each stage to contiguous memory."""
-    features, feature_map = [], images
-    scales = iter(encoder.draw_scales(images))
-    for stage in range(1, 5):
-        tokens, size = getattr(encoder, f"patch_embed{stage}")(feature_map)
-        for block in getattr(encoder, f"block{stage}"):
-            tokens = block(tokens, size, next(scales))
-        feature_map = to_map(getattr(encoder, f"norm{stage}")(tokens), size).contiguous()
-        features.append(feature_map)
-    return features
-
-
 def _self_attention(attention: EfficientSelfAttention, tokens: Tensor, size: tuple[int, int]) -> Tensor:
     """Materialize the attention map."""
     query = attention.q(tokens).unflatten(2, (attention.num_heads, -1)).transpose(1, 2)
@@ -178,7 +165,6 @@ def upsample(feature_map: Tensor, size: tuple[int, ...]) -> Tensor:
 
 _FORWARD: dict[type[nn.Module], Callable[..., object]] = {
     Segmentor: _segmentor,
-    MixTransformer: _encoder,
     EfficientSelfAttention: _self_attention,
     MixFFN: naive_mix_ffn,
     AllSpark: _bottleneck,

@@ -188,7 +188,8 @@ def loss_and_metric_results(golden: Golden) -> Results:
     rates = golden.tensors["lr/backbone_by_step"]
     ours = poly_lr(torch.arange(len(rates)), len(rates), 0.001)
     torch.testing.assert_close(ours, rates.double(), rtol=1e-6, atol=0)
-    results = {"iou/inter": confusion.matrix.diagonal(), "iou/target_area": confusion.matrix.sum(1)}
+    matrix = confusion.compute().confusion
+    results = {"iou/inter": matrix.diagonal(), "iou/target_area": matrix.sum(1)}
     for case in sorted({key.split("/")[0] for key in golden.tensors if key.startswith("ohem")}):
         min_kept, threshold = golden[f"{case}/cfg"].tolist()
         logits = golden[f"{case}/pred"].requires_grad_()

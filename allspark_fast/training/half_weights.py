@@ -17,13 +17,15 @@ class HalfWeights:
     copies live as long as this object, so that a recorded step finds them where they were.
 
     Args:
-        model: on its device. What is copied are the linear layers and the convolutions of its Mix Transformer and its
-            bottleneck: the head multiplies its weights in float32, and encoders of timm are left to autocast.
+        models: on their device, and the same one more than once counts once. What is copied are the linear layers and
+            the convolutions of Mix Transformers and bottlenecks: the head multiplies its weights in float32, and
+            encoders of timm are left to autocast.
         enabled: whether to copy; otherwise the methods do nothing.
     """
 
-    def __init__(self, model: nn.Module, *, enabled: bool) -> None:
-        parts = [x for x in model.modules() if enabled and isinstance(x, (MixTransformer, AllSpark))]
+    def __init__(self, *models: nn.Module, enabled: bool) -> None:
+        modules = dict.fromkeys(x for model in models for x in model.modules() if enabled)
+        parts = [x for x in modules if isinstance(x, (MixTransformer, AllSpark))]
         layers = [x for part in parts for x in part.modules()]
         linears = [x for x in layers if isinstance(x, nn.Linear)]
         # The operator for depthwise convolutions takes float32 weights, and biases of the others are added in float32.

@@ -17,7 +17,7 @@ from tests.helpers.steps import build_state, random_batch
     [
         {"method": "allspark", "ema": 0.9},
         {"method": "allspark", "optimizer": "adamw", "gradient_accumulation_steps": 2},
-        {"method": "semi", "activation_checkpointing": True},
+        {"method": "semi", "ema": 0.9, "teacher": "ema", "activation_checkpointing": True},
         {"method": "supervised", "compiled": True},
     ],
     ids=str,
@@ -34,7 +34,7 @@ def test_steps_are_those_of_autocast_bit_for_bit(options: dict) -> None:
         if switches["compiled"]:
             compile_blocks(state.model, "aot_eager")
         state.amp = True  # as on a GPU
-        state.half_weights = HalfWeights(state.model, enabled=state is halves)
+        state.half_weights = HalfWeights(state.model, state.teacher, enabled=state is halves)
         torch.manual_seed(1)
         losses.append([train_step(state, x, use_memory=step > 1) for step, x in enumerate(batches)])
     assert losses[0] == losses[1]
