@@ -24,6 +24,7 @@ def shard(model: Segmentor) -> None:
     # Nothing writes into the logits.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     mesh = init_device_mesh(next(model.parameters()).device.type, (world_size(),))
+    model.to(memory_format=torch.contiguous_format)  # the only one that FSDP takes
     for module in model.modules():
         if isinstance(module, Block):
             fully_shard(module, mesh=mesh)

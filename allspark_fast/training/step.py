@@ -15,7 +15,7 @@ from allspark_fast.distributed import all_reduce_mean, all_reduce_sum, world_siz
 from allspark_fast.kernels.upsample_argmax import upsample_argmax
 from allspark_fast.kernels.upsample_cross_entropy import upsample_cross_entropy
 from allspark_fast.model import Segmentor
-from allspark_fast.model.half_weights import HalfWeights
+from allspark_fast.training.half_weights import HalfWeights
 from allspark_fast.training.sharding import (
     average_gradients,
     from_local_like,
@@ -80,13 +80,13 @@ class TrainState:
     ) -> None:
         device = next(model.parameters()).device
         self.amp = config.amp and next(model.parameters()).is_cuda
-        # FSDP gathers the weights of a sharded model anew, and autocast casts them.
-        self.half_weights = HalfWeights(model, enabled=self.amp and replica is None)
         self.model = model
         self.config = config
         self.total_steps = total_steps
         self.ema = ema
         self.replica = replica
+        # FSDP gathers the weights of a sharded model anew, and autocast casts them.
+        self.half_weights = HalfWeights(model, self.teacher, enabled=self.amp and replica is None)
         self.optimizer = build_optimizer(model, config)
         self.step = torch.zeros((), dtype=torch.int64, device=device)
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)
