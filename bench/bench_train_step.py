@@ -1,8 +1,4 @@
-"""The training step of the reference implementation against ours: time, memory, and FLOPs by count.
-
-Sizes are those of the recipes, images random. FLOPs and the bytes saved on a GPU are counted on fake tensors: nothing
-runs.
-"""
+"""The training step of the reference implementation against ours, on random images: time, memory, FLOPs by count."""
 
 import copy
 import functools
@@ -16,10 +12,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
-from allspark_fast.config import TrainConfig
+from allspark_fast.config import Method, TrainConfig
 from allspark_fast.data.loader import SemiBatch
 from allspark_fast.model import Segmentor, build_segmentor
 from allspark_fast.model.mit import compile_blocks
+from allspark_fast.model.options import AllSparkOptions
 from allspark_fast.training.cuda_graph import GraphedSteps
 from allspark_fast.training.step import Losses, TrainState, compute_losses, train_step
 from bench import naive
@@ -38,10 +35,10 @@ class StepSize(NamedTuple):
     def __str__(self) -> str:
         return f"{self.backbone} E={self.embedding_dim} B={self.batch}+{self.batch} K={self.classes} {self.crop} pixels"
 
-    def build_model(self) -> Segmentor:
-        """Return a model with random weights and a full memory of noise."""
-        crop = (self.crop, self.crop)
-        return build_segmentor(self.backbone, self.classes, crop, embedding_dim=self.embedding_dim).train()
+    def build_model(self, method: Method = "allspark") -> Segmentor:
+        """Return a model with random weights; that of allspark has a full memory of noise."""
+        allspark, crop = AllSparkOptions() if method == "allspark" else None, (self.crop, self.crop)
+        return build_segmentor(self.backbone, self.classes, crop, allspark=allspark, embedding_dim=self.embedding_dim)
 
     def random_batch(self) -> SemiBatch:
         """Return images of noise; a tenth of the labels are to be ignored."""
@@ -161,7 +158,7 @@ def _total(losses: Callable[[], Losses]) -> Tensor:
     return losses().total.to(DTYPE)
 
 
-def count(size: str, _: int) -> Iterator[Record]:
+def count(size: str) -> Iterator[Record]:
     """Count FLOPs and saved bytes, in single precision and under autocast."""
     for name in ("naive", "naive bfloat16", "ours", "ours bfloat16"):
         with fake_variant(size, name, "cuda") as variant:  # autocast saves more on a GPU than on a CPU

@@ -24,10 +24,7 @@ from allspark_fast.training.step import Losses, TrainState
 
 
 def naive_channel_attention(query: Tensor, key: Tensor, value: Tensor, *, dropout_p: float = 0.0) -> Tensor:
-    """Compute channel attention with every map materialized; shapes as the operator's.
-
-    Shared keys and values are views, as of einops.repeat; the dropout of the map is drawn from torch's generator.
-    """
+    """Compute channel attention with every map materialized; shapes as the operator's."""
     similarity = F.instance_norm(query.mT @ key)
     attention = F.dropout(similarity.softmax(-1), dropout_p)
     return (attention @ value.mT).mT
