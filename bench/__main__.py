@@ -26,6 +26,14 @@ def _static(target: str, _: argparse.Namespace) -> Iterable[Record]:
     return static.report(target, full=True)
 
 
+def _launches(size: str, _: argparse.Namespace) -> Iterable[Record]:
+    from bench import launches  # noqa: PLC0415 triton is optional
+
+    counts = launches.count_launches(size)
+    rows = [("all", counts.total()), *counts.most_common(30)]
+    return [{"op": "launches", "size": size, "operator": name, "launches": count} for name, count in rows]
+
+
 # What a name runs, by size and options; the sizes that it has, and those that it runs by default.
 BENCHMARKS: dict[str, tuple[Measure, Collection[str], Collection[str]]] = {
     "attention": (_of(operators.attention_cases), [*_STEPS, *_GRID], _GRID if DEVICE == "cuda" else ["pascal"]),
@@ -35,6 +43,7 @@ BENCHMARKS: dict[str, tuple[Measure, Collection[str], Collection[str]]] = {
     "ffn": (_of(operators.ffn_cases), _STEPS, ["pascal_b0"]),
     "step": (lambda size, options: bench_train_step.measure(size, options.repeats), _STEPS, ["pascal_b0"]),
     "flops": (lambda size, _: bench_train_step.count(size), _STEPS, ["pascal", "cityscapes", "coco"]),
+    "launches": (_launches, _STEPS, ["pascal"]),
     "static": (_static, _TARGETS, _TARGETS),
     "gpu": (lambda size, options: gpu.measure(size, options.budget), _STEPS, ["pascal"]),
 }

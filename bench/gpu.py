@@ -27,6 +27,7 @@ from allspark_fast.data.loader import EvalSample
 from allspark_fast.inference.evaluate import evaluate
 from allspark_fast.kernels.channel_attention import channel_attention
 from allspark_fast.kernels.selftest import TOLERANCE, check_kernels
+from allspark_fast.training.cuda_graph import WARMUP_STEPS
 from allspark_fast.training.step import Losses, TrainState, train_step
 from bench import harness, operators
 from bench.bench_train_step import SIZES, StepSize, make_variant, recorded_steps
@@ -52,15 +53,14 @@ LOCK_STEPS: dict[str, dict[str, Any]] = {
 # Other constants of channel attention's Triton module, to be timed against those that it has.
 ATTENTION_CONSTANTS: dict[str, dict[str, int]] = {
     "as it is": {},
-    "products in half as many pieces": {"PIECE_COLUMNS": 8192},
-    "in twice as many": {"PIECE_COLUMNS": 2048},
+    "pieces of 2048 columns": {"PIECE_COLUMNS": 2048},
+    "pieces of 8192 columns": {"PIECE_COLUMNS": 8192},
     "one sample at a time": {"WORKSPACE_BYTES": 0},
-    "softmax 1 x 8192": {"SOFTMAX_COLUMNS": 8192},
-    "softmax 4 x 2048": {"SOFTMAX_COLUMNS": 2048},
-    "softmax 1 x 4096, 4 warps": {"SOFTMAX_TILE": 4096, "SOFTMAX_WARPS": 4},
-    "gradient 2 x 2048": {"GRADIENT_COLUMNS": 2048},
-    "gradient 2 x 1024": {"GRADIENT_TILE": 2048},
-    "gradient 4 x 1024, 8 warps": {"GRADIENT_WARPS": 8},
+    "rows by 8192": {"ROW_COLUMNS": 8192},
+    "tiles 16 x 512": {"TILE_COLUMNS": 512},
+    "tiles 4 x 2048": {"TILE_COLUMNS": 2048},
+    "tiles 4 x 1024": {"TILE_ENTRIES": 4096},
+    "tiles 4 x 1024, 4 warps": {"TILE_ENTRIES": 4096, "WARPS": 4},
 }
 
 
@@ -157,13 +157,14 @@ def lock_step(size: StepSize, name: str) -> Iterator[Record]:
     config = TrainConfig(ema=0.9, **LOCK_STEPS[name])
     model = size.build_model(config.method).to(DEVICE)
     states = [TrainState(copy.deepcopy(model), config, total_steps=100, ema=copy.deepcopy(model)) for _ in range(3)]
-    ordinary = [functools.partial(train_step, state) for state in states[:2]]
-    takes: list[Callable[..., Losses]] = [*ordinary, recorded_steps(states[2])]
+    recorded = recorded_steps(states[2])
+    takes: list[Callable[..., Losses]] = [*(functools.partial(train_step, state) for state in states[:2]), recorded]
     found: dict[str, tuple[float, float, float]] = {}
-    # In each phase three ordinary steps, the recording, and two replays, of which one is skipped for its image.
-    for number, phase in enumerate([(False, False)] * 6 + [(config.method == "allspark", True)] * 6):
+    # In each phase ordinary steps, the recording, and two replays, of which one is skipped for its image.
+    steps = WARMUP_STEPS + 3
+    for number, phase in enumerate([(False, False)] * steps + [(config.method == "allspark", True)] * steps):
         start, batch, after = copy.deepcopy(states[0].state_dict()), size.random_batch().to(DEVICE), []
-        if number % 6 == 4:
+        if number % steps == steps - 2:
             batch.image[0, 0, 0, 0] = float("nan")
         for state, take in zip(states, takes, strict=True):
             state.load_state_dict(start)
@@ -184,6 +185,7 @@ def lock_step(size: StepSize, name: str) -> Iterator[Record]:
     record: Record = {"op": "lock_step", "size": str(size), "variant": name, "noise": max(noises), "error": max(errors)}
     record |= {"compared": len(errors), "equal": errors.count(0), "wrong": len(wrong)}
     yield record | {"note": "" if DEVICE == "cuda" else "ordinary steps in place of recorded ones"}
+    assert recorded.recording, "the step could not be recorded"
     assert not wrong, wrong[0]
 
 

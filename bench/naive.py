@@ -17,9 +17,9 @@ from allspark_fast.data.info import IGNORE_INDEX
 from allspark_fast.data.loader import SemiBatch
 from allspark_fast.model import AllSpark, SegFormerHead, Segmentor
 from allspark_fast.model.batch_norm import FiniteBatchNorm
+from allspark_fast.model.common import to_map, to_tokens
 from allspark_fast.model.cross_attention import CrossAttention
 from allspark_fast.model.mit import EfficientSelfAttention, MixFFN
-from allspark_fast.model.tokens import to_map, to_tokens
 from allspark_fast.training.step import Losses, TrainState
 
 
@@ -66,12 +66,12 @@ def make_naive(model: Segmentor) -> Segmentor:
     return model
 
 
-def naive_train_step(state: TrainState, batch: SemiBatch, *, use_memory: bool) -> Losses:
+def naive_train_step(state: TrainState, batch: SemiBatch, *, use_memory: bool, amp: bool = False) -> Losses:
     """Take a training step at the base learning rate, set on the host, where the losses are read too."""
     model, optimizer, config = state.model, state.optimizer, state.config
     for group in optimizer.param_groups:
         group["lr"] = config.lr * group["lr_scale"]
-    with torch.autocast(batch.image.device.type, torch.bfloat16, enabled=config.amp and batch.image.is_cuda):
+    with torch.autocast(batch.image.device.type, torch.bfloat16, enabled=amp):
         losses = naive_losses(model, batch, config, use_memory=use_memory)
     optimizer.zero_grad()
     losses.total.backward()

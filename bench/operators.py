@@ -12,7 +12,7 @@ from allspark_fast.kernels.channel_attention import channel_attention
 from allspark_fast.kernels.semantic_memory import channel_semantic_grouping, semantic_memory_enqueue
 from allspark_fast.kernels.upsample_argmax import upsample_argmax
 from allspark_fast.kernels.upsample_cross_entropy import upsample_cross_entropy
-from allspark_fast.model.activation_checkpointing import checkpointed
+from allspark_fast.model.common import checkpointed
 from allspark_fast.model.mit import MIT_CONFIGS, STRIDES, MixFFN
 from bench.bench_train_step import SIZES
 from bench.harness import DEVICE, DTYPE, Case, with_compiled

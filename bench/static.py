@@ -23,6 +23,7 @@ from triton.compiler import CompiledKernel
 from triton.runtime import JITFunction, driver
 
 from allspark_fast.kernels.channel_attention import kernel as channel_attention
+from allspark_fast.kernels.channel_attention.inputs import Inputs
 from allspark_fast.kernels.depthwise_gelu import kernel as depthwise_gelu
 from allspark_fast.kernels.semantic_memory import kernel as semantic_memory
 from allspark_fast.kernels.upsample_argmax import kernel as upsample_argmax
@@ -75,15 +76,17 @@ def step_launches(device: str, *, full: bool) -> Launches:
 def _launch_channel_attention(dtype: torch.dtype, tokens: int, dropout_p: float) -> None:
     """With 21 · 1024 keys and a group mask."""
     query, key = (torch.empty(batch, 1, tokens, n, dtype=dtype) for batch, n in ((4, 1024), (1, 21 * 1024)))
-    mask, seed = torch.empty(key.shape[3], dtype=torch.bool), torch.empty((), dtype=torch.int64)
+    mask = torch.empty(key.shape[3], dtype=torch.bool)
+    seed = torch.empty((), dtype=torch.int64) if dropout_p > 0 else None
+    inputs = Inputs(query, key, key, mask, dropout_p, seed)
 
     def no_product(*_: Tensor, out: Tensor, **__: object) -> Tensor:
         return out
 
     # Products are the library's. Of those in another dtype than their operands' torch has no fake results.
     with patch.multiple(torch, bmm=no_product, baddbmm=no_product):
-        output, statistics = channel_attention.forward(query, key, key, mask, 1e-5, dropout_p, seed)
-        channel_attention.backward(output, query, key, key, statistics, mask, dropout_p, seed)
+        output, statistics = channel_attention.forward(inputs, 1e-5)
+        channel_attention.backward(output, statistics, inputs)
 
 
 def _launch_others(dtype: torch.dtype) -> None:

@@ -15,12 +15,12 @@ from allspark_fast.device import choose_device
 from allspark_fast.errors import InputError
 from allspark_fast.files import require_parent, write_atomically
 from allspark_fast.inference.evaluate import evaluate
-from allspark_fast.inference.scores import draw_confusion, score_record, score_table
+from allspark_fast.inference.scores import score_record, score_table
 from allspark_fast.recipes import RECIPES
 from allspark_fast.weights.spec import load_model
 
 PARSER = command_parser("evaluate")
-PARSER.usage = "%(prog)s WEIGHTS [--split FILE] [--json FILE] [--confusion FILE] [RECIPE [--group.field value ...]]"
+PARSER.usage = "%(prog)s WEIGHTS [--split FILE] [--json FILE] [RECIPE [--group.field value ...]]"
 PARSER.epilog = (
     f"RECIPE ({', '.join(RECIPES)}) and its settings, as `check` takes them, say where the images are and how they "
     "are evaluated; without it, WEIGHTS must be a run folder, and the settings are those of the run. Crop and "
@@ -28,13 +28,7 @@ PARSER.epilog = (
 )
 PARSER.add_argument("weights", metavar="WEIGHTS", type=Path, help="a run folder, or a file; a file needs a RECIPE")
 PARSER.add_argument("--split", type=Path, metavar="FILE", help="split file to score, if not the validation images")
-PARSER.add_argument("--json", type=Path, metavar="FILE", help="write all scores to this file")
-PARSER.add_argument(
-    "--confusion",
-    type=Path,
-    metavar="FILE",
-    help="draw the confusion matrix into this file; default for a run without RECIPE: its confusion.png",
-)
+PARSER.add_argument("--json", type=Path, metavar="FILE", help="write all scores and the confusion matrix to this file")
 
 
 def run(arguments: list[str]) -> int:
@@ -44,20 +38,18 @@ def run(arguments: list[str]) -> int:
         PARSER.error(f"unrecognized arguments: {' '.join(settings)} (settings come after a RECIPE)")
     if settings:
         _, config = parse_config(settings, "evaluate WEIGHTS")
-        picture = options.confusion
-    else:
-        if not (options.weights / "config.json").is_file():
-            raise FileNotFoundError(
-                f"{options.weights}: not a run folder (no config.json); for other weights name a RECIPE"
-            )
+    elif (options.weights / "config.json").is_file():
         config = Config.read(options.weights / "config.json")
-        picture = options.confusion or options.weights / "confusion.png"
+    else:
+        raise FileNotFoundError(
+            f"{options.weights}: not a run folder (no config.json); for other weights name a RECIPE"
+        )
     if options.split is not None:
         if config.data.dataset == "scenes":
             raise InputError("--split: rendered scenes have no split files; leave it out")
         config = replace(config, data=replace(config.data, val=options.split))
-    for file in filter(None, (options.json, picture)):
-        require_parent(file)
+    if options.json is not None:
+        require_parent(options.json)
     device = choose_device(config.run.device)
     info, images = open_val(config.data)
     model, spec = load_model(options.weights)
@@ -80,6 +72,4 @@ def run(arguments: list[str]) -> int:
     if options.json is not None:
         record = json.dumps(score_record(scores, info), indent=2)
         write_atomically(options.json, lambda temporary: temporary.write_text(record, encoding="utf-8"))
-    if picture is not None:
-        draw_confusion(picture, scores, info)
     return 0

@@ -2,7 +2,6 @@
 
 import platform
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
 import torch
 
@@ -12,19 +11,18 @@ from allspark_fast.device import available_cpus
 from allspark_fast.kernels.triton_support import why_no_triton
 from allspark_fast.weights.spec import describe_model, find_weights, load_model
 
-_PACKAGES = ("torch", "torchvision", "triton", "safetensors", "timm", "huggingface_hub", "onnx", "onnxruntime")
+_PACKAGES = ("torch", "torchvision", "triton", "safetensors", "timm", "onnx", "onnxruntime")
 
 PARSER = command_parser("info")
-PARSER.add_argument("weights", metavar="WEIGHTS", nargs="?", type=Path, help="a run folder, or a file")
+PARSER.add_argument("weights", metavar="WEIGHTS", nargs="?", help="a run folder, or a file")
 
 
 def run(arguments: list[str]) -> int:
     """Describe this machine, or a file of weights."""
-    options = PARSER.parse_args(arguments)
-    if options.weights is None:
-        print(property_table(describe_machine()))
-    else:
-        print(f"{find_weights(options.weights)}:\n{property_table(describe_model(*load_model(options.weights)))}")
+    weights = PARSER.parse_args(arguments).weights
+    if weights is not None:
+        print(f"{find_weights(weights)}:")
+    print(property_table(describe_machine() if weights is None else describe_model(*load_model(weights))))
     return 0
 
 

@@ -56,7 +56,6 @@ def evaluate(
             target = torch.cat([sample.label.to(device, non_blocking=True) for sample in batch])
             labels, _ = predict_labels(model, images, mode=mode, crop=crop)
             confusion.update(labels, target)
-    confusion.add_ranks()
     return confusion.compute()
 
 

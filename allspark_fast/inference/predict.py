@@ -3,10 +3,10 @@
 import glob
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +24,7 @@ from allspark_fast.inference.evaluate import batches_of_equal_size, predict_labe
 from allspark_fast.model import Segmentor
 from allspark_fast.weights.spec import ModelSpec
 
+Result = TypeVar("Result")
 # Whole images take memory in proportion to their pixels, and more; larger ones than 2048 x 1024 go through windows.
 MAX_WHOLE_PIXELS = 2048 * 1024
 # Of an overlay, in pixels: what Pillow writes as JPEG.
@@ -82,25 +83,33 @@ class Predictor:
         """Label RGB images of equal size together; ``read_image`` returns such images.
 
         Raises:
-            TypeError: one is no Pillow image.
             ValueError: one is not RGB, their sizes differ, there is none, or ``mode`` is unknown.
         """
-        for image in images:
-            if not isinstance(image, Image.Image):
-                kind = type(image).__name__
-                raise TypeError(f"expected Pillow images, got {kind}: use Image.fromarray or read_image(path)")
-            if image.mode != "RGB":
-                raise ValueError(f"expected RGB images, got mode {image.mode}: use image.convert('RGB')")
-        sizes = {image.size for image in images}
-        if len(sizes) != 1:
-            raise ValueError(f"the images of a batch must have one size, got {sorted(sizes)}")
-        ((width, height),) = sizes
+        kinds = {(image.mode, image.size) for image in images}
+        if len(kinds) != 1 or images[0].mode != "RGB":
+            raise ValueError(f"expected RGB images (image.convert('RGB') makes one) of one size, got {sorted(kinds)}")
         batch = torch.stack([normalize_image(image, self.spec.mean, self.spec.std) for image in images])
-        mode = self.mode or ("sliding" if width * height > MAX_WHOLE_PIXELS else self.spec.mode)
+        large = images[0].width * images[0].height > MAX_WHOLE_PIXELS
+        mode = self.mode or ("sliding" if large else self.spec.mode)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
             labels, confidence = predict_labels(self.model, batch.to(self.device), mode=mode, crop=self.spec.crop)
         pairs = zip(labels.byte().cpu().numpy(), confidence.float().cpu().numpy(), strict=True)
         return [Prediction(*pair) for pair in pairs]
+
+    def predict(self, image: str | Path | Image.Image | npt.NDArray[np.uint8]) -> Prediction:
+        """Label one image: a file, a Pillow image, or an array (H, W, 3) or (H, W) of uint8.
+
+        Raises:
+            DataError: the file cannot be read as an image.
+            TypeError: the array is not of uint8, or of another shape.
+        """
+        if isinstance(image, np.ndarray):
+            if image.dtype != np.uint8 or image.shape[2:] not in ((), (3,)):
+                raise TypeError(f"expected uint8 (H, W, 3) or (H, W), got {image.dtype} {image.shape}")
+            image = Image.fromarray(image)
+        elif not isinstance(image, Image.Image):
+            image = read_image(image)
+        return self([image.convert("RGB")])[0]
 
 
 @dataclass(frozen=True)
@@ -143,8 +152,8 @@ class OutputFolder:
         labels.putpalette([part for color in self.info.palette for part in color])
         pictures = {
             "labels": labels,
-            "overlays": Image.blend(image, labels.convert("RGB"), _OVERLAY),
             "confidence": Image.fromarray((255 * prediction.confidence).round().astype(np.uint8)),
+            "overlays": Image.blend(image, labels.convert("RGB"), _OVERLAY),
         }
         for kind, file in self._files(name).items():
             if kind == "overlays" and max(image.size) > MAX_OVERLAY_SIDE:
@@ -155,9 +164,9 @@ class OutputFolder:
             write_atomically(file, pictures[kind].save)
 
     def _files(self, name: Path) -> dict[str, Path]:
-        confidence = {"confidence": ".png"} if self.confidence else {}
-        suffixes = {"labels": ".png", **confidence, "overlays": ".jpg"}
-        return {kind: self.path / kind / f"{name}{suffix}" for kind, suffix in suffixes.items()}
+        suffixes = {"labels": ".png", "confidence": ".png", "overlays": ".jpg"}
+        kinds = [kind for kind in suffixes if kind != "confidence" or self.confidence]
+        return {kind: self.path / kind / f"{name}{suffixes[kind]}" for kind in kinds}
 
 
 def find_images(arguments: Iterable[str], *, skip: Path) -> dict[Path, Path]:
@@ -180,8 +189,7 @@ def find_images(arguments: Iterable[str], *, skip: Path) -> dict[Path, Path]:
         files = {path: Path(path.stem)} if path.is_file() else dict(_search(argument, skip))
         if not files:
             raise FileNotFoundError(f"{argument!r}: no image, no folder with images, and no pattern that matches any")
-        for file, name in files.items():
-            found.setdefault(file, name)
+        found |= {file: name for file, name in files.items() if file not in found}
     return found
 
 
@@ -200,30 +208,20 @@ def _search(argument: str, skip: Path) -> Iterator[tuple[Path, Path]]:
 
 def predict_files(
     predictor: Predictor, files: Mapping[Path, Path], output: OutputFolder, *, batch_size: int
-) -> Iterator[DataError | OSError | None]:
+) -> Iterator[Exception | None]:
     """Predict what ``find_images`` found; yields None, or what went wrong with the file, for each as it is done."""
-    images = zip(files.values(), map(_read, files), strict=True)
+    images = ((name, _attempt(read_image, path)) for path, name in files.items())
     # Files that cannot be read have no size, and so a batch of their own.
     for batch in batches_of_equal_size(images, batch_size, lambda pair: getattr(pair[1], "size", None)):
         readable = [image for _, image in batch if isinstance(image, Image.Image)]
         predictions = iter(predictor(readable) if readable else [])
         for name, image in batch:
-            if isinstance(image, Image.Image):
-                yield _write(output, name, image, next(predictions))
-            else:
-                yield image
+            yield image if isinstance(image, Exception) else _attempt(output.write, name, image, next(predictions))
 
 
-def _write(output: OutputFolder, name: Path, image: Image.Image, prediction: Prediction) -> DataError | OSError | None:
+def _attempt(function: Callable[..., Result], *arguments: object) -> Result | Exception:
+    """Call a function on one file and return its result, or the error that concerns this file alone."""
     try:
-        output.write(name, image, prediction)
+        return function(*arguments)
     except (DataError, OSError) as error:
-        return error
-    return None
-
-
-def _read(path: Path) -> Image.Image | DataError:
-    try:
-        return read_image(path)
-    except DataError as error:
         return error

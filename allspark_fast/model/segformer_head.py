@@ -7,9 +7,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from allspark_fast.kernels.bilinear import linear_matrix
-from allspark_fast.model.activation_checkpointing import checkpointed
 from allspark_fast.model.batch_norm import FiniteBatchNorm
-from allspark_fast.model.tokens import map_size, to_map, to_tokens
+from allspark_fast.model.common import checkpointed, map_size, to_map, to_tokens
 
 
 class SegFormerHead(nn.Module):
@@ -30,11 +29,12 @@ class SegFormerHead(nn.Module):
         self, in_channels: Sequence[int], num_classes: int, embedding_dim: int = 768, *, dropout: float = 0.1
     ) -> None:
         super().__init__()
-        self.linear_c4 = _Projection(in_channels[3], embedding_dim)
-        self.linear_c3 = _Projection(in_channels[2], embedding_dim)
-        self.linear_c2 = _Projection(in_channels[1], embedding_dim)
-        self.linear_c1 = _Projection(in_channels[0], embedding_dim)
-        self.linear_fuse = _Fuse(embedding_dim)
+        self.linear_c4 = _Named(proj=nn.Linear(in_channels[3], embedding_dim))
+        self.linear_c3 = _Named(proj=nn.Linear(in_channels[2], embedding_dim))
+        self.linear_c2 = _Named(proj=nn.Linear(in_channels[1], embedding_dim))
+        self.linear_c1 = _Named(proj=nn.Linear(in_channels[0], embedding_dim))
+        conv = nn.Conv2d(4 * embedding_dim, embedding_dim, 1, bias=False)
+        self.linear_fuse = _Named(conv=conv, bn=FiniteBatchNorm(embedding_dim))
         self.dropout = nn.Dropout2d(dropout)
         self.linear_pred = nn.Conv2d(embedding_dim, num_classes, 1)
 
@@ -105,18 +105,14 @@ def _project(feature: Tensor, weight: Tensor, bias: Tensor | None, size: tuple[i
     return F.interpolate(feature, size, mode="bilinear", align_corners=False)
 
 
-class _Projection(nn.Module):
-    """Holds a linear layer under the state_dict's name ``linear_c*.proj``."""
+class _Named(nn.Module):
+    """Holds layers under names of the state_dict, such as ``linear_c1.proj``."""
 
-    def __init__(self, in_channels: int, embedding_dim: int) -> None:
+    proj: nn.Linear
+    conv: nn.Conv2d
+    bn: FiniteBatchNorm
+
+    def __init__(self, **layers: nn.Module) -> None:
         super().__init__()
-        self.proj = nn.Linear(in_channels, embedding_dim)
-
-
-class _Fuse(nn.Module):
-    """Holds the fusing convolution and its BatchNorm under the state_dict's names ``linear_fuse.conv`` and ``.bn``."""
-
-    def __init__(self, embedding_dim: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(4 * embedding_dim, embedding_dim, 1, bias=False)
-        self.bn = FiniteBatchNorm(embedding_dim)
+        for name, layer in layers.items():
+            self.add_module(name, layer)

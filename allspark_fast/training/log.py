@@ -13,11 +13,11 @@ Record = dict[str, Any]
 
 
 class MetricsLog:
-    """metrics.jsonl and TensorBoard events of a run, cut back to the step from which it resumes.
+    """metrics.jsonl and TensorBoard events of a run folder, cut back to the step from which it resumes.
 
     Args:
         folder: the run folder.
-        step: steps taken before; later records, of steps that will be taken again, are removed.
+        step: steps taken before; records of later ones are removed.
         evaluated: whether the last of them is evaluated; otherwise a record of its evaluation is removed too.
     """
 

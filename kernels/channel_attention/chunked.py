@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from allspark_fast.kernels.channel_attention.dropout import hash_keys, keep_mask
+from allspark_fast.kernels.channel_attention.inputs import Inputs, accumulation_dtype
 
 # On a CPU a chunk of a block, 256 KB in float32, stays in the L2 cache, and the products still run at their full rate.
 BLOCK_ROWS = 128
@@ -23,11 +24,6 @@ CHUNK = 512
 BLOCK_ENTRIES = 2**21
 # Exponentials and logarithms have base 2, and rows this factor: exp2 takes half of the time of exp on a CPU.
 _LOG2E = math.log2(math.e)
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype in which values of ``dtype`` are summed: float32, or float64 for float64."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _rows_first(x: Tensor, maps: int) -> Tensor:
@@ -55,15 +51,8 @@ class _Map:
         shift: products of query and key's mean without their own mean, (B, H, 1, Cq).
     """
 
-    def __init__(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        column_mask: Tensor | None,
-        dropout_p: float,
-        seed: Tensor | None,
-    ) -> None:
+    def __init__(self, inputs: Inputs) -> None:
+        query, key, value, column_mask, dropout_p, seed = inputs
         dtype = accumulation_dtype(key.dtype)
         self.query = query.to(dtype)
         self.key = key.flatten(0, 1).to(dtype, copy=True)
@@ -84,8 +73,7 @@ class _Map:
         shift = (self.key_mean * self.query).sum(2, keepdim=True)
         self.shift = shift - shift.mean(-1, keepdim=True)
         self.dropout_p = dropout_p
-        if dropout_p > 0:
-            assert seed is not None
+        if seed is not None:
             row_key, self.column_key = hash_keys(seed, *query.shape[:2], *(x.shape[3] for x in (query, key)))
             self.row_key = _rows_first(row_key[:, :, None], len(self.key))[..., 0]
 
@@ -112,32 +100,15 @@ class _Map:
         return x * keep_mask(self.row_key[:, block], self.column_key[chunk], self.dropout_p)
 
 
-def forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    column_mask: Tensor | None,
-    eps: float,
-    dropout_p: float,
-    seed: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def forward(inputs: Inputs, eps: float) -> tuple[Tensor, Tensor]:
     """softmax(InstanceNorm(queryᵀ key)) valueᵀ.
-
-    Args:
-        query: (B, H, N, Cq).
-        key: (B or 1, H, N, L).
-        value: (B or 1, H, N, L).
-        column_mask: bool (L,) or None.
-        eps: of the norm.
-        dropout_p: dropout of the attention map.
-        seed: int64 (), needed if ``dropout_p`` > 0.
 
     Returns:
         the output (B, H, N, Cq) in the query's dtype, and in the accumulation dtype (2, B, H, Cq): the log-sum-exp of
         every row's normalized logits, without their constant and in units of log2, and the factor rstd of its map.
         Rows whose columns are all masked give zeros.
     """
-    own = _Map(query, key, value, column_mask, dropout_p, seed)
+    query, own, dropout_p = inputs.query, _Map(inputs), inputs.dropout_p
     maps = len(own.key)
     variance = (own.moment * own.covariance).sum((-2, -1)) + own.shift.square().mean(-1)[..., 0]
     # Both terms are sums of squares, but the first is formed from products that can cancel below zero.
@@ -161,32 +132,10 @@ def forward(
     return _samples_first(output, query.shape).to(query.dtype), statistics
 
 
-def backward(
-    grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    statistics: Tensor,
-    column_mask: Tensor | None,
-    dropout_p: float,
-    seed: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of ``forward`` with respect to query, key and value.
-
-    Args:
-        grad: gradient of the output, (B, H, N, Cq).
-        query: as in ``forward``.
-        key: as in ``forward``.
-        value: as in ``forward``.
-        statistics: what ``forward`` returned beside the output.
-        column_mask: as in ``forward``.
-        dropout_p: as in ``forward``.
-        seed: as in ``forward``.
-
-    Returns:
-        gradients in the shapes and dtypes of query, key and value.
-    """
-    own = _Map(query, key, value, column_mask, dropout_p, seed)
+def backward(grad: Tensor, statistics: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of query, key and value, given that of the output and what ``forward`` returned beside it."""
+    query, key, value, column_mask, dropout_p, _ = inputs
+    own = _Map(inputs)
     maps = len(own.key)
     lse, rstd = _rows_first(statistics[0][:, :, None], maps), statistics[1][:, :, None, :1]
     rows = _rows_first(own.query * rstd, maps)

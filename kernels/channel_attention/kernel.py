@@ -18,79 +18,70 @@ import triton
 from torch import Tensor
 
 from allspark_fast.kernels.channel_attention import row_kernels
+from allspark_fast.kernels.channel_attention.dropout import drop_threshold
+from allspark_fast.kernels.channel_attention.inputs import Inputs
 
 # As many samples are computed at a time as fit in: forward keeps one map of their rows, backward two.
 WORKSPACE_BYTES = 256 * 2**20
 # Products over L have small results. They are made in pieces of about so many columns, to occupy all processors.
 PIECE_COLUMNS = 4096
-# Entries of a tile, its columns (at most, and at least: tiles of narrow maps have more rows), and warps.
-SOFTMAX_TILE, SOFTMAX_COLUMNS, SOFTMAX_WARPS = 8192, 4096, 8
-GRADIENT_TILE, GRADIENT_COLUMNS, GRADIENT_WARPS = 4096, 1024, 4
-MIN_COLUMNS = 512
+# Columns that a program reads at a time where it has a row to itself, and of a tile; narrow maps have fewer.
+ROW_COLUMNS, TILE_COLUMNS, MIN_COLUMNS = 4096, 1024, 512
+TILE_ENTRIES = 8192
+WARPS = 8
 
 
 class _Samples:
-    """Some samples, and their keys as the products take them; row_kernels.py says what the attributes are.
+    """Some samples, and their keys as the products take them; row_kernels.py says what the tensors are."""
 
-    Args:
-        first: number of the first of these samples.
-        others: arguments of ``forward``, cut to these samples.
-    """
-
-    def __init__(
-        self,
-        first: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        column_mask: Tensor | None,
-        dropout_p: float,
-        seed: Tensor | None,
-    ) -> None:
-        batch, heads, _, channels = query.shape
-        self.query = query.contiguous()
-        self.key, self.value = (x.flatten(0, 1).contiguous() for x in (key, value))
-        self.column_mask = None if column_mask is None else column_mask.contiguous()
-        self.maps, self.tokens, columns = self.key.shape
-        self.sizes = channels, batch * heads * channels // self.maps, columns
-        self.half_key = torch.empty_like(self.key, dtype=_half(key.dtype))
-        self.key_unit = key.new_empty(self.maps, dtype=torch.float32)
+    def __init__(self, inputs: Inputs, which: slice) -> None:
+        first, inputs = which.start, inputs.samples(which)
+        batch, heads, self.tokens, channels = inputs.query.shape
+        self.query = inputs.query.contiguous()
+        self.key, self.value = (x.flatten(0, 1).contiguous() for x in (inputs.key, inputs.value))
+        self.maps, _, columns = self.key.shape
+        rows = batch * heads * channels // self.maps
+        self.sizes = channels, rows, columns
+        column_mask = None if inputs.column_mask is None else inputs.column_mask.contiguous()
+        self.half_key = torch.empty_like(self.key, dtype=_half(self.key.dtype))
+        self.key_unit = self.key.new_empty(self.maps, dtype=torch.float32)
         self.mean, peak, self.count = self.key_unit.new_empty((3, self.maps, self.tokens))
         row_kernels.key_statistics_kernel[(self.maps * self.tokens,)](
-            self.key, self.column_mask, self.mean, peak, self.count, columns,
-            BLOCK_L=_width(columns, SOFTMAX_COLUMNS), num_warps=SOFTMAX_WARPS,
+            self.key, column_mask, self.mean, peak, self.count, columns,
+            BLOCK_L=_width(columns, ROW_COLUMNS), num_warps=WARPS,
         )  # fmt: skip
         row_kernels.half_key_kernel[triton.cdiv(self.tokens, 16), triton.cdiv(columns, 512), self.maps](
-            self.key, self.column_mask, self.mean, peak, self.half_key, self.key_unit, self.tokens, columns,
-            BLOCK_N=16, BLOCK_L=512, num_warps=8,
+            self.key, column_mask, self.mean, peak, self.half_key, self.key_unit, self.tokens, columns,
+            BLOCK_N=16, BLOCK_L=512, num_warps=WARPS,
         )  # fmt: skip
-        row_key = column_key = None
-        if dropout_p > 0:
-            row_key = torch.empty((batch, heads, channels), dtype=torch.int32, device=key.device)
-            column_key = torch.empty(columns, dtype=torch.int32, device=key.device)
-            rows = row_key.numel()
-            row_kernels.hash_keys_kernel[(triton.cdiv(max(rows, columns), 1024),)](
-                seed, row_key, column_key, first * heads * channels, rows, columns, BLOCK=1024
-            )
-        # Hashes below the threshold are dropped, see dropout.keep_mask.
-        self.mask = self.column_mask, row_key, column_key, round(dropout_p * 2**32) - 2**31
-        self.keep_scale = 1 / (1 - dropout_p)
+        self.mask = column_mask, inputs.seed, first * heads * channels, drop_threshold(inputs.dropout_p)
+        self.keep_scale = 1 / (1 - inputs.dropout_p)
+        width = _width(columns, TILE_COLUMNS)
+        self.tile = {"BLOCK_R": TILE_ENTRIES // width, "BLOCK_L": width, "num_warps": WARPS}
+        # One program for a tile, for a sample's rows of a map, and for a tile of results (B, H, N, C).
+        self.tiles_grid = triton.cdiv(rows, self.tile["BLOCK_R"]), triton.cdiv(columns, width), self.maps
+        self.samples_grid = rows // channels, self.maps
+        self.results_grid = triton.cdiv(rows, 128), triton.cdiv(self.tokens, 16), self.maps
 
-    def pack(
-        self, x: Tensor, rows: Tensor | None, half_rows: Tensor | None, unit: Tensor, shift: Tensor | None = None
-    ) -> None:
-        """Pack the query, or a gradient, which has no shift and will meet the value."""
-        channels, row_count, _ = self.sizes
-        mean, key_unit = (None, None) if shift is None else (self.mean, self.key_unit)
-        peak = None
-        if half_rows is not None and shift is None:
-            peak = torch.linalg.vector_norm(self.value, math.inf, (1, 2), dtype=torch.float32)
+    def half_rows(self, x: Tensor, unit: Tensor, shift: Tensor | None = None) -> Tensor:
+        """Return rows of the query, or of a gradient, which has no shift, in half precision; fill unit and shift."""
+        channels, rows, _ = self.sizes
+        mean, value_peak = self.mean, None
+        if shift is None:
+            mean, value_peak = None, torch.linalg.vector_norm(self.value, math.inf, (1, 2), dtype=torch.float32)
+        half_rows = self.half_key.new_empty((self.maps, self.tokens, rows))
         # Sums of N products of numbers below 2 and 2 · range_factor stay within float16.
         range_factor = 2**13 / triton.next_power_of_2(self.tokens)
-        row_kernels.pack_kernel[triton.cdiv(row_count, 32), self.maps](
-            x, mean, key_unit, peak, rows, half_rows, unit, shift, self.tokens, channels, row_count, range_factor,
+        row_kernels.half_rows_kernel[triton.cdiv(rows, 32), self.maps](
+            x, mean, self.key_unit, value_peak, half_rows, unit, shift, self.tokens, channels, rows, range_factor,
             BLOCK_R=32, BLOCK_N=64,
         )  # fmt: skip
+        return half_rows
+
+    def rows(self, x: Tensor) -> Tensor:
+        """Pack x (B, H, N, C) into (maps, N, R)."""
+        x = x.reshape(-1, self.maps, *x.shape[2:])
+        return x.permute(1, 2, 0, 3).reshape(self.maps, self.tokens, -1)
 
 
 def _half(dtype: torch.dtype) -> torch.dtype:
@@ -102,25 +93,24 @@ def _width(columns: int, most: int) -> int:
     return min(most, max(MIN_COLUMNS, triton.next_power_of_2(columns)))
 
 
-def _parts(query: Tensor, key: Tensor, buffers: int) -> list[slice]:
+def _parts(inputs: Inputs, buffers: int) -> list[slice]:
     """Samples to compute at a time: as many as fit into the workspace with so many maps each, at least one."""
-    batch, heads, _, channels = query.shape
-    step = max(1, WORKSPACE_BYTES // (buffers * heads * channels * key.shape[3] * key.itemsize))
+    batch, heads, _, channels = inputs.query.shape
+    step = max(1, WORKSPACE_BYTES // (buffers * heads * channels * inputs.key.shape[3] * inputs.key.itemsize))
     return [slice(start, min(start + step, batch)) for start in range(0, batch, step)]
 
 
-def _product(a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool = False) -> None:
+def _product(a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool = False) -> Tensor:
     """Set ``out`` to a b, batched, or add that to it; sums are float32, whatever the dtype of ``out``."""
     if a.device.type == "cpu":  # whose products of half precision are slow, and have no other dtype for the result
         a, b = a.float(), b.float()
     if a.dtype == out.dtype:
-        torch.baddbmm(out, a, b, beta=int(accumulate), out=out)
-    elif a.device.type == "cpu":
-        out.copy_(a @ b)
-    elif accumulate:
-        torch.baddbmm(out, a, b, out_dtype=out.dtype, out=out)
-    else:
-        torch.bmm(a, b, out_dtype=out.dtype, out=out)
+        return torch.baddbmm(out, a, b, beta=int(accumulate), out=out)
+    if a.device.type == "cpu":
+        return out.copy_(a @ b)
+    if accumulate:
+        return torch.baddbmm(out, a, b, out_dtype=out.dtype, out=out)
+    return torch.bmm(a, b, out_dtype=out.dtype, out=out)
 
 
 def _pieces_product(a: Tensor, b: Tensor) -> Tensor:
@@ -140,81 +130,55 @@ def _pieces_product(a: Tensor, b: Tensor) -> Tensor:
     return parts
 
 
-def forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    column_mask: Tensor | None,
-    eps: float,
-    dropout_p: float,
-    seed: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def forward(inputs: Inputs, eps: float) -> tuple[Tensor, Tensor]:
     """As ``chunked.forward``, for float16, bfloat16 and float32."""
-    batch, heads, _, channels = query.shape
+    query = inputs.query
     output = query.new_empty(query.shape)
-    statistics = query.new_empty((2, batch, heads, channels), dtype=torch.float32)
-    for which in _parts(query, key, buffers=1):
-        own = slice(None) if key.shape[0] == 1 else which
-        samples = _Samples(which.start, query[which], key[own], value[own], column_mask, dropout_p, seed)
-        lse, rstd = statistics[:, which]
-        _attend(samples, eps, output[which], lse, rstd)
+    statistics = query.new_empty((2, *query[:, :, 0].shape), dtype=torch.float32)
+    for which in _parts(inputs, buffers=1):
+        _attend(_Samples(inputs, which), eps, output[which], *statistics[:, which])
     return output, statistics
 
 
 def _attend(samples: _Samples, eps: float, output: Tensor, lse: Tensor, rstd: Tensor) -> None:
     """Fill output, lse and rstd."""
-    maps, tokens, (channels, rows, columns) = samples.maps, samples.tokens, samples.sizes
-    half_rows = samples.half_key.new_empty((maps, tokens, rows))
+    channels, rows, columns = samples.sizes
     unit, shift, maximum, squares = lse.new_empty((4, *lse.shape))
-    samples.pack(samples.query, None, half_rows, unit, shift)
-
-    probability = samples.key.new_empty((maps, rows, columns))
-    logits = probability.view(half_rows.dtype)
-    _product(half_rows.mT, samples.half_key, logits)
-    width = _width(columns, SOFTMAX_COLUMNS)
-    row_kernels.row_statistics_kernel[rows, maps](
-        logits, samples.column_mask, maximum, squares, *samples.sizes, BLOCK_L=width, num_warps=SOFTMAX_WARPS
-    )
-    block_c = triton.next_power_of_2(channels)
-    row_kernels.rstd_kernel[rows // channels, maps](
-        squares, unit, shift, samples.count, rstd, tokens, channels, eps, BLOCK_C=block_c
-    )
-    block_r, tiles = SOFTMAX_TILE // width, triton.cdiv(columns, width)
-    sums = lse.new_empty((tiles, *lse.shape))
-    row_kernels.softmax_kernel[triton.cdiv(rows, block_r), tiles, maps](
-        probability, logits, unit, rstd, maximum, *samples.mask, sums, *samples.sizes,
-        BLOCK_R=block_r, BLOCK_L=width, num_warps=SOFTMAX_WARPS,
+    half_rows = samples.half_rows(samples.query, unit, shift)
+    probability = samples.key.new_empty((samples.maps, rows, columns))
+    logits = _product(half_rows.mT, samples.half_key, probability.view(half_rows.dtype))
+    row_kernels.row_statistics_kernel[rows, samples.maps](
+        logits, samples.mask[0], maximum, squares, *samples.sizes,
+        BLOCK_L=_width(columns, ROW_COLUMNS), num_warps=WARPS,
     )  # fmt: skip
+    row_kernels.rstd_kernel[samples.samples_grid](
+        squares, unit, shift, samples.count, rstd, samples.tokens, channels, eps,
+        BLOCK_C=triton.next_power_of_2(channels),
+    )  # fmt: skip
+    sums = lse.new_empty((samples.tiles_grid[1], *lse.shape))
+    row_kernels.softmax_kernel[samples.tiles_grid](
+        probability, logits, unit, rstd, maximum, sums, *samples.mask, *samples.sizes, **samples.tile
+    )
     parts = _pieces_product(samples.value, probability)
-    row_kernels.finish_kernel[triton.cdiv(rows, 128), triton.cdiv(tokens, 16), maps](
-        parts, sums, unit, rstd, maximum, lse, None, None, None, output, tokens, channels, rows, len(parts), tiles,
-        samples.keep_scale, BLOCK_R=128, BLOCK_N=16,
+    row_kernels.finish_kernel[samples.results_grid](
+        parts, sums, unit, rstd, maximum, lse, None, None, None, output, samples.tokens, channels, rows, len(parts),
+        len(sums), samples.keep_scale, BLOCK_R=128, BLOCK_N=16,
     )  # fmt: skip
 
 
-def backward(
-    grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    statistics: Tensor,
-    column_mask: Tensor | None,
-    dropout_p: float,
-    seed: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+def backward(grad: Tensor, statistics: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
     """As ``chunked.backward``, for float16, bfloat16 and float32."""
-    parts = _parts(query, key, buffers=2)
-    shared = key.shape[0] == 1
-    grad, grad_query = grad.contiguous(), query.new_empty(query.shape)
+    query, key, value, *_ = inputs
+    parts, shared = _parts(inputs, buffers=2), key.shape[0] == 1
     # What several parts add to shared keys is rounded once.
     dtype = torch.float32 if shared and len(parts) > 1 else key.dtype
+    grad_query = query.new_empty(query.shape)
     grad_key, grad_value = (key.new_empty(key.shape, dtype=dtype) for _ in range(2))
     for which in parts:
         own = slice(None) if shared else which
-        samples = _Samples(which.start, query[which], key[own], value[own], column_mask, dropout_p, seed)
-        lse, rstd = statistics[:, which]
         grads = grad_query[which], grad_key[own].flatten(0, 1), grad_value[own].flatten(0, 1)
-        _differentiate(samples, grad[which], lse, rstd, grads, accumulate=shared and which.start > 0)
+        samples, accumulate = _Samples(inputs, which), shared and which.start > 0
+        _differentiate(samples, grad[which].contiguous(), *statistics[:, which], grads, accumulate=accumulate)
     return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype)
 
 
@@ -223,39 +187,31 @@ def _differentiate(
 ) -> None:
     """Fill the gradients of query, key and value, or add to the last two."""
     grad_query, grad_key, grad_value = grads
-    maps, tokens, (channels, rows, columns) = samples.maps, samples.tokens, samples.sizes
-    packed_query, packed_grad = samples.key.new_empty((2, maps, tokens, rows))
-    half_rows = samples.half_key.new_empty((maps, tokens, rows))
-    unit, shift, grad_unit, delta, slope, offset = lse.new_empty((6, *lse.shape))
-    samples.pack(samples.query, packed_query, half_rows, unit, shift)
-    # The gradient of a scaled loss can be so large that dP overflows float16.
-    half_grad = torch.empty_like(half_rows) if samples.key.dtype == torch.float16 else None
-    samples.pack(grad_output, packed_grad, half_grad, grad_unit)
+    channels, rows, columns = samples.sizes
+    unit, shift, delta, slope, offset = lse.new_empty((5, *lse.shape))
+    half_rows = samples.half_rows(samples.query, unit, shift)
+    query, grad = samples.rows(samples.query), samples.rows(grad_output)
+    half_grad, grad_unit = grad, None
+    if grad.dtype == torch.float16:  # the gradient of a scaled loss can be so large that dP overflows
+        grad_unit = torch.empty_like(unit)
+        half_grad = samples.half_rows(grad_output, grad_unit)
+    probability, grad_logits = samples.key.new_empty((2, samples.maps, rows, columns))
+    logits = _product(half_rows.mT, samples.half_key, probability.view(half_rows.dtype))
+    _product(half_grad.mT, samples.value, grad_logits)
 
-    probability, grad_logits = samples.key.new_empty((2, maps, rows, columns))
-    logits = probability.view(half_rows.dtype)
-    _product(half_rows.mT, samples.half_key, logits)
-    _product((packed_grad if half_grad is None else half_grad).mT, samples.value, grad_logits)
-    width = _width(columns, GRADIENT_COLUMNS)
-    block_r, tiles = GRADIENT_TILE // width, triton.cdiv(columns, width)
-    grid = triton.cdiv(rows, block_r), tiles, maps
-    sums = lse.new_empty((4, tiles, *lse.shape))
-    entries = unit, None if half_grad is None else grad_unit, rstd, lse, *samples.mask, samples.keep_scale
-    row_kernels.row_sums_kernel[grid](
-        grad_logits, logits, *entries, sums, *samples.sizes, BLOCK_R=block_r, BLOCK_L=width, num_warps=GRADIENT_WARPS
-    )
-    block_c = triton.next_power_of_2(channels)
-    row_kernels.norm_gradient_kernel[rows // channels, maps](
-        sums, shift, rstd, samples.count, delta, slope, offset, tokens, channels, tiles, BLOCK_C=block_c
-    )
-    row_kernels.gradient_kernel[grid](
-        probability, grad_logits, logits, grad_logits, *entries, delta, slope, offset, sums[0], *samples.sizes,
-        BLOCK_R=block_r, BLOCK_L=width, num_warps=GRADIENT_WARPS,
+    sums = lse.new_empty((4, samples.tiles_grid[1], *lse.shape))
+    tensors = grad_logits, probability, logits, unit, grad_unit, rstd, lse
+    rest = sums, *samples.mask, samples.keep_scale, *samples.sizes
+    row_kernels.gradient_kernel[samples.tiles_grid](*tensors, None, None, None, *rest, **samples.tile)
+    row_kernels.norm_gradient_kernel[samples.samples_grid](
+        sums, shift, rstd, samples.count, delta, slope, offset, samples.tokens, channels, sums.shape[1],
+        BLOCK_C=triton.next_power_of_2(channels),
     )  # fmt: skip
-    _product(packed_grad, probability, grad_value, accumulate=accumulate)
-    _product(packed_query, grad_logits, grad_key, accumulate=accumulate)
+    row_kernels.gradient_kernel[samples.tiles_grid](*tensors, delta, slope, offset, *rest, **samples.tile)
+    _product(grad, probability, grad_value, accumulate=accumulate)
+    _product(query, grad_logits, grad_key, accumulate=accumulate)
     parts = _pieces_product(samples.key, grad_logits)
-    row_kernels.finish_kernel[triton.cdiv(rows, 128), triton.cdiv(tokens, 16), maps](
-        parts, sums[0], None, rstd, None, None, offset, samples.count, samples.mean, grad_query, tokens, channels,
-        rows, len(parts), tiles, samples.keep_scale, BLOCK_R=128, BLOCK_N=16,
+    row_kernels.finish_kernel[samples.results_grid](
+        parts, sums[0], None, rstd, None, None, offset, samples.count, samples.mean, grad_query, samples.tokens,
+        channels, rows, len(parts), sums.shape[1], samples.keep_scale, BLOCK_R=128, BLOCK_N=16,
     )  # fmt: skip

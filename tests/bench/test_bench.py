@@ -38,6 +38,7 @@ def test_every_benchmark_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         "mix_ffn",
         "train_step",
         "train_step_cost",
+        "launches",
     }
     for record in records:
         assert record["conditions"] == conditions()

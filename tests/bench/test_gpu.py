@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from allspark_fast.kernels.selftest import Result
-from allspark_fast.training.step import Losses, TrainState, train_step
+from allspark_fast.training.cuda_graph import GraphedSteps
+from allspark_fast.training.step import Losses, TrainState
 from bench import gpu
 from bench.__main__ import main
 from bench.bench_train_step import SIZES
@@ -50,30 +51,32 @@ def test_a_whole_dry_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
     assert sum(record["op"] == "lock_step" for record in records) == len(gpu.LOCK_STEPS)
 
 
-def wrong_rate(state: TrainState) -> Callable[..., Losses]:
+def wrong_rate(state: TrainState) -> None:
     state.config = dataclasses.replace(state.config, lr=1.05 * state.config.lr)
-    return functools.partial(train_step, state)
 
 
-def wrong_numbers(state: TrainState) -> Callable[..., Losses]:
-    return lambda *arguments, **phase: [torch.rand(()), train_step(state, *arguments, **phase)][1]
+def wrong_numbers(_: TrainState) -> None:
+    torch.rand(())
 
 
-def no_skipping(state: TrainState) -> Callable[..., Losses]:
-    def step(*arguments: object, **phase: bool) -> Losses:
-        before = state.skipped.clone()
-        losses = train_step(state, *arguments, **phase)
-        state.skipped.copy_(before)
-        return losses
-
-    return step
+def no_skipping(state: TrainState) -> None:
+    state.skipped.fill_(0)
 
 
-@pytest.mark.parametrize("recorded", [wrong_rate, wrong_numbers, no_skipping])
+@pytest.mark.parametrize("mutant", [wrong_rate, wrong_numbers, no_skipping])
 def test_wrong_recorded_steps_are_noticed(
-    monkeypatch: pytest.MonkeyPatch, recorded: Callable[[TrainState], Callable[..., Losses]]
+    monkeypatch: pytest.MonkeyPatch, mutant: Callable[[TrainState], None]
 ) -> None:
-    monkeypatch.setattr(gpu, "recorded_steps", recorded)
+    """Replays take the step after a mutation."""
+
+    def record(state: TrainState, step: Callable[[], Losses], _: object) -> tuple[Losses, Callable[[], object]]:
+        losses = Losses(*torch.zeros(3))
+        return losses, lambda: [mutant(state), *(x.copy_(y) for x, y in zip(losses, step(), strict=True))]
+
+    def recorded_steps(state: TrainState) -> GraphedSteps:
+        return GraphedSteps(state, record=functools.partial(record, state))
+
+    monkeypatch.setattr(gpu, "recorded_steps", recorded_steps)
     found = gpu.lock_step(SIZES["tiny"], CASE)
     assert next(found)["wrong"] > 0
     with pytest.raises(AssertionError, match="is off by"):

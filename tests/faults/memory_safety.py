@@ -117,8 +117,8 @@ def check(op: str, shapes: int, seed: int = 0) -> None:
         AssertionError: a kernel touched what it must not; the message names the number of the shape.
     """
     # One sample at a time, products in several pieces, and tiles that small inputs do not fit into.
-    small = {"WORKSPACE_BYTES": 0, "PIECE_COLUMNS": 32, "SOFTMAX_TILE": 512, "GRADIENT_TILE": 512}
-    columns = dict.fromkeys(("SOFTMAX_COLUMNS", "GRADIENT_COLUMNS", "MIN_COLUMNS"), 64)
+    small = {"WORKSPACE_BYTES": 0, "PIECE_COLUMNS": 32, "TILE_ENTRIES": 512}
+    columns = dict.fromkeys(("ROW_COLUMNS", "TILE_COLUMNS", "MIN_COLUMNS"), 64)
     for number in range(seed, seed + shapes):
         torch.manual_seed(number)
         try:

@@ -19,7 +19,7 @@ ARGUMENTS = {
         "--data.crop --train.lr --run.output-dir --model.weights --train.method --no.such",
     ),
     "check": ("folder --data.root data", "--data.root --data.val --data.labeled --data.std --eval.mode"),
-    "evaluate": ("model.safetensors folder --data.root data", "--split --json --confusion --data.root --data.crop"),
+    "evaluate": ("model.safetensors folder --data.root data", "--split --json --data.root --data.crop"),
     "predict": ("model.safetensors photo.png", "--out --confidence --overwrite --whole --window --batch --half"),
     "convert": ("model.safetensors new.pth", "--classes --overwrite"),
     "export": ("model.safetensors new.pt2", "--overwrite"),

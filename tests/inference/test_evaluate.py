@@ -37,7 +37,7 @@ def test_batches_score_as_single_images_do(mode: str, dtype: torch.dtype) -> Non
     for batch_size, ranks in ((4, 1), (2, 3)):
         parts = (samples[rank::ranks] for rank in range(ranks))
         scores = [evaluate(model, part, 3, mode=mode, crop=64, batch_size=batch_size) for part in parts]
-        assert torch.equal(sum(x.confusion for x in scores), confusion.matrix)
+        assert torch.equal(sum(x.confusion for x in scores), confusion.compute().confusion)
 
 
 def test_batches_hold_every_item_once_and_few_items_wait() -> None:

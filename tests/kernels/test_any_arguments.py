@@ -18,6 +18,7 @@ from torch.nn.functional import normalize
 
 from allspark_fast.kernels.channel_attention import channel_attention
 from allspark_fast.kernels.channel_attention import reference as attention_reference
+from allspark_fast.kernels.channel_attention.inputs import Inputs
 from allspark_fast.kernels.depthwise_gelu import depthwise_gelu
 from allspark_fast.kernels.depthwise_gelu import reference as depthwise_reference
 from allspark_fast.kernels.semantic_memory import channel_semantic_grouping, semantic_memory_enqueue
@@ -58,7 +59,8 @@ def expected_attention(
     if seed is None:  # drawn as the operator draws it
         seed = torch.randint(2**63 - 1, ())
     wide = (x.double() for x in (query, key, value))
-    return attention_reference.channel_attention(*wide, mask, eps, dropout_p, seed).to(query.dtype)
+    inputs = Inputs(*wide, mask, dropout_p, seed if dropout_p > 0 else None)
+    return attention_reference.channel_attention(inputs, eps).to(query.dtype)
 
 
 def similarity_reached(op: Callable[..., Tensor], features: Tensor, class_map: Tensor) -> Tensor:

@@ -137,21 +137,25 @@ class TestEncoder:
             tiny_segmentor(crop=(64, 28))
 
     def test_drop_path_grows_and_keeps_the_mean(self) -> None:
-        encoder = MixTransformer(MIT_CONFIGS["mit_b0"])
-        blocks = [module for module in encoder.modules() if isinstance(module, Block)]
-        rates = [block.drop_path for block in blocks]
-        torch.testing.assert_close(torch.tensor(rates), torch.linspace(0, 0.1, 8))
-        block = blocks[-1].train()
-        block.transform = lambda _block, _tokens, _size, *scales: torch.stack(scales)
-        for scale in block(torch.ones(20000, 1, 1), (1, 1)):
-            assert scale.unique().tolist() == pytest.approx([0.0, 1 / 0.9])
-            assert scale.mean().item() == pytest.approx(1, abs=0.02)
+        encoder, images = MixTransformer(MIT_CONFIGS["mit_b0"]), torch.empty(20000, 3, 1, 1)
+        scales = encoder.draw_scales(images)
+        assert [x.shape for x in scales] == 8 * [(2, 20000, 1, 1)]
+        for scale, rate in zip(scales, torch.linspace(0, 0.1, 8).tolist(), strict=True):
+            assert scale.unique().tolist() == pytest.approx([0.0, 1 / (1 - rate)] if rate else [1.0])
+            torch.testing.assert_close(scale.mean((1, 2, 3)), torch.ones(2), rtol=0, atol=0.02)
+        assert encoder.eval().draw_scales(images) == 8 * [None]
+
+    def test_scales_drop_a_branch_of_a_sample(self) -> None:
+        block, tokens = Block(8, 2, 1, 4), torch.randn(3, 6, 8)
+        attended = tokens + block.attn(block.norm1(tokens), (2, 3))
+        branch = block.mlp(block.norm2(attended), (2, 3))
+        scales = torch.tensor([[1.0, 1.0, 0.0], [1.0, 0.5, 0.0]])[..., None, None]
+        expected = torch.stack([attended[0] + branch[0], attended[1] + branch[1] / 2, tokens[2]])
+        torch.testing.assert_close(block(tokens, (2, 3), scales), expected)
 
     def test_checkpointed_blocks_change_no_number_and_keep_less(self) -> None:
         plain = MixTransformer(MIT_CONFIGS["mit_tiny"])
-        for module in plain.modules():
-            if isinstance(module, Block):
-                module.drop_path = 0.5
+        plain.drop_path = 0.5
         checkpointed = copy.deepcopy(plain)
         checkpointed.activation_checkpointing = True
         images = torch.randn(4, 3, 64, 64)

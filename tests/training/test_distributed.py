@@ -1,6 +1,8 @@
 """Steps, collectives and evaluation on several gloo ranks, against one process that sees the same images."""
 
 import copy
+import functools
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -20,12 +22,16 @@ from allspark_fast.model import build_segmentor
 from allspark_fast.model.cross_attention import CrossAttention
 from allspark_fast.model.mit import Block, compile_blocks
 from allspark_fast.model.options import AllSparkOptions
+from allspark_fast.training import cuda_graph
 from allspark_fast.training import setup as prepare
 from allspark_fast.training.setup import build_state, check_batch
 from allspark_fast.training.sharding import block_policy, gather_state
-from allspark_fast.training.step import TrainState, compute_losses, pseudo_pass, train_step
+from allspark_fast.training.step import Losses, TrainState, pseudo_pass, train_step
 from bench.bench_train_step import without_dropout
 from tests.helpers.ranks import run_on_ranks
+from tests.helpers.runs import differences
+from tests.helpers.steplog import logged_steps
+from tests.helpers.steps import BEYOND, autocast_as_on_a_gpu
 
 STEPS = 3
 # With BatchNorm alone, and with an activation behind it.
@@ -37,12 +43,12 @@ def make_state(memory_sync: str = "all", backbone: str = "mit_tiny", **options: 
     torch.manual_seed(0)
     bottleneck = AllSparkOptions(memory_init="empty", memory_sync=memory_sync)
     model = build_segmentor(backbone, 3, (64, 64), allspark=bottleneck, embedding_dim=16)
-    config = TrainConfig(lr=0.01, kv_source="image", pseudo_padding=False, ema=0.9, **options)
+    config = TrainConfig(**{"lr": 0.01, "kv_source": "image", "pseudo_padding": False, "ema": 0.9, **options})
     return build_state(without_dropout(model), config, total_steps=10)
 
 
-def make_batch(step: int, size: int, part: slice = slice(None)) -> SemiBatch:
-    """Images of one step, of which very different numbers of pixels count."""
+def make_batch(step: int, size: int, part: slice = slice(None), *, mixing: bool = False) -> SemiBatch:
+    """Images of one step, of which very different numbers of pixels count; mixed at random if asked for."""
     generator = torch.Generator().manual_seed(step)
     images = torch.randn(2, size, 3, 64, 64, generator=generator)
     label = torch.randint(3, (size, 64, 64), generator=generator)
@@ -50,7 +56,9 @@ def make_batch(step: int, size: int, part: slice = slice(None)) -> SemiBatch:
     for i in range(size):
         label[i, 10 + 40 * i // size :] = 255
         valid[i, :, 60 - 50 * i // size :] = False
-    return SemiBatch(*(x[part] for x in (images[0], label, images[1], valid)), None)
+    mixed, pasted = torch.rand(2, size, 64, 64, generator=generator) < 0.3
+    masks = (mixed[part], (pasted & (label < 255))[part]) if mixing else ()
+    return SemiBatch(*(x[part] for x in (images[0], label, images[1], valid)), None, None, *masks)
 
 
 def own_part(size: int) -> slice:
@@ -64,13 +72,16 @@ def flatten(state: TrainState) -> dict[str, Tensor]:
     tensors = {f"{group}.{name}": x for group in ("model", "ema") for name, x in gathered[group].items()}
     for index, values in enumerate(gathered["optimizer"]):
         tensors |= {f"optimizer.{index}.{key}": x for key, x in values.items()}
-    return tensors | {"loss_sums": gathered["loss_sums"]}
+    return {**tensors, "loss_sums": gathered["loss_sums"], **gathered["classes"]}
 
 
-def train_steps(size: int, state: TrainState) -> dict[str, Tensor]:
+def train_steps(size: int, state: TrainState, take: Callable[..., Losses] | None = None) -> dict[str, Tensor]:
     """What some steps on this rank's part of the same images leave, and their losses."""
-    losses = [train_step(state, make_batch(step, size, own_part(size)), use_memory=True) for step in range(STEPS)]
-    return {**flatten(state), "losses": torch.stack([torch.stack(x) for x in losses])}
+    take = take or functools.partial(train_step, state)
+    mixing = state.config.cutmix > 0
+    batches = [make_batch(step, size, own_part(size), mixing=mixing) for step in range(STEPS)]
+    losses = [torch.stack(take(batch, use_memory=True)).clone() for batch in batches]
+    return {**flatten(state), "losses": torch.stack(losses)}
 
 
 def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -86,8 +97,15 @@ def on_two_ranks() -> dict[str, Any]:
         results[sharding] = train_steps(2, state := make_state(sharding=sharding))
         results[f"{sharding} memory"] = dict(state.model.decoder.allspark.attn.named_buffers())
         results[f"{sharding} evaluated"] = dict(state.evaluated_model().state_dict())
+    with patch.object(cuda_graph, "WARMUP_STEPS", 1):
+        for sync in ("all", "rank0"):
+            state, found = make_state(sync), []
+            results[f"recorded {sync}"] = train_steps(2, state, logged_steps(state, report=found.append))
+            results[f"ordinary {sync}"] = train_steps(2, make_state(sync))
+            results[f"errors {sync}"] = [x["recorded_step"]["error"] for x in found]
     with patch.object(prepare, "compile_blocks", lambda model, _: compile_blocks(model, "aot_eager")):
-        results["compiled"] = train_steps(2, make_state(sharding="fsdp", compile=True))
+        results["compiled"] = train_steps(2, make_state(sharding="fsdp", compile="on"))
+    results["beyond"] = train_steps(4, make_state(sharding="fsdp", **BEYOND))
     results["mean per rank"] = train_steps(2, make_state(sharding="replicate", loss_mean="rank"))["losses"]
     results["accumulated"] = train_steps(4, make_state(sharding="fsdp", gradient_accumulation_steps=2))["losses"]
     results["overlapped"] = [attend_before_rank_0_arrives(memory_sync) for memory_sync in ("all", "rank0")]
@@ -166,6 +184,15 @@ class TestTwoRanks:
         assert all(torch.equal(x, other[name]) for name, x in memory.items())
         assert torch.equal(memory["queue_ptr"], state.model.decoder.allspark.attn.queue_ptr)
 
+    def test_an_averaged_teacher_and_thresholds_of_classes(self, results: list[dict[str, Any]]) -> None:
+        assert_close(results[0]["beyond"], train_steps(4, make_state(**BEYOND)))
+
+    @pytest.mark.parametrize("memory_sync", ["all", "rank0"])
+    def test_recorded_steps_with_their_collectives(self, results: list[dict[str, Any]], memory_sync: str) -> None:
+        for result in results:
+            assert differences(result[f"recorded {memory_sync}"], result[f"ordinary {memory_sync}"]) == []
+            assert result[f"errors {memory_sync}"] == [0]
+
     def test_means_over_pixels_of_each_rank(self, results: list[dict[str, Any]]) -> None:
         """The public code's: pixels count more on the rank that has fewer."""
 
@@ -213,25 +240,6 @@ def test_four_ranks_equal_one_process(tmp_path: Path) -> None:
     assert_close(run_on_ranks(_four, 4, tmp_path)[0], train_steps(4, make_state()))
 
 
-def _one_graph() -> list[Tensor]:
-    losses = []
-    for memory_sync, backend in (("all", "aot_eager"), ("rank0", "eager")):
-        state, batch = make_state(memory_sync, sharding="replicate"), make_batch(0, 2, own_part(2))
-        model = copy.deepcopy(state.model)
-        compiled = torch.compile(compute_losses, fullgraph=True, backend=backend)
-        for compute, x in ((compute_losses, model), (compiled, state.model)):
-            losses.append(torch.stack(compute(x, batch, state.config, use_memory=True)).detach())
-    return losses
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_a_replicated_step_is_one_graph_with_its_collectives(tmp_path: Path) -> None:
-    """A graph break would be an error."""
-    for losses in run_on_ranks(_one_graph, 2, tmp_path):
-        torch.testing.assert_close(losses[1::2], losses[::2])
-
-
 def _layer_norm_in_float32(x: Tensor, shape: list[int], weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """As autocast calls it on a GPU; a CPU's does not cast."""
     return torch.native_layer_norm(x.float(), shape, weight.float(), bias.float(), eps)[0]
@@ -244,14 +252,9 @@ def _bfloat16() -> tuple[Tensor, set[torch.dtype]]:
     def note(block: torch.nn.Module, *_: object) -> None:
         dtypes.update(x.dtype for x in block.parameters())
 
-    autocast = torch.autocast
-
-    def as_on_a_gpu(device: str, dtype: torch.dtype | None = None, enabled: bool = True) -> torch.autocast:
-        return autocast(device, dtype, enabled=enabled or dtype == torch.bfloat16)
-
     with (
         patch("allspark_fast.training.sharding.block_policy", lambda *_: block_policy(True, "cuda")),
-        patch("torch.autocast", as_on_a_gpu),
+        patch("torch.autocast", autocast_as_on_a_gpu),
         patch("torch.nn.functional.layer_norm", _layer_norm_in_float32),
     ):
         state = make_state(sharding="fsdp")

@@ -23,7 +23,7 @@ from allspark_fast.training import setup as prepare
 from allspark_fast.training import trainer as trainer_module
 from allspark_fast.training.cuda_graph import GraphedSteps
 from allspark_fast.training.log import read_metrics
-from allspark_fast.training.setup import build_model, lock_folder
+from allspark_fast.training.setup import build_model, claim_folder
 from allspark_fast.training.step import train_step
 from allspark_fast.training.trainer import Trainer, train
 from allspark_fast.weights.files import save_weights
@@ -80,7 +80,6 @@ def test_leaves_what_it_promises(tmp_path: Path, capsys: pytest.CaptureFixture[s
     scores = json.loads((tmp_path / "scores.json").read_text())
     assert scores["miou"] == best
     assert sum(map(sum, scores["confusion"])) == 2 * 80 * 80
-    assert Image.open(tmp_path / "run" / "confusion.png").width > 100
 
 
 @pytest.mark.slow
@@ -89,7 +88,7 @@ def test_compiled_blocks_train_and_validation_compiles_nothing(tmp_path: Path, m
     counter = CompileCounterWithBackend("eager")
     monkeypatch.setattr(prepare, "compile_blocks", lambda model, _: compile_blocks(model, counter))
     torch._dynamo.reset()
-    trainer = Trainer(changed(tiny_config(compile=True), run={"device": "cpu"}), tmp_path)
+    trainer = Trainer(changed(tiny_config(compile="on"), run={"device": "cpu"}), tmp_path)
     trainer.run()
     # Four stages in training, one more without stochastic depth in the first, four in the pseudo-label pass.
     assert 8 <= counter.frame_count <= 9
@@ -102,9 +101,9 @@ def test_compiled_blocks_train_and_validation_compiles_nothing(tmp_path: Path, m
 @pytest.mark.gpu
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_on_a_gpu_resumes(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = changed(tiny_config(method, ema=0.9, cuda_graph=True), run={"device": "cuda", "log_every": 1})
+    config = changed(tiny_config(method, ema=0.9), run={"device": "cuda", "log_every": 1})
     device = torch.device("cuda")
-    run_and_die(config, tmp_path, 7, monkeypatch, device)
+    run_and_die(Trainer(config, tmp_path, device), 7, monkeypatch)
     trainer = Trainer(config, tmp_path, device)
     assert 0 < trainer.step <= 7
     assert isinstance(trainer.train_step, GraphedSteps)
@@ -121,14 +120,14 @@ def test_supervised_learns_from_labeled_images_and_counts_no_others(
     monkeypatch.setattr(trainer_module, "train_step", step)
     # One second for each line of the log.
     monkeypatch.setattr(trainer_module.time, "perf_counter", itertools.count().__next__)
-    for method, unlabeled, epochs in (("supervised", 0, 8), ("semi", 2, 1)):
+    for method, unlabeled, epochs in (("supervised", 0, 8), ("semi", 2, 2)):
         step.reset_mock()
         Trainer(tiny_config(method, epochs=epochs, lr=0.02), tmp_path / method).run()
         batches = [call.args[1] for call in step.call_args_list]
         assert {(len(batch.image), len(batch.unlabeled_image)) for batch in batches} == {(2, unlabeled)}
-        first = read_metrics(tmp_path / method)[0]
-        assert ("loss_unlabeled" in first) == (method == "semi")
-        assert first["images_per_s"] == 3 * (2 + unlabeled)  # three steps in a line
+        record = read_metrics(tmp_path / method)[1]
+        assert ("loss_unlabeled" in record) == (method == "semi")
+        assert record["images_per_s"] == 3 * (2 + unlabeled)  # three steps in a line
     losses = [record["loss"] for record in read_metrics(tmp_path / "supervised") if "loss" in record]
     assert losses[-1] < 0.8 * losses[0]
 
@@ -143,7 +142,7 @@ class TestResume:
         config = tiny_config()
         larger = changed(config, model={"embedding_dim": 24})
         for name, x in (("run", config), ("larger", larger)):
-            run_and_die(x, tmp_path / name, 3, monkeypatch)
+            run_and_die(Trainer(x, tmp_path / name), 3, monkeypatch)
         (saved,) = (tmp_path / "larger" / "checkpoints").iterdir()
         checkpoints = tmp_path / "run" / "checkpoints"
         shutil.copy(saved, checkpoints / "step_00000009.pt")
@@ -163,7 +162,7 @@ class TestResume:
         caplog.set_level("INFO", logger="allspark_fast")
         config = tiny_config(method, ema=0.9)
         Trainer(config, tmp_path / "whole").run()
-        run_and_die(config, tmp_path / "broken", 7, monkeypatch)  # after the checkpoint of step 6, in epoch 1
+        run_and_die(Trainer(config, tmp_path / "broken"), 7, monkeypatch)  # after the checkpoint of step 6, in epoch 1
         other = {"data": {"workers": 1}, "model": {"activation_checkpointing": True}, "run": {"save_every": 5}}
         resumed = Trainer(changed(config, train={"max_skipped": 7}, **other), tmp_path / "broken")
         assert "model.activation_checkpointing: False -> True" in caplog.text
@@ -183,7 +182,7 @@ class TestResume:
             Trainer(tiny_config(), tmp_path)
         process.kill()
         process.join()
-        assert lock_folder(tmp_path) is not None
+        assert claim_folder(tmp_path, tiny_config()) is not None
 
     def test_more_epochs_extend_a_finished_run_and_other_settings_are_refused_by_name(self, tmp_path: Path) -> None:
         assert train(tiny_config(epochs=1), tmp_path)
@@ -210,13 +209,13 @@ class TestResume:
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         config = tiny_config()
-        run_and_die(config, tmp_path, 1, monkeypatch)
+        run_and_die(Trainer(config, tmp_path), 1, monkeypatch)
         assert Trainer(changed(config, train={"lr": 0.005}), tmp_path).step == 0
         assert json.loads((tmp_path / "config.json").read_text())["train"]["lr"] == 0.005
 
 
 def hold_lock(folder: Path, locked: Event) -> None:
-    lock = lock_folder(folder)
+    lock = claim_folder(folder, tiny_config())
     assert lock is not None
     locked.set()
     signal.pause()
@@ -232,8 +231,8 @@ def test_a_picture_that_cannot_be_drawn_does_not_end_a_run(
 
 
 def test_recording_where_it_cannot_be_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    Trainer(changed(tiny_config(cuda_graph=True), run={"device": "cpu"}), tmp_path)
-    assert "train.cuda_graph has no effect: it needs one process on a GPU, but the device is cpu" in caplog.text
+    Trainer(changed(tiny_config(cuda_graph="on"), run={"device": "cpu"}), tmp_path)
+    assert "train.cuda_graph on: no step is recorded, because nothing on the device cpu is" in caplog.text
 
 
 @pytest.mark.usefixtures("no_pictures")
