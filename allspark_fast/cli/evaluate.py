@@ -59,8 +59,8 @@ def run(arguments: list[str]) -> int:
     for file in filter(None, (options.json, picture)):
         require_parent(file)
     device = choose_device(config.run.device)
-    info, images = open_val(config.data)
     model, spec = load_model(options.weights)
+    info, images = open_val(replace(config.data, range=spec.range))
     known, found = len(spec.info.classes), len(info.classes)
     if known != found:
         raise InputError(f"{options.weights} has {known} classes, but the labels of {info.name} have {found}")

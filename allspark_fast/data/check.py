@@ -3,29 +3,37 @@
 import posixpath
 import re
 import unicodedata
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any
 
 import numpy as np
+from PIL.ImageFile import ImageFile
 
-from allspark_fast.data.datasets import SegmentationDataset, Sources, require_equal_size, stem_of
-from allspark_fast.data.images import (
+from allspark_fast.data.datasets import Entry, SegmentationDataset, Sources, require_equal_size, stem_of
+from allspark_fast.data.files import (
     IMAGE_SUFFIXES,
-    decode,
     list_files,
+    list_images,
     map_in_threads,
-    orientation_of,
     require_bytes,
     resolve_path,
 )
-from allspark_fast.data.info import IGNORE_INDEX, DatasetInfo
-from allspark_fast.data.labels import values_of
+from allspark_fast.data.images import (
+    PixelRange,
+    colors_of,
+    decode,
+    orientation_of,
+    pages_of,
+    stored_form,
+    to_classes,
+    to_rgb,
+)
+from allspark_fast.data.info import IGNORE_INDEX, VOC_PALETTE, Color, DatasetInfo
 from allspark_fast.errors import DataError
-
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -46,39 +54,136 @@ class Problem:
         return f"{'warning' if self.is_warning else 'error'}: {self.file}: {self.message}"
 
 
-class _Reading(NamedTuple):
-    """What the files of an entry showed; ``turned`` is its image, if EXIF turns it and it has a label."""
+@dataclass(frozen=True)
+class Report:
+    """What a check found.
+
+    Attributes:
+        problems: in the order of the lists, then files that nothing uses.
+        lists: for labeled, unlabeled and val, as JSON: number of entries; images and masks by size, mode and bit
+            depth; range of values by mode; pixels, and images that hold it, of every class and of what is ignored.
+        in_no_list: images of the folder that no list holds.
+    """
 
     problems: list[Problem]
+    lists: dict[str, dict[str, Any]]
+    in_no_list: list[str]
+
+
+@dataclass
+class _Reading:
+    """What the files of an entry showed: of the image as stored, and of the label."""
+
+    problems: list[Problem] = field(default_factory=list)
+    image: str | None = None
     size: tuple[int, int] | None = None
-    values: Set[int] = frozenset()
-    turned: str | None = None
+    pages: int = 1
+    turned: bool = False
+    mode: str = ""
+    extrema: tuple[float, float] | None = None
+    mask: str | None = None
+    counts: Sequence[int] = ()
+    colors: Mapping[Color, int] = field(default_factory=dict)
+
+    def read_image(self, image: ImageFile, pixel_range: PixelRange | None) -> None:
+        """Note what an opened image holds."""
+        bits = stored_form(image)[1].bit_length()
+        self.pages, self.turned = pages_of(image), orientation_of(image) != 1
+        self.size = to_rgb(image, pixel_range).size
+        self.mode = f"{image.mode}, {bits} bits"
+        self.image = f"{self.size[0]}x{self.size[1]}, {self.mode}"
+        if image.mode != "P":
+            bands = np.array(image.getextrema(), float)  # of the whole image, or of every channel
+            self.extrema = float(bands.min()), float(bands.max())
+
+    def read_label(self, image: ImageFile, entry: Entry, info: DatasetInfo | None) -> None:
+        """Note what an opened label holds, and compare its size with that of the image, if that is known."""
+        bits = stored_form(image)[1].bit_length()
+        label = to_classes(image, info)
+        self.counts, self.colors = label.histogram(), colors_of(image, np.asarray(image))
+        self.mask = f"{label.width}x{label.height}, {image.mode}, {bits} bits"
+        require_equal_size(entry, self.size or label.size, label.size)
 
 
 def _read(dataset: SegmentationDataset, needs_labels: bool, chosen: Set[int], index: int) -> _Reading:
     """Read the files of a chosen entry; of others, check that they exist."""
-    root, entry, problems = dataset.root, dataset.entries[index], list[Problem]()
+    root, entry, reading = dataset.root, dataset.entries[index], _Reading()
 
-    def attempt(file: str, read: Callable[[int], Result]) -> Result | None:
+    def read(file: str, note: Callable[[ImageFile], None]) -> None:
         try:
+            path = resolve_path(root, file)
             if index in chosen:
-                return read(index)
-            require_bytes(resolve_path(root, file))
+                decode(path, note)
+            else:
+                require_bytes(path)
         except DataError as error:
-            problems.append(Problem(file, str(error).removeprefix(f"{root / file}: ").removeprefix(f"{file}: ")))
-        return None
+            message = str(error).removeprefix(f"{root / file}: ").removeprefix(f"{file}: ")
+            reading.problems.append(Problem(file, message))
 
-    image = attempt(entry.image, dataset.image)
-    if not needs_labels or entry.label is None:
-        if needs_labels:
-            problems.insert(0, Problem(entry.image, "has no label, but its list needs labels"))
-        return _Reading(problems, None if image is None else image.size)
-    label = attempt(entry.label, dataset.label)
-    if label is None or image is None:
-        return _Reading(problems, None if image is None else image.size, frozenset((label and values_of(label)) or ()))
-    turned = image.size == label.size and decode(resolve_path(root, entry.image), orientation_of) != 1
-    attempt(entry.label, lambda _: require_equal_size(entry, image.size, label.size))
-    return _Reading(problems, image.size, frozenset(values_of(label)), entry.image if turned else None)
+    if needs_labels and entry.label is None:
+        reading.problems.append(Problem(entry.image, "has no label, but its list needs labels"))
+    read(entry.image, partial(reading.read_image, pixel_range=dataset.pixel_range))
+    if needs_labels and entry.label is not None:
+        read(entry.label, partial(reading.read_label, entry=entry, info=dataset.info))
+    return reading
+
+
+def _check_pixels(read: Mapping[str, _Reading], pixel_range: PixelRange | None) -> Iterator[Problem]:
+    """Name images of which a part is not read, or that would come out all but black."""
+    if paged := [file for file, reading in read.items() if reading.pages > 1]:
+        message = f"{len(paged)} images have several pages, {paged[0]} first; only the first page is used"
+        yield Problem("images", message, is_warning=True)
+    for mode, (low, high) in _ranges(read.values()).items():
+        full = 65535 if mode.startswith("I") else 255
+        if pixel_range is None and 4 * high < full:
+            message = (
+                f"those of mode {mode} hold {low:g}..{high:g} of 0..{full}, so few gray levels are left: --data.range 0"
+                f" {2 ** int(high).bit_length() - 1} (or percentiles, 1% 99%) scales them"
+            )
+            yield Problem("images", message, is_warning=True)
+
+
+def _ranges(readings: Iterable[_Reading]) -> dict[str, tuple[float, float]]:
+    """Return the least and the greatest value by mode."""
+    ranges: dict[str, tuple[float, float]] = {}
+    for reading in readings:
+        if reading.extrema is not None:
+            low, high = ranges.get(reading.mode, reading.extrema)
+            ranges[reading.mode] = min(low, reading.extrema[0]), max(high, reading.extrema[1])
+    return ranges
+
+
+def _compare_palettes(read: Mapping[str, _Reading], info: DatasetInfo | None) -> Iterator[Problem]:
+    """Compare the palettes of labels with each other, and with that of meta.json where it gives other colors."""
+    known = {} if info is None or info.palette == VOC_PALETTE else info.label_colors()
+    seen: dict[Color, tuple[str, int]] = {color: ("meta.json", index) for color, index in known.items()}
+    others = []
+    for file, reading in read.items():
+        for color, index in reading.colors.items():
+            first, expected = seen.setdefault(color, (file, index))
+            if index != expected and first != "meta.json":
+                message = f"its palette gives the color {list(color)} to {index}, that of {first} to {expected}"
+                yield Problem(file, f"{message}; one of the two would be read as another class: draw it again")
+                break
+        if known and not reading.colors.keys() <= known.keys():
+            others.append(file)
+    if others:
+        message = f"palettes of {len(others)} labels have colors that 'palette' in meta.json lacks, {others[0]} first"
+        yield Problem("meta.json", f"{message}; their numbers count", is_warning=True)
+
+
+def _summary(entries: int, readings: Sequence[_Reading], classes: Sequence[str]) -> dict[str, Any]:
+    counts = np.array([reading.counts for reading in readings if reading.counts] or [[0] * 256])
+    names = [*enumerate(classes), (IGNORE_INDEX, "ignored")]
+    return {
+        "entries": entries,
+        "read": len(readings),
+        "images": dict(Counter(x.image for x in readings if x.image is not None).most_common()),
+        "masks": dict(Counter(x.mask for x in readings if x.mask is not None).most_common()),
+        "ranges": _ranges(readings),
+        "pixels": {name: int(counts[:, index].sum()) for index, name in names},
+        "holding": {name: int((counts[:, index] > 0).sum()) for index, name in names},
+    }
 
 
 def _check_overlaps(lists: dict[str, SegmentationDataset], labeled_only: bool) -> Iterator[Problem]:
@@ -147,9 +252,7 @@ def _check_classes(info: DatasetInfo, values: Set[int], *, all_read: bool) -> It
         yield Problem("labeled", f"no label holds {', '.join(absent)}, which cannot be learned", is_warning=True)
 
 
-def check_sources(
-    sources: Sources, crop: int, *, sample: int | None = None, labeled_only: bool = False
-) -> list[Problem]:
+def check_sources(sources: Sources, crop: int, *, sample: int | None = None, labeled_only: bool = False) -> Report:
     """Find everything that would break or spoil training on an opened dataset.
 
     Reads every file, or those of a sample; that files exist and are not empty, and how the lists fit together, is
@@ -160,16 +263,16 @@ def check_sources(
         crop: side of the training crops in pixels.
         sample: number of entries per list to read; None reads all.
         labeled_only: whether training does not read the unlabeled images, which may then be labeled ones as well.
-
-    Returns:
-        problems in the order of the lists, then files that nothing uses.
     """
     opened = {"labeled": sources.labeled, "unlabeled": sources.unlabeled, "val": sources.val}
     lists = {name: source for name, source in opened.items() if isinstance(source, SegmentationDataset)}
+    report = Report([], {}, [])
     if not lists:
-        return []
-    empty = [name for name, dataset in lists.items() if not dataset.entries]
-    problems = [Problem(name, "holds no image; check its split file") for name in empty]
+        return report
+    problems, images, masks = report.problems, dict[str, _Reading](), dict[str, _Reading]()
+    problems.extend(
+        Problem(name, "holds no image; check its split file") for name, dataset in lists.items() if not dataset.entries
+    )
     problems.extend(_check_overlaps(lists, labeled_only))
     sizes: list[tuple[int, int]] = []
     for name, dataset in lists.items():
@@ -177,24 +280,32 @@ def check_sources(
         chosen = set(np.random.default_rng(0).permutation(distinct)[:sample].tolist())
         readings = map_in_threads(partial(_read, dataset, name != "unlabeled", chosen), distinct)
         problems.extend(problem for reading in readings for problem in reading.problems)
-        turned = [reading.turned for reading in readings if reading.turned is not None]
-        if turned:
+        read = {dataset.entries[i]: x for i, x in zip(distinct, readings, strict=True) if i in chosen}
+        images |= {entry.image: x for entry, x in read.items()}
+        masks |= {str(entry.label): x for entry, x in read.items() if x.colors}
+        if turned := [entry.image for entry, x in read.items() if x.turned and x.counts and not x.problems]:
             # A label drawn on the pixels as stored has the size of the turned image for half of the orientations.
             message = (
                 f"EXIF turns {len(turned)} images with labels, {turned[0]} first; make sure that these labels were"
                 " drawn on the images as viewers show them"
             )
             problems.append(Problem(name, message, is_warning=True))
+        report.lists[name] = _summary(len(dataset.entries), list(read.values()), sources.info.classes)
         if name == "labeled":
-            values = frozenset[int]().union(*(reading.values for reading in readings))
+            values = {value for reading in readings for value, count in enumerate(reading.counts) if count}
             problems.extend(_check_classes(sources.info, values, all_read=len(chosen) == len(distinct)))
         if name != "val":
             sizes.extend(reading.size for reading in readings if reading.size is not None)
+    problems.extend(_check_pixels(images, dataset.pixel_range))
+    problems.extend(_compare_palettes(masks, sources.info))
     # The random resize usually goes up to twice the size.
     if sizes and all(2 * min(size) < crop for size in sizes):
         width, height = max(sizes)
         message = f"every crop holds padding, the largest image is {height}x{width}; a smaller crop wastes less"
         problems.append(Problem(f"crop {crop}x{crop}", message, is_warning=True))
-    for root in dict.fromkeys(dataset.root for dataset in lists.values()):
-        problems.extend(check_unused(root))
-    return problems
+    (root,) = {dataset.root for dataset in lists.values()}
+    problems.extend(check_unused(root))
+    listed = {posixpath.normpath(entry.image) for dataset in lists.values() for entry in dataset.entries}
+    there = [file.relative_to(root).as_posix() for file in list_images(root / "images")]
+    report.in_no_list.extend(file for file in there if file not in listed)
+    return report

@@ -8,9 +8,9 @@ from typing import Protocol
 
 from PIL import Image
 
-from allspark_fast.data.images import IMAGE_SUFFIXES, list_images, read_image, resolve_path
+from allspark_fast.data.files import IMAGE_SUFFIXES, list_images, resolve_path
+from allspark_fast.data.images import PixelRange, read_image, read_label
 from allspark_fast.data.info import DatasetInfo
-from allspark_fast.data.labels import read_label
 from allspark_fast.errors import DataError
 
 
@@ -195,16 +195,25 @@ class SegmentationDataset:
         root: folder that the paths of the entries are relative to.
         entries: what to read, in order.
         info: meaning of the values and colors of label files; others are refused. None reads labels as they are.
+        pixel_range: see ``read_image``.
     """
 
-    def __init__(self, root: str | Path, entries: Sequence[Entry], *, info: DatasetInfo | None = None):
+    def __init__(
+        self,
+        root: str | Path,
+        entries: Sequence[Entry],
+        *,
+        info: DatasetInfo | None = None,
+        pixel_range: PixelRange | None = None,
+    ):
         self.root = Path(root)
+        self.pixel_range = pixel_range
         self.entries = list(entries)
         self.info = info
 
     def image(self, index: int) -> Image.Image:
         """Read the RGB image alone, see ``read_image``."""
-        return read_image(resolve_path(self.root, self.entries[index].image))
+        return read_image(resolve_path(self.root, self.entries[index].image), self.pixel_range)
 
     def label(self, index: int) -> Image.Image | None:
         """Read the label alone, see ``read_label``; None where the entry has none."""

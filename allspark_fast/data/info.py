@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from allspark_fast.errors import DataError
 
@@ -23,29 +23,33 @@ class DatasetInfo:
         name: short name.
         classes: class names in the order of their indices.
         palette: 256 RGB colors, one per value of a label.
-        ignore_index: value of label files that stands for no class; in batches it is always 255.
-        values: value of label files that stands for each class, None where that is its index.
+        ignore_index: value of label files that stands for no class, -1 for none; in batches it is always 255.
+        values: value of label files that stands for each class, None where that is its index; ``nonzero``: 0 is the
+            first class, and all other numbers or colors, as those of objects, are the second.
     """
 
     name: str
     classes: tuple[str, ...]
     palette: Palette
     ignore_index: int = IGNORE_INDEX
-    values: tuple[int, ...] | None = None
+    values: tuple[int, ...] | Literal["nonzero"] | None = None
+
+    def class_values(self) -> Sequence[int]:
+        """Return the value of label files that stands for each class."""
+        return self.values if isinstance(self.values, tuple) else range(len(self.classes))
 
     def class_indices(self) -> dict[int, int]:
         """Return the class index of every value that label files may hold, 255 where it is ignored."""
         ignored = {IGNORE_INDEX: IGNORE_INDEX, self.ignore_index: IGNORE_INDEX}
-        if self.values is None:
-            return {index: index for index in range(len(self.classes))} | ignored
-        return ignored | {value: index for index, value in enumerate(self.values)}
+        classes = {value: index for index, value in enumerate(self.class_values())}
+        return classes | ignored if self.values is None else ignored | classes
 
     def label_colors(self) -> dict[Color, int]:
         """Return the value that every color of an RGB label stands for, without colors that classes share.
 
         The color of ``ignore_index`` (black if the palette is shorter) is ignored, unless it is the color of a class.
         """
-        values = range(len(self.classes)) if self.values is None else self.values
+        values = self.class_values()
         colors = self.palette[: len(values)]
         count = Counter(colors)
         ignored = {} if self.ignore_index in values else {self.palette[self.ignore_index]: self.ignore_index}
@@ -85,6 +89,8 @@ def _parse_palette(palette: Any, classes: int) -> Palette:
     """Accept [[r, g, b], ...] and the flat [r, g, b, r, g, b, ...]."""
     _expect(isinstance(palette, list), "'palette' must be a list of colors [r, g, b]")
     is_flat = not any(isinstance(x, list) for x in palette)
+    has_alpha = is_flat and len(palette) % 4 == 0 and len(palette) >= 4 * classes and set(palette[3::4]) == {255}
+    _expect(not has_alpha, "'palette' looks like colors [r, g, b, a]; leave out the alpha, or write [[r, g, b], ...]")
     colors = [palette[i : i + 3] for i in range(0, len(palette), 3)] if is_flat else palette
     are_colors = all(isinstance(x, list) and len(x) == 3 and all(map(_is_byte, x)) for x in colors)
     _expect(are_colors, "'palette' must hold three integers in 0..255 per color")
@@ -111,8 +117,13 @@ def parse_meta(meta: Any, name: str) -> DatasetInfo:
     _expect(_is_byte(ignore_index), f"'ignore_index' must be an integer in 0..255, found {ignore_index!r}")
     palette = _parse_palette(meta["palette"], count) if "palette" in meta else VOC_PALETTE
     values = meta.get("values", list(range(count)))
+    if values == "nonzero":
+        _expect(count == 2, f"'values' \"nonzero\" needs two classes, such as background and object, found {count}")
+        return DatasetInfo(name, tuple(classes), palette, meta.get("ignore_index", -1), "nonzero")
     are_values = isinstance(values, list) and all(map(_is_byte, values)) and len(set(values)) == len(values) == count
     _expect(are_values, f"'values' must be a list of {count} different integers in 0..255, one for each class")
+    ignores_class = "ignore_index" in meta and ignore_index in values
+    _expect(not ignores_class, f"'ignore_index' {ignore_index} is also the value of a class: change it or 'values'")
     return DatasetInfo(name, tuple(classes), palette, ignore_index, tuple(values) if "values" in meta else None)
 
 
@@ -121,13 +132,13 @@ def read_info(root: str | Path) -> DatasetInfo:
 
     ``meta.json`` is an object with the keys "classes": [name, ...] and, optionally, "ignore_index": 255, "palette":
     [[r, g, b], ...] and "values": [0, 1, ...]. "values" gives the value of each class in label files, if that is not
-    its index: [0, 255] for black-and-white masks.
+    its index: [0, 255] for black-and-white masks, or "nonzero" for masks that number their objects.
 
     Args:
         root: folder that holds ``images/``, ``labels/`` and ``meta.json``.
 
     Raises:
-        DataError: there is no ``meta.json``, or it is not valid.
+        DataError: there is no ``meta.json``, it is not valid, or it names one class only.
     """
     root = Path(root).resolve()
     file = root / "meta.json"
@@ -137,9 +148,15 @@ def read_info(root: str | Path) -> DatasetInfo:
             ' "values": [0, 255] for black-and-white masks'
         )
     try:
-        return parse_meta(json.loads(file.read_text(encoding="utf-8-sig")), root.name)
+        info = parse_meta(json.loads(file.read_text(encoding="utf-8-sig")), root.name)
+        _expect(
+            len(info.classes) > 1,
+            f"with the one class {info.classes[0]!r} every pixel would be right; name what is around it too, as in"
+            f' {{"classes": ["background", {json.dumps(info.classes[0])}], "values": [0, 255]}}',
+        )
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
         raise DataError(f"{file}: {error}") from error
+    return info
 
 
 def _known(name: str) -> DatasetInfo:

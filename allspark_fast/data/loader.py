@@ -2,14 +2,15 @@
 
 import atexit
 import logging
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
 
 from allspark_fast.data.datasets import Entry, ImageSource
 from allspark_fast.data.seeding import make_generator
@@ -22,6 +23,8 @@ logger = logging.getLogger(__name__)
 # Parts of seeds: the numbers of every run depend on them.
 _LABELED, _UNLABELED = 0, 1
 _ORDER, _AUGMENT = 0, 1
+# Seconds after which a process that waits for its workers looks up, and gives up.
+_LOOK_UP, _PATIENCE = 5, 600
 
 
 class SemiBatch(NamedTuple):
@@ -29,7 +32,7 @@ class SemiBatch(NamedTuple):
 
     Attributes:
         image: (B, 3, H, W) float32, labeled crops.
-        label: (B, H, W) int64, 255 ignored.
+        label: (B, H, W) int64, 255 ignored; labels are uint8 until ``to``, which takes less of a worker's memory.
         unlabeled_image: (B, 3, H, W) float32; (0, 3, H, W) from a loader of labeled images only.
         unlabeled_valid: (B, H, W) bool, False where the crop added padding; (0, H, W) likewise.
         unlabeled_label: (B, H, W) int64, labels that training must not see, 255 where there are none; None unless
@@ -44,7 +47,8 @@ class SemiBatch(NamedTuple):
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "SemiBatch":
         """Return the batch on another device."""
-        return SemiBatch._make(x if x is None else x.to(device, non_blocking=non_blocking) for x in self)
+        moved = [x if x is None else x.to(device, non_blocking=non_blocking) for x in self]
+        return SemiBatch._make(x.long() if x is not None and x.dtype == torch.uint8 else x for x in moved)
 
     def split(self, count: int) -> "Iterator[SemiBatch]":
         """Yield ``count`` equal micro-batches; ``count`` must divide B."""
@@ -120,16 +124,32 @@ class SemiLoader(Dataset[Sample]):
         """Number of steps in one pass over the unlabeled images."""
         return len(self.unlabeled.entries) // self.batch_size
 
-    def iterate(self, start_step: int, stop_step: int) -> Iterator[SemiBatch]:
+    def iterate(
+        self, start_step: int, stop_step: int, asked: Callable[[], bool] = lambda: False
+    ) -> Iterator[SemiBatch]:
         """Yield the batches of steps start_step, ..., stop_step - 1, counted from 0 over all epochs.
+
+        Args:
+            start_step: first step.
+            stop_step: step after the last.
+            asked: whether to end early; only looked at while workers keep this process waiting.
 
         Raises:
             DataError: while iterating, a file cannot be read; the message names it, and contains the traceback of the
                 worker if there is one.
-            RunError: while iterating, a worker died.
+            RunError: there is too little shared memory for the workers, or, while iterating, one of them died, or no
+                batch came for 10 minutes.
         """
         steps = self._steps(start_step, stop_step)
-        return _deliver(self, self.num_workers, self.pin_memory, batch_sampler=steps, collate_fn=self._collate)
+        if self.num_workers:
+            transforms = (
+                (self.labeled_transform,) if self.labeled_only else (self.labeled_transform, self.unlabeled_transform)
+            )
+            crops = [transform(Image.new("RGB", (1, 1)), None, torch.Generator()) for transform in transforms]
+            # Each worker prepares two batches, and two more are on their way.
+            batches = (2 * self.num_workers + 2) * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+            _require_shared_memory(self.batch_size // self.world_size * batches * _bytes_of(crops))
+        return _deliver(self, self.num_workers, self.pin_memory, asked, self._collate, batch_sampler=steps)
 
     def _steps(self, start_step: int, stop_step: int) -> Iterator[list[_Key]]:
         """Yield the keys of this rank's part of every step: labeled ones, then unlabeled ones unless labeled_only."""
@@ -177,16 +197,55 @@ class SemiLoader(Dataset[Sample]):
         return SemiBatch(labeled.image, labeled.label, unlabeled.image, unlabeled.valid, hidden)
 
 
-def _deliver(dataset: Dataset[Any], num_workers: int, pin_memory: bool, **order: Any) -> Iterator[Any]:
+def _bytes_of(samples: Iterable[Iterable[Any]]) -> int:
+    return sum(x.nbytes for sample in samples for x in sample if isinstance(x, Tensor))
+
+
+def _require_shared_memory(needed: int) -> None:
+    """Raise RunError if workers cannot send so many bytes: torch would lose the batch and wait for ever."""
+    try:
+        state = os.statvfs("/dev/shm")
+    except (OSError, AttributeError):  # only Linux has it
+        return
+    if needed > (free := state.f_bavail * state.f_frsize):
+        raise RunError(
+            f"batches of DataLoader workers need {needed / 2**20:.0f} MB of shared memory, but /dev/shm has"
+            f" {free / 2**20:.0f} MB free: give the container more (docker run --shm-size {needed // 2**29 + 1}g), or"
+            " use --data.workers 0 --eval.workers 0"
+        )
+
+
+@dataclass(frozen=True)
+class _Collate:
+    """Makes a batch of samples where there is room for it: in workers, torch does so in shared memory."""
+
+    collate: Callable[[Any], Any]
+
+    def __call__(self, samples: Any) -> Any:
+        if get_worker_info() is not None:
+            _require_shared_memory(_bytes_of(samples if isinstance(samples, list) else [samples]))
+        return self.collate(samples)
+
+
+def _deliver(
+    dataset: Dataset[Any],
+    num_workers: int,
+    pin_memory: bool,
+    asked: Callable[[], bool],
+    collate: Callable[[Any], Any],
+    **order: Any,
+) -> Iterator[Any]:
     """Yield what a DataLoader reads in an order; the death of a worker raises RunError, however it shows."""
     batches = iter(
         DataLoader(
             dataset,
             num_workers=num_workers,
             pin_memory=pin_memory,
+            collate_fn=_Collate(collate),
             # Without its own generator, every iterator draws from the global one.
             generator=torch.Generator(),
             worker_init_fn=ignore_stop_signals,
+            timeout=_LOOK_UP if num_workers else 0,
             **order,
         )
     )
@@ -194,13 +253,24 @@ def _deliver(dataset: Dataset[Any], num_workers: int, pin_memory: bool, **order:
     # holds the iterator then.
     end_workers = getattr(batches, "_shutdown_workers", lambda: None)
     atexit.register(end_workers)
+    waits = 0
     try:
-        yield from batches
-    except (EOFError, ConnectionError, RuntimeError) as error:
-        # A broken connection if it dies while it sends a batch, else torch's "DataLoader worker (pid ...) ...".
-        if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker (pid"):
-            raise
-        raise RunError(f"a DataLoader worker died ({error!r}), possibly out of memory: use fewer workers") from error
+        while not (waits and asked()):
+            try:
+                yield next(batches)
+                waits = 0
+            except StopIteration:
+                return
+            except (EOFError, ConnectionError, RuntimeError) as error:
+                # A broken connection if it dies while it sends a batch, else torch's "DataLoader worker (pid ...) ...".
+                if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader"):
+                    raise
+                if not str(error).startswith("DataLoader timed out"):
+                    message = f"a DataLoader worker died ({error!r}), possibly out of memory: use fewer workers"
+                    raise RunError(message) from error
+                waits += 1
+                if waits * _LOOK_UP >= _PATIENCE:
+                    raise RunError(f"no batch for {_PATIENCE} s: DataLoader workers wait for their files") from error
     finally:
         atexit.unregister(end_workers)
         end_workers()
@@ -219,7 +289,7 @@ class EvalSample(NamedTuple):
 
     Attributes:
         image: (1, 3, H, W) float32, normalized.
-        label: (1, H, W) int64, 255 ignored.
+        label: (1, H, W) uint8, 255 ignored.
         entry: where it comes from.
     """
 
@@ -248,6 +318,7 @@ def evaluation_loader(
     std: Sequence[float],
     num_workers: int = 0,
     pin_memory: bool = False,
+    asked: Callable[[], bool] = lambda: False,
     rank: int = 0,
     world_size: int = 1,
 ) -> Iterator[EvalSample]:
@@ -262,6 +333,7 @@ def evaluation_loader(
         std: standard deviation per channel that is divided by.
         num_workers: worker processes.
         pin_memory: return tensors in page-locked memory, for asynchronous copies to a GPU.
+        asked: see SemiLoader.iterate.
         rank: index of this process.
         world_size: number of processes.
 
@@ -270,4 +342,5 @@ def evaluation_loader(
     """
     _require_labels(source.entries)
     order = range(rank, len(source.entries), world_size)
-    return _deliver(_WholeImages(source, mean, std), num_workers, pin_memory, batch_size=None, sampler=order)
+    images = _WholeImages(source, mean, std)
+    return _deliver(images, num_workers, pin_memory, asked, lambda sample: sample, batch_size=None, sampler=order)

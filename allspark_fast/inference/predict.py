@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 
 from allspark_fast.config import EvalMode
-from allspark_fast.data.images import IMAGE_SUFFIXES, list_images, read_image
+from allspark_fast.data.files import IMAGE_SUFFIXES, list_images
+from allspark_fast.data.images import PixelRange, read_image
 from allspark_fast.data.info import DatasetInfo
 from allspark_fast.data.transforms import normalize_image
 from allspark_fast.device import DeviceName, choose_device
@@ -202,7 +203,7 @@ def predict_files(
     predictor: Predictor, files: Mapping[Path, Path], output: OutputFolder, *, batch_size: int
 ) -> Iterator[DataError | OSError | None]:
     """Predict what ``find_images`` found; yields None, or what went wrong with the file, for each as it is done."""
-    images = zip(files.values(), map(_read, files), strict=True)
+    images = zip(files.values(), (_read(path, predictor.spec.range) for path in files), strict=True)
     # Files that cannot be read have no size, and so a batch of their own.
     for batch in batches_of_equal_size(images, batch_size, lambda pair: getattr(pair[1], "size", None)):
         readable = [image for _, image in batch if isinstance(image, Image.Image)]
@@ -222,8 +223,8 @@ def _write(output: OutputFolder, name: Path, image: Image.Image, prediction: Pre
     return None
 
 
-def _read(path: Path) -> Image.Image | DataError:
+def _read(path: Path, pixel_range: PixelRange | None) -> Image.Image | DataError:
     try:
-        return read_image(path)
+        return read_image(path, pixel_range)
     except DataError as error:
         return error

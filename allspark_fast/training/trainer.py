@@ -123,15 +123,17 @@ class Trainer:
     def _run(self, asked: Callable[[], bool], bar: "tqdm[Any]") -> Scores | None:
         run = self.config.run
         log = MetricsLog(self.folder, self.step, evaluated=not self.evaluation_due) if rank() == 0 else None
-        batches = self.data.batches(self.step, self.total_steps)
+        # Ranks step together, so with several none may end early.
+        batches = self.data.batches(self.step, self.total_steps, asked if world_size() == 1 else lambda: False)
         scores: Scores | None = None
         stopping = False
         started, logged = time.perf_counter(), self.step
         while not (stopping or self.finished):
             if not self.evaluation_due:
-                self._take_step(next(batches))
-                stopping = all_reduce_any(asked())
-                bar.update()
+                if (batch := next(batches, None)) is not None:
+                    self._take_step(batch)
+                    bar.update()
+                stopping = all_reduce_any(asked() or batch is None)
                 if self.step % run.log_every == 0 or self.step == self.total_steps:
                     rate = (self.step - logged) / (time.perf_counter() - started)
                     bar.set_postfix(self._log_losses(log, steps_per_s=rate))
@@ -222,7 +224,7 @@ class Trainer:
         """Score the validation images, or those before a signal asked to stop."""
         model, classes = self.state.evaluated_model(), len(self.data.info.classes)
         with torch.compiler.set_stance("force_eager"):  # compiling for every size of image would take longer
-            seen = itertools.takewhile(lambda _: not asked(), self.data.validation())
+            seen = itertools.takewhile(lambda _: not asked(), self.data.validation(asked))
             return evaluate(
                 model,
                 seen,

@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from allspark_fast.data.images import decode, list_images, orientation_of, read_image, resolve_path
+from allspark_fast.data.files import list_images, resolve_path
+from allspark_fast.data.images import decode, orientation_of, read_image, read_label
 from allspark_fast.data.info import DatasetInfo
-from allspark_fast.data.labels import read_label
 from allspark_fast.errors import DataError
 from tests.helpers.images import exif, write_image
 

@@ -29,12 +29,12 @@ def test_voc_palette():
 def test_meta_file(tmp_path, palette):
     meta = {"classes": ["sea", "land"]}
     if palette is not None:
-        meta |= {"ignore_index": 0, "palette": palette}
+        meta |= {"ignore_index": 9, "palette": palette}
     # Editors on Windows put a byte order mark in front.
     (tmp_path / "meta.json").write_text(json.dumps(meta), encoding="utf-8" if palette else "utf-8-sig")
     info = read_info(tmp_path)
     assert (info.name, info.classes) == (tmp_path.name, ("sea", "land"))
-    assert info.ignore_index == (255 if palette is None else 0)
+    assert info.ignore_index == (255 if palette is None else 9)
     assert info.palette[:3] == (VOC_PALETTE[:3] if palette is None else ((1, 2, 3), (4, 5, 6), (0, 0, 0)))
 
 

@@ -83,7 +83,8 @@ def test_shapes_and_dtypes():
     batch = next(noise_loader(hidden_labels=True).iterate(0, 1))
     assert batch.image.shape == batch.unlabeled_image.shape == (4, 3, 18, 18)
     assert batch.label.shape == batch.unlabeled_valid.shape == batch.unlabeled_label.shape == (4, 18, 18)
-    assert [part.dtype for part in batch] == [torch.float32, torch.int64, torch.float32, torch.bool, torch.int64]
+    assert [part.dtype for part in batch] == [torch.float32, torch.uint8, torch.float32, torch.bool, torch.uint8]
+    assert batch.to("cpu").label.dtype == batch.to("cpu").unlabeled_label.dtype == torch.int64
     assert (batch.unlabeled_label[~batch.unlabeled_valid] == 255).all()
     assert (batch.unlabeled_label[batch.unlabeled_valid] < 5).all()
 
@@ -212,7 +213,7 @@ def test_evaluation_shows_whole_images_in_order(num_workers):
         pixels = (sample.image[0].permute(1, 2, 0) * 255).round().byte().numpy()
         np.testing.assert_array_equal(pixels, np.asarray(image))
         np.testing.assert_array_equal(sample.label[0].numpy(), np.asarray(label))
-        assert sample.label.dtype == torch.int64
+        assert sample.label.dtype == torch.uint8
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7])

@@ -11,8 +11,7 @@ import torch
 from PIL import ExifTags, Image
 
 from allspark_fast.__main__ import main
-from allspark_fast.data.images import read_image
-from allspark_fast.data.labels import read_label
+from allspark_fast.data.images import read_image, read_label
 from allspark_fast.errors import InputError
 from allspark_fast.inference.evaluate import predict_labels
 from allspark_fast.inference.predict import MAX_WHOLE_PIXELS, Predictor, find_images
