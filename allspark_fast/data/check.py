@@ -4,7 +4,7 @@ import posixpath
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -13,7 +13,14 @@ from typing import Any
 import numpy as np
 from PIL.ImageFile import ImageFile
 
-from allspark_fast.data.datasets import Entry, SegmentationDataset, Sources, require_equal_size, stem_of
+from allspark_fast.data.datasets import (
+    Entry,
+    SegmentationDataset,
+    Sources,
+    is_image_path,
+    require_equal_size,
+    stem_of,
+)
 from allspark_fast.data.files import (
     IMAGE_SUFFIXES,
     list_files,
@@ -35,6 +42,8 @@ from allspark_fast.data.images import (
 from allspark_fast.data.info import IGNORE_INDEX, VOC_PALETTE, Color, DatasetInfo
 from allspark_fast.errors import DataError
 
+Summary = dict[str, Any]
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -54,54 +63,34 @@ class Problem:
         return f"{'warning' if self.is_warning else 'error'}: {self.file}: {self.message}"
 
 
-@dataclass(frozen=True)
-class Report:
-    """What a check found.
-
-    Attributes:
-        problems: in the order of the lists, then files that nothing uses.
-        lists: for labeled, unlabeled and val, as JSON: number of entries; images and masks by size, mode and bit
-            depth; range of values by mode; pixels, and images that hold it, of every class and of what is ignored.
-        in_no_list: images of the folder that no list holds.
-    """
-
-    problems: list[Problem]
-    lists: dict[str, dict[str, Any]]
-    in_no_list: list[str]
-
-
 @dataclass
 class _Reading:
     """What the files of an entry showed: of the image as stored, and of the label."""
 
     problems: list[Problem] = field(default_factory=list)
-    image: str | None = None
     size: tuple[int, int] | None = None
-    pages: int = 1
-    turned: bool = False
     mode: str = ""
     extrema: tuple[float, float] | None = None
-    mask: str | None = None
+    pages: int = 1
+    turned: bool = False
+    mask: str = ""
     counts: Sequence[int] = ()
     colors: Mapping[Color, int] = field(default_factory=dict)
 
     def read_image(self, image: ImageFile, pixel_range: PixelRange | None) -> None:
         """Note what an opened image holds."""
-        bits = stored_form(image)[1].bit_length()
+        self.mode = f"{image.mode}, {stored_form(image)[1].bit_length()} bits"
         self.pages, self.turned = pages_of(image), orientation_of(image) != 1
         self.size = to_rgb(image, pixel_range).size
-        self.mode = f"{image.mode}, {bits} bits"
-        self.image = f"{self.size[0]}x{self.size[1]}, {self.mode}"
         if image.mode != "P":
             bands = np.array(image.getextrema(), float)  # of the whole image, or of every channel
             self.extrema = float(bands.min()), float(bands.max())
 
     def read_label(self, image: ImageFile, entry: Entry, info: DatasetInfo | None) -> None:
         """Note what an opened label holds, and compare its size with that of the image, if that is known."""
-        bits = stored_form(image)[1].bit_length()
+        self.mask = f"{image.width}x{image.height}, {image.mode}, {stored_form(image)[1].bit_length()} bits"
         label = to_classes(image, info)
         self.counts, self.colors = label.histogram(), colors_of(image, np.asarray(image))
-        self.mask = f"{label.width}x{label.height}, {image.mode}, {bits} bits"
         require_equal_size(entry, self.size or label.size, label.size)
 
 
@@ -128,21 +117,6 @@ def _read(dataset: SegmentationDataset, needs_labels: bool, chosen: Set[int], in
     return reading
 
 
-def _check_pixels(read: Mapping[str, _Reading], pixel_range: PixelRange | None) -> Iterator[Problem]:
-    """Name images of which a part is not read, or that would come out all but black."""
-    if paged := [file for file, reading in read.items() if reading.pages > 1]:
-        message = f"{len(paged)} images have several pages, {paged[0]} first; only the first page is used"
-        yield Problem("images", message, is_warning=True)
-    for mode, (low, high) in _ranges(read.values()).items():
-        full = 65535 if mode.startswith("I") else 255
-        if pixel_range is None and 4 * high < full:
-            message = (
-                f"those of mode {mode} hold {low:g}..{high:g} of 0..{full}, so few gray levels are left: --data.range 0"
-                f" {2 ** int(high).bit_length() - 1} (or percentiles, 1% 99%) scales them"
-            )
-            yield Problem("images", message, is_warning=True)
-
-
 def _ranges(readings: Iterable[_Reading]) -> dict[str, tuple[float, float]]:
     """Return the least and the greatest value by mode."""
     ranges: dict[str, tuple[float, float]] = {}
@@ -153,34 +127,53 @@ def _ranges(readings: Iterable[_Reading]) -> dict[str, tuple[float, float]]:
     return ranges
 
 
-def _compare_palettes(read: Mapping[str, _Reading], info: DatasetInfo | None) -> Iterator[Problem]:
-    """Compare the palettes of labels with each other, and with that of meta.json where it gives other colors."""
-    known = {} if info is None or info.palette == VOC_PALETTE else info.label_colors()
-    seen: dict[Color, tuple[str, int]] = {color: ("meta.json", index) for color, index in known.items()}
-    others = []
-    for file, reading in read.items():
+def _check_pixels(name: str, read: Mapping[Entry, _Reading], pixel_range: PixelRange | None) -> Iterator[Problem]:
+    """Name images of a list that may be read otherwise than meant."""
+    turned = [x for x, reading in read.items() if reading.turned and reading.counts and not reading.problems]
+    # A label drawn on the pixels as stored has the size of the turned image for half of the orientations.
+    turns = "; make sure that these labels were drawn on the images as viewers show them"
+    paged = [x for x, reading in read.items() if reading.pages > 1]
+    for found, before, after in (
+        (turned, "EXIF turns", f"images with labels, {{}} first{turns}"),
+        (paged, "only the first page is read of", "images with several, {} first"),
+    ):
+        if found:
+            yield Problem(name, f"{before} {len(found)} {after.format(found[0].image)}", is_warning=True)
+    for mode, (low, high) in _ranges(read.values()).items():
+        full = 65535 if mode.startswith("I") else 255
+        if pixel_range is None and 4 * high < full:
+            yield Problem(
+                name,
+                f"images of mode {mode} hold {low:g}..{high:g} of 0..{full}, so few gray levels are left: --data.range"
+                f" 0 {2 ** int(high).bit_length() - 1} (or percentiles, 1% 99%) scales them",
+                is_warning=True,
+            )
+
+
+def _check_palettes(read: Mapping[Entry, _Reading], info: DatasetInfo) -> Iterator[Problem]:
+    """Compare the palettes of labels with each other, and name colors that meta.json's has not."""
+    known = None if info.palette == VOC_PALETTE else info.label_colors().keys()
+    seen: dict[Color, tuple[str | None, int]] = {}
+    others = [entry for entry, reading in read.items() if known is not None and not reading.colors.keys() <= known]
+    for entry, reading in read.items():
         for color, index in reading.colors.items():
-            first, expected = seen.setdefault(color, (file, index))
-            if index != expected and first != "meta.json":
+            first, expected = seen.setdefault(color, (entry.label, index))
+            if index != expected:
                 message = f"its palette gives the color {list(color)} to {index}, that of {first} to {expected}"
-                yield Problem(file, f"{message}; one of the two would be read as another class: draw it again")
+                yield Problem(str(entry.label), f"{message}: one of the two has its classes swapped, draw it again")
                 break
-        if known and not reading.colors.keys() <= known.keys():
-            others.append(file)
     if others:
-        message = f"palettes of {len(others)} labels have colors that 'palette' in meta.json lacks, {others[0]} first"
-        yield Problem("meta.json", f"{message}; their numbers count", is_warning=True)
+        message = f"palettes of {len(others)} labels have colors that 'palette' in meta.json lacks, {others[0].label}"
+        yield Problem("meta.json", f"{message} first; their numbers count", is_warning=True)
 
 
-def _summary(entries: int, readings: Sequence[_Reading], classes: Sequence[str]) -> dict[str, Any]:
+def _summary(readings: Collection[_Reading], classes: Sequence[str]) -> Summary:
     counts = np.array([reading.counts for reading in readings if reading.counts] or [[0] * 256])
     names = [*enumerate(classes), (IGNORE_INDEX, "ignored")]
     return {
-        "entries": entries,
-        "read": len(readings),
-        "images": dict(Counter(x.image for x in readings if x.image is not None).most_common()),
-        "masks": dict(Counter(x.mask for x in readings if x.mask is not None).most_common()),
-        "ranges": _ranges(readings),
+        "images": Counter(f"{x.size[0]}x{x.size[1]}, {x.mode}" for x in readings if x.size is not None),
+        "masks": Counter(x.mask for x in readings if x.mask),
+        "values": _ranges(readings),
         "pixels": {name: int(counts[:, index].sum()) for index, name in names},
         "holding": {name: int((counts[:, index] > 0).sum()) for index, name in names},
     }
@@ -200,28 +193,27 @@ def check_unused(root: Path) -> list[Problem]:
     Args:
         root: folder of a dataset; if it has no images/, there is nothing to say.
     """
-    problems, used, others = list[Problem](), dict[str, dict[str, Path]](), dict[str, Path]()
-    for folder in ("images", "labels"):
-        stems = {file: stem_of(file, root / folder) for file in list_files(root / folder)}
-        used[folder] = {stem: file for file, stem in stems.items() if file.suffix.lower() in IMAGE_SUFFIXES}
-        left_out = [file for file in stems if file.suffix.lower() not in IMAGE_SUFFIXES]
-        reason = f"its suffix is none of {', '.join(IMAGE_SUFFIXES)}; convert images"
-        problems.extend(_left_out(root, folder, left_out, reason))
-        if folder == "images":
-            others = {_fold(stem): file for file, stem in stems.items()}
-    unmatched = [stem for stem in used["labels"] if stem not in used["images"]]
-    if used["images"] and unmatched:
-        likely = _likely_image(_fold(unmatched[0]), others)
-        reason = "no image has that name" if likely is None else f"{likely.relative_to(root)} is probably its image"
-        reason += "; give image and label the same name before the suffix"
-        problems.extend(_left_out(root, "labels", [used["labels"][stem] for stem in unmatched], reason))
-    return problems
-
-
-def _left_out(root: Path, folder: str, files: Sequence[Path], reason: str) -> Iterator[Problem]:
-    if files:
-        count = f"{len(files)} {'file is' if len(files) == 1 else 'files are'} left out"
-        yield Problem(folder, f"{count}, {files[0].relative_to(root).as_posix()!r} first: {reason}", is_warning=True)
+    files = {name: list_files(root / name) for name in ("images", "labels")}
+    suffixes = f"its suffix is none of {', '.join(IMAGE_SUFFIXES)}; convert images"
+    left_out = [(name, [x for x in part if not is_image_path(x.name)], suffixes) for name, part in files.items()]
+    images = {stem_of(file, root / "images") for file in files["images"] if is_image_path(file.name)}
+    labels = [file for file in files["labels"] if is_image_path(file.name)]
+    unmatched = [file for file in labels if stem_of(file, root / "labels") not in images]
+    if images and unmatched:
+        likely = {_fold(stem_of(file, root / "images")): file.relative_to(root) for file in files["images"]}
+        image = _likely_image(_fold(stem_of(unmatched[0], root / "labels")), likely)
+        reason = "no image has that name" if image is None else f"{image} is probably its image"
+        left_out.append(("labels", unmatched, f"{reason}; give image and label the same name before the suffix"))
+    return [
+        Problem(
+            name,
+            f"{len(part)} {'file is' if len(part) == 1 else 'files are'} left out,"
+            f" {part[0].relative_to(root).as_posix()!r} first: {reason}",
+            is_warning=True,
+        )
+        for name, part, reason in left_out
+        if part
+    ]
 
 
 def _fold(name: str) -> str:
@@ -252,60 +244,54 @@ def _check_classes(info: DatasetInfo, values: Set[int], *, all_read: bool) -> It
         yield Problem("labeled", f"no label holds {', '.join(absent)}, which cannot be learned", is_warning=True)
 
 
-def check_sources(sources: Sources, crop: int, *, sample: int | None = None, labeled_only: bool = False) -> Report:
+def check_sources(
+    sources: Sources, crop: int, *, sample: int | None = None, labeled_only: bool = False
+) -> tuple[list[Problem], Summary]:
     """Find everything that would break or spoil training on an opened dataset.
 
     Reads every file, or those of a sample; that files exist and are not empty, and how the lists fit together, is
-    checked in any case. Rendered scenes have no problems.
+    checked in any case. Of rendered scenes there is nothing to say.
 
     Args:
         sources: the opened dataset.
         crop: side of the training crops in pixels.
         sample: number of entries per list to read; None reads all.
         labeled_only: whether training does not read the unlabeled images, which may then be labeled ones as well.
+
+    Returns:
+        problems in the order of the lists, then files that nothing uses; and what was read, for JSON: of each list,
+        images and masks by size, mode and bit depth, least and greatest value by mode, and for every class its pixels
+        and the number of masks that hold it; and the images that are "in no list".
     """
     opened = {"labeled": sources.labeled, "unlabeled": sources.unlabeled, "val": sources.val}
     lists = {name: source for name, source in opened.items() if isinstance(source, SegmentationDataset)}
-    report = Report([], {}, [])
     if not lists:
-        return report
-    problems, images, masks = report.problems, dict[str, _Reading](), dict[str, _Reading]()
-    problems.extend(
-        Problem(name, "holds no image; check its split file") for name, dataset in lists.items() if not dataset.entries
-    )
+        return [], {}
+    problems = [Problem(name, "holds no image; check its split file") for name, x in lists.items() if not x.entries]
     problems.extend(_check_overlaps(lists, labeled_only))
-    sizes: list[tuple[int, int]] = []
+    summary, masks, sizes = Summary(), dict[Entry, _Reading](), list[tuple[int, int]]()
     for name, dataset in lists.items():
         distinct = list({entry: index for index, entry in enumerate(dataset.entries)}.values())
         chosen = set(np.random.default_rng(0).permutation(distinct)[:sample].tolist())
         readings = map_in_threads(partial(_read, dataset, name != "unlabeled", chosen), distinct)
         problems.extend(problem for reading in readings for problem in reading.problems)
         read = {dataset.entries[i]: x for i, x in zip(distinct, readings, strict=True) if i in chosen}
-        images |= {entry.image: x for entry, x in read.items()}
-        masks |= {str(entry.label): x for entry, x in read.items() if x.colors}
-        if turned := [entry.image for entry, x in read.items() if x.turned and x.counts and not x.problems]:
-            # A label drawn on the pixels as stored has the size of the turned image for half of the orientations.
-            message = (
-                f"EXIF turns {len(turned)} images with labels, {turned[0]} first; make sure that these labels were"
-                " drawn on the images as viewers show them"
-            )
-            problems.append(Problem(name, message, is_warning=True))
-        report.lists[name] = _summary(len(dataset.entries), list(read.values()), sources.info.classes)
+        problems.extend(_check_pixels(name, read, dataset.pixel_range))
+        summary[name] = _summary(read.values(), sources.info.classes)
+        masks |= read
         if name == "labeled":
             values = {value for reading in readings for value, count in enumerate(reading.counts) if count}
             problems.extend(_check_classes(sources.info, values, all_read=len(chosen) == len(distinct)))
         if name != "val":
             sizes.extend(reading.size for reading in readings if reading.size is not None)
-    problems.extend(_check_pixels(images, dataset.pixel_range))
-    problems.extend(_compare_palettes(masks, sources.info))
+    problems.extend(_check_palettes(masks, sources.info))
     # The random resize usually goes up to twice the size.
     if sizes and all(2 * min(size) < crop for size in sizes):
         width, height = max(sizes)
         message = f"every crop holds padding, the largest image is {height}x{width}; a smaller crop wastes less"
         problems.append(Problem(f"crop {crop}x{crop}", message, is_warning=True))
-    (root,) = {dataset.root for dataset in lists.values()}
-    problems.extend(check_unused(root))
+    problems.extend(check_unused(dataset.root))
     listed = {posixpath.normpath(entry.image) for dataset in lists.values() for entry in dataset.entries}
-    there = [file.relative_to(root).as_posix() for file in list_images(root / "images")]
-    report.in_no_list.extend(file for file in there if file not in listed)
-    return report
+    there = [file.relative_to(dataset.root).as_posix() for file in list_images(dataset.root / "images")]
+    summary["in no list"] = [file for file in there if file not in listed]
+    return problems, summary

@@ -27,15 +27,16 @@ class Entry:
     label: str | None
 
 
-def _is_image_path(text: str) -> bool:
+def is_image_path(text: str) -> bool:
+    """Return whether a path has the suffix of a format that can be read."""
     return text.lower().endswith(IMAGE_SUFFIXES)
 
 
 def _parse_line(line: str) -> Entry:
-    if not _is_image_path(line):
+    if not is_image_path(line):
         raise ValueError(f"expected `image_path label_path` or `image_path`, found {line!r}")
     cuts = [(line[: gap.start()], line[gap.end() :]) for gap in re.finditer(r"\s+", line)]
-    pairs = [Entry(*cut) for cut in cuts if all(map(_is_image_path, cut))]
+    pairs = [Entry(*cut) for cut in cuts if all(map(is_image_path, cut))]
     if len(pairs) > 1:
         raise ValueError(f"more than two image paths in {line!r}")
     return pairs[0] if pairs else Entry(line, None)

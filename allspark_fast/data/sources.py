@@ -124,10 +124,10 @@ class TrainingData:
             DataError: some cannot be used; the first of these are listed.
         """
         labeled_only = self._config.train.method == "supervised"
-        report = check_sources(self.sources, self._config.data.crop, sample=_CHECKED, labeled_only=labeled_only)
-        if warnings := [problem for problem in report.problems if problem.is_warning]:
+        problems, _ = check_sources(self.sources, self._config.data.crop, sample=_CHECKED, labeled_only=labeled_only)
+        if warnings := [problem for problem in problems if problem.is_warning]:
             logger.warning("%s", _list_problems(warnings))
-        if errors := [problem for problem in report.problems if not problem.is_warning]:
+        if errors := [problem for problem in problems if not problem.is_warning]:
             raise DataError(_list_problems(errors))
 
     def batches(

@@ -19,7 +19,7 @@ def test_real_images(data_dir):
     assert {entry for entries in splits.values() for entry in entries} == set(scan_folder(root))
     lists = {name: f"splits/1_8/seed0/{name}.txt" for name in ("labeled", "unlabeled")}
     sources = open_sources(DataConfig(dataset="camvid", root=root, **lists, val="splits/val.txt"))
-    assert check_sources(sources, 320, sample=25).problems == []
+    assert check_sources(sources, 320, sample=25)[0] == []
     train = splits["train"][::4]
     shares = read_shares(SegmentationDataset(root, train))
     split = make_split(train, spread(train, 0, shares), (), 11)

@@ -22,7 +22,7 @@ def lists(tmp_path):
 
 def check(root, lists, info=INFO, crop=32, **options):
     opened = {name: SegmentationDataset(root, entries, info=info) for name, entries in lists.items()}
-    return list(map(str, check_sources(Sources(info, **opened), crop, **options).problems))
+    return list(map(str, check_sources(Sources(info, **opened), crop, **options)[0]))
 
 
 def assert_starts(problems, *starts):
@@ -35,7 +35,7 @@ def assert_starts(problems, *starts):
 def test_sound_data_has_no_problems(tmp_path, lists):
     (tmp_path / "labels/04.png").unlink()  # of an unlabeled image
     assert check(tmp_path, lists) == []
-    assert check_sources(open_sources(DataConfig(scenes=(1, 1, 1))), 513).problems == []
+    assert check_sources(open_sources(DataConfig(scenes=(1, 1, 1))), 513) == ([], {})
 
 
 def test_files_that_cannot_be_read(tmp_path, lists):
