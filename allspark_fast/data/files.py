@@ -48,9 +48,14 @@ def require_bytes(path: Path) -> None:
         raise DataError(f"{path}: the file is empty (0 bytes); download it again")
 
 
+def is_image(path: str | Path) -> bool:
+    """Return whether a path has the suffix of a format that can be read."""
+    return str(path).lower().endswith(IMAGE_SUFFIXES)
+
+
 def list_images(folder: Path) -> list[Path]:
     """List the image files below a folder in alphabetical order, see ``list_files``."""
-    return [file for file in list_files(folder) if file.suffix.lower() in IMAGE_SUFFIXES]
+    return list(filter(is_image, list_files(folder)))
 
 
 def list_files(folder: Path) -> list[Path]:

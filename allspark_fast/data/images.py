@@ -4,7 +4,6 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -27,7 +26,7 @@ _TRANSPOSITIONS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-# Of TIFF, by Pillow's names. WebP may be lossless in TIFF too, but that cannot be told.
+# Compressions of TIFF, by Pillow's names. WebP may be lossless in TIFF too, but that cannot be told.
 _LOSSY = ("jpeg", "tiff_jpeg", "webp", "tiff_sgilog", "tiff_sgilog24")
 # Stored values that become 0 and 255: numbers, or percentiles such as "1%".
 PixelRange = tuple[str, str]
@@ -70,11 +69,6 @@ def stored_form(image: ImageFile) -> tuple[str, int]:
         return str(raw), int(more[0])
     bits = re.search(r";(\d+)", str(raw))
     return str(raw), 2 ** (int(bits[1]) if bits else {"1": 1, "I": 32, "F": 32}.get(image.mode, 8)) - 1
-
-
-def pages_of(image: Image.Image) -> int:
-    """Return the number of pages, frames or pictures of a file."""
-    return getattr(image, "n_frames", 1)
 
 
 def read_image(path: str | Path, pixel_range: PixelRange | None = None) -> Image.Image:
@@ -139,9 +133,8 @@ def read_label(path: str | Path, info: DatasetInfo | None = None) -> Image.Image
         PIL image of mode L, 255 ignored.
 
     Raises:
-        DataError: no such file, not an image, truncated, compressed with loss, of several pages, with an EXIF
-            orientation other than 1, with a palette that contradicts ``info``, or with a value or color that stands
-            for no class; names the file.
+        DataError: no such file, not an image, truncated, compressed with loss, of several pages, turned by EXIF, with
+            a palette that contradicts ``info``, or with a value or color that stands for no class; names the file.
     """
     return decode(Path(path), lambda image: to_classes(image, info))
 
@@ -162,8 +155,8 @@ def colors_of(image: Image.Image, values: npt.NDArray[np.integer]) -> dict[Color
 
 def to_classes(image: ImageFile, info: DatasetInfo | None) -> Image.Image:
     """Convert an opened label as ``read_label`` does."""
-    _refuse_what_changes_numbers(image)
-    raw, greatest = stored_form(image)
+    raw, greatest = stored_form(image)  # before the EXIF block of a PNG, which lies behind its pixels
+    _refuse_what_changes_numbers(image, raw)
     is_color = image.mode in ("RGB", "RGBA") and info is not None
     if is_color and "16" in raw:
         raise DataError("has 16 bits per channel, of which only the upper 8 are read; save it with 8 bits per channel")
@@ -176,7 +169,8 @@ def to_classes(image: ImageFile, info: DatasetInfo | None) -> Image.Image:
     if not is_color and greatest < (full := {"L": 255, "I": 65535}.get(image.mode, 0)):
         values = (values.astype(np.int64) * greatest + full // 2) // full  # Pillow scales few bits to the full range
     if info is not None and info.values == "nonzero":
-        return Image.fromarray(_nonzero(values, info))
+        found = values.any(axis=2) if is_color else np.where(values == info.ignore_index, IGNORE_INDEX, values != 0)
+        return Image.fromarray(found.astype(np.uint8))
     if info is not None and is_color:
         values = _values_of_colors(values, info.label_colors())
     elif info is not None and info.palette != VOC_PALETTE:
@@ -199,24 +193,19 @@ def to_classes(image: ImageFile, info: DatasetInfo | None) -> Image.Image:
     return label.point([indices.get(value, value) for value in range(256)])
 
 
-def _refuse_what_changes_numbers(image: ImageFile) -> None:
-    lossy = {"JPEG": "JPEG", "MPO": "JPEG"}.get(str(image.format))
-    if image.format == "TIFF" and image.info.get("compression") in _LOSSY:
-        lossy = f"{image.info['compression'].removeprefix('tiff_').upper()}"
-    if image.format == "WEBP" and b"VP8 " in _riff_chunks(Path(str(image.filename)).read_bytes()):
-        lossy = "lossy WebP"
-    if lossy is not None:
-        raise DataError(
-            f"{lossy} compression changes class indices; save labels as PNG from the program that drew them"
-        )
-    if (pages := pages_of(image)) > 1:
+def _refuse_what_changes_numbers(image: ImageFile, raw: str) -> None:
+    is_webp = image.format == "WEBP" and b"VP8 " in _riff_chunks(Path(str(image.filename)).read_bytes())
+    if image.format in ("JPEG", "MPO") or is_webp or image.info.get("compression") in _LOSSY:
+        name = image.info.get("compression", image.format)
+        raise DataError(f"{name} compression changes class indices; save labels as PNG where they were drawn")
+    if (pages := getattr(image, "n_frames", 1)) > 1:
         raise DataError(f"holds {pages} pages, but a label is one; save the one that counts as PNG")
     if (orientation := orientation_of(image)) != 1:
         raise DataError(
             f"its EXIF orientation is {orientation}, but labels are read as stored; save it upright, without that tag,"
             " so that it matches the image as viewers show it"
         )
-    if re.search(r";\d*I", stored_form(image)[0]):
+    if re.search(r";\d*I", raw):
         raise DataError("stores white as 0 (WhiteIsZero), so programs disagree about its numbers; save it as PNG")
 
 
@@ -227,12 +216,6 @@ def _riff_chunks(content: bytes) -> Iterator[bytes]:
         yield content[position : position + 4]
         length = int.from_bytes(content[position + 4 : position + 8], "little")
         position += 8 + length + length % 2
-
-
-def _nonzero(values: npt.NDArray[Any], info: DatasetInfo) -> npt.NDArray[np.uint8]:
-    """Return 1 where a number or color is not 0, 255 where it is ignored."""
-    found = values.any(axis=2) if values.ndim == 3 else np.where(values == info.ignore_index, IGNORE_INDEX, values != 0)
-    return np.asarray(found, np.uint8)
 
 
 def _refuse_other_palette(colors: Mapping[Color, int], info: DatasetInfo) -> None:

@@ -77,18 +77,11 @@ class SemiLoader(Dataset[Sample]):
     which is the same set of crops for any ``world_size``. The global random state is never touched.
 
     Attributes:
-        labeled: images that all have a label.
-        unlabeled: images whose labels are not read unless ``hidden_labels``.
-        labeled_transform: transform of the labeled images.
-        unlabeled_transform: transform of the unlabeled images.
         batch_size: number of labeled, and of unlabeled, images per step over all ranks.
-        seed: seed of order and augmentation.
         num_workers: worker processes; they live as long as one call of ``iterate``, across epochs.
         pin_memory: return batches in page-locked memory, for asynchronous copies to a GPU.
         labeled_only: do not read the unlabeled images; order, labeled crops and number of steps stay the same.
         hidden_labels: also return the labels of unlabeled images, to measure pseudo-labels with.
-        rank: index of this process.
-        world_size: number of processes.
 
     Raises:
         DataError: a labeled entry has no label, there are no labeled images, or too few unlabeled ones.
@@ -149,7 +142,7 @@ class SemiLoader(Dataset[Sample]):
             # Each worker prepares two batches, and two more are on their way.
             batches = (2 * self.num_workers + 2) * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
             _require_shared_memory(self.batch_size // self.world_size * batches * _bytes_of(crops))
-        return _deliver(self, self.num_workers, self.pin_memory, asked, self._collate, batch_sampler=steps)
+        return _deliver(self, self.num_workers, self.pin_memory, asked, batch_sampler=steps, collate_fn=self._collate)
 
     def _steps(self, start_step: int, stop_step: int) -> Iterator[list[_Key]]:
         """Yield the keys of this rank's part of every step: labeled ones, then unlabeled ones unless labeled_only."""
@@ -209,56 +202,41 @@ def _require_shared_memory(needed: int) -> None:
         return
     if needed > (free := state.f_bavail * state.f_frsize):
         raise RunError(
-            f"batches of DataLoader workers need {needed / 2**20:.0f} MB of shared memory, but /dev/shm has"
-            f" {free / 2**20:.0f} MB free: give the container more (docker run --shm-size {needed // 2**29 + 1}g), or"
+            f"batches of DataLoader workers need {needed // 2**20 + 1} MB of shared memory, but /dev/shm has"
+            f" {free // 2**20} MB free: give the container more (docker run --shm-size {needed // 2**29 + 1}g), or"
             " use --data.workers 0 --eval.workers 0"
         )
 
 
-@dataclass(frozen=True)
-class _Collate:
-    """Makes a batch of samples where there is room for it: in workers, torch does so in shared memory."""
-
-    collate: Callable[[Any], Any]
-
-    def __call__(self, samples: Any) -> Any:
-        if get_worker_info() is not None:
-            _require_shared_memory(_bytes_of(samples if isinstance(samples, list) else [samples]))
-        return self.collate(samples)
-
-
 def _deliver(
-    dataset: Dataset[Any],
-    num_workers: int,
-    pin_memory: bool,
-    asked: Callable[[], bool],
-    collate: Callable[[Any], Any],
-    **order: Any,
+    dataset: Dataset[Any], num_workers: int, pin_memory: bool, asked: Callable[[], bool], **order: Any
 ) -> Iterator[Any]:
     """Yield what a DataLoader reads in an order; the death of a worker raises RunError, however it shows."""
-    batches = iter(
-        DataLoader(
-            dataset,
-            num_workers=num_workers,
-            pin_memory=pin_memory,
-            collate_fn=_Collate(collate),
-            # Without its own generator, every iterator draws from the global one.
-            generator=torch.Generator(),
-            worker_init_fn=ignore_stop_signals,
-            timeout=_LOOK_UP if num_workers else 0,
-            **order,
-        )
+    loader: DataLoader[Any] = DataLoader(
+        dataset,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        generator=torch.Generator(),  # without its own, every iterator draws from the global one
+        worker_init_fn=ignore_stop_signals,
+        timeout=_LOOK_UP if num_workers else 0,
+        **order,
     )
-    # Workers ignore SIGTERM, so multiprocessing would join them forever at exit if something (a traceback, say) still
-    # holds the iterator then.
-    end_workers = getattr(batches, "_shutdown_workers", lambda: None)
+    batches: Any = iter(loader)
+    waited = 0
+
+    def end_workers() -> None:
+        if num_workers:
+            batches._shutdown_workers()
+            for worker in batches._workers:
+                worker.kill()  # they ignore SIGTERM, with which the line before ends those that wait for a file
+
+    # multiprocessing would join them forever at exit if something (a traceback, say) still holds the iterator then.
     atexit.register(end_workers)
-    waits = 0
     try:
-        while not (waits and asked()):
+        while not (waited and asked()):
             try:
                 yield next(batches)
-                waits = 0
+                waited = 0
             except StopIteration:
                 return
             except (EOFError, ConnectionError, RuntimeError) as error:
@@ -266,11 +244,11 @@ def _deliver(
                 if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader"):
                     raise
                 if not str(error).startswith("DataLoader timed out"):
-                    message = f"a DataLoader worker died ({error!r}), possibly out of memory: use fewer workers"
-                    raise RunError(message) from error
-                waits += 1
-                if waits * _LOOK_UP >= _PATIENCE:
-                    raise RunError(f"no batch for {_PATIENCE} s: DataLoader workers wait for their files") from error
+                    cause = f"a DataLoader worker died ({error!r}), possibly out of memory: use fewer workers"
+                    raise RunError(cause) from error
+                waited += _LOOK_UP
+                if waited >= _PATIENCE:
+                    raise RunError(f"no batch for {waited} s: the DataLoader workers wait for files") from error
     finally:
         atexit.unregister(end_workers)
         end_workers()
@@ -279,8 +257,7 @@ def _deliver(
 def _require_labels(entries: Sequence[Entry]) -> None:
     if not entries:
         raise DataError("the list of images with labels is empty; it needs at least one")
-    missing = [entry.image for entry in entries if entry.label is None]
-    if missing:
+    if missing := [entry.image for entry in entries if entry.label is None]:
         raise DataError(f"{missing[0]}: has no label, but its list needs labels, as for {len(missing) - 1} others")
 
 
@@ -308,7 +285,10 @@ class _WholeImages(Dataset[EvalSample]):
         image, label = self.source[index]
         assert label is not None
         tensor = normalize_image(image, self.mean, self.std)
-        return EvalSample(tensor[None], label_tensor(label)[None], self.source.entries[index])
+        sample = EvalSample(tensor[None], label_tensor(label)[None], self.source.entries[index])
+        if get_worker_info() is not None:
+            _require_shared_memory(_bytes_of([sample]))
+        return sample
 
 
 def evaluation_loader(
@@ -332,7 +312,7 @@ def evaluation_loader(
         mean: mean per channel that is subtracted, for images in 0..1.
         std: standard deviation per channel that is divided by.
         num_workers: worker processes.
-        pin_memory: return tensors in page-locked memory, for asynchronous copies to a GPU.
+        pin_memory: see SemiLoader.
         asked: see SemiLoader.iterate.
         rank: index of this process.
         world_size: number of processes.
@@ -343,4 +323,4 @@ def evaluation_loader(
     _require_labels(source.entries)
     order = range(rank, len(source.entries), world_size)
     images = _WholeImages(source, mean, std)
-    return _deliver(images, num_workers, pin_memory, asked, lambda sample: sample, batch_size=None, sampler=order)
+    return _deliver(images, num_workers, pin_memory, asked, batch_size=None, sampler=order)

@@ -22,12 +22,9 @@ _FEW_IMAGES, _FEW_OF_CLASS = 30, 5
 
 
 class Split(NamedTuple):
-    """Lists to train with, in the order of the list that was split.
+    """Entries to train on with their labels, others to train on, and labeled ones set aside for validation.
 
-    Attributes:
-        labeled: entries to train on with their labels.
-        unlabeled: others to train on; they keep their label paths for measurements.
-        val: labeled entries set aside for validation.
+    Each list is in the order of the one that was split. Unlabeled entries keep their label paths for measurements.
     """
 
     labeled: list[Entry]
@@ -36,14 +33,9 @@ class Split(NamedTuple):
 
 
 def parse_amount(text: str, total: int) -> int:
-    """Parse how many entries to label: a fraction like ``1/16``, a share like ``0.125``, or a count like ``100``.
+    """Parse how many of ``total`` entries to label: a fraction ``1/16``, a share ``0.125``, or a count ``100``.
 
-    Args:
-        text: what the user wrote.
-        total: number of entries that could be labeled.
-
-    Returns:
-        count in 1..total; fractions are rounded to the nearest, but at least to 1.
+    Fractions are rounded to the nearest count, but at least to 1.
 
     Raises:
         InputError: ``text`` is none of the three, zero, or more than there is.
@@ -75,26 +67,24 @@ def read_shares(dataset: SegmentationDataset) -> Shares:
 
 def classes_of(entries: Collection[Entry], shares: Shares) -> NDArray[Any]:
     """Return in how many labels of some entries each class occurs, (256,) int64."""
-    return np.sum([shares[entry] > 0 for entry in entries if entry.label is not None] or [np.zeros(256, bool)], axis=0)
+    return sum((shares[entry] > 0 for entry in entries if entry.label is not None), np.zeros(256, np.int64))
 
 
 def spread(entries: Sequence[Entry], seed: int, shares: Shares) -> list[int]:
     """Order the entries that have a label, so that every part of the order has the classes of the whole.
 
-    A random order that the seed determines. A greedy cover of all classes comes first: each time the first entry that
-    adds the most classes. Then each place goes to the one of the next 32 that brings the pixel shares of the
-    classes, over the order so far, nearest to those of the whole (chi-square distance).
+    A random order, which the seed determines, with two changes. A greedy cover of all classes comes first: each time
+    the first entry that adds the most classes. Then each place goes to the one of the next 32 that brings the pixel
+    shares of the classes, over the order so far, nearest to those of the whole (chi-square distance).
 
     Returns:
         positions in ``entries``.
     """
     labeled = [position for position, entry in enumerate(entries) if entry.label is not None]
     rest: list[int] = np.random.default_rng(mix_seed(seed)).permutation(labeled).tolist()
-    if not rest:
-        return []
-    table = np.array([shares[entry] if entry.label is not None else np.zeros(256) for entry in entries])
+    table = np.array([shares.get(entry, np.zeros(256)) for entry in entries])
     table = table[:, table.any(axis=0)]
-    order, missing = list[int](), np.ones(table.shape[1], bool)
+    order, missing = list[int](), table.any(axis=0)
     while missing.any():
         best = int(((table[rest] > 0) & missing).sum(axis=1).argmax())
         missing &= table[rest[best]] == 0
@@ -102,8 +92,7 @@ def spread(entries: Sequence[Entry], seed: int, shares: Shares) -> list[int]:
     mean, total = table[labeled].mean(axis=0), table[order].sum(axis=0)
     while rest:
         sums = total + table[rest[:_POOL]]
-        distance = ((sums / (len(order) + 1) - mean) ** 2 / mean).sum(axis=1)
-        best = int(distance.argmin())
+        best = int(((sums / (len(order) + 1) - mean) ** 2 / mean).sum(axis=1).argmin())
         total = sums[best]
         order.append(rest.pop(best))
     return order
@@ -134,26 +123,17 @@ def make_split(entries: Sequence[Entry], order: Sequence[int], val: Collection[i
 
 def doubts_about(split: Split, shares: Shares, names: Sequence[str]) -> list[str]:
     """Say what a split cannot teach or tell; ``names`` are those of the classes."""
-    everywhere = classes_of([*split.labeled, *split.unlabeled, *split.val], shares)
-    labeled, val = classes_of(split.labeled, shares), classes_of(split.val, shares)
-    doubts = []
-    if absent := [name for index, name in enumerate(names) if everywhere[index] and not labeled[index]]:
-        doubts.append(f"in no labeled image: {', '.join(absent)}")
-    if split.val and len(split.val) < _FEW_IMAGES:
+    labeled, unlabeled, val = (classes_of(part, shares)[: len(names)] for part in split)
+    there, enough = labeled + unlabeled + val > 0, min(_FEW_OF_CLASS, len(split.val))
+    absent, rare = ([names[i] for i in np.flatnonzero(there & few).tolist()] for few in (labeled == 0, val < enough))
+    doubts = [f"in no labeled image: {', '.join(absent)}"] if absent else []
+    if 0 < len(split.val) < _FEW_IMAGES:
         doubts.append(
             f"{len(split.val)} validation images are too few to tell methods apart (aim at {_FEW_IMAGES}): differences"
             " of several points of mIoU are chance; label more, or compare means over --folds 4"
         )
-    if split.val and (
-        rare := [
-            name
-            for index, name in enumerate(names)
-            if everywhere[index] and val[index] < min(_FEW_OF_CLASS, len(split.val))
-        ]
-    ):
-        doubts.append(
-            f"in fewer than {_FEW_OF_CLASS} validation images, so their IoU is mostly chance: {', '.join(rare)}"
-        )
+    if rare:
+        doubts.append(f"in fewer than {enough} validation images, so their IoU is mostly chance: {', '.join(rare)}")
     return doubts
 
 

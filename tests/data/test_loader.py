@@ -1,12 +1,15 @@
 import os
 import signal
+import time
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from allspark_fast.data import loader
 from allspark_fast.data.datasets import Entry, SegmentationDataset
 from allspark_fast.data.loader import SemiLoader, evaluation_loader
 from allspark_fast.data.transforms import CropTransform
@@ -180,6 +183,51 @@ def test_an_unreadable_file_is_named(tmp_path, num_workers):
 def test_the_death_of_a_worker_is_told():
     with pytest.raises(RunError, match=r"a DataLoader worker died .* fewer workers"):
         next(plain_loader(Killed(2), Numbered(2), batch_size=2, num_workers=1).iterate(0, 1))
+
+
+def shared_memory(monkeypatch, megabytes):
+    """As if /dev/shm had so much room."""
+    monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_bavail=megabytes, f_frsize=2**20))
+
+
+@pytest.mark.parametrize(("options", "enough"), [({}, 133), ({"labeled_only": True}, 67)])
+def test_shared_memory_is_checked_before_the_first_batch(monkeypatch, options, enough):
+    """Crops of 321 in batches of 8 with 2 workers, in the 64 MB of a container."""
+    crops = CropTransform(321, photometric=False, scale_range=(1.0, 1.0))
+    arguments = (Numbered(1), Numbered(8), crops, crops)
+    shared_memory(monkeypatch, enough - 1)
+    advice = rf"need {enough} MB .* /dev/shm has {enough - 1} MB free: .*--shm-size 1g.*--data\.workers 0"
+    with pytest.raises(RunError, match=advice):
+        SemiLoader(*arguments, batch_size=8, seed=0, num_workers=2, **options).iterate(0, 1)
+    next(SemiLoader(*arguments, batch_size=8, seed=0, num_workers=0, **options).iterate(0, 1))
+    shared_memory(monkeypatch, enough)
+    SemiLoader(*arguments, batch_size=8, seed=0, num_workers=2, **options).iterate(0, 1)
+
+
+def test_shared_memory_is_checked_for_every_image_of_an_evaluation(monkeypatch):
+    shared_memory(monkeypatch, 0)
+    with pytest.raises(RunError, match=r"MB of shared memory, .*--eval\.workers 0"):
+        list(evaluation_loader(Noise(2), **PLAIN, num_workers=1))
+    assert len(list(evaluation_loader(Noise(2), **PLAIN))) == 2
+
+
+class Stuck(Numbered):
+    """Images on a disk that does not answer."""
+
+    def image(self, index):
+        time.sleep(60)
+
+
+def test_who_waits_for_workers_hears_that_it_is_to_stop(monkeypatch):
+    monkeypatch.setattr(loader, "_LOOK_UP", 1)
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.2)  # for the end of a worker
+    plain = plain_loader(Stuck(2), Numbered(2), batch_size=2, num_workers=1)
+    calls = iter([False, True])
+    assert list(plain.iterate(0, 1, lambda: next(calls))) == []
+    assert list(calls) == []
+    monkeypatch.setattr(loader, "_PATIENCE", 2)
+    with pytest.raises(RunError, match="no batch for 2 s: the DataLoader workers wait for files"):
+        next(plain.iterate(0, 1))
 
 
 @pytest.mark.gpu
