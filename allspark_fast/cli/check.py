@@ -35,12 +35,16 @@ def _lines(summary: Summary) -> Iterator[str]:
         for mode, (low, high) in found["values"].items():
             yield f"{name:9}  values of {mode}: {low:g}..{high:g}"
     masked = {name: found for name, found in summary.items() if found["masks"]}
-    for label in next(iter(masked.values()))["pixels"] if masked else ():
-        shares = (
-            f"{found['pixels'][label] / sum(found['pixels'].values()):.2%} of the pixels, in {found['holding'][label]}"
-            f" of {found['masks'].total()} masks"
-            for found in masked.values()
-        )
-        yield f"{label}: " + "; ".join(f"{name} {share}" for name, share in zip(masked, shares, strict=True))
+    if masked:
+        labels = next(iter(masked.values()))["pixels"]
+        width = max(map(len, ["class", *labels]))
+        yield f"{'class':{width}}" + "".join(f"{f'{name} pixels':>17}{'masks':>14}" for name in masked)
+        for label in labels:
+            columns = (
+                f"{found['pixels'][label] / sum(found['pixels'].values()):17.2%}"
+                f"{found['holding'][label]:6} of {found['masks'].total():4}"
+                for found in masked.values()
+            )
+            yield f"{label:{width}}" + "".join(columns)
     if unlisted:
         yield f"in no list: {len(unlisted)} images, {unlisted[0]} first"

@@ -129,8 +129,8 @@ def doubts_about(split: Split, shares: Shares, names: Sequence[str]) -> list[str
     doubts = [f"in no labeled image: {', '.join(absent)}"] if absent else []
     if 0 < len(split.val) < _FEW_IMAGES:
         doubts.append(
-            f"{len(split.val)} validation images are too few to tell methods apart (aim at {_FEW_IMAGES}): differences"
-            " of several points of mIoU are chance; label more, or compare means over --folds 4"
+            f"{len(split.val)} validation images are too few to tell methods apart (aim at {_FEW_IMAGES}); label more,"
+            " or compare means over --folds 4"
         )
     if rare:
         doubts.append(f"in fewer than {enough} validation images, so their IoU is mostly chance: {', '.join(rare)}")

@@ -253,12 +253,13 @@ def test_what_the_command_prints(tmp_path, lists, capsys):
         "unlabeled       1 images of 50x20, RGB, 8 bits",
         "val             3 masks of 50x40, L, 8 bits",
         "val        values of RGB, 8 bits: 0..255",
-        "ignored: labeled 33.33% of the pixels, in 1 of 3 masks; val 0.00% of the pixels, in 0 of 3 masks",
+        "class     labeled pixels         masks       val pixels         masks",
+        "ignored           33.33%     1 of    3            0.00%     0 of    3",
         "in no list: 1 images, images/more.png first",
         "0 errors, 0 warnings",
     ):
         assert f"{line}\n" in printed
-    assert re.search(r"^land: labeled 2\d\.\d\d% of the pixels, in 2 of 3 masks; val 3\d\.", printed, re.MULTILINE)
+    assert re.search(r"^land +2\d\.\d\d% +2 of +3 +3\d\.\d\d% +3 of +3$", printed, re.MULTILINE)
     (tmp_path / "labels/04.png").rename(tmp_path / "labels/lone.png")
     assert main([*arguments, "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
