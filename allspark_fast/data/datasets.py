@@ -16,12 +16,7 @@ from allspark_fast.errors import DataError
 
 @dataclass(frozen=True)
 class Entry:
-    """One line of a split file.
-
-    Attributes:
-        image: path of the image, relative to the data root.
-        label: path of its label, or None.
-    """
+    """One line of a split file: paths of an image and of its label, or None, relative to the data root."""
 
     image: str
     label: str | None
@@ -59,13 +54,7 @@ def read_split(path: str | Path) -> list[Entry]:
 
     Each line is ``image_path label_path``; a single path is an unlabeled image. Blank lines, surrounding whitespace,
     tabs, CRLF and a byte order mark are accepted. Paths may contain spaces: a line is split where both parts end in an
-    image suffix (.jpg, .png, ...), otherwise the whole line is one path.
-
-    Args:
-        path: split file, UTF-8.
-
-    Returns:
-        entries in the order of the lines, repeated lines included.
+    image suffix (.jpg, .png, ...), otherwise the whole line is one path. Repeated lines are kept.
 
     Raises:
         DataError: no such file, or a line with no image path or more than two; names file and line.
@@ -187,11 +176,7 @@ class SegmentationDataset:
         return None if path is None else read_label(resolve_path(self.root, path), self.info)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, Image.Image | None]:
-        """Read one sample: an RGB image and its label (mode L, 255 ignored), None where the entry has none.
-
-        Raises:
-            DataError: a file is missing, unreadable, outside the root or not what it should be, or the sizes differ.
-        """
+        """Read both; raises DataError if a file is missing, unreadable or outside the root, or the sizes differ."""
         image, label = self.image(index), self.label(index)
         if label is not None:
             require_equal_size(self.entries[index], image.size, label.size)

@@ -19,10 +19,7 @@ def resolve_path(root: str | Path, relative: str) -> Path:
     """Resolve a path of a split file; every listed path passes through here.
 
     Symbolic links inside ``root`` may point anywhere: only the owner of the folder can create them, not a split file.
-
-    Args:
-        root: folder of the dataset.
-        relative: path relative to ``root``; its ``..`` are resolved as text, so none climbs out through a link.
+    But ``..`` are resolved as text, so none climbs out through a link.
 
     Raises:
         DataError: the path leaves ``root``.
@@ -37,11 +34,7 @@ def resolve_path(root: str | Path, relative: str) -> Path:
 
 
 def require_bytes(path: Path) -> None:
-    """Check that a file exists and is not empty, without reading it.
-
-    Raises:
-        DataError: no such file, or it is empty.
-    """
+    """Raise DataError unless a file exists and is not empty, without reading it."""
     if not path.is_file():
         raise DataError(f"{path}: no such file; check the data root and the split file that lists it")
     if path.stat().st_size == 0:

@@ -66,14 +66,9 @@ def _voc_color(index: int) -> Color:
 VOC_PALETTE: Palette = tuple(_voc_color(index) for index in range(256))
 
 
-def _padded(colors: Sequence[Color]) -> Palette:
-    """Fill a list of colors up with black to the 256 entries of a palette."""
-    return tuple(colors) + ((0, 0, 0),) * (256 - len(colors))
-
-
 def hex_palette(text: str) -> Palette:
     """Parse a palette of colors written as rrggbb and separated by spaces; the rest is black."""
-    return _padded([(color[0], color[1], color[2]) for color in map(bytes.fromhex, text.split())])
+    return _parse_palette([list(color) for color in map(bytes.fromhex, text.split())], 1)
 
 
 def _expect(holds: bool, message: str) -> None:
@@ -97,15 +92,12 @@ def _parse_palette(palette: Any, classes: int) -> Palette:
     _expect(
         classes <= len(colors) <= 256, f"'palette' must hold a color for each of {classes} classes, found {len(colors)}"
     )
-    return _padded([(red, green, blue) for red, green, blue in colors])
+    padded = [*colors, *[[0, 0, 0]] * (256 - len(colors))]
+    return tuple((red, green, blue) for red, green, blue in padded)
 
 
 def parse_meta(meta: Any, name: str) -> DatasetInfo:
-    """Validate the object of a ``meta.json``, see ``read_info``.
-
-    Raises:
-        ValueError: it is not valid; the message says what was expected.
-    """
+    """Validate the object of a ``meta.json``, see ``read_info``; raise ValueError with what was expected."""
     _expect(isinstance(meta, dict), "expected an object with the key 'classes'")
     unknown = sorted(set(meta) - {"classes", "ignore_index", "palette", "values"})
     _expect(not unknown, f"unknown keys {unknown}; known are 'classes', 'ignore_index', 'palette', 'values'")
@@ -134,28 +126,21 @@ def read_info(root: str | Path) -> DatasetInfo:
     [[r, g, b], ...] and "values": [0, 1, ...]. "values" gives the value of each class in label files, if that is not
     its index: [0, 255] for black-and-white masks, or "nonzero" for masks that number their objects.
 
-    Args:
-        root: folder that holds ``images/``, ``labels/`` and ``meta.json``.
-
     Raises:
         DataError: there is no ``meta.json``, it is not valid, or it names one class only.
     """
     root = Path(root).resolve()
     file = root / "meta.json"
+    example = '{"classes": ["background", "object"], "values": [0, 255]} for black-and-white masks'
     if not file.is_file():
-        raise DataError(
-            f'{root}: no meta.json; write {file}, such as {{"classes": ["background", "object"]}}, with'
-            ' "values": [0, 255] for black-and-white masks'
-        )
+        raise DataError(f"{root}: no meta.json; write {file}, such as {example}")
     try:
         info = parse_meta(json.loads(file.read_text(encoding="utf-8-sig")), root.name)
-        _expect(
-            len(info.classes) > 1,
-            f"with the one class {info.classes[0]!r} every pixel would be right; name what is around it too, as in"
-            f' {{"classes": ["background", {json.dumps(info.classes[0])}], "values": [0, 255]}}',
-        )
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
         raise DataError(f"{file}: {error}") from error
+    if len(info.classes) == 1:
+        alone = f"with the one class {info.classes[0]!r} every pixel would be right"
+        raise DataError(f"{file}: {alone}; name what is around it too, such as {example}")
     return info
 
 

@@ -122,10 +122,7 @@ class SemiLoader(Dataset[Sample]):
     ) -> Iterator[SemiBatch]:
         """Yield the batches of steps start_step, ..., stop_step - 1, counted from 0 over all epochs.
 
-        Args:
-            start_step: first step.
-            stop_step: step after the last.
-            asked: whether to end early; only looked at while workers keep this process waiting.
+        While workers keep this process waiting, ``asked`` tells whether to end early.
 
         Raises:
             DataError: while iterating, a file cannot be read; the message names it, and contains the traceback of the
@@ -262,17 +259,10 @@ def _require_labels(entries: Sequence[Entry]) -> None:
 
 
 class EvalSample(NamedTuple):
-    """One whole image.
-
-    Attributes:
-        image: (1, 3, H, W) float32, normalized.
-        label: (1, H, W) uint8, 255 ignored.
-        entry: where it comes from.
-    """
+    """One whole image: (1, 3, H, W) float32, normalized; and its label (1, H, W) uint8, 255 ignored."""
 
     image: Tensor
     label: Tensor
-    entry: Entry
 
 
 @dataclass(frozen=True)
@@ -284,8 +274,7 @@ class _WholeImages(Dataset[EvalSample]):
     def __getitem__(self, index: int) -> EvalSample:
         image, label = self.source[index]
         assert label is not None
-        tensor = normalize_image(image, self.mean, self.std)
-        sample = EvalSample(tensor[None], label_tensor(label)[None], self.source.entries[index])
+        sample = EvalSample(normalize_image(image, self.mean, self.std)[None], label_tensor(label)[None])
         if get_worker_info() is not None:
             _require_shared_memory(_bytes_of([sample]))
         return sample
@@ -305,17 +294,7 @@ def evaluation_loader(
     """Return whole labeled images in order, one at a time; ``evaluate`` puts those of equal size together.
 
     Rank r of w gets the images r, r + w, ...: each image goes to one rank, none is repeated to fill up, so
-    ranks may get unequal numbers.
-
-    Args:
-        source: images that all have a label.
-        mean: mean per channel that is subtracted, for images in 0..1.
-        std: standard deviation per channel that is divided by.
-        num_workers: worker processes.
-        pin_memory: see SemiLoader.
-        asked: see SemiLoader.iterate.
-        rank: index of this process.
-        world_size: number of processes.
+    ranks may get unequal numbers. Arguments are as for ``normalize_image`` and SemiLoader.
 
     Raises:
         DataError: an entry has no label, or there is none at all.

@@ -94,11 +94,7 @@ def _list_problems(problems: Sequence[Problem]) -> str:
 
 
 class TrainingData:
-    """Labeled, unlabeled and validation images of a configuration; each rank gets its part of them.
-
-    Args:
-        config: of the run.
-        device: where batches are delivered.
+    """Labeled, unlabeled and validation images of a configuration, on a device; each rank gets its part of them.
 
     Attributes:
         sources: what was opened.

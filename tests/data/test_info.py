@@ -57,7 +57,7 @@ def test_meta_file(tmp_path, palette):
         ('{"classes": ["a", "b"], "palette": [[1, 2, 3, 255], [4, 5, 6, 255]]}', "three integers"),
         ('{"classes": ["a", "b"], "palette": [1, 2, 3, 255, 4, 5, 6, 255]}', "looks like colors \\[r, g, b, a\\]"),
         ('{"classes": ["a", "b", "c"], "palette": [0, 0, 0, 255, 1, 1, 1, 255, 2, 2, 2, 255]}', "leave out the alpha"),
-        ('{"classes": ["a"]}', 'one class \'a\' every pixel would be right; .*"classes": \\["background", "a"\\]'),
+        ('{"classes": ["a"]}', 'one class \'a\' every pixel would be right; .*"classes": \\["background", "object"\\]'),
         ('{"classes": ["a"], "values": [255]}', "one class 'a' every pixel would be right"),
         ('{"classes": ["a", "b", "c"], "values": "nonzero"}', "needs two classes"),
         ('{"classes": ["a", "b"], "ignore_index": 1}', "'ignore_index' 1 is also the value of a class"),
