@@ -40,7 +40,7 @@ def test_every_field_survives_json() -> None:
 @pytest.mark.parametrize(
     ("right", "wrong", "message"),
     [
-        ('"crop"', '"crop_size"', r"config\.data: fields \['crop', 'crop_size'\] are missing or unknown"),
+        ('"crop"', '"crop_size"', r"config\.data: fields \['crop_size'\] are missing or unknown"),
         ('"kernels": "auto"', '"kernels": 1', "config.run.kernels is 1, expected one of auto, torch"),
     ],
 )
@@ -50,6 +50,24 @@ def test_damaged_settings_of_a_run_are_named(right: str, wrong: str, message: st
         from_plain(Config, json.loads(text), "config")
     with pytest.raises(InputError, match=r"config.run is \[\], expected an object"):
         from_plain(RunConfig, [], "config.run")
+
+
+def test_settings_that_an_earlier_version_lacked_take_their_defaults() -> None:
+    config = json.loads(Config(train=TrainConfig(lr=0.5)).to_json())
+    del config["train"]["conf_thresh"], config["eval"]["times"]
+    assert from_plain(Config, config, "config") == Config(train=TrainConfig(lr=0.5))
+
+
+@pytest.mark.parametrize(
+    ("train", "evaluation", "expected"),
+    [
+        ({"epochs": 8, "warmup_epochs": 2, "pseudo_from_epoch": 6}, {"every": 2}, (80, 20, 60, 20)),
+        ({"epochs": 8, "steps": 500, "warmup": 0.1, "pseudo_from": 1 / 3}, {"times": 4}, (500, 50, 167, 125)),
+        ({"epochs": 8, "warmup": 0.5, "pseudo_from_epoch": 1}, {"times": 100}, (80, 40, 10, 1)),
+    ],
+)
+def test_lengths_in_epochs_steps_and_parts_of_the_run(train: dict, evaluation: dict, expected: tuple) -> None:
+    assert changed(Config(), train=train, eval=evaluation).schedule(10) == expected
 
 
 @pytest.mark.parametrize("old", OLD_SETTINGS)

@@ -8,7 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import IO
 
-from allspark_fast.config import Change, Config, RunConfig, TrainConfig, changed_fields
+from allspark_fast.config import Change, Config, RunConfig, Schedule, TrainConfig, changed_fields
 from allspark_fast.distributed import world_size
 from allspark_fast.errors import InputError
 from allspark_fast.files import make_folder, remove_unfinished, write_atomically
@@ -37,6 +37,7 @@ _FREE = {
     "train.max_skipped",
     "train.sharding",
     "eval.every",
+    "eval.times",
     "eval.batch_size",
     "eval.workers",
     *(f"run.{field.name}" for field in fields(RunConfig)),
@@ -46,7 +47,7 @@ _FREE = {
 def claim_folder(folder: Path, config: Config) -> IO[str] | None:
     """Lock a run folder and write config.json, which must hold the settings of the run that is there, if there is one.
 
-    What does not decide the numbers may change, and a run may be given more epochs.
+    What does not decide the numbers may change, and a run may be given more epochs or steps.
 
     Returns:
         the lock, see lock_folder.
@@ -73,7 +74,8 @@ def claim_folder(folder: Path, config: Config) -> IO[str] | None:
 
 
 def _may_change(change: Change) -> bool:
-    return change.name in _FREE or (change.name == "train.epochs" and change.new > change.old)
+    longer = change.name in ("train.epochs", "train.steps") and None not in (change.old, change.new)
+    return change.name in _FREE or (longer and change.new > change.old)
 
 
 def lock_folder(folder: Path) -> IO[str] | None:
@@ -103,6 +105,20 @@ def lock_folder(folder: Path) -> IO[str] | None:
     file.write(f"process {os.getpid()} on {socket.gethostname()}")
     file.flush()
     return file
+
+
+def check_schedule(config: TrainConfig, schedule: Schedule) -> None:
+    """Warn of what never comes into play in a run of this length."""
+    parts = {"pseudo labels": ("pseudo_from", schedule.pseudo_from)} if config.method != "supervised" else {}
+    if config.method == "allspark":
+        parts["the Semantic Memory"] = "warmup", schedule.memory_from
+    for name, (setting, start) in parts.items():
+        if start >= schedule.total:
+            logger.warning(
+                "%s never come into play: they would from step %d on, but the run ends at %d; train longer, or set "
+                "train.%s to a part of the run, such as 0.25",
+                *(name, start, schedule.total, setting),
+            )
 
 
 def check_batch(config: TrainConfig) -> None:
