@@ -6,12 +6,12 @@ ordinary steps stand in for recorded ones.
 """
 
 import copy
-import functools
 import gc
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -84,7 +84,6 @@ def measure(size: str, budget: float) -> Iterator[Record]:
 
 def parts(size: str) -> list[Part]:
     """Return the parts, for a size of the training step, in order of worth."""
-    partial = functools.partial
     small = StepSize("mit_b0", 2, 5, 128, embedding_dim=64) if DEVICE == "cuda" else SIZES[size]
     grid = operators.ATTENTION_GRID if DEVICE == "cuda" else [size]
 
@@ -131,12 +130,12 @@ def parity() -> Iterator[Record]:
 def attention_parity(size: str) -> Iterator[Record]:
     """Compare channel attention at its full size, where the library splits sums, with its reference in float64."""
     mask, seed = torch.tensor([True, False], device=DEVICE), torch.tensor(7, device=DEVICE)
-    attend = functools.partial(channel_attention, group_mask=mask, dropout_p=0.1, seed=seed)
+    attend = partial(channel_attention, group_mask=mask, dropout_p=0.1, seed=seed)
     for dtype, bound in TOLERANCE.items():
         inputs = operators.attention_inputs(size, dtype)
         exact = [x.detach().double().requires_grad_() for x in inputs]
-        actual = harness.outputs_and_grads(functools.partial(attend, *inputs), inputs)
-        expected = harness.outputs_and_grads(functools.partial(attend, *exact, backend="reference"), exact)
+        actual = harness.outputs_and_grads(partial(attend, *inputs), inputs)
+        expected = harness.outputs_and_grads(partial(attend, *exact, backend="reference"), exact)
         errors = [harness.relative_error(x, y) for x, y in zip(actual, expected, strict=True)]
         record: Record = {"op": "attention_parity", "size": size, "dtype": str(dtype), "bound": bound}
         yield record | dict(zip(("output", "dq", "dk", "dv"), errors, strict=True))
@@ -153,7 +152,7 @@ def lock_step(size: StepSize, name: str) -> Iterator[Record]:
     model = size.build_model(config.method).to(DEVICE)
     states = [TrainState(copy.deepcopy(model), config, total_steps=100, ema=copy.deepcopy(model)) for _ in range(3)]
     recorded = recorded_steps(states[2])
-    takes: list[Callable[..., Losses]] = [*(functools.partial(train_step, state) for state in states[:2]), recorded]
+    takes: list[Callable[..., Losses]] = [*(partial(train_step, state) for state in states[:2]), recorded]
     found = []
     # In each phase ordinary steps, the recording, and two replays, of which one is skipped for its image.
     steps = WARMUP_STEPS + 3
@@ -199,7 +198,7 @@ def _validation(size: str) -> Callable[[], object]:
     """The evaluation of 32 whole images, without their loading."""
     model, height, width = SIZES[size].build_model().to(DEVICE), 3 * SIZES[size].crop // 4, SIZES[size].crop
     sample = EvalSample(torch.randn(1, 3, height, width), torch.zeros(1, height, width).long(), Entry("", None))
-    return functools.partial(evaluate, model, [sample] * 32, SIZES[size].classes, device=DEVICE, amp=True)
+    return partial(evaluate, model, [sample] * 32, SIZES[size].classes, device=DEVICE, amp=True)
 
 
 def kernels(op: str, size: str, make: Callable[[], Callable[[], object]], count: int = 3) -> Iterator[Record]:
