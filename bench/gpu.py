@@ -21,7 +21,6 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from allspark_fast.config import TrainConfig
-from allspark_fast.data.datasets import Entry
 from allspark_fast.data.loader import EvalSample
 from allspark_fast.inference.evaluate import evaluate
 from allspark_fast.kernels.channel_attention import channel_attention
@@ -197,7 +196,7 @@ def _step(size: str, name: str) -> Callable[[], object]:
 def _validation(size: str) -> Callable[[], object]:
     """The evaluation of 32 whole images, without their loading."""
     model, height, width = SIZES[size].build_model().to(DEVICE), 3 * SIZES[size].crop // 4, SIZES[size].crop
-    sample = EvalSample(torch.randn(1, 3, height, width), torch.zeros(1, height, width).long(), Entry("", None))
+    sample = EvalSample(torch.randn(1, 3, height, width), torch.zeros(1, height, width, dtype=torch.uint8))
     return partial(evaluate, model, [sample] * 32, SIZES[size].classes, device=DEVICE, amp=True)
 
 
