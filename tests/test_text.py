@@ -10,8 +10,7 @@ import torch
 from PIL import Image
 
 from allspark_fast.data.info import VOC_PALETTE, DatasetInfo
-from allspark_fast.inference.metrics import ConfusionMatrix
-from allspark_fast.inference.scores import score_table
+from allspark_fast.inference.metrics import ConfusionMatrix, score_table
 from allspark_fast.text import columns, drawable, one_line
 from allspark_fast.training.pictures import draw_curves, draw_predictions
 from allspark_fast.weights.spec import ModelSpec, describe_model

@@ -22,8 +22,7 @@ from allspark_fast.device import limit_threads
 from allspark_fast.distributed import all_gather_cat, all_reduce_any, failing_together, process_group, rank, world_size
 from allspark_fast.errors import RunError
 from allspark_fast.inference.evaluate import evaluate
-from allspark_fast.inference.metrics import Scores
-from allspark_fast.inference.scores import score_table
+from allspark_fast.inference.metrics import Scores, score_table
 from allspark_fast.kernels.triton_support import set_kernels
 from allspark_fast.kernels.upsample_argmax import upsample_argmax
 from allspark_fast.model import Segmentor
