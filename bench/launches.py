@@ -28,6 +28,7 @@ from bench.bench_train_step import SIZES
 # Read from torch's sources; all others launch once.
 _LAUNCHES = {
     "_scaled_dot_product_flash_attention_backward": 3,
+    "eye": 2,
     "native_batch_norm": 2,
     "native_batch_norm_backward": 2,
     "native_layer_norm_backward": 2,

@@ -53,8 +53,8 @@ def run(arguments: list[str]) -> int:
     if options.json is not None:
         require_parent(options.json)
     device = choose_device(config.run.device)
-    info, images = open_val(config.data)
     model, spec = load_model(options.weights)
+    info, images = open_val(replace(config.data, range=spec.range))
     indices = match_classes(spec.info, info)
     workers, pin_memory = config.eval.workers, device.type == "cuda"
     loader = evaluation_loader(images, mean=spec.mean, std=spec.std, num_workers=workers, pin_memory=pin_memory)

@@ -119,6 +119,16 @@ class MixTransformer(Backbone):
         return (torch.bernoulli(keep.expand(-1, 2, len(images), 1, 1)) / keep).unbind()
 
 
+def _convolve(conv: nn.Conv2d, feature_map: Tensor) -> tuple[Tensor, tuple[int, int]]:
+    """Convolve a map (B, C, H, W) to tokens (B, h·w, channels); returns them and (h, w).
+
+    The bias is added in its own dtype: under autocast that is what LayerNorm wants, without a cast.
+    """
+    assert conv.bias is not None
+    feature_map = F.conv2d(feature_map, conv.weight, None, conv.stride, conv.padding)
+    return to_tokens(feature_map) + conv.bias, map_size(feature_map)
+
+
 class OverlapPatchEmbed(nn.Module):
     """A strided convolution with overlapping windows, then LayerNorm."""
 
@@ -129,8 +139,8 @@ class OverlapPatchEmbed(nn.Module):
 
     def forward(self, feature_map: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """Embed a map (B, in_channels, H, W) as tokens (B, h·w, channels); returns them and (h, w)."""
-        feature_map = self.proj(feature_map)
-        return self.norm(to_tokens(feature_map)), map_size(feature_map)
+        tokens, size = _convolve(self.proj, feature_map)
+        return self.norm(tokens), size
 
 
 class Block(nn.Module):
@@ -154,7 +164,23 @@ class Block(nn.Module):
 
 
 def _add(tokens: Tensor, branch: Tensor, scale: Tensor | None) -> Tensor:
-    return tokens + (branch if scale is None else branch * scale)
+    return tokens + branch if scale is None else _ScaledAdd.apply(tokens, branch, scale)
+
+
+class _ScaledAdd(torch.autograd.Function):
+    """tokens + branch · scale in one launch, and the branch's gradient in its own dtype in another."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, branch: Tensor, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(scale)
+        ctx.dtype = branch.dtype
+        with torch.autocast(tokens.device.type, enabled=False):  # it would cast the branch first
+            return torch.addcmul(tokens, branch, scale)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        (scale,) = ctx.saved_tensors
+        return grad, torch.mul(grad, scale, out=torch.empty_like(grad, dtype=ctx.dtype)), None
 
 
 def compile_blocks(model: nn.Module, backend: str | Callable[..., Any]) -> None:
@@ -194,10 +220,12 @@ class EfficientSelfAttention(nn.Module):
 
     def forward(self, tokens: Tensor, size: tuple[int, int]) -> Tensor:
         """Attend among tokens (B, h·w, C) of a map of ``size`` = (h, w); returns the same shape."""
-        query = self.q(tokens).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
-        reduced = self.norm(to_tokens(self.sr(to_map(tokens, size)))) if self.sr_ratio > 1 else tokens
-        key, value = self.kv(reduced).unflatten(2, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(query, key, value)
+        if torch.is_autocast_enabled(tokens.device.type):  # or each of the two readers would cast
+            tokens = tokens.to(torch.get_autocast_dtype(tokens.device.type))
+        query = self.q(tokens).unflatten(2, (self.num_heads, -1))
+        reduced = self.norm(_convolve(self.sr, to_map(tokens, size))[0]) if self.sr_ratio > 1 else tokens
+        key, value = self.kv(reduced).unflatten(2, (2, self.num_heads, -1)).unbind(2)
+        attended = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (query, key, value)))
         return self.proj(attended.transpose(1, 2).flatten(2))
 
 
@@ -244,5 +272,7 @@ def _init_weights(module: nn.Module) -> None:
     elif isinstance(module, nn.Conv2d):
         fan_out = math.prod(module.kernel_size) * module.out_channels // module.groups
         nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
+        # The layout of the maps, to which each call would convert its weights.
+        module.weight = nn.Parameter(module.weight.detach().contiguous(memory_format=torch.channels_last))
         if module.bias is not None:
             nn.init.zeros_(module.bias)

@@ -60,7 +60,6 @@ class SegFormerHead(nn.Module):
 
     def _fuse(self, features: Sequence[Tensor]) -> Tensor:
         """Compute the linear part, in eval mode with BatchNorm folded in: four maps to (B, E, h_0, w_0)."""
-        size = map_size(features[0])
         # The reference implementation concatenates the deepest map first.
         layers = [x.proj for x in (self.linear_c4, self.linear_c3, self.linear_c2, self.linear_c1)]
         columns = self.linear_fuse.conv.weight.flatten(1)
@@ -70,9 +69,17 @@ class SegFormerHead(nn.Module):
         if not self.linear_fuse.bn.training:
             scale, shift = self.linear_fuse.bn.scale_and_shift()
             weights, bias = [scale[:, None] * weight for weight in weights], scale * bias + shift
-        fused = _project(features[3], weights[0], bias, size)
-        for feature, weight in zip(reversed(features[:3]), weights[1:], strict=True):
-            fused.add_(_project(feature, weight, None, size))
+        biases = (bias, None, None, None)
+        *coarse, finest = (
+            to_map(F.linear(to_tokens(x), weight, added), map_size(x))
+            for x, weight, added in zip(reversed(features), weights, biases, strict=True)
+        )
+        # On a GPU, backward of interpolate is slow and adds atomically; on a CPU, products would take longer.
+        if finest.is_cuda:
+            return add_by_products(finest, coarse)
+        fused, *others = (F.interpolate(x, map_size(finest), mode="bilinear", align_corners=False) for x in coarse)
+        for x in (*others, finest):
+            fused.add_(x)
         return fused
 
     def _normalize_and_classify(self, fused: Tensor, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -94,15 +101,19 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
         return (a.to(dtype) @ b.to(dtype)).to(a.dtype)
 
 
-def _project(feature: Tensor, weight: Tensor, bias: Tensor | None, size: tuple[int, int]) -> Tensor:
-    """Apply a 1x1 convolution to a map, then resize it."""
-    feature = to_map(F.linear(to_tokens(feature), weight, bias), map_size(feature))
-    if map_size(feature) == size:
-        return feature
-    if torch.are_deterministic_algorithms_enabled():  # on a GPU, backward of interpolate uses atomic additions
-        rows, columns = (linear_matrix(x, y, feature) for x, y in zip(feature.shape[2:], size, strict=True))
-        return rows @ feature @ columns.mT
-    return F.interpolate(feature, size, mode="bilinear", align_corners=False)
+def add_by_products(fused: Tensor, maps: Sequence[Tensor]) -> Tensor:
+    """Add maps (B, C, h, w) to one (B, C, H, W), resized as by interpolate: by a matrix for rows and one for columns.
+
+    All are channels-last, and none is copied.
+    """
+    batch, _, height, width = fused.shape
+    lines = fused.permute(0, 2, 3, 1).flatten(0, 1)  # (B·H, W, C)
+    for x in maps:
+        rows, columns = linear_matrix(x.shape[2], height, x), linear_matrix(x.shape[3], width, x)
+        tall = rows.expand(batch, -1, -1) @ x.permute(0, 2, 3, 1).flatten(2)  # (B, H, w·C)
+        low = tall.view(batch * height, x.shape[3], -1)
+        lines = torch.baddbmm(lines, columns.expand(batch * height, -1, -1), low)
+    return lines.unflatten(0, (batch, height)).permute(0, 3, 1, 2)
 
 
 class _Named(nn.Module):

@@ -35,6 +35,7 @@ class ModelSpec:
         mode: how the model was validated, see predict_labels.
         mean: of each color channel in 0..1, subtracted from images.
         std: of each color channel, which images are divided by.
+        range: pixel values that became black and white, see read_image.
         info: names and colors of the classes.
     """
 
@@ -47,6 +48,7 @@ class ModelSpec:
     mode: EvalMode
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    range: tuple[str, str] | None = None
     info: DatasetInfo
 
     @classmethod
@@ -62,6 +64,7 @@ class ModelSpec:
             mode=config.eval.mode,
             mean=config.data.mean,
             std=config.data.std,
+            range=config.data.range,
             info=info,
         )
 
@@ -85,7 +88,7 @@ class ModelSpec:
                 raise InputError(f"version is {version!r}, expected {_VERSION}")
             meta = {name: fields.pop(name) for name in ("classes", "palette")}
             info = parse_meta(meta, from_plain(str, fields.pop("dataset"), "dataset"))
-            return from_plain(cls, {**fields, "info": info}, "model")
+            return from_plain(cls, {"range": None, **fields, "info": info}, "model")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             detail = f"no {error}" if isinstance(error, KeyError) else error
             raise InputError(
@@ -130,8 +133,8 @@ def find_weights(path: str | Path) -> Path:
         if (path / name).is_file():
             return path / name
     raise FileNotFoundError(
-        f"{path}: none of {', '.join(_FILES)} in this folder; a run writes the first at its first evaluation, and its "
-        "checkpoints/step_*.pt before"
+        f"{path}: none of {', '.join(_FILES)} in this folder; a run writes the first at its first evaluation, and "
+        "until then there are its checkpoints/step_*.pt"
     )
 
 

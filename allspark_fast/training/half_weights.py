@@ -17,15 +17,20 @@ class HalfWeights:
     copies live as long as this object, so that a recorded step finds them where they were.
 
     Args:
-        model: on its device. What is copied are the linear layers and the convolutions of its Mix Transformer and its
-            bottleneck: the head multiplies its weights in float32, and encoders of timm are left to autocast.
+        models: on their device, and the same one more than once counts once. What is copied are the linear layers and
+            the convolutions of Mix Transformers and bottlenecks: the head multiplies its weights in float32, and
+            encoders of timm are left to autocast.
         enabled: whether to copy; otherwise the methods do nothing.
     """
 
-    def __init__(self, model: nn.Module, *, enabled: bool) -> None:
-        parts = [x for x in model.modules() if enabled and isinstance(x, (MixTransformer, AllSpark))]
-        layers = [x for part in parts for x in part.modules() if isinstance(x, nn.Linear) or _is_dense(x)]
-        self._places = [(layer, name) for layer in layers for name, _ in layer.named_parameters()]
+    def __init__(self, *models: nn.Module, enabled: bool) -> None:
+        modules = dict.fromkeys(x for model in models for x in model.modules() if enabled)
+        parts = [x for x in modules if isinstance(x, (MixTransformer, AllSpark))]
+        layers = [x for part in parts for x in part.modules()]
+        linears = [x for x in layers if isinstance(x, nn.Linear)]
+        # The operator for depthwise convolutions takes float32 weights, and biases of the others are added in float32.
+        convs = [x for x in layers if isinstance(x, nn.Conv2d) and x.groups == 1]
+        self._places = [(x, name) for x in linears for name, _ in x.named_parameters()] + [(x, "weight") for x in convs]
         self._weights: list[Tensor] = [layer.get_parameter(name) for layer, name in self._places]
         self._copies: list[Tensor] = [nn.Parameter(x.bfloat16(), requires_grad=x.requires_grad) for x in self._weights]
 
@@ -60,7 +65,3 @@ class HalfWeights:
             x.grad = gradient
         for copy in self._copies:
             copy.grad = None
-
-
-def _is_dense(layer: nn.Module) -> bool:
-    return isinstance(layer, nn.Conv2d) and layer.groups == 1  # depthwise_gelu takes float32 weights
