@@ -16,7 +16,8 @@ from torch import Tensor
 
 from allspark_fast.errors import InputError, MissingPackageError
 from allspark_fast.files import reason, write_atomically
-from allspark_fast.model import Segmentor, TimmBackbone
+from allspark_fast.model import Segmentor
+from allspark_fast.model.timm_backbone import TimmBackbone
 
 # In the place of a file: the weights of tf_efficientnet_lite0 that come as a Python package.
 IMAGENET = "imagenet"
