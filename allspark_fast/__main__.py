@@ -20,7 +20,7 @@ _LESS_MEMORY = {
     "train": "the same run goes on with --model.activation-checkpointing True and, with several processes, "
     "--train.sharding fsdp; a new one (--run.output-dir) with --train.gradient-accumulation-steps 2 or more, a smaller "
     "--data.crop or --train.batch-size, for validation --eval.mode sliding",
-    "predict": "--window, --batch 1, or a smaller image",
+    "predict": "--window, or a smaller image",
 }
 
 

@@ -119,9 +119,7 @@ def all_reduce_mean(x: Tensor) -> Tensor:
 class _AllReduceMean(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        total = x.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total)
-        return total.div_(world_size())
+        return all_reduce_sum(x).div_(world_size())
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
@@ -132,7 +130,7 @@ def all_reduce_sum(x: Tensor) -> Tensor:
     """Sum a tensor without gradient over ranks; the same bits on each."""
     if world_size() == 1:
         return x
-    total = x.clone()
+    total = x.clone(memory_format=torch.contiguous_format)
     dist.all_reduce(total)
     return total
 

@@ -2,10 +2,10 @@
 
 import argparse
 import itertools
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
-from bench import bench_train_step, operators
+from bench import bench_train_step, gpu, operators
 from bench.harness import DEVICE, Case, Record, conditions, report, run
 
 _STEPS = bench_train_step.SIZES
@@ -13,38 +13,39 @@ _GRID = operators.ATTENTION_GRID
 _TARGETS = ["sm_80", "sm_86", "sm_90", "sm_100", "gfx942"]
 
 
-Measure = Callable[[str, int], Iterator[Record]]
+Measure = Callable[[str, argparse.Namespace], Iterable[Record]]
 
 
 def _of(cases: Callable[[str], Iterable[Case]]) -> Measure:
-    return lambda size, repeats: (record for case in cases(size) for record in run(case, repeats))
+    return lambda size, options: (record for case in cases(size) for record in run(case, options.repeats))
 
 
-def _static(target: str, _: int) -> Iterator[Record]:
+def _static(target: str, _: argparse.Namespace) -> Iterable[Record]:
     from bench import static  # noqa: PLC0415 triton is optional
 
-    return ({"op": "static", "size": target, **record} for record in static.report(target, full=True))
+    return static.report(target, full=True)
 
 
-def _launches(size: str, _: int) -> Iterator[Record]:
+def _launches(size: str, _: argparse.Namespace) -> Iterable[Record]:
     from bench import launches  # noqa: PLC0415 triton is optional
 
     counts = launches.count_launches(size)
     rows = [("all", counts.total()), *counts.most_common(30)]
-    return ({"op": "launches", "size": size, "operator": name, "launches": count} for name, count in rows)
+    return [{"op": "launches", "size": size, "operator": name, "launches": count} for name, count in rows]
 
 
-# What a name runs, by size and number of rounds; the sizes that it has, and those that it runs by default.
+# What a name runs, by size and options; the sizes that it has, and those that it runs by default.
 BENCHMARKS: dict[str, tuple[Measure, Collection[str], Collection[str]]] = {
     "attention": (_of(operators.attention_cases), [*_STEPS, *_GRID], _GRID if DEVICE == "cuda" else ["pascal"]),
     "memory": (_of(operators.memory_cases), _STEPS, ["pascal"]),
-    "loss": (_of(lambda size: [operators.upsample_cases(size)["loss"]]), _STEPS, ["pascal"]),
-    "argmax": (_of(lambda size: [operators.upsample_cases(size)["argmax"]]), _STEPS, ["pascal"]),
+    "loss": (_of(lambda size: operators.upsample_cases(size)[:1]), _STEPS, ["pascal"]),
+    "argmax": (_of(lambda size: operators.upsample_cases(size)[1:]), _STEPS, ["pascal"]),
     "ffn": (_of(operators.ffn_cases), _STEPS, ["pascal_b0"]),
-    "step": (bench_train_step.measure, _STEPS, ["pascal_b0"]),
-    "flops": (bench_train_step.count, _STEPS, ["pascal", "cityscapes", "coco"]),
+    "step": (lambda size, options: bench_train_step.measure(size, options.repeats), _STEPS, ["pascal_b0"]),
+    "flops": (lambda size, _: bench_train_step.count(size), _STEPS, ["pascal", "cityscapes", "coco"]),
     "launches": (_launches, _STEPS, ["pascal"]),
     "static": (_static, _TARGETS, _TARGETS),
+    "gpu": (lambda size, options: gpu.measure(size, options.budget), _STEPS, ["pascal"]),
 }
 
 
@@ -55,7 +56,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("benchmark", nargs="?", default="all", choices=[*BENCHMARKS, "all"])
     parser.add_argument("--size", choices=sizes, help="default: the benchmark's own; `all` skips those without it")
     parser.add_argument("--repeats", type=int, default=7, help="rounds, at least 5 for figures to quote")
-    parser.add_argument("--json", type=Path, help="write the tables' records to this file, as they come")
+    parser.add_argument("--budget", type=float, default=480, help="seconds that `gpu` may take, which `all` leaves out")
+    parser.add_argument(
+        "--json", type=Path, help="write the records to this file as they come, to a .jsonl file one a line"
+    )
     return parser
 
 
@@ -63,7 +67,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the benchmarks named on the command line; what each finds is printed and written as soon as it is there."""
     parser = build_parser()
     options = parser.parse_args(arguments)
-    chosen = list(BENCHMARKS.values()) if options.benchmark == "all" else [BENCHMARKS[options.benchmark]]
+    names = [name for name in BENCHMARKS if options.benchmark in (name, "all") and name != "gpu"] or ["gpu"]
+    chosen = [BENCHMARKS[name] for name in names]
     runs = [
         (measure, size)
         for measure, known, default in chosen
@@ -73,7 +78,7 @@ def main(arguments: list[str] | None = None) -> None:
     if not runs:
         parser.error(f"{options.benchmark} has no size {options.size}, choose from {', '.join(chosen[0][1])}")
     print(conditions())
-    report(itertools.chain.from_iterable(measure(size, options.repeats) for measure, size in runs), options.json)
+    report(itertools.chain.from_iterable(measure(size, options) for measure, size in runs), options.json)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,4 @@
-"""The training step of the reference implementation against ours: time, memory, and FLOPs by count.
-
-Sizes are those of the recipes, images random. FLOPs and the bytes saved on a GPU are counted on fake tensors: nothing
-runs.
-"""
+"""The training step of the reference implementation against ours, on random images: time, memory, FLOPs by count."""
 
 import copy
 import functools
@@ -16,11 +12,12 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
-from allspark_fast.config import TrainConfig
+from allspark_fast.config import Method, TrainConfig
 from allspark_fast.data.loader import SemiBatch
 from allspark_fast.model import Segmentor, build_segmentor
 from allspark_fast.model.mit import compile_blocks
-from allspark_fast.training.cuda_graph import GraphedSteps
+from allspark_fast.model.options import AllSparkOptions
+from allspark_fast.training.cuda_graph import GraphedSteps, capture
 from allspark_fast.training.step import Losses, TrainState, compute_losses, train_step
 from bench import naive
 from bench.harness import DEVICE, DTYPE, Case, Record, flop_counter, run, saved_bytes
@@ -38,10 +35,10 @@ class StepSize(NamedTuple):
     def __str__(self) -> str:
         return f"{self.backbone} E={self.embedding_dim} B={self.batch}+{self.batch} K={self.classes} {self.crop} pixels"
 
-    def build_model(self) -> Segmentor:
-        """Return a model with random weights and a full memory of noise."""
-        crop = (self.crop, self.crop)
-        return build_segmentor(self.backbone, self.classes, crop, embedding_dim=self.embedding_dim).train()
+    def build_model(self, method: Method = "allspark") -> Segmentor:
+        """Return a model with random weights; that of allspark has a full memory of noise."""
+        allspark, crop = AllSparkOptions() if method == "allspark" else None, (self.crop, self.crop)
+        return build_segmentor(self.backbone, self.classes, crop, allspark=allspark, embedding_dim=self.embedding_dim)
 
     def random_batch(self) -> SemiBatch:
         """Return images of noise; a tenth of the labels are to be ignored."""
@@ -61,9 +58,9 @@ SIZES = {
 
 
 class Variant(NamedTuple):
-    """One way to compute the training step: the losses of a model without an update, and all of it."""
+    """One way to compute the training step: what it keeps anyway, the losses without an update, and all of it."""
 
-    model: Segmentor
+    own: list[Tensor]
     losses: Callable[[], Losses]
     step: Callable[[], Losses]
 
@@ -71,28 +68,40 @@ class Variant(NamedTuple):
 def make_variant(name: str, model: Segmentor, batch: SemiBatch, *, backend: str = "inductor") -> Variant:
     """Build a variant with memory on, which takes the model over.
 
-    ``name`` is ``naive`` or ``ours``; then may follow ``bfloat16``, under autocast; ``compiled``, the blocks of the
+    ``name`` is ``naive`` or ``ours``; then may follow ``bfloat16``, autocast on a GPU; ``compiled``, the blocks of the
     encoder; and for ours ``recorded``, as a CUDA graph.
     """
     kind, *options = name.split()
-    config = TrainConfig(amp="bfloat16" in options)
+    amp = "bfloat16" in options and batch.image.is_cuda
+    config = TrainConfig(amp=amp and kind == "ours")  # it makes copies of the weights, which the reference does not
     state = TrainState(naive.make_naive(model) if kind == "naive" else model, config, total_steps=10**6)
-    compute = naive.naive_losses if kind == "naive" else compute_losses
-    step = functools.partial(naive.naive_train_step if kind == "naive" else train_step, state)
+    step: Callable[..., Losses] = functools.partial(train_step, state)
+    if kind == "naive":
+        step = functools.partial(naive.naive_train_step, state, amp=amp)
+    elif "recorded" in options:
+        step = recorded_steps(state)
     if "compiled" in options:
         compile_blocks(model, backend)
+    own = [*model.parameters(), *model.buffers()]
+    with state.half_weights.installed():
+        own += model.parameters()
 
     def losses() -> Losses:
-        with torch.autocast(batch.image.device.type, torch.bfloat16, enabled=config.amp):
+        compute = naive.naive_losses if kind == "naive" else compute_losses
+        with state.half_weights.installed(), torch.autocast(batch.image.device.type, torch.bfloat16, enabled=amp):
             return compute(model, batch, config, use_memory=True)
 
-    take_step = recorded_steps(state) if "recorded" in options else step
-    return Variant(model, losses, functools.partial(take_step, batch, use_memory=True))
+    return Variant(own, losses, functools.partial(step, batch, use_memory=True))
 
 
-def recorded_steps(state: TrainState) -> Callable[..., Losses]:
-    """Return ``train_step`` of a state, recorded as a CUDA graph where there is a GPU."""
-    return GraphedSteps(state) if DEVICE == "cuda" else functools.partial(train_step, state)
+def recorded_steps(state: TrainState) -> GraphedSteps:
+    """Return ``train_step`` recorded as a CUDA graph; without a GPU, a replay takes the step again."""
+    return GraphedSteps(state, record=capture if DEVICE == "cuda" else _take_again)
+
+
+def _take_again(step: Callable[[], Losses], _: object) -> tuple[Losses, Callable[[], object]]:
+    losses = Losses(*torch.zeros(3))
+    return losses, lambda: [recorded.copy_(x) for recorded, x in zip(losses, step(), strict=True)]
 
 
 def without_dropout(model: Segmentor) -> Segmentor:
@@ -114,8 +123,7 @@ def step_flops(size: str, kind: str) -> int:
 
 def count_saved_bytes(variant: Variant) -> int:
     """Count the bytes saved for backward beyond parameters and buffers."""
-    own = [*variant.model.parameters(), *variant.model.buffers()]
-    return saved_bytes(lambda: variant.losses().total, beyond=own)
+    return saved_bytes(lambda: variant.losses().total, beyond=variant.own)
 
 
 @contextmanager
@@ -161,7 +169,7 @@ def _total(losses: Callable[[], Losses]) -> Tensor:
     return losses().total.to(DTYPE)
 
 
-def count(size: str, _: int) -> Iterator[Record]:
+def count(size: str) -> Iterator[Record]:
     """Count FLOPs and saved bytes, in single precision and under autocast."""
     for name in ("naive", "naive bfloat16", "ours", "ours bfloat16"):
         with fake_variant(size, name, "cuda") as variant:  # autocast saves more on a GPU than on a CPU

@@ -25,10 +25,7 @@ from allspark_fast.training.step import Losses, TrainState
 
 
 def naive_channel_attention(query: Tensor, key: Tensor, value: Tensor, *, dropout_p: float = 0.0) -> Tensor:
-    """Compute channel attention with every map materialized; shapes as the operator's.
-
-    Shared keys and values are views, as of einops.repeat; the dropout of the map is drawn from torch's generator.
-    """
+    """Compute channel attention with every map materialized; shapes as the operator's."""
     similarity = F.instance_norm(query.mT @ key)
     attention = F.dropout(similarity.softmax(-1), dropout_p)
     return (attention @ value.mT).mT
@@ -70,12 +67,12 @@ def make_naive(model: Segmentor) -> Segmentor:
     return model
 
 
-def naive_train_step(state: TrainState, batch: SemiBatch, *, use_memory: bool) -> Losses:
+def naive_train_step(state: TrainState, batch: SemiBatch, *, use_memory: bool, amp: bool = False) -> Losses:
     """Take a training step at the base learning rate, set on the host, where the losses are read too."""
     model, optimizer, config = state.model, state.optimizer, state.config
     for group in optimizer.param_groups:
         group["lr"] = config.lr * group["lr_scale"]
-    with torch.autocast(batch.image.device.type, torch.bfloat16, enabled=config.amp and batch.image.is_cuda):
+    with torch.autocast(batch.image.device.type, torch.bfloat16, enabled=amp):
         losses = naive_losses(model, batch, config, use_memory=use_memory)
     optimizer.zero_grad()
     losses.total.backward()

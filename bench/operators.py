@@ -1,7 +1,6 @@
 """Each operator against what the reference implementation does, and channel attention against libraries too."""
 
 import functools
-import math
 from collections.abc import Callable, Mapping
 
 import torch
@@ -29,24 +28,28 @@ ATTENTION_GRID = {
     for tokens in (289, 676, 1369)
 }
 _DROPOUT = 0.1
-# The libraries' kernels read 16 bytes at a time: head dims must be multiples of 8 half-precision numbers.
-_ALIGNMENT = 8
 
 
-def _memory_size(size: str) -> tuple[int, int, int, int]:
-    """Batch, tokens, channels and classes."""
+def attention_size(size: str) -> tuple[int, int, int, int]:
+    """Return batch, tokens, channels and classes of a size."""
     if size in ATTENTION_GRID:
         return ATTENTION_GRID[size]
     backbone, batch, classes, crop, _ = SIZES[size]
     return batch, (-(-crop // STRIDES[-1])) ** 2, MIT_CONFIGS[backbone].embed_dims[-1], classes
 
 
+def attention_inputs(size: str, dtype: torch.dtype) -> list[Tensor]:
+    """Return query, and keys and values from the memory, of two heads."""
+    batch, tokens, channels, classes = attention_size(size)
+    columns = classes * 2 * channels
+    shapes = [(batch, 1, tokens, 2 * channels), (1, 1, tokens, columns), (1, 1, tokens, columns)]
+    return [torch.randn(shape, device=DEVICE, dtype=dtype, requires_grad=True) for shape in shapes]
+
+
 def attention_cases(size: str) -> list[Case]:
     """Return the labeled branch in training, the libraries without dropout."""
-    batch, tokens, channels, classes = _memory_size(size)
-    rows, columns = 2 * channels, classes * 2 * channels  # of two heads
-    shapes = [(batch, 1, tokens, rows), (1, 1, tokens, columns), (1, 1, tokens, columns)]
-    inputs = [torch.randn(shape, device=DEVICE, dtype=DTYPE, requires_grad=True) for shape in shapes]
+    inputs = attention_inputs(size, DTYPE)
+    (batch, _, tokens, rows), columns = inputs[0].shape, inputs[1].shape[3]
     functions = with_compiled({"naive": naive_channel_attention})
     functions["chunked"] = functools.partial(channel_attention, backend="chunked")
     libraries: dict[str, Function] = {"sdpa": F.scaled_dot_product_attention}
@@ -79,7 +82,7 @@ def library_attention(attend: Function, query: Tensor, key: Tensor, value: Tenso
     tokens = query.shape[2]
     centered = key - key.mean(-1, keepdim=True)
     scaled = (query * _rstd(query.float(), key.float())).to(key.dtype)
-    padding = (0, math.ceil(tokens / _ALIGNMENT) * _ALIGNMENT - tokens)
+    padding = (0, -tokens % 8)  # the libraries read 16 bytes at a time
     sequences = [F.pad(x.mT, padding).contiguous().expand(len(query), -1, -1, -1) for x in (scaled, centered, value)]
     return attend(*sequences)[..., :tokens].mT
 
@@ -101,8 +104,8 @@ def _xformers(*sequences: Tensor, scale: float) -> Tensor:
     return memory_efficient_attention(*(x.transpose(1, 2) for x in sequences), scale=scale).transpose(1, 2)
 
 
-def upsample_cases(size: str) -> dict[str, Case]:
-    """Return upsampling with cross-entropy, ``loss``, and with argmax, of logits at a quarter of the crop."""
+def upsample_cases(size: str) -> list[Case]:
+    """Return upsampling with cross-entropy, and with argmax, of logits at a quarter of the crop."""
     _, batch, classes, crop, _ = SIZES[size]
     side, target_size = -(-crop // 4), (crop, crop)
     # Classes last in memory, as our head returns them.
@@ -113,15 +116,12 @@ def upsample_cases(size: str) -> dict[str, Case]:
     labels = with_compiled({"naive": lambda: upsample(logits.detach(), target_size).softmax(1).max(1).values})
     labels["ours"] = lambda: upsample_argmax(logits, target_size)[1]
     name = f"{size}: B={batch} K={classes} {side} -> {crop} pixels"
-    return {
-        "loss": Case("upsample_cross_entropy", name, losses, inputs=(logits,)),
-        "argmax": Case("upsample_argmax", name, labels),
-    }
+    return [Case("upsample_cross_entropy", name, losses, inputs=(logits,)), Case("upsample_argmax", name, labels)]
 
 
 def memory_cases(size: str) -> list[Case]:
     """Return grouping of a batch of unlabeled channels, and their enqueue into a copy of the memory."""
-    batch, tokens, channels, classes = _memory_size(size)
+    batch, tokens, channels, classes = attention_size(size)
     features = torch.randn(batch, tokens, channels, device=DEVICE)
     class_map = torch.randn(batch, classes, tokens, device=DEVICE)
     channel_class = channel_semantic_grouping(features, class_map)

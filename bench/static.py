@@ -29,28 +29,17 @@ from allspark_fast.kernels.semantic_memory import kernel as semantic_memory
 from allspark_fast.kernels.upsample_argmax import kernel as upsample_argmax
 from allspark_fast.kernels.upsample_cross_entropy import kernel as upsample_cross_entropy
 
-TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_86": GPUTarget("cuda", 86, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
-}
 # Kernels with the arguments, by name, of their first launch.
 Launches = dict[CompiledKernel, Mapping[str, Any]]
 
 
 def report(device: str, *, full: bool) -> list[dict[str, Any]]:
-    """Compile the kernels of a training step and describe each distinct one in a flat record.
+    """Compile the kernels of a training step for sm_... or gfx... and describe each distinct one in a flat record.
 
     ``full`` is every dtype, 256, 289, 676 and 1369 tokens, dropout on and off; otherwise bfloat16, up to 676, dropout.
     """
-    records: list[dict[str, Any]] = []
-    for kernel, arguments in step_launches(device, full=full).items():
-        record = describe(kernel, arguments, device)
-        if record not in records:
-            records.append(record)
-    return records
+    records = [describe(kernel, arguments, device) for kernel, arguments in step_launches(device, full=full).items()]
+    return [record for i, record in enumerate(records) if record not in records[:i]]
 
 
 def step_launches(device: str, *, full: bool) -> Launches:
@@ -58,7 +47,8 @@ def step_launches(device: str, *, full: bool) -> Launches:
     dtypes, tokens, dropouts = [torch.bfloat16], [256, 289, 676], [0.1]
     if full:
         dtypes, tokens, dropouts = [*dtypes, torch.float16, torch.float32], [*tokens, 1369], [0.0, *dropouts]
-    target, launches, run = TARGETS[device], Launches(), JITFunction.run
+    target = GPUTarget("hip", device, 64) if device.startswith("gfx") else GPUTarget("cuda", int(device[3:]), 32)
+    launches, run = Launches(), JITFunction.run
 
     def compile_only(kernel: JITFunction, *args: object, grid: object, warmup: bool, **kwargs: Any) -> None:
         arguments = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
@@ -102,7 +92,7 @@ def _launch_channel_attention(dtype: torch.dtype, tokens: int, dropout_p: float)
 def _launch_others(dtype: torch.dtype) -> None:
     """At a crop of 513; for logits with classes last and first, and the Mix-FFN of the first stage."""
     features, queue = torch.empty(4, 289, 512, dtype=dtype), torch.empty(289, 21, 512).permute(1, 2, 0)
-    channel_class = semantic_memory.channel_semantic_grouping(features, torch.empty(4, 21, 289))
+    channel_class = torch.empty(4, 512, dtype=torch.int64)
     semantic_memory.semantic_memory_enqueue(queue, torch.empty(21, dtype=torch.int64), features, channel_class)
     target = torch.empty(4, 513, 513, dtype=torch.int64)
     classes_last = torch.empty(4, 129, 129, 21, dtype=dtype).permute(0, 3, 1, 2)
@@ -121,11 +111,13 @@ def kernel_name(kernel: CompiledKernel) -> str:
 
 
 def describe(kernel: CompiledKernel, arguments: Mapping[str, Any], device: str) -> dict[str, Any]:
-    """Return the record of a kernel compiled for one of ``TARGETS``."""
+    """Return the record of a kernel compiled for a device."""
     metadata = kernel.metadata
     registers, spill_bytes = (_amd_registers if "amdgcn" in kernel.asm else _nvidia_registers)(kernel, device)
     blocks = [f"{name.removeprefix('BLOCK_')}{x}" for name, x in arguments.items() if name.startswith("BLOCK_")]
     return {
+        "op": "static",
+        "size": device,
         "kernel": kernel_name(kernel),
         "target": device,
         "dtype": next(iter(kernel.src.signature.values())).strip("*"),
@@ -138,7 +130,7 @@ def describe(kernel: CompiledKernel, arguments: Mapping[str, Any], device: str) 
 
 def _nvidia_registers(kernel: CompiledKernel, device: str) -> tuple[int, int]:
     """Registers of a thread, and bytes that it spills, as ptxas tells."""
-    arch = TARGETS[device].arch
+    arch = int(device[3:])
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "kernel.ptx")
         source.write_text(kernel.asm["ptx"])

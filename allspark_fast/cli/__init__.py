@@ -13,13 +13,14 @@ from allspark_fast.files import require_parent
 # Each is imported only when it runs.
 COMMANDS = {
     "train": "train [RECIPE] [--group.field value ...]: train, or resume a run",
+    "compare": "compare [RECIPE] [--methods ...] [--seeds ...] [--labels ...]: do unlabeled images help?",
     "evaluate": "evaluate WEIGHTS [RECIPE ...]: score weights on the validation images of their run, or of a recipe",
     "predict": "predict WEIGHTS IMAGE|FOLDER|PATTERN ...: label images",
     "convert": "convert SRC DST: convert weights of the public AllSpark code to ours, and back",
     "export": "export WEIGHTS OUT: write a model as one graph, .pt2 or .onnx",
-    "info": "info [WEIGHTS]: describe a file of weights, or, without one, this machine",
+    "info": "info WEIGHTS: describe a file of weights",
     "selftest": "selftest: check every kernel on this machine's device",
-    "check": "check [RECIPE] [--group.field value ...]: list every problem of the data set",
+    "check": "check [RECIPE] [--json] [--group.field value ...]: describe the data set and list every problem of it",
     "splits": "splits ROOT [AMOUNT]: choose which images to train on with their labels, and which to validate on",
 }
 

@@ -4,19 +4,20 @@ from typing import Any
 
 from allspark_fast.data.info import DatasetInfo
 from allspark_fast.inference.metrics import Scores
+from allspark_fast.text import columns, one_line, padded
 
 
 def score_table(scores: Scores, info: DatasetInfo) -> str:
     """Return a table of the IoU of every class and the means, in percent; classes that no label holds are marked."""
-    width = max(map(len, info.classes))
-    lines = [
-        f"{name:<{width}}  {100 * iou:5.1f}" + ("" if present else "  (in no label)")
+    rows = [
+        (one_line(name), iou, "" if present else "  (in no label)")
         for name, iou, present in zip(info.classes, scores.iou.tolist(), scores.present.tolist(), strict=True)
     ]
-    lines.append(f"{'mIoU':<{width}}  {100 * scores.mean_iou:5.1f}")
+    rows.append(("mIoU", scores.mean_iou, ""))
     if not scores.present.all():
-        lines.append(f"{'present':<{width}}  {100 * scores.mean_iou_present:5.1f}")
-    return "\n".join(lines)
+        rows.append(("present", scores.mean_iou_present, ""))
+    width = max(columns(name) for name, _, _ in rows)
+    return "\n".join(f"{padded(name, width)}  {100 * iou:5.1f}{note}" for name, iou, note in rows)
 
 
 def score_record(scores: Scores, info: DatasetInfo) -> dict[str, Any]:

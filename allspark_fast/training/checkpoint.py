@@ -22,18 +22,10 @@ logger = logging.getLogger(__name__)
 _FORMAT = "allspark_fast checkpoint 2"
 # What follows the number of ranks and the device, not the model.
 _RANDOM = ("rng", "cuda_rng")
-# What checkpoints of earlier versions lack: their runs start it afresh.
-_ADDED = "classes"
 
 
 def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any], *, keep_last: int) -> Path:
-    """Write ``step_<step>.pt``, then remove all but the newest checkpoints and what a crash left half written.
-
-    Args:
-        folder: of checkpoints, see require_space.
-        step: number of steps taken.
-        state: whole tensors and plain values.
-        keep_last: checkpoints to keep, at least 1.
+    """Write ``step_<step>.pt``, then remove all but the ``keep_last`` newest and what a crash left half written.
 
     Raises:
         OSError: it cannot be written; the checkpoints that were there stay.
@@ -49,9 +41,7 @@ def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any], *, keep_l
 def load_latest_checkpoint(folder: Path, expected: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
     """Read the newest checkpoint that is whole, the same one on all ranks, without running code from it.
 
-    Args:
-        folder: of checkpoints.
-        expected: state whose tensors a checkpoint must equal in names and shapes; None takes any.
+    Unless it is None, names and shapes of tensors must be those of ``expected``.
 
     Returns:
         the state on the CPU, or None without a checkpoint; those that cannot be read are passed over with a warning.
@@ -123,8 +113,8 @@ def _read_checkpoint(path: Path, expected: Mapping[str, Any] | None) -> dict[str
     if found != _FORMAT:
         raise InputError(f"{path} is no checkpoint of this version: its format is {found!r}, expected {_FORMAT!r}")
     if expected is not None:
-        if _ADDED in expected:
-            state.setdefault(_ADDED, expected[_ADDED])
+        # Checkpoints of earlier versions lack it: their runs start it afresh.
+        state = {"classes": expected.get("classes"), **state}
         if different := sorted(name for name, _ in _shapes(state) ^ _shapes(expected)):
             raise InputError(
                 f"{path} is a checkpoint of another model: {different[:3]} are missing or of another shape"

@@ -26,12 +26,17 @@ WARMUP_STEPS = 3
 # that a step makes, and by so many rounding errors of what it changes.
 _NOISES, _PART_OF_CHANGE, _ROUNDINGS = 4, 1e-2, 4
 
+# The losses of a step, and what takes it again and overwrites them.
+Recording = tuple[Losses, Callable[[], object]]
+Recorder = Callable[[Callable[[], Losses], torch.cuda.Stream | None], Recording]
 
-def capture(step: Callable[[], Losses], stream: torch.cuda.Stream | None) -> tuple[Losses, Callable[[], object]]:
-    """Capture a step on a stream, without taking it; return its losses, and what takes it and overwrites them."""
+
+def capture(step: Callable[[], Losses], stream: torch.cuda.Stream | None) -> Recording:
+    """Capture a step on a stream, without taking it."""
     graph = torch.cuda.CUDAGraph()
     # Other threads go on meanwhile: that which pins batches, and NCCL's watchdog.
-    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+    capturing = torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local")
+    with torch.cuda.stream(torch.cuda.current_stream()), capturing:  # the stream is restored even if capture fails
         losses = step()
     return losses, graph.replay
 
@@ -52,11 +57,7 @@ class GraphedSteps:
     """
 
     def __init__(
-        self,
-        state: TrainState,
-        *,
-        report: Callable[[Record], object] | None = None,
-        record: Callable[..., tuple[Losses, Callable[[], object]]] = capture,
+        self, state: TrainState, report: Callable[[Record], object] | None = None, record: Recorder = capture
     ) -> None:
         self.state = state
         self.recording = True
@@ -68,17 +69,13 @@ class GraphedSteps:
         self._replay: Callable[[], object] | None = None
         # One for all: each stream keeps memory of its own.
         self._stream = torch.cuda.Stream() if state.step.is_cuda else None
-        # AdamW wants to be asked before it is recorded, and warns when it is not, though its fused form is the same.
+        # Without this AdamW cannot be captured; with it, it warns in ordinary steps. The fused one is the same anyway.
         for group in state.optimizer.param_groups:
             group["capturable"] = True
         warnings.filterwarnings("ignore", message="This instance was constructed with capturable=True")
 
     def __call__(self, batch: SemiBatch, **phase: bool) -> Losses:
-        """Take a step; arguments as ``train_step``'s. The next step may overwrite the losses.
-
-        Raises:
-            ValueError: autocast is on, whose cached casts a recording would read for ever.
-        """
+        """Take a step; arguments as ``train_step``'s. The next step may overwrite the losses."""
         if (batch.image.shape, phase) != (self._size, self._phase):
             self.release()
             self._size, self._phase, self._warmup_steps = batch.image.shape, phase, WARMUP_STEPS
@@ -111,8 +108,6 @@ class GraphedSteps:
 
     def _record(self, batch: SemiBatch) -> Losses:
         """Record a step and take it, by its first replay unless that is wrong."""
-        if torch.is_autocast_enabled(batch.image.device.type):
-            raise ValueError("a step cannot be recorded under an outer autocast: set train.amp instead")
         # Before the recording, so that their memory is free again by then.
         copies = [] if self._report is None else self._take_twice(batch)
         self._batch = SemiBatch(*(None if x is None else x.clone() for x in batch))  # type: ignore[arg-type]
@@ -169,6 +164,6 @@ def _largest_difference(copies: Sequence[dict[str, Any]]) -> Record:
             error, noise, change = ((x - after).norm().item() for x in (replayed, again, before))
             rounding = after.norm().item() * (torch.finfo(start.dtype).eps if start.is_floating_point() else 0)
             allowed = _NOISES * noise + _PART_OF_CHANGE * change + _ROUNDINGS * rounding
-            sizes = {"error": error, "noise": noise, "change": change, "allowed": allowed}
-            figures.append({"tensor": pytree.keystr(path), **sizes})
+            name = pytree.keystr(path)
+            figures.append({"tensor": name, "error": error, "noise": noise, "change": change, "allowed": allowed})
     return max(figures, key=lambda x: x["error"] / max(x["allowed"], 1e-30))

@@ -43,7 +43,8 @@ class MetricsLog:
                 self._events.add_scalar(name, value, step)
             elif isinstance(value, list):  # a number for each class
                 for index, x in enumerate(value):
-                    self._events.add_scalar(f"{name}/{index}", x, step)
+                    if x is not None:
+                        self._events.add_scalar(f"{name}/{index}", x, step)
         self._events.flush()
 
     def add_picture(self, path: Path, step: int) -> None:
@@ -59,10 +60,8 @@ class MetricsLog:
 def read_metrics(folder: Path) -> list[Record]:
     """Read the records of metrics.jsonl, without a last line that a crash cut off."""
     path = folder / "metrics.jsonl"
-    if not path.is_file():
-        return []
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    records: list[Record] = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
         try:
             records.append(json.loads(line))
         except json.JSONDecodeError:

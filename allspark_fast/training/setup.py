@@ -4,11 +4,12 @@ import copy
 import logging
 import os
 import socket
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import IO
 
-from allspark_fast.config import Config, EvalConfig, RunConfig, TrainConfig, changed_fields
+from allspark_fast.config import Change, Config, EvalConfig, RunConfig, Schedule, TrainConfig, changed_fields
 from allspark_fast.distributed import world_size
 from allspark_fast.errors import InputError
 from allspark_fast.files import make_folder, remove_unfinished, write_atomically
@@ -46,8 +47,9 @@ _FREE = {
 def claim_folder(folder: Path, config: Config) -> IO[str] | None:
     """Lock a run folder, made if need be, and write config.json, which must agree with that of a run that is there.
 
-    What does not decide the numbers may change, and a run may be given more epochs. The lock is held for as long as the
-    returned file is open: the operating system drops it when the process ends, in whatever way. Windows has none.
+    What does not decide the numbers may change, and a run may be given more epochs or steps. The lock is held for as
+    long as the returned file is open: the operating system drops it when the process ends, in whatever way. Windows
+    has none.
 
     Raises:
         NotADirectoryError: it is a file.
@@ -60,8 +62,7 @@ def claim_folder(folder: Path, config: Config) -> IO[str] | None:
     # Settings that led nowhere, not even to a checkpoint, may be mended in the same folder.
     if path.is_file() and list_checkpoints(folder / "checkpoints"):
         changed = changed_fields(Config.read(path), config)
-        free = {*_FREE, *(x.name for x in changed if x.name == "train.epochs" and x.new > x.old)}
-        if refused := [str(change) for change in changed if change.name not in free]:
+        if refused := [str(change) for change in changed if not _may_change(change)]:
             raise InputError(
                 f"{folder} holds a run with other settings ({'; '.join(refused)}): "
                 "give another --run.output-dir, or the settings of before"
@@ -70,6 +71,11 @@ def claim_folder(folder: Path, config: Config) -> IO[str] | None:
             logger.info("changed since the last start of this run: %s", "; ".join(map(str, changed)))
     write_atomically(path, lambda temporary: temporary.write_text(config.to_json(), encoding="utf-8"))
     return lock
+
+
+def _may_change(change: Change) -> bool:
+    longer = change.name in ("train.epochs", "train.steps") and None not in (change.old, change.new)
+    return change.name in _FREE or (longer and change.new > change.old)
 
 
 def _lock(folder: Path) -> IO[str] | None:
@@ -90,6 +96,20 @@ def _lock(folder: Path) -> IO[str] | None:
     file.write(f"process {os.getpid()} on {socket.gethostname()}")
     file.flush()
     return file
+
+
+def check_schedule(config: TrainConfig, schedule: Schedule) -> None:
+    """Warn of what never comes into play in a run of this length."""
+    parts = {"pseudo labels": ("pseudo_from", schedule.pseudo_from)} if config.method != "supervised" else {}
+    if config.method == "allspark":
+        parts["the Semantic Memory"] = "warmup", schedule.memory_from
+    for name, (setting, start) in parts.items():
+        if start >= schedule.total:
+            logger.warning(
+                "%s never come into play: they would from step %d on, but the run ends at %d; train longer, or set "
+                "train.%s to a part of the run, such as 0.25",
+                *(name, start, schedule.total, setting),
+            )
 
 
 def check_batch(config: TrainConfig) -> None:
@@ -141,23 +161,24 @@ def build_state(model: Segmentor, config: TrainConfig, total_steps: int) -> Trai
     """Build all that steps change, from a model on its device, the same on all ranks; it may be sharded in place.
 
     Raises:
-        InputError: the model is to be compiled, but its encoder has no blocks to compile.
+        InputError: the model is to be compiled, and its encoder has no blocks.
     """
     sharded = config.sharding == "fsdp" and world_size() > 1
     ema, replica = (copy.deepcopy(model).requires_grad_(False) if x else None for x in (config.ema > 0, sharded))
     repays = next(model.parameters()).is_cuda and total_steps > _REPAY_COMPILING
     if config.compile == "on" or (config.compile == "auto" and repays):
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")  # torch's own is lost at reboot
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / "allspark_fast" / "inductor"))
+        with suppress(OSError, RuntimeError):  # no home, or a read-only one: torch's temporary folder will do
+            cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "allspark_fast" / "inductor"
+            cache.mkdir(parents=True, exist_ok=True)
+            if os.access(cache, os.W_OK):
+                os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
         try:
-            compile_blocks(model, "inductor")
-            if ema is not None and config.teacher == "ema":
-                compile_blocks(ema, "inductor")
+            for x in filter(None, (model, ema if config.teacher == "ema" else None)):
+                compile_blocks(x, "inductor")
             logger.info("the encoder's blocks are compiled in the first steps, a minute or two (train.compile)")
-        except InputError:  # no such blocks
+        except InputError:
             if config.compile == "on":
                 raise
-    for x in (model, ema) if sharded else ():
-        if x is not None:
-            shard(x, amp=config.amp)
+    for x in filter(None, (model, ema) if sharded else ()):
+        shard(x)
     return TrainState(model, config, total_steps=total_steps, ema=ema, replica=replica)

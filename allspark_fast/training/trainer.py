@@ -3,6 +3,7 @@
 import functools
 import itertools
 import logging
+import math
 import os
 import time
 from collections.abc import Callable
@@ -28,17 +29,9 @@ from allspark_fast.kernels.triton_support import set_kernels
 from allspark_fast.kernels.upsample_argmax import upsample_argmax
 from allspark_fast.model import Segmentor
 from allspark_fast.signals import stop_signals
-from allspark_fast.training import setup
-from allspark_fast.training.checkpoint import (
-    list_checkpoints,
-    load_latest_checkpoint,
-    random_states,
-    require_space,
-    save_checkpoint,
-    set_random_states,
-)
+from allspark_fast.training import checkpoint, setup
 from allspark_fast.training.cuda_graph import GraphedSteps
-from allspark_fast.training.diagnostics import memory_record, pseudo_label_record
+from allspark_fast.training.diagnostics import class_record, find_problems, memory_record, pseudo_label_record
 from allspark_fast.training.log import MetricsLog, Record
 from allspark_fast.training.pictures import draw_curves, draw_predictions
 from allspark_fast.training.sharding import gather_state
@@ -81,23 +74,27 @@ class Trainer:
                 self.data.check()
                 self._lock = setup.claim_folder(folder, config)
         torch.manual_seed(config.train.seed)
-        self.total_steps = config.train.epochs * self.data.steps_per_epoch
-        resumed = bool(list_checkpoints(self.checkpoints))
+        self.schedule = config.schedule(self.data.steps_per_epoch)
+        self.total_steps = self.schedule.total
+        if rank() == 0:
+            setup.check_schedule(config.train, self.schedule)
+        resumed = bool(checkpoint.list_checkpoints(self.checkpoints))
         model = setup.build_model(config, len(self.data.info.classes), resumed=resumed).to(device)
-        if rank() > 0:
-            # Weights are the same on all ranks, what is dropped is not.
+        if rank() > 0:  # weights are the same on all ranks, what is dropped is not
             torch.manual_seed(config.train.seed + rank())
         self.state = setup.build_state(model, config.train, self.total_steps)
         self.findings: Record = {}  # for the next line of the log
         self.train_step = self._choose_step()
         self.step = 0
-        self.best = -1.0
+        self.best, self.best_step = -1.0, 0
+        self._unlabeled_loss = math.inf
+        self._named: set[str] = set()
         self.evaluation_due = False
         state = self._state()
         with failing_together():
             if rank() == 0:
-                require_space(self.checkpoints, state, keep_last=config.run.keep_last)
-        if (saved := load_latest_checkpoint(self.checkpoints, state)) is not None:
+                checkpoint.require_space(self.checkpoints, state, keep_last=config.run.keep_last)
+        if (saved := checkpoint.load_latest_checkpoint(self.checkpoints, state)) is not None:
             self._resume(saved)
 
     def _choose_step(self) -> Callable[..., object]:
@@ -126,31 +123,32 @@ class Trainer:
         """
         run = self.config.run
         log = MetricsLog(self.folder, self.step, evaluated=not self.evaluation_due) if rank() == 0 else None
-        batches = self.data.batches(self.step, self.total_steps)
         scores, stopping = None, False
         bar = tqdm(total=self.total_steps, initial=self.step, unit="step", dynamic_ncols=True, disable=rank() > 0)
         with stop_signals() as asked, bar:  # an error closes the bar, so that its message has a line for itself
+            # Ranks step together, so with several none may end early.
+            batches = self.data.batches(self.step, self.total_steps, asked if world_size() == 1 else lambda: False)
             started, logged = time.perf_counter(), self.step
             first_step = self.step + 1
             while not (stopping or self.finished):
                 if not self.evaluation_due:
-                    self._take_step(next(batches))
-                    stopping = all_reduce_any(asked())
-                    bar.update()
-                    if self.step == first_step:
-                        logger.info("the first step took %.1f s", time.perf_counter() - started)
-                    if self.step % run.log_every == 0 or self.step == self.total_steps:
-                        rate = (self.step - logged) / (time.perf_counter() - started)
-                        bar.set_postfix(self._log_losses(log, steps_per_s=rate))
-                        started, logged = time.perf_counter(), self.step
-                save = stopping or self.step % run.save_every == 0
-                if self.evaluation_due and not stopping:
+                    if (batch := next(batches, None)) is not None:
+                        self._take_step(batch)
+                        bar.update()
+                        if self.step == first_step:
+                            logger.info("the first step took %.1f s", time.perf_counter() - started)
+                        if self.step % run.log_every == 0 or self.step == self.total_steps:
+                            rate = (self.step - logged) / (time.perf_counter() - started)
+                            bar.set_postfix(self._log_losses(log, steps_per_s=rate))
+                            started, logged = time.perf_counter(), self.step
+                    stopping = all_reduce_any(asked() or batch is None)
+                evaluating = self.evaluation_due and not stopping
+                if evaluating:
                     with torch.compiler.set_stance("force_eager"):  # compiling for every size of image takes longer
                         scores = self._evaluate(log, asked, bar)
                     stopping = scores is None
-                    save = True
                     started, logged = time.perf_counter(), self.step
-                if save:
+                if evaluating or stopping or self.step % run.save_every == 0:
                     self._save()
         if log is not None:
             log.close()
@@ -159,17 +157,16 @@ class Trainer:
         return scores if self.finished else None
 
     def _take_step(self, batch: SemiBatch) -> None:
-        train = self.config.train
-        epoch = self.step // self.data.steps_per_epoch
-        phase = {"use_memory": epoch >= train.warmup_epochs, "use_pseudo": epoch >= train.pseudo_from_epoch}
-        self.train_step(batch, **phase)
+        schedule = self.schedule
+        use_memory, use_pseudo = self.step >= schedule.memory_from, self.step >= schedule.pseudo_from
+        self.train_step(batch, use_memory=use_memory, use_pseudo=use_pseudo)
         self.step += 1
-        period = self.config.eval.every * self.data.steps_per_epoch
-        self.evaluation_due = self.step == self.total_steps or self.step % period == 0
+        self.evaluation_due = self.step == self.total_steps or self.step % schedule.evaluate_every == 0
 
     def _log_losses(self, log: MetricsLog | None, steps_per_s: float) -> dict[str, str]:
         """Log the metrics since the last line; this waits for the device."""
         metrics = self.state.read_metrics()
+        self._unlabeled_loss = metrics.get("loss_unlabeled", math.inf)
         streams = 1 if self.config.train.method == "supervised" else 2
         images_per_s = streams * self.config.train.batch_size * steps_per_s
         if log is not None:
@@ -191,7 +188,7 @@ class Trainer:
     def _evaluate(self, log: MetricsLog | None, asked: Callable[[], bool], bar: "tqdm[Any]") -> Scores | None:
         """Score, log, draw, and keep the best weights; None if it was asked to stop meanwhile, and is still due."""
         model = self.state.evaluated_model()
-        samples = itertools.takewhile(lambda _: not asked(), self.data.validation())
+        samples = itertools.takewhile(lambda _: not asked(), self.data.validation(asked))
         scores = evaluate(
             model,
             samples,
@@ -206,19 +203,35 @@ class Trainer:
             return None
         self.evaluation_due = False
         images, labels, measured = self._pseudo_labels(model)
+        measured |= class_record(self.state.classes.pixels)
+        problems = self._find_problems(measured, scores)
         improved = scores.mean_iou > self.best
-        self.best = max(self.best, scores.mean_iou)
+        if improved:
+            self.best, self.best_step = scores.mean_iou, self.step
         with failing_together():
             if log is not None:
                 mean_scores = {"miou": scores.mean_iou, "miou_present": scores.mean_iou_present}
                 memory = memory_record(self.state.received)
                 log.write({**self._position(), **mean_scores, "iou": scores.iou.tolist(), **measured, **memory})
-                if improved:
-                    spec = ModelSpec.of_run(self.config, self.data.info)
-                    save_model(model, spec, self.folder / "best.safetensors")
+                spec = ModelSpec.of_run(self.config, self.data.info)
+                for name in ("last", "best") if improved else ("last",):
+                    save_model(model, spec, self.folder / f"{name}.safetensors")
                 self._draw(log, images, labels)
                 bar.write(f"step {self.step}: mIoU {100 * scores.mean_iou:.1f}")
+                for problem in problems:
+                    logger.warning("step %d: %s", self.step, problem)
         return scores
+
+    def _find_problems(self, measured: Record, scores: Scores) -> list[str]:
+        """Say what looks wrong and was not said before, once pseudo labels count, or at the end."""
+        counting = self.config.train.method != "supervised" and self.step > self.schedule.pseudo_from
+        if not (counting or self.step == self.total_steps):
+            return []
+        names = self.data.info.classes
+        problems = find_problems(measured, scores, names, best=self.best, loss=self._unlabeled_loss)
+        new = [message for key, message in problems.items() if key not in self._named]
+        self._named.update(problems)
+        return new
 
     def _position(self) -> Record:
         return {"step": self.step, "epoch": self.step / self.data.steps_per_epoch}
@@ -237,10 +250,10 @@ class Trainer:
     def _pseudo_labels(self, model: Segmentor) -> tuple[Tensor, dict[str, Tensor], Record]:
         """Label the unlabeled crops of the first step; return some of them to draw, and what all measure."""
         batch = self.data.first_batch
-        class_logits, pseudo_label, _ = pseudo_pass(self.state.teacher, batch, self.config.train)
+        _, pseudo_label, confidence = pseudo_pass(self.state.teacher, batch, self.config.train)
         logits = model.eval()(batch.unlabeled_image)
         prediction, _ = upsample_argmax(logits, (pseudo_label.shape[1], pseudo_label.shape[2]))
-        measured = pseudo_label_record(class_logits, pseudo_label, batch)
+        measured = pseudo_label_record(pseudo_label, confidence, len(self.data.info.classes), batch)
         assert batch.unlabeled_label is not None
         known = {"truth": batch.unlabeled_label} if (batch.unlabeled_label != IGNORE_INDEX).any() else {}
         labels = {**known, "pseudo label": pseudo_label, "prediction": prediction}
@@ -251,23 +264,27 @@ class Trainer:
         state = gather_state(self._state())
         with failing_together():
             if rank() == 0:
-                save_checkpoint(self.checkpoints, self.step, state, keep_last=self.config.run.keep_last)
+                checkpoint.save_checkpoint(self.checkpoints, self.step, state, keep_last=self.config.run.keep_last)
 
     def _state(self) -> dict[str, Any]:
         return {
             **self.state.state_dict(),
             "best": self.best,
+            "best_step": self.best_step,
             "evaluation_due": self.evaluation_due,
-            # One after the other, for all ranks.
-            **{name: all_gather_cat(x) for name, x in random_states(self.device).items()},
+            "spec": ModelSpec.of_run(self.config, self.data.info).to_json(),
+            **{name: all_gather_cat(x) for name, x in checkpoint.random_states(self.device).items()},  # by rank
         }
 
     def _resume(self, state: dict[str, Any]) -> None:
         self.state.load_state_dict(state)
         self.step, self.best, self.evaluation_due = int(state["step"]), state["best"], state["evaluation_due"]
-        own, ranks = random_states(self.device), world_size()
+        self.best_step = state.get("best_step", 0)  # earlier versions did not say
+        own, ranks = checkpoint.random_states(self.device), world_size()
         if (saved := state["rng"].numel() // own["rng"].numel()) == ranks:
-            set_random_states({name: state[name].chunk(ranks)[rank()] for name in own if state.get(name) is not None})
+            checkpoint.set_random_states(
+                {name: state[name].chunk(ranks)[rank()] for name in own if state.get(name) is not None}
+            )
         else:
             torch.manual_seed(self.config.train.seed + rank() + (self.step << 16))
             logger.info(f"the checkpoint is of {saved} processes, now there are {ranks}: dropout draws other numbers")
@@ -291,7 +308,8 @@ def train(config: Config, folder: Path) -> bool:
         trainer = Trainer(config, folder, device)
         tell = print if rank() == 0 else logger.debug
         if trainer.finished:
-            tell(f"{folder}: finished at step {trainer.step}, best mIoU {100 * trainer.best:.1f}")
+            best = f"best mIoU {100 * trainer.best:.1f} (best.safetensors, step {trainer.best_step})"
+            tell(f"{folder}: finished at step {trainer.step}, {best}")
             return True
         sources = trainer.data.sources
         tell(
@@ -305,4 +323,8 @@ def train(config: Config, folder: Path) -> bool:
             tell(f"{folder}: stopped as asked at step {trainer.step}; the same command goes on from there")
             return False
         tell(score_table(scores, sources.info))
+        tell(
+            f"mIoU {100 * trainer.best:.1f} of step {trainer.best_step} is the best (best.safetensors); "
+            f"{100 * scores.mean_iou:.1f} of step {trainer.step} the last (last.safetensors)"
+        )
         return True

@@ -35,20 +35,20 @@ def read_model(path: str | Path, classes: str | None = None) -> tuple[Segmentor,
     """
     path = find_weights(path)
     state, description = read_weights(path)
-    if description is None:
-        spec = infer_spec(state, path, classes)
-    else:
-        spec = ModelSpec.from_json(description, path)
-        if classes is not None:
-            spec = dataclasses.replace(spec, info=_class_info(path, len(spec.info.classes), classes))
+    spec = infer_spec(state, path) if description is None else ModelSpec.from_json(description, path)
+    if classes is not None:
+        info, count = _read_classes(classes), len(spec.info.classes)
+        if len(info.classes) != count:
+            raise InputError(f"{path}: has {count} classes, but {info.name} names {len(info.classes)}")
+        spec = dataclasses.replace(spec, info=info)
     return spec.restore(state, path), spec
 
 
-def infer_spec(state: Mapping[str, Tensor], path: Path, classes: str | None = None) -> ModelSpec:
+def infer_spec(state: Mapping[str, Tensor], path: Path) -> ModelSpec:
     """Infer what a model of these weights from ``path`` must be, under this project's names.
 
     The crop is the smallest with as many tokens as the memory has, which is that of the public code (513, 801);
-    without a memory it is the default one.
+    without a memory it is the default one. Classes are those of ``read_model`` without names.
 
     Raises:
         InputError: this is no model that we have.
@@ -58,7 +58,10 @@ def infer_spec(state: Mapping[str, Tensor], path: Path, classes: str | None = No
             f"{path}: holds no decoder, so it labels nothing; training starts from an encoder as it is: "
             f"--model.weights {path}"
         )
-    info = _class_info(path, len(state["decoder.decoder.linear_pred.weight"]), classes)
+    count = len(state["decoder.decoder.linear_pred.weight"])
+    info = DatasetInfo(path.stem, tuple(f"class {index}" for index in range(count)), VOC_PALETTE)
+    if path.suffix == ".pth":
+        info = _PUBLIC.get(count, info)
     backbone = _infer_backbone(state, path)
     crop, num_heads = DataConfig().crop, 1
     if allspark := "decoder.allspark.attn.kv_queue" in state:
@@ -93,16 +96,9 @@ def _infer_backbone(state: Mapping[str, Tensor], path: Path) -> str:
     raise InputError(f"{path}: no Mix Transformer here has widths {widths} and depths {depths}")
 
 
-def _class_info(path: Path, count: int, classes: str | None) -> DatasetInfo:
-    if classes in DATASETS:
-        info = DATASETS[classes]
-    elif classes is not None and Path(classes).name == "meta.json" and Path(classes).is_file():
-        info = read_info(Path(classes).parent)
-    elif classes is not None:
-        raise FileNotFoundError(f"{classes}: no meta.json, and no data set (known: {', '.join(DATASETS)})")
-    else:
-        generic = DatasetInfo(path.stem, tuple(f"class {index}" for index in range(count)), VOC_PALETTE)
-        info = _PUBLIC.get(count, generic) if path.suffix == ".pth" else generic
-    if len(info.classes) != count:
-        raise InputError(f"{path}: has {count} classes, but {info.name} names {len(info.classes)}: give --classes")
-    return info
+def _read_classes(name: str) -> DatasetInfo:
+    if name in DATASETS:
+        return DATASETS[name]
+    if Path(name).name != "meta.json" or not Path(name).is_file():
+        raise FileNotFoundError(f"{name}: no meta.json, and no data set (known: {', '.join(DATASETS)})")
+    return read_info(Path(name).parent)

@@ -19,8 +19,6 @@ from allspark_fast.files import reason, write_atomically
 from allspark_fast.model import Segmentor
 from allspark_fast.model.timm_backbone import TimmBackbone
 
-# In the place of a file: the weights of tf_efficientnet_lite0 that come as a Python package.
-IMAGENET = "imagenet"
 _QUEUE = "decoder.allspark.attn.kv_queue"
 # What depends on the classes and on the crop, and may be reset when those change.
 _RESETTABLE = {
@@ -69,7 +67,7 @@ def load_weights(model: Segmentor, path: str | Path, *, reset: bool = False) -> 
         InputError: the file is damaged, holds something else, or does not fit the model.
         MissingPackageError: the package that holds the weights ``imagenet`` is not installed.
     """
-    state = _read_imagenet(model) if str(path) == IMAGENET else read_weights(path)[0]
+    state = _read_imagenet(model) if str(path) == "imagenet" else read_weights(path)[0]
     return load_state_dict(model, state, path, reset=reset)
 
 
@@ -132,7 +130,8 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], str | None]:
     """Read a file of weights, without running code from it.
 
     Returns:
-        tensors on the CPU, under this project's names; and, of weights of ours, the JSON of their ModelSpec.
+        tensors on the CPU, under this project's names; and, of weights and checkpoints of ours, the JSON of their
+        ModelSpec.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -146,6 +145,8 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], str | None]:
         content, description = _read_safetensors(path)
     else:
         content, description = read_torch_file(path), None
+        if isinstance(content, Mapping) and str(content.get("format")).startswith("allspark_fast checkpoint "):
+            content, description = _of_checkpoint(content), content.get("spec", "{}")
         for key in ("model", "state_dict"):
             if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
                 content = content[key]
@@ -193,6 +194,12 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], str | None]:
     if metadata.get("sha256") not in (None, _digest(content)):
         raise InputError(f"{path} is damaged: its contents do not have the checksum that it was saved with")
     return content, metadata.get(_DESCRIPTION)
+
+
+def _of_checkpoint(content: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the weights of a run's checkpoint that its evaluation takes: the average, if any, with the memory."""
+    memory = {name: x for name, x in content["model"].items() if ".attn.kv_queue" in name or ".attn.queue_" in name}
+    return {**(content["ema"] or content["model"]), **memory}
 
 
 def _to_our_names(state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ from allspark_fast.data.info import DatasetInfo, parse_meta
 from allspark_fast.errors import InputError
 from allspark_fast.model import AllSparkOptions, Segmentor, build_segmentor
 from allspark_fast.model.options import MemoryInit
+from allspark_fast.text import one_line
 from allspark_fast.weights.files import load_state_dict, read_weights, save_weights
 
 _VERSION = 1
@@ -34,6 +35,7 @@ class ModelSpec:
         mode: how the model was validated, see predict_labels.
         mean: of each color channel in 0..1, subtracted from images.
         std: of each color channel, which images are divided by.
+        range: pixel values that became black and white, see read_image.
         info: names and colors of the classes.
     """
 
@@ -46,6 +48,7 @@ class ModelSpec:
     mode: EvalMode
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    range: tuple[str, str] | None = None
     info: DatasetInfo
 
     @classmethod
@@ -61,6 +64,7 @@ class ModelSpec:
             mode=config.eval.mode,
             mean=config.data.mean,
             std=config.data.std,
+            range=config.data.range,
             info=info,
         )
 
@@ -84,11 +88,11 @@ class ModelSpec:
                 raise InputError(f"version is {version!r}, expected {_VERSION}")
             meta = {name: fields.pop(name) for name in ("classes", "palette")}
             info = parse_meta(meta, from_plain(str, fields.pop("dataset"), "dataset"))
-            return from_plain(cls, {**fields, "info": info}, "model")
+            return from_plain(cls, {"range": None, **fields, "info": info}, "model")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             detail = f"no {error}" if isinstance(error, KeyError) else error
             raise InputError(
-                f"{path}: damaged description of the model, or newer than this allspark-fast ({detail})"
+                f"{path}: damaged description of the model, or of another version of allspark-fast ({detail})"
             ) from error
 
     def build(self) -> Segmentor:
@@ -128,14 +132,18 @@ def find_weights(path: str | Path) -> Path:
     for name in _FILES:
         if (path / name).is_file():
             return path / name
-    raise FileNotFoundError(f"{path}: none of {', '.join(_FILES)} in this folder; a run writes the first")
+    raise FileNotFoundError(
+        f"{path}: none of {', '.join(_FILES)} in this folder; a run writes the first at its first evaluation, and "
+        "until then there are its checkpoints/step_*.pt"
+    )
 
 
 def load_model(path: str | Path) -> tuple[Segmentor, ModelSpec]:
     """Load a trained model in eval mode on the CPU, and what must be known to use it.
 
     Args:
-        path: ``.safetensors`` of ``save_model``, or a folder that holds it: a run, a model of the Hugging Face Hub.
+        path: ``.safetensors`` of ``save_model``, or a folder that holds it: a run, a model of the Hugging Face Hub; or
+            a checkpoint of a run.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -176,5 +184,5 @@ def describe_model(model: Segmentor, spec: ModelSpec) -> dict[str, str]:
         "parameters": f"{sum(x.numel() for x in model.parameters()) / 1e6:.1f} M",
         "crop": f"{spec.crop} pixels, validated on {'whole images' if spec.mode == 'whole' else 'sliding windows'}",
         "colors": f"mean {spec.mean}, std {spec.std}",
-        "classes": f"{len(spec.info.classes)} of {spec.info.name}: {', '.join(spec.info.classes)}",
+        "classes": f"{len(spec.info.classes)} of {spec.info.name}: {', '.join(map(one_line, spec.info.classes))}",
     }

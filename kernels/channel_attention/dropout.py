@@ -4,8 +4,8 @@ An entry (row, column) of the map of sample b and head h is kept or dropped by t
 "Prospecting for Hash Functions", 2018) of ``row_key ^ column_key``; the keys are hashes of the seed with (b, h, row)
 and with the column. Forward and backward, on any backend and in any tiling, so see the same mask.
 
-The finalizer's first and last step, x ^ (x >> 16), undo each other. So keys are stored without their last step, and
-an entry's hash has no first one. Nor has it the last, which leaves alone the high bits that decide the comparison.
+The finalizer's first and last step, x ^ (x >> 16), undo each other. So keys are stored without their last step, and an
+entry's hash has no first one. It has no last one either, which changes none of the high bits that decide.
 """
 
 import torch
@@ -17,7 +17,7 @@ _MULTIPLIER_2 = 0x846CA68B - (1 << 32)
 
 
 def _xor_shift(x: Tensor, bits: int) -> Tensor:
-    """Xor of int32 with itself, shifted right by a shift that brings in zeros, where torch's brings in the sign."""
+    """Xor with itself, shifted right by a shift that brings in zeros, where torch's brings in the sign."""
     shifted = x >> bits
     shifted &= (1 << (32 - bits)) - 1
     shifted ^= x
@@ -47,15 +47,9 @@ def hash_keys(seed: Tensor, batch: int, heads: int, rows: int, columns: int) -> 
 
 
 def keep_mask(row_key: Tensor, column_key: Tensor, dropout_p: float) -> Tensor:
-    """Return which entries survive dropout, 1 or 0.
+    """Return which entries (..., rows, columns) survive dropout, given the keys (..., rows) and (columns,).
 
-    Args:
-        row_key: int32 (..., rows).
-        column_key: int32 (columns,).
-        dropout_p: probability of dropping an entry, in [0, 1).
-
-    Returns:
-        int32 (..., rows, columns): on a CPU a product with booleans takes twice as long, and so does their comparison.
+    They are int32, 1 or 0: on a CPU a product with booleans takes twice as long, and so does their comparison.
     """
     return _multiply(row_key[..., None] ^ column_key).ge_(drop_threshold(dropout_p))
 

@@ -25,12 +25,13 @@ class Inputs(NamedTuple):
     dropout_p: float
     seed: Tensor | None
 
-    def samples(self, which: slice) -> "Inputs":
-        """Return the arguments for some of the samples."""
-        own = slice(None) if self.key.shape[0] == 1 else which
-        return self._replace(query=self.query[which], key=self.key[own], value=self.value[own])
-
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype in which values of ``dtype`` are summed: float32, or float64 for float64."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def pack_rows(x: Tensor, maps: int) -> Tensor:
+    """(B, H, N, C) -> (maps, N, R): samples that share their keys are rows of one map, whose keys are read once."""
+    samples = x.reshape(-1, maps, *x.shape[2:])
+    return samples.permute(1, 2, 0, 3).reshape(maps, x.shape[2], -1)

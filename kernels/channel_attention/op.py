@@ -37,10 +37,9 @@ def channel_attention(
 ) -> Tensor:
     """Return channel-wise attention with an instance-normalized similarity map.
 
-    Computes softmax(InstanceNorm(queryᵀ key)) valueᵀ. Every channel is a token of the attention and every spatial
-    token one of its features (channel-wise cross-attention, UCTransNet; cf. XCiT's cross-covariance attention;
-    AllSpark, "Channel-wise Cross-attention"). Each map (b, h) is normalized as a whole, without affine parameters or
-    1/sqrt(d).
+    Computes softmax(InstanceNorm(queryᵀ key)) valueᵀ: channels attend to channels, and spatial tokens are their
+    features (channel-wise cross-attention, UCTransNet; cf. XCiT's cross-covariance attention; AllSpark, "Channel-wise
+    Cross-attention"). Each map (b, h) is normalized as a whole, without affine parameters or 1/sqrt(d).
 
     Args:
         query: (B, H, N, Cq), tokens first. float16, bfloat16, float32 or float64, any strides.
@@ -50,13 +49,12 @@ def channel_attention(
             and the norm's statistics; if all are, the output is zero.
         eps: above 0, added to the variance of the map.
         dropout_p: probability of dropping an entry of the attention map, in [0, 1).
-        seed: int64 tensor of shape () on the query's device, from which the dropout mask is hashed, equal for all
-            backends; None draws one from torch's generator there.
-        backend: ``triton`` (library products and Triton kernels), ``chunked`` (plain torch, a block of rows at a
-            time), ``reference`` (plain torch, everything materialized), or ``auto``: ``triton`` on CUDA from sm_80 in
-            half and single precision, else ``chunked``. ``triton`` keeps the maps of as many samples as fit into
-            ``kernel.WORKSPACE_BYTES`` (256 MiB) while it runs, of one at least: H · Cq · L entries in forward, twice
-            that in backward. No backend but ``reference`` keeps a map for backward.
+        seed: int64 () on the query's device, from which all backends hash the same dropout mask; None draws one
+            from torch's generator there.
+        backend: ``triton``, ``chunked`` (plain torch, a block of rows at a time), ``reference`` (plain torch,
+            everything materialized), or ``auto``: ``triton`` on CUDA from sm_80 but for float64, else ``chunked``.
+            While it runs, ``triton`` holds one map of H · Cq · L entries in forward and two in backward, of as many
+            samples as fit into ``kernel.WORKSPACE_BYTES`` (256 MiB), at least one. Only ``reference`` keeps a map.
 
     Returns:
         (B, H, N, Cq) in the query's dtype, accumulated in float32 (float64 for float64); with fewer than 16 tokens
@@ -112,7 +110,7 @@ def _check_arguments(query: Tensor, key: Tensor, value: Tensor, group_mask: Tens
 
 
 def _implementation(key: Tensor, backend: str) -> ModuleType:
-    """The module whose ``forward`` and ``backward`` run, decided inside the operators: tracing needs no device."""
+    """The module that runs, decided inside the operators: tracing needs no device."""
     if backend == "triton" or (backend == "auto" and prefers_triton(key)):
         from allspark_fast.kernels.channel_attention import kernel  # noqa: PLC0415 triton is optional
 

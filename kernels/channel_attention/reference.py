@@ -8,10 +8,9 @@ from allspark_fast.kernels.channel_attention.inputs import Inputs, accumulation_
 
 
 def channel_attention(inputs: Inputs, eps: float) -> Tensor:
-    """Compute softmax(InstanceNorm(queryᵀ key)) valueᵀ (AllSpark, "Channel-wise Cross-attention").
+    """Return softmax(InstanceNorm(queryᵀ key)) valueᵀ (B, H, N, Cq) in the query's dtype, from float32 or float64.
 
-    Returns:
-        (B, H, N, Cq) in the query's dtype; zeros if every column is masked. Half precision is computed in float32.
+    AllSpark, "Channel-wise Cross-attention". Zeros if every column is masked.
     """
     query, key, value = (x.to(accumulation_dtype(x.dtype)) for x in inputs[:3])
     mask = inputs.column_mask

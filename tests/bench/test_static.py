@@ -27,6 +27,8 @@ def test_a_kernel_for_amd() -> None:
     kernel = compiled({"x": "*bf16"}, shared=10_000, warps=4, amdgcn=assembly)
     arguments = {"x": None, "BLOCK_R": 64, "BLOCK_L": 128}
     assert describe(kernel, arguments, "gfx942") == {
+        "op": "static",
+        "size": "gfx942",
         "kernel": "merge",
         "target": "gfx942",
         "dtype": "bf16",

@@ -20,7 +20,7 @@ ARGUMENTS = {
     ),
     "check": ("folder --data.root data", "--data.root --data.val --data.labeled --data.std --eval.mode"),
     "evaluate": ("model.safetensors folder --data.root data", "--split --json --data.root --data.crop"),
-    "predict": ("model.safetensors photo.png", "--out --confidence --overwrite --whole --window --batch --half"),
+    "predict": ("model.safetensors photo.png", "--out --confidence --overwrite --whole --window --half"),
     "convert": ("model.safetensors new.pth", "--classes --overwrite"),
     "export": ("model.safetensors new.pt2", "--overwrite"),
     "info": ("model.safetensors", "--help"),

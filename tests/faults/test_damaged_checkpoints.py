@@ -82,6 +82,15 @@ def test_the_one_before_is_used_and_said_so(
         load_latest_checkpoint(tmp_path)
 
 
+def test_a_checkpoint_of_another_model_is_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    save_checkpoint(tmp_path, 3, STATE, keep_last=2)
+    for step, model in ((8, {"a": torch.ones(4), "b": STATE["model"]["b"]}), (9, {"a": STATE["model"]["a"]})):
+        save_checkpoint(tmp_path, step, {**STATE, "model": model}, keep_last=3)
+    assert load_latest_checkpoint(tmp_path, STATE)["step"] == 3
+    for step, name in ((8, "a"), (9, "b")):
+        assert f"step_0000000{step}.pt is a checkpoint of another model: [\"['model']['{name}']\"" in caplog.text
+
+
 @pytest.mark.parametrize("cut", [0, 1, 10, 200, 500, 700])
 def test_cut_legacy_files_are_refused(tmp_path: Path, cut: int) -> None:
     legacy(tmp_path / "mit.pth")

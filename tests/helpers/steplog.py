@@ -2,8 +2,7 @@
 
 import copy
 import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -13,20 +12,9 @@ from torch.utils import _pytree as pytree
 from allspark_fast.kernels.semantic_memory import op as memory
 from allspark_fast.kernels.upsample_cross_entropy import op as cross_entropy
 from allspark_fast.training.checkpoint import random_states, set_random_states
-from allspark_fast.training.cuda_graph import GraphedSteps
+from allspark_fast.training.cuda_graph import GraphedSteps, Recording
 from allspark_fast.training.step import Losses, TrainState
 from tests.helpers.forbid_sync import forbid_sync
-
-Recording = tuple[Losses, Callable[[], object]]
-
-
-class Call(NamedTuple):
-    """A call of an operator of torch, with the tensors themselves."""
-
-    function: Any
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    result: Any
 
 
 class StepLog(forbid_sync):
@@ -34,21 +22,20 @@ class StepLog(forbid_sync):
 
     def __init__(self) -> None:
         super().__init__(inside_operators=True)
-        self.calls: list[Call] = []
+        self.calls: list[tuple[Any, Any, Any, Any]] = []  # operator, arguments, result
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = super().__torch_dispatch__(func, types, args, kwargs)
         if func.namespace not in ("allspark_fast", "profiler"):
-            self.calls.append(Call(func, args, kwargs or {}, result))
+            self.calls.append((func, args, kwargs or {}, result))
         return result
 
     @torch.no_grad()
     def replay(self) -> None:
         """Make all calls again on the same memory: in place, or copied to where the logged result lies."""
-        for call in self.calls:
-            inputs = storages((call.args, call.kwargs))
-            again = call.function(*call.args, **call.kwargs)
-            for old, new in zip(pytree.tree_leaves(call.result), pytree.tree_leaves(again), strict=True):
+        for operator, args, kwargs, result in self.calls:
+            inputs, again = storages((args, kwargs)), operator(*args, **kwargs)
+            for old, new in zip(pytree.tree_leaves(result), pytree.tree_leaves(again), strict=True):
                 if isinstance(new, torch.ScriptObject):  # of a collective
                     new.wait()
                 elif isinstance(old, Tensor) and not storages(old) <= inputs:
@@ -57,11 +44,11 @@ class StepLog(forbid_sync):
     def foreign(self, known: Any) -> set[int]:
         """The memory that calls read or write, but neither made nor know: nobody keeps it for a replay."""
         made, found = storages(known), set()
-        for call in self.calls:
+        for operator, args, kwargs, result in self.calls:
             # A number of Python, as in x[0] = 0, which a GPU gets by a fill.
-            constant = call.function is torch.ops.aten.lift_fresh.default
-            found |= set() if constant else storages((call.args, call.kwargs)) - made
-            made |= storages(call.result)
+            if operator is not torch.ops.aten.lift_fresh.default:
+                found |= storages((args, kwargs)) - made
+            made |= storages(result)
         return found
 
 
@@ -78,8 +65,8 @@ def logged_steps(state: TrainState, **options: Any) -> GraphedSteps:
         # On CPU tensors, and only there, operators look for labels that are no class and for wrong pointers.
         with patch.object(cross_entropy, "_check_classes"), patch.object(memory, "_check_pointers"), StepLog() as log:
             losses = step()
-        lasting = [state.state_dict(), [group["lr"] for group in state.optimizer.param_groups], step.args]
-        assert not log.foreign(lasting)
+        rates, halves = [group["lr"] for group in state.optimizer.param_groups], [*vars(state.half_weights).values()]
+        assert not log.foreign([state.state_dict(), rates, halves, step.args])
         state.load_state_dict(before)
         set_random_states(random)
         return losses, log.replay

@@ -48,8 +48,8 @@ def strict_interpreter() -> Iterator[None]:
 @pytest.fixture
 def small_workspace(monkeypatch: pytest.MonkeyPatch) -> None:
     """One sample at a time, products in several pieces, and tiles that small inputs do not fit into."""
-    small = {"WORKSPACE_BYTES": 0, "PIECE_COLUMNS": 64, "TILE_ENTRIES": 512}
-    for name, value in {**small, **dict.fromkeys(("ROW_COLUMNS", "TILE_COLUMNS", "MIN_COLUMNS"), 64)}.items():
+    small = {"WORKSPACE_BYTES": 0, "PIECE_COLUMNS": 64, "ROW_COLUMNS": 64, "TILE_COLUMNS": 64}
+    for name, value in small.items():
         monkeypatch.setattr(kernel, name, value)
 
 
@@ -95,7 +95,7 @@ class TestParity:
         ("kind", "dtype"),
         [
             *((kind, torch.bfloat16) for kind in DEGENERATE),
-            *((kind, torch.float16) for kind in ("small value", "large gradient")),
+            *((kind, torch.float16) for kind in ("small value", "large gradient", "no gradient")),
             *(pytest.param(kind, torch.float32, marks=pytest.mark.slow) for kind in DEGENERATE),
         ],
     )
@@ -246,7 +246,7 @@ class TestMemory:
             with backward_live:
                 kernel.backward(output, statistics, inputs)
         # Pieces of float32 are twice a query each; sums are a number for each row and tile.
-        small = (3 + 2 * 8) * query + 4 * rows * (4 * 21 + 16)
+        small = (3 + 2 * 8) * query + 4 * rows * (4 * 42 + 16)
         assert forward_live.peak <= max(kernel.WORKSPACE_BYTES, one_map) + keys + small
         # The last: one copy of the keys, and gradients of keys and values that may be float32.
         assert backward_live.peak <= max(kernel.WORKSPACE_BYTES, 2 * one_map) + keys + 6 * keys + small

@@ -3,7 +3,7 @@
 import itertools
 import json
 import multiprocessing
-import shutil
+import os
 import signal
 from multiprocessing.synchronize import Event
 from pathlib import Path
@@ -36,8 +36,8 @@ def test_leaves_what_it_promises(tmp_path: Path, capsys: pytest.CaptureFixture[s
     config = tiny_config(pseudo_from_epoch=1)
     train(config, tmp_path / "run")
     names = {path.name for path in (tmp_path / "run").iterdir()}
-    promised = {"config.json", "metrics.jsonl", "checkpoints", "curves.png", "predictions.png", "best.safetensors"}
-    assert promised <= names
+    weights = {"best.safetensors", "last.safetensors"}
+    assert {"config.json", "metrics.jsonl", "checkpoints", "curves.png", "predictions.png", *weights} <= names
     assert any(name.startswith("events.out.tfevents") for name in names)
     assert not any(name.endswith(".tmp") or ".tmp." in name for name in names)
     records = read_metrics(tmp_path / "run")
@@ -58,12 +58,16 @@ def test_leaves_what_it_promises(tmp_path: Path, capsys: pytest.CaptureFixture[s
     last = records[-1]
     assert sum(last["memory_received"]) == 12 * 2 * 128
     per_class = {f"memory_received/{index}": count for index, count in enumerate(last["memory_received"])}
+    assert sum(last["label_share"]) == pytest.approx(1)
+    assert len(last["pseudo_label_share"]) == len(last["pseudo_label_kept"]) == len(last["pseudo_label_recall"]) == 8
     names = ("pseudo_label_accuracy", "pseudo_label_coverage", "memory_filled")
     for name, value in {**{name: last[name] for name in names}, **per_class}.items():
         assert events.Scalars(name)[-1].value == pytest.approx(value), name
     printed = capsys.readouterr().out
     assert "3 labeled, 8 unlabeled, 2 validation images" in printed
-    assert "mIoU" in printed
+    best = max(scored, key=lambda pair: pair[1])
+    assert f"mIoU {100 * best[1]:.1f} of step {best[0]} is the best (best.safetensors)" in printed
+    assert f"{100 * last['miou']:.1f} of step 12 the last (last.safetensors)" in printed
     assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == config.run.keep_last
 
     # The same command again says that there is nothing to do.
@@ -82,13 +86,34 @@ def test_leaves_what_it_promises(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert sum(map(sum, scores["confusion"])) == 2 * 80 * 80
 
 
+@pytest.mark.usefixtures("no_pictures")
+def test_a_run_that_teaches_only_background_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """All pseudo labels are background, from a classifier that is not trained."""
+    config = changed(tiny_config("semi", steps=8, pseudo_from=0.5, lr=0.0), eval={"times": 2})
+    trainer = Trainer(config, tmp_path)
+    with torch.no_grad():
+        trainer.state.model.decoder.decoder.linear_pred.bias[0] = 100
+    trainer.run()
+    assert [record["step"] for record in read_metrics(tmp_path) if "miou" in record] == [4, 8]
+    for text in ("step 8: ball gets almost no pseudo labels", "ball is almost never predicted", "certain of all its"):
+        assert text in caplog.text
+    assert "step 4: " not in caplog.text  # no pseudo label counted
+    caplog.clear()
+    Trainer(changed(config, train={"pseudo_from": 1.0}), tmp_path / "never")
+    assert "pseudo labels never come into play: they would from step 8 on, but the run ends at 8" in caplog.text
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("no_pictures")
 def test_compiled_blocks_train_and_validation_compiles_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")  # so that it is put back
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
     counter = CompileCounterWithBackend("eager")
     monkeypatch.setattr(prepare, "compile_blocks", lambda model, _: compile_blocks(model, counter))
     torch._dynamo.reset()
     trainer = Trainer(changed(tiny_config(compile="on"), run={"device": "cpu"}), tmp_path)
+    assert Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]) == tmp_path / "allspark_fast" / "inductor"
     trainer.run()
     # Four stages in training, one more without stochastic depth in the first, four in the pseudo-label pass.
     assert 8 <= counter.frame_count <= 9
@@ -136,31 +161,12 @@ def test_supervised_learns_from_labeled_images_and_counts_no_others(
 class TestResume:
     """N steps = k steps + death + the rest, bit for bit."""
 
-    def test_a_checkpoint_of_another_model_is_passed_over(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-    ) -> None:
-        config = tiny_config()
-        larger = changed(config, model={"embedding_dim": 24})
-        for name, x in (("run", config), ("larger", larger)):
-            run_and_die(Trainer(x, tmp_path / name), 3, monkeypatch)
-        (saved,) = (tmp_path / "larger" / "checkpoints").iterdir()
-        checkpoints = tmp_path / "run" / "checkpoints"
-        shutil.copy(saved, checkpoints / "step_00000009.pt")
-        assert Trainer(config, tmp_path / "run").step == 3
-        assert "step_00000009.pt is a checkpoint of another model" in caplog.text
-        (checkpoints / "step_00000003.pt").unlink()
-        with pytest.raises(
-            ValueError, match=r"none of 1 checkpoints can be read \(\S+ is a checkpoint of another model"
-        ):
-            Trainer(config, tmp_path / "run")
-
-    @pytest.mark.parametrize("method", ["allspark", "supervised"])
     def test_with_other_settings_that_do_not_decide_the_numbers(
-        self, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
         """Recomputation among them, which the advice on too little memory recommends; tests/test_signals.py: none."""
         caplog.set_level("INFO", logger="allspark_fast")
-        config = tiny_config(method, ema=0.9)
+        config = tiny_config(ema=0.9)
         Trainer(config, tmp_path / "whole").run()
         run_and_die(Trainer(config, tmp_path / "broken"), 7, monkeypatch)  # after the checkpoint of step 6, in epoch 1
         other = {"data": {"workers": 1}, "model": {"activation_checkpointing": True}, "run": {"save_every": 5}}
@@ -184,16 +190,20 @@ class TestResume:
         process.join()
         assert claim_folder(tmp_path, tiny_config()) is not None
 
-    def test_more_epochs_extend_a_finished_run_and_other_settings_are_refused_by_name(self, tmp_path: Path) -> None:
-        assert train(tiny_config(epochs=1), tmp_path)
+    @pytest.mark.parametrize(("name", "length"), [("epochs", 1), ("steps", 4)])
+    def test_a_finished_run_is_extended_and_other_settings_are_refused_by_name(
+        self, name: str, length: int, tmp_path: Path
+    ) -> None:
+        short, long = ({name: length * factor} for factor in (1, 2))
+        assert train(tiny_config(**short), tmp_path)
         with pytest.raises(InputError, match=r"other settings \(train.lr: 0.01 -> 0.02\)"):
-            Trainer(tiny_config(epochs=1, lr=0.02), tmp_path)
+            Trainer(tiny_config(**short, lr=0.02), tmp_path)
         with pytest.raises(InputError, match=r"train.gradient_accumulation_steps: 1 -> 2"):
-            Trainer(tiny_config(epochs=1, gradient_accumulation_steps=2), tmp_path)
-        assert train(tiny_config(epochs=2), tmp_path)
+            Trainer(tiny_config(**short, gradient_accumulation_steps=2), tmp_path)
+        assert train(tiny_config(**long), tmp_path)
         assert [record["step"] for record in read_metrics(tmp_path) if "miou" in record] == [4, 8]
-        with pytest.raises(InputError, match=r"train.epochs: 2 -> 1"):
-            Trainer(tiny_config(epochs=1), tmp_path)
+        with pytest.raises(InputError, match=f"train.{name}: {2 * length} -> {length}"):
+            Trainer(tiny_config(**short), tmp_path)
 
     def test_starting_weights_may_be_gone(self, tmp_path: Path) -> None:
         config, weights = tiny_config(epochs=1), tmp_path / "start.safetensors"
@@ -280,35 +290,16 @@ class TestOnesOwnData:
         assert "pseudo_label_accuracy" not in read_metrics(tmp_path / "run")[-1]
 
     def test_bad_data_is_listed_before_training(
-        self, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+        self, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
     ) -> None:
         (root / "images/01.png").write_bytes(b"")
         Image.new("L", (50, 40), 7).save(root / "labels/02.png")
-        arguments = tiny_arguments(
-            tmp_path / "run", {"data.dataset": "folder", "data.root": root, "data.val": "val.txt"}
-        )
+        (root / "labeled.txt").write_text("".join(f"images/0{i}.png labels/0{i}.png\n" for i in range(4)))
+        lists = {"data.dataset": "folder", "data.root": root, "data.val": "val.txt", "data.labeled": "labeled.txt"}
+        arguments = tiny_arguments(tmp_path / "run", lists)
         assert main(["train", *arguments]) == 1
         message = capsys.readouterr().err
         assert "images/01.png" in message
         assert "labels/02.png" in message
+        assert "warning: images/03.png: is trained on and also in val" in caplog.text
         assert main(["check", *arguments]) == 1
-
-    def test_doubtful_data_is_told_and_trained_on(
-        self, root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-    ) -> None:
-        (root / "labeled.txt").write_text("images/00.png labels/00.png\nimages/01.png labels/01.png\n")
-        (root / "val.txt").write_text("images/01.png labels/01.png\n")
-        lists = {"data.dataset": "folder", "data.root": root, "data.val": "val.txt", "data.labeled": "labeled.txt"}
-        assert main(["train", *tiny_arguments(tmp_path / "run", lists)]) == 0
-        assert "warning: images/01.png: is trained on and also in val" in caplog.text
-
-
-def test_camvid_runs(data_dir: Path, tmp_path: Path) -> None:
-    root = data_dir / "camvid"
-    (tmp_path / "few.txt").write_text("".join((root / "splits/train.txt").open().readlines()[:4]))
-    (tmp_path / "val.txt").write_text("".join((root / "splits/val.txt").open().readlines()[:2]))
-    command = f"""train camvid --data.root {root} --data.labeled splits/1_16/seed0/labeled.txt --data.crop 64
-        --data.unlabeled {tmp_path}/few.txt --data.val {tmp_path}/val.txt --data.workers 0 --train.epochs 1
-        --train.batch-size 2 --run.output-dir {tmp_path}"""
-    assert main(command.split()) == 0
-    assert read_metrics(tmp_path)[-1]["miou"] > 0

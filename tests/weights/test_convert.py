@@ -30,7 +30,10 @@ def test_an_encoder_of_timm_has_no_layout_of_the_public_code(
 
 def test_there_and_back_is_bit_equal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source, ours, target = public_checkpoint(tmp_path / "a.pth"), tmp_path / "b.safetensors", tmp_path / "c.pth"
-    assert main(["convert", str(source), str(ours)]) == 0
+    ours.write_bytes(b"mine")
+    assert main(["convert", str(source), str(ours)]) == 1
+    assert f"{ours} exists: pass --overwrite" in capsys.readouterr().err
+    assert main(["convert", str(source), str(ours), "--overwrite"]) == 0
     assert "21 of pascal: background, aeroplane" in capsys.readouterr().out
     assert main(["convert", str(ours), str(target)]) == 0
     before, after = (torch.load(path, weights_only=False)["model"] for path in (source, target))
@@ -52,6 +55,11 @@ def test_everything_is_read_off_the_shapes(
     assert (spec.mode, spec.info.name, len(spec.info.classes)) == (mode, dataset, classes)
     assert model.decoder.allspark.attn.kv_queue.shape == (classes, 128, (crop // 32 + 1) ** 2)
     assert not model.training
+    plain = build_segmentor("mit_tiny", classes, (crop, crop), allspark=None, embedding_dim=16).eval()
+    save_weights(plain, tmp_path / "plain.safetensors")
+    again, spec = read_model(tmp_path / "plain.safetensors")
+    assert not spec.allspark
+    assert torch.equal(plain(images := torch.randn(1, 3, 70, 90)), again(images))
 
 
 @pytest.mark.parametrize("name", MIT_CONFIGS)
@@ -59,15 +67,6 @@ def test_every_encoder_is_told_apart(name: str) -> None:
     with torch.device("meta"):
         state = build_segmentor(name, 3, (65, 65), embedding_dim=8).state_dict()
     assert infer_spec(state, Path("a.pth")).backbone == name
-
-
-def test_plain_segformer_of_ours_without_metadata(tmp_path: Path) -> None:
-    model = build_segmentor("mit_tiny", 4, (65, 65), allspark=None, embedding_dim=16).eval()
-    save_weights(model, tmp_path / "old.safetensors")
-    again, spec = read_model(tmp_path / "old.safetensors")
-    assert not spec.allspark
-    images = torch.randn(1, 3, 70, 90)
-    assert torch.equal(model(images), again(images))
 
 
 def test_classes_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -83,15 +82,6 @@ def test_classes_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     for classes, message in (("pascal", "has 3 classes, but pascal names 21"), ("nowhere", "nowhere: no meta.json")):
         assert main(["convert", str(source), str(tmp_path / "b.safetensors"), "--classes", classes]) == 1
         assert message in capsys.readouterr().err
-
-
-def test_nothing_is_overwritten_unless_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = ["convert", str(public_checkpoint(tmp_path / "a.pth")), str(tmp_path / "b.safetensors")]
-    (tmp_path / "b.safetensors").write_bytes(b"mine")
-    assert main(command) == 1
-    assert "--overwrite" in capsys.readouterr().err
-    assert main([*command, "--overwrite"]) == 0
-    load_model(tmp_path / "b.safetensors")
 
 
 def test_what_is_no_model_of_ours_is_refused(tmp_path: Path) -> None:
