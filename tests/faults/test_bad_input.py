@@ -49,55 +49,50 @@ LABELS = torch.zeros(4, 4, dtype=torch.int64)
 
 
 @pytest.mark.parametrize(
-    ("error", "call", "message"),
+    ("call", "message"),
     [
-        (
-            ValueError,
-            lambda: bottleneck(feature_map=torch.ones(4, 2, 2)),
-            r"feature_map must have shape \(B, C, h, w\)",
-        ),
-        (ValueError, lambda: bottleneck(class_logits=torch.ones(1, 3, 4)), "class_logits must have shape"),
-        (
-            ValueError,
-            lambda: bottleneck(class_logits=torch.ones(1, 3, 4, 4, device="meta")),
-            "is on meta, expected cpu",
-        ),
-        (ValueError, lambda: bottleneck(kv_source="pixel"), "kv_source must be one of batch, image, got 'pixel'"),
-        (ValueError, lambda: AllSpark(0, 3, 4), "channels must be"),
-        (ValueError, lambda: AllSpark(4, 3, -1), "tokens must be"),
-        (ValueError, lambda: AllSparkOptions(num_heads=0), "num_heads must be at least 1"),
-        (ValueError, lambda: build_segmentor("mit_b9", 3, (64, 64)), "backbone must be one of mit_tiny"),
-        (ValueError, lambda: tiny_segmentor()(torch.ones(1, 1, 3, 64, 64)), "images"),
-        (ValueError, lambda: predict_labels(tiny_segmentor().eval(), torch.ones(1, 3, 64, 64), mode="slide"), "mode"),
-        (
-            ValueError,
-            lambda: predict_labels(tiny_segmentor().eval(), torch.ones(1, 3, 64, 64), mode="sliding", crop=1),
-            "crop",
-        ),
-        (ValueError, lambda: ConfusionMatrix(0), "num_classes must be at least 1"),
-        (ValueError, lambda: updated(LABELS, LABELS[None]), "expected one shape"),
-        (ValueError, lambda: crop("L"), "has mode"),
-        (ValueError, lambda: crop("RGB", "L", (9, 9)), "the label is"),
-        (ValueError, lambda: crop("RGB", "RGB"), "has mode|the label is"),
-        (ValueError, lambda: crop("RGB", crop_size=0), "crop_size"),
-        (ValueError, lambda: crop("RGB", scale_range=(2, 0.5)), "scale_range"),
-        (TypeError, lambda: AllSpark(4, 3, 4.0), "tokens must be an integer, got 4.0"),
-        (TypeError, lambda: AllSparkOptions(dropout="0"), "dropout must be a number, got '0'"),
-        (TypeError, lambda: build_segmentor("mit_tiny", 3.0, (64, 64)), "num_classes must be an integer, got 3.0"),
-        (TypeError, lambda: build_segmentor("mit_tiny", 3, 64), r"crop_size must be a pair \(H, W\), got 64"),
-        (
-            TypeError,
-            lambda: build_segmentor("mit_tiny", 3, (64, 64), allspark=False),
-            "allspark must be AllSparkOptions or None",
-        ),
-        (TypeError, lambda: build_segmentor("mit_tiny", 3, ("64", 64)), "H of crop_size must be an integer, got '64'"),
-        (TypeError, lambda: tiny_segmentor()(torch.ones(1, 3, 64, 64, dtype=torch.uint8)), "images"),
-        (TypeError, lambda: ConfusionMatrix(3.5), "num_classes must be an integer, got 3.5"),
-        (TypeError, lambda: updated(LABELS.float(), LABELS), "expected integer classes"),
+        (lambda: bottleneck(feature_map=torch.ones(4, 2, 2)), r"feature_map must have shape \(B, C, h, w\)"),
+        (lambda: bottleneck(class_logits=torch.ones(1, 3, 4)), "class_logits must have shape"),
+        (lambda: bottleneck(class_logits=torch.ones(1, 3, 4, 4, device="meta")), "is on meta, expected cpu"),
+        (lambda: bottleneck(kv_source="pixel"), "kv_source must be one of batch, image, got 'pixel'"),
+        (lambda: AllSpark(0, 3, 4), "channels must be"),
+        (lambda: AllSpark(4, 3, -1), "tokens must be"),
+        (lambda: AllSparkOptions(num_heads=0), "num_heads must be at least 1"),
+        (lambda: build_segmentor("mit_b9", 3, (64, 64)), "backbone must be one of mit_tiny"),
+        (lambda: tiny_segmentor()(torch.ones(1, 4, 64, 64)), "images"),
+        (lambda: tiny_segmentor()(torch.ones(1, 1, 3, 64, 64)), "images"),
+        (lambda: predict_labels(tiny_segmentor().eval(), torch.ones(1, 3, 64, 64), mode="slide"), "mode"),
+        (lambda: predict_labels(tiny_segmentor().eval(), torch.ones(1, 3, 64, 64), mode="sliding", crop=1), "crop"),
+        (lambda: ConfusionMatrix(0), "num_classes must be at least 1"),
+        (lambda: updated(LABELS, LABELS[None]), "expected one shape"),
+        (lambda: crop("L"), "has mode"),
+        (lambda: crop("RGB", "L", (9, 9)), "the label is"),
+        (lambda: crop("RGB", "RGB"), "has mode|the label is"),
+        (lambda: crop("RGB", crop_size=0), "crop_size"),
+        (lambda: crop("RGB", scale_range=(2, 0.5)), "scale_range"),
     ],
 )
-def test_wrong_arguments_are_named(error: type[Exception], call: Callable[[], object], message: str) -> None:
-    with pytest.raises(error, match=message):
+def test_wrong_values_are_named(call: Callable[[], object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: AllSpark(4, 3, 4.0), "tokens must be an integer, got 4.0"),
+        (lambda: AllSparkOptions(dropout="0"), "dropout must be a number, got '0'"),
+        (lambda: build_segmentor("mit_tiny", 3.0, (64, 64)), "num_classes must be an integer, got 3.0"),
+        (lambda: build_segmentor("mit_tiny", 3, 64), r"crop_size must be a pair \(H, W\), got 64"),
+        (lambda: build_segmentor("mit_tiny", 3, (64, 64), allspark=False), "allspark must be AllSparkOptions or None"),
+        (lambda: build_segmentor("mit_tiny", 3, ("64", 64)), "H of crop_size must be an integer, got '64'"),
+        (lambda: tiny_segmentor()(torch.ones(1, 3, 64, 64, dtype=torch.uint8)), "images"),
+        (lambda: ConfusionMatrix(3.5), "num_classes must be an integer, got 3.5"),
+        (lambda: updated(LABELS.float(), LABELS), "expected integer classes"),
+    ],
+)
+def test_wrong_types_are_named(call: Callable[[], object], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
         call()
 
 
