@@ -105,6 +105,14 @@ class TrainConfig:
         warmup_epochs: epochs before labeled features are rebuilt from the memory rather than from their batch.
         pseudo_from_epoch: first epoch in which pseudo labels count; until then unlabeled images only feed the memory.
             0 as in the paper; later for an encoder without pretraining, whose first pseudo labels are noise.
+        unlabeled_weight: factor on the loss of pseudo labels.
+        teacher: what labels the unlabeled images: the student itself (the paper), or ema, the average of its weights.
+        conf_thresh: least confidence of pseudo labels that count; 0 for all (the paper).
+        conf_mode: threshold is the same for all classes; class takes the mean confidence of each class where that is
+            less, so that hard and rare classes get pseudo labels too.
+        strong: show the student unlabeled crops after color jitter, gray and blur; the teacher labels them as they are.
+        cutmix: probability that an unlabeled crop gets a box of another one, with its pseudo labels.
+        copy_paste: probability that an unlabeled crop gets half of the classes of a labeled one, with their labels.
         loss: of the labeled images: ce (cross-entropy), or ohem, which keeps the hard pixels.
         loss_mean: with several processes, over the valid pixels of all of them (global), or of each one (rank, the
             reference implementation), which weights pixels more on ranks that have fewer. OHEM always mines per rank.
@@ -115,14 +123,16 @@ class TrainConfig:
         pseudo_padding: train on the padding that crops add, with its pseudo label (the reference implementation).
         ema: decay of an exponential moving average of the weights that is evaluated instead of them; 0 for none.
         amp: bfloat16 autocast on a GPU.
-        compile: torch.compile of the encoder's blocks (mit_*), in training; a minute or two before the first step.
-        cuda_graph: on a GPU and with one process, record a step as a CUDA graph and replay it: many times faster, but
-            not yet shown to be equal on a GPU for every method.
+        compile: torch.compile of the encoder's blocks (mit_*) in training, a minute or two in the first steps: on,
+            off, or auto, on a GPU for runs of more than 5,000 steps.
+        cuda_graph: record a step as a CUDA graph and replay it, many times faster: on, off, or auto, on GPUs unless
+            fsdp shards the model. auto compares the first replay with ordinary steps, and stops recording if it is not
+            equal.
         gradient_accumulation_steps: micro-batches that a batch is split into, to need less memory. What looks at a
             whole batch sees one of them: BatchNorm, means over pixels that count, OHEM, the memory (later ones find it
             fuller), and in warm-up and under kv_source=batch the channels that an image is rebuilt from.
-        sharding: with several processes, shard weights, gradients and optimizer state over them (fsdp, FSDP2), or keep
-            all of it on each (replicate).
+        sharding: with several processes, shard weights, gradients and optimizer state over them (fsdp, FSDP2, less
+            memory), or keep all of it on each (replicate, auto).
         deterministic: on a GPU, use only operations that give the same bits every time, or stop at one that cannot.
         max_skipped: steps whose loss or gradient is not finite are skipped; with more of them than this, or than half
             of all steps, training stops.
@@ -138,6 +148,13 @@ class TrainConfig:
     weight_decay: float = 1e-4
     warmup_epochs: int = 5
     pseudo_from_epoch: int = 0
+    unlabeled_weight: float = 1.0
+    teacher: Literal["student", "ema"] = "student"
+    conf_thresh: float = 0.0
+    conf_mode: Literal["threshold", "class"] = "threshold"
+    strong: bool = False
+    cutmix: float = 0.0
+    copy_paste: float = 0.0
     loss: Literal["ce", "ohem"] = "ce"
     loss_mean: Literal["global", "rank"] = "global"
     ohem_threshold: float = 0.7
@@ -146,10 +163,10 @@ class TrainConfig:
     pseudo_padding: bool = True
     ema: float = 0.0
     amp: bool = True
-    compile: bool = False
-    cuda_graph: bool = False
+    compile: Literal["auto", "on", "off"] = "auto"
+    cuda_graph: Literal["auto", "on", "off"] = "auto"
     gradient_accumulation_steps: int = 1
-    sharding: Literal["fsdp", "replicate"] = "fsdp"
+    sharding: Literal["auto", "fsdp", "replicate"] = "auto"
     deterministic: bool = False
     max_skipped: int = 50
     seed: int = 0
@@ -160,6 +177,18 @@ class TrainConfig:
         _within(self, "train", lr=(0, 100), lr_multi=(0, 1000), weight_decay=(0, 10), seed=(0, 2**63 - 1))
         # At 1 the average would never move.
         _within(self, "train", ohem_threshold=(0, 1), ohem_min_kept=(0, 10**9), ema=(0, 0.999999))
+        _within(self, "train", unlabeled_weight=(0, 1000), conf_thresh=(0, 1), cutmix=(0, 1), copy_paste=(0, 1))
+        if self.teacher == "ema":
+            _expect(
+                self.ema > 0, "train.ema", self.ema, "the decay of the average that train.teacher=ema needs, say 0.99"
+            )
+        if self.conf_mode == "class":
+            _expect(
+                self.conf_thresh > 0,
+                "train.conf_thresh",
+                self.conf_thresh,
+                "the bound of train.conf_mode=class, say 0.95",
+            )
         divisor, batch = self.gradient_accumulation_steps, self.batch_size
         expected = f"a divisor of train.batch_size = {batch}"
         _expect(batch % divisor == 0, "train.gradient_accumulation_steps", divisor, expected)
@@ -213,7 +242,10 @@ class RunConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """All settings of a run, in groups."""
+    """All settings of a run, in groups.
+
+    A setting that is new must default to what earlier versions did: it is read so from their runs.
+    """
 
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -296,6 +328,11 @@ OLD_SETTINGS = {
     "run.keep": "renamed: use run.keep_last",
     "run.sharded_checkpoints": "removed: a checkpoint is always one file",
     "run.save_in_background": "removed: a checkpoint is one small file, written between two steps",
+    **{
+        f"train.{name}={old}": f"renamed: use {new}"
+        for name in ("compile", "cuda_graph")
+        for old, new in (("True", "on"), ("False", "off"))
+    },
     "run.kernels=strict": "removed: kernels are auto or torch; `python -m allspark_fast selftest` checks them",
 }
 
@@ -311,13 +348,13 @@ def from_plain(kind: Any, value: Any, where: str) -> Any:
     """Return a value of a type from what JSON makes of it.
 
     Args:
-        kind: a dataclass, whose every field must be there; ``X | None``, a tuple of fixed length, a Literal, Path, or
-            one of Python's plain types.
+        kind: a dataclass, of which fields with a default may be missing, as in files of earlier versions; ``X | None``,
+            a tuple of fixed length, a Literal, Path, or one of Python's plain types.
         value: of ``json.loads``, or already of the dataclass ``kind``.
         where: name of the value, for messages.
 
     Raises:
-        InputError: a field is missing, unknown, or of another type; the message names it.
+        InputError: a field without default is missing, or one is unknown or of another type; the message names it.
     """
     if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         if isinstance(value, kind):
@@ -326,9 +363,10 @@ def from_plain(kind: Any, value: Any, where: str) -> Any:
         hints = get_type_hints(kind)
         for name in set(value) - set(hints):
             refuse_old_setting(f"{where}.{name}".removeprefix("config."))
-        if different := sorted(set(value) ^ set(hints)):
+        needed = {x.name for x in dataclasses.fields(kind) if x.default is x.default_factory is dataclasses.MISSING}
+        if different := sorted((set(value) - set(hints)) | (needed - set(value))):
             raise InputError(f"{where}: fields {different} are missing or unknown in this version")
-        return kind(**{name: from_plain(hint, value[name], f"{where}.{name}") for name, hint in hints.items()})
+        return kind(**{name: from_plain(hints[name], x, f"{where}.{name}") for name, x in value.items()})
     if get_origin(kind) is UnionType:
         return None if value is None else from_plain(get_args(kind)[0], value, where)
     if get_origin(kind) is tuple:

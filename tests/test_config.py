@@ -40,7 +40,7 @@ def test_every_field_survives_json() -> None:
 @pytest.mark.parametrize(
     ("right", "wrong", "message"),
     [
-        ('"crop"', '"crop_size"', r"config\.data: fields \['crop', 'crop_size'\] are missing or unknown"),
+        ('"crop"', '"crop_size"', r"config\.data: fields \['crop_size'\] are missing or unknown"),
         ('"kernels": "auto"', '"kernels": 1', "config.run.kernels is 1, expected one of auto, torch"),
     ],
 )
@@ -50,6 +50,18 @@ def test_damaged_settings_of_a_run_are_named(right: str, wrong: str, message: st
         from_plain(Config, json.loads(text), "config")
     with pytest.raises(InputError, match=r"config.run is \[\], expected an object"):
         from_plain(RunConfig, [], "config.run")
+
+
+def test_settings_that_earlier_versions_lacked_take_their_defaults(tmp_path: Path) -> None:
+    config = changed(Config(), train={"lr": 0.5}, data={"crop": 65})
+    fields = json.loads(config.to_json())
+    del fields["train"]["ema"], fields["data"]["workers"], fields["eval"]
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    assert Config.read(tmp_path / "config.json") == config
+    for text in ('{"train": {"lr": 0.5, "momentum": 0.9}}', '{"id2label": {}}', "[]"):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(InputError, match=r"config\.json holds no settings of a run"):
+            Config.read(tmp_path / "config.json")
 
 
 @pytest.mark.parametrize("old", OLD_SETTINGS)
@@ -102,6 +114,18 @@ def test_numbers_that_are_just_out_of_range_are_refused(group: type, name: str, 
         group(**{name: value})
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"teacher": "ema"}, "train.ema is 0.0, expected .* train.teacher=ema needs"),
+        ({"conf_mode": "class"}, "train.conf_thresh is 0.0, expected .* train.conf_mode=class"),
+    ],
+)
+def test_settings_without_what_they_need_are_refused(options: dict, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        TrainConfig(**options)
+
+
 def test_the_papers_hyper_parameters() -> None:
     pascal, cityscapes, coco = (RECIPES[name]() for name in ("pascal", "cityscapes", "coco"))
     for config in (pascal, cityscapes, coco):
@@ -109,7 +133,8 @@ def test_the_papers_hyper_parameters() -> None:
         assert (config.train.optimizer, config.train.weight_decay) == ("sgd", 1e-4)
         official = {"memory_init": "randn", "memory_sync": "rank0", "class_map": "logits"}
         assert official.items() <= dataclasses.asdict(config.model).items()
-        official = {"kv_source": "batch", "pseudo_padding": True, "pseudo_from_epoch": 0}
+        official = {"kv_source": "batch", "pseudo_padding": True, "pseudo_from_epoch": 0, "teacher": "student"}
+        official |= {"conf_thresh": 0, "strong": False, "cutmix": 0, "copy_paste": 0, "unlabeled_weight": 1, "ema": 0}
         assert official.items() <= dataclasses.asdict(config.train).items()
 
     def schedule(config: Config) -> tuple[float, ...]:

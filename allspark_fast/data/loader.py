@@ -37,6 +37,9 @@ class SemiBatch(NamedTuple):
         unlabeled_valid: (B, H, W) bool, False where the crop added padding; (0, H, W) likewise.
         unlabeled_label: (B, H, W) int64, labels that training must not see, 255 where there are none; None unless
             requested.
+        unlabeled_strong: (B, 3, H, W) float32, what the student sees in place of ``unlabeled_image``; None for that.
+        mixed: (B, H, W) bool, unlabeled pixels that CutMix takes from the other crop of a pair; None without CutMix.
+        pasted: (B, H, W) bool, labeled pixels that are pasted into the unlabeled crop; None without copy-paste.
     """
 
     image: Tensor
@@ -44,6 +47,9 @@ class SemiBatch(NamedTuple):
     unlabeled_image: Tensor
     unlabeled_valid: Tensor
     unlabeled_label: Tensor | None
+    unlabeled_strong: Tensor | None = None
+    mixed: Tensor | None = None
+    pasted: Tensor | None = None
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "SemiBatch":
         """Return the batch on another device."""
@@ -179,12 +185,19 @@ class SemiLoader(Dataset[Sample]):
     def _collate(self, samples: list[Sample]) -> SemiBatch:
         """Stack the labeled crops (all, or the first half) and the unlabeled ones (the second half)."""
         count = len(samples) if self.labeled_only else len(samples) // 2
-        labeled = default_collate(samples[:count])
+        labeled = _stack(samples[:count])
         if self.labeled_only:
             return SemiBatch(labeled.image, labeled.label, labeled.image[:0], labeled.valid[:0], None)
-        unlabeled = default_collate(samples[count:])
+        unlabeled = _stack(samples[count:])
         hidden = unlabeled.label if self.hidden_labels else None
-        return SemiBatch(labeled.image, labeled.label, unlabeled.image, unlabeled.valid, hidden)
+        mixing = (unlabeled.strong, unlabeled.mixed, labeled.mixed)
+        return SemiBatch(labeled.image, labeled.label, unlabeled.image, unlabeled.valid, hidden, *mixing)
+
+
+def _stack(samples: Sequence[Sample]) -> Sample:
+    """Stack all that is there."""
+    columns = zip(*samples, strict=True)
+    return Sample._make(None if parts[0] is None else default_collate(list(parts)) for parts in columns)
 
 
 def _bytes_of(samples: Iterable[Iterable[Any]]) -> int:

@@ -158,8 +158,8 @@ class TrainingData:
         return SemiLoader(
             self.sources.labeled,
             self.sources.unlabeled,
-            crop(photometric=True),
-            crop(photometric=False),
+            crop(photometric=True, copy_paste=train.copy_paste),
+            crop(photometric=False, strong=train.strong, cutmix=train.cutmix),
             batch_size=train.batch_size,
             seed=train.seed,
             num_workers=0 if hidden_labels else data.workers,

@@ -26,11 +26,16 @@ class Sample(NamedTuple):
         image: (3, H, W) float32, normalized.
         label: (H, W) uint8, 255 ignored; all 255 where there is no label.
         valid: (H, W) bool, False where the crop added padding.
+        strong: (3, H, W) float32, the same crop after photometric changes; None unless requested.
+        mixed: (H, W) bool, pixels that CutMix takes from another crop, or, of a labeled crop, those that are pasted
+            into an unlabeled one; None unless requested.
     """
 
     image: Tensor
     label: Tensor
     valid: Tensor
+    strong: Tensor | None = None
+    mixed: Tensor | None = None
 
 
 class Geometry(NamedTuple):
@@ -135,6 +140,29 @@ def jitter_colors(image: Image.Image, generator: Generator) -> Image.Image:
     return image
 
 
+def draw_box(size: int, probability: float, generator: Generator) -> Tensor:
+    """Draw the box of CutMix as a mask (size, size), empty unless a draw of ``probability`` succeeds.
+
+    As in UniMatch, it covers 2 to 40 % of the crop, with sides in a ratio of 0.3 to 1 / 0.3.
+    """
+    mask = torch.zeros(size, size, dtype=torch.bool)
+    if _chance(generator, probability):
+        area, ratio = _uniform(generator, 0.02, 0.4) * size**2, _uniform(generator, 0.3, 1 / 0.3)
+        height, width = (min(round(side), size) for side in ((area * ratio) ** 0.5, (area / ratio) ** 0.5))
+        y, x = (_integer(generator, 0, size - side) for side in (height, width))
+        mask[y : y + height, x : x + width] = True
+    return mask
+
+
+def draw_classes(label: Tensor, probability: float, generator: Generator) -> Tensor:
+    """Draw half of the classes of a label (H, W), rounded down (ClassMix), as a mask; see ``draw_box``."""
+    chosen = torch.zeros(256, dtype=torch.bool)
+    if _chance(generator, probability):
+        classes = label.flatten().bincount(minlength=256)[:IGNORE_INDEX].nonzero().flatten()
+        chosen[classes[torch.randperm(len(classes), generator=generator)[: len(classes) // 2]]] = True
+    return chosen[label]
+
+
 def normalize_image(image: Image.Image, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """Convert an RGB image to a (3, H, W) float32 tensor: scaled to 0..1, minus ``mean``, divided by ``std``."""
     tensor = tvf.to_dtype(tvf.pil_to_tensor(image), torch.float32, scale=True)
@@ -156,6 +184,9 @@ class CropTransform:
         mean: mean per channel that is subtracted, for images in 0..1.
         std: standard deviation per channel that is divided by.
         scale_range: least and greatest scale of the resize.
+        strong: whether to return the crop after photometric changes too.
+        cutmix: probability of a box that CutMix takes from another crop.
+        copy_paste: probability that half of the classes of the label are pasted into another crop.
 
     Raises:
         ValueError: ``crop_size`` or ``scale_range`` is not positive, or the latter not ascending.
@@ -167,6 +198,9 @@ class CropTransform:
     mean: Sequence[float] = IMAGENET_MEAN
     std: Sequence[float] = IMAGENET_STD
     scale_range: tuple[float, float] = (0.5, 2.0)
+    strong: bool = False
+    cutmix: float = 0.0
+    copy_paste: float = 0.0
 
     def __post_init__(self) -> None:
         if self.crop_size < 1:
@@ -199,4 +233,10 @@ class CropTransform:
             target = label_tensor(apply_geometry(label, geometry, self.crop_size, nearest, IGNORE_INDEX))
         valid = torch.zeros(self.crop_size, self.crop_size, dtype=torch.bool)
         valid[: geometry.scaled[1], : geometry.scaled[0]] = True
-        return Sample(normalize_image(crop, self.mean, self.std), target, valid.flip(1) if geometry.flip else valid)
+        # Drawn last, so that without them crops stay the same.
+        strong = normalize_image(jitter_colors(crop, generator), self.mean, self.std) if self.strong else None
+        mixed = draw_box(self.crop_size, self.cutmix, generator) if self.cutmix else None
+        if self.copy_paste:
+            mixed = draw_classes(target, self.copy_paste, generator)
+        valid = valid.flip(1) if geometry.flip else valid
+        return Sample(normalize_image(crop, self.mean, self.std), target, valid, strong, mixed)

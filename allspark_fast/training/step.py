@@ -5,16 +5,25 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.nn.utils import get_total_norm
 
 from allspark_fast.config import TrainConfig
 from allspark_fast.data.info import IGNORE_INDEX
 from allspark_fast.data.loader import SemiBatch
-from allspark_fast.distributed import all_reduce_mean, world_size
+from allspark_fast.distributed import all_reduce_mean, all_reduce_sum, world_size
 from allspark_fast.kernels.upsample_argmax import upsample_argmax
 from allspark_fast.kernels.upsample_cross_entropy import upsample_cross_entropy
 from allspark_fast.model import Segmentor
-from allspark_fast.training.sharding import average_gradients, from_local_like, full_tensor, shard_like, to_local
+from allspark_fast.training.half_weights import HalfWeights
+from allspark_fast.training.sharding import (
+    average_gradients,
+    from_local_like,
+    full_tensor,
+    reshard,
+    shard_like,
+    to_local,
+)
 
 
 class Losses(NamedTuple):
@@ -25,8 +34,28 @@ class Losses(NamedTuple):
     unlabeled: Tensor
 
 
+class ClassStatistics(NamedTuple):
+    """What training knows of each class: on the device, over all ranks, from every 16th pixel of its crops.
+
+    Attributes:
+        confidence: (K,) float32, running mean of the teacher's confidence in pseudo labels; 0 for a class without any.
+        pixels: (3, K) float64, pixels since they were last read: with this label, with this pseudo label, and those of
+            the latter that counted.
+    """
+
+    confidence: Tensor
+    pixels: Tensor
+
+    @classmethod
+    def start(cls, classes: int, device: torch.device) -> "ClassStatistics":
+        """Return those of no pixel."""
+        return cls(torch.zeros(classes, device=device), torch.zeros(3, classes, dtype=torch.float64, device=device))
+
+
 _LOGGED = ("loss", "loss_labeled", "loss_unlabeled")
 _COUNTERS = ("step", "skipped", "loss_sums", "received")
+# Weight of one batch in the running mean confidence of a class.
+_CONFIDENCE_RATE = 0.02
 
 
 class TrainState:
@@ -50,34 +79,44 @@ class TrainState:
         replica: Segmentor | None = None,
     ) -> None:
         device = next(model.parameters()).device
+        self.amp = config.amp and next(model.parameters()).is_cuda
         self.model = model
         self.config = config
         self.total_steps = total_steps
         self.ema = ema
         self.replica = replica
+        # FSDP gathers the weights of a sharded model anew, and autocast casts them.
+        self.half_weights = HalfWeights(model, self.teacher, enabled=self.amp and replica is None)
         self.optimizer = build_optimizer(model, config)
         self.step = torch.zeros((), dtype=torch.int64, device=device)
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)
         # Sums of the losses since they were last read, then the number of steps in them: those that were not skipped.
         self.loss_sums = torch.zeros(len(Losses._fields) + 1, dtype=torch.float64, device=device)
+        self.classes = ClassStatistics.start(model.decoder.decoder.linear_pred.out_channels, device)
         bottleneck = model.decoder.allspark
         # Channels that each class of the memory received, counted there; (0,) without a memory.
         self.received = self.step.new_zeros(0) if bottleneck is None else bottleneck.attn.received
 
+    @property
+    def teacher(self) -> Segmentor:
+        """The model that labels the unlabeled images."""
+        return self.ema if self.config.teacher == "ema" and self.ema is not None else self.model
+
     @torch.no_grad()
     def evaluated_model(self) -> Segmentor:
-        """Return the averaged weights with the model's buffers (BatchNorm, memory), or the model without an average.
+        """Return the average, BatchNorm statistics included, with the model's memory; the model if there is none.
 
         If they are sharded, all ranks have to call this and get the whole model.
         """
         weights = self.model if self.ema is None else self.ema
         evaluated = weights if self.replica is None else self.replica
         if evaluated is not weights:
-            for target, source in zip(evaluated.parameters(), weights.parameters(), strict=True):
-                target.copy_(full_tensor(source))
+            for parameter, source in zip(evaluated.parameters(), weights.parameters(), strict=True):
+                parameter.copy_(full_tensor(source))
         if evaluated is not self.model:
-            for buffer, present in zip(evaluated.buffers(), self.model.buffers(), strict=True):
-                buffer.copy_(present)
+            buffers = zip(evaluated.named_buffers(), weights.buffers(), self.model.buffers(), strict=True)
+            for (name, buffer), own, present in buffers:
+                buffer.copy_(own if _is_averaged(name) else present)
         return evaluated
 
     def read_metrics(self) -> dict[str, float]:
@@ -102,7 +141,8 @@ class TrainState:
             for parameter, values in zip(self.model.parameters(), self.optimizer.state.values(), strict=True)
         ]
         ema = None if self.ema is None else self.ema.state_dict()
-        return {"model": model, "ema": ema, "optimizer": moments} | {name: getattr(self, name) for name in _COUNTERS}
+        counters = {name: getattr(self, name) for name in _COUNTERS}
+        return {"model": model, "ema": ema, "optimizer": moments, **counters, "classes": self.classes._asdict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Resume from a ``state_dict`` of whole tensors, on any device and any number of ranks.
@@ -119,6 +159,8 @@ class TrainState:
                 values[name].copy_(to_local(shard_like(x, parameter)))
         for name in _COUNTERS:
             getattr(self, name).copy_(state[name])
+        for name, x in self.classes._asdict().items():
+            x.copy_(state["classes"][name])
 
 
 def train_step(state: TrainState, batch: SemiBatch, *, use_memory: bool, use_pseudo: bool = True) -> Losses:
@@ -137,16 +179,30 @@ def train_step(state: TrainState, batch: SemiBatch, *, use_memory: bool, use_pse
 
     Returns:
         the losses before the update, means over micro-batches and ranks.
+
+    Raises:
+        RuntimeError: autocast is on already, which would keep casts of weights that the step changes.
     """
+    device = batch.image.device.type
+    if torch.is_autocast_enabled(device):
+        raise RuntimeError("train_step enters autocast itself: call it outside of torch.autocast")
     state.model.zero_grad()
     parts = []
-    for micro_batch in batch.split(state.config.gradient_accumulation_steps):
-        with torch.autocast(batch.image.device.type, torch.bfloat16, enabled=state.config.amp and batch.image.is_cuda):
-            losses = compute_losses(
-                state.model, micro_batch, state.config, use_memory=use_memory, use_pseudo=use_pseudo
-            )
-        (losses.total / state.config.gradient_accumulation_steps).backward()
-        parts.append(torch.stack(losses).detach())
+    with state.half_weights.installed():
+        for micro_batch in batch.split(state.config.gradient_accumulation_steps):
+            with torch.autocast(device, torch.bfloat16, enabled=state.amp):
+                losses = compute_losses(
+                    state.model,
+                    micro_batch,
+                    state.config,
+                    use_memory=use_memory,
+                    use_pseudo=use_pseudo,
+                    teacher=state.teacher,
+                    classes=state.classes,
+                )
+            (losses.total / state.config.gradient_accumulation_steps).backward()
+            state.half_weights.collect_gradients()
+            parts.append(torch.stack(losses).detach())
     return _update(state, torch.stack(parts).mean(0))
 
 
@@ -170,6 +226,7 @@ def _update(state: TrainState, own_losses: Tensor) -> Losses:
         part.grad = None if parameter.grad is None else to_local(parameter.grad)
     state.optimizer.step()
     if state.ema is not None:
+        reshard(state.ema)
         _move_average(state.ema, state.model, (1 - state.config.ema) * finite)
     state.step += 1
     state.skipped += finite.logical_not()
@@ -178,43 +235,144 @@ def _update(state: TrainState, own_losses: Tensor) -> Losses:
 
 
 def _move_average(average: Segmentor, model: Segmentor, weight: Tensor) -> None:
-    """Move the weights of the average towards the model's: average += weight · (model - average)."""
-    averaged = [to_local(x) for x in average.parameters()]
-    current = [to_local(x) for x in model.parameters()]
+    """Move weights and BatchNorm statistics of the average: average += weight · (model - average)."""
+    averaged, current = (
+        [*map(to_local, x.parameters()), *(buffer for name, buffer in x.named_buffers() if _is_averaged(name))]
+        for x in (average, model)
+    )
     difference = torch._foreach_sub(current, averaged)
     torch._foreach_mul_(difference, weight)
     torch._foreach_add_(averaged, difference)
 
 
+def _is_averaged(buffer: str) -> bool:
+    """Whether a buffer is a statistic of BatchNorm, which belongs to the weights, or else part of the memory."""
+    return buffer.endswith(("running_mean", "running_var"))
+
+
 def compute_losses(
-    model: Segmentor, batch: SemiBatch, config: TrainConfig, *, use_memory: bool, use_pseudo: bool = True
+    model: Segmentor,
+    batch: SemiBatch,
+    config: TrainConfig,
+    *,
+    use_memory: bool,
+    use_pseudo: bool = True,
+    teacher: Segmentor | None = None,
+    classes: ClassStatistics | None = None,
 ) -> Losses:
-    """Run the forward pass of a method, arguments as ``train_step``'s; the model is in training mode afterwards."""
+    """Run the forward pass of a method.
+
+    Args:
+        model: in training mode afterwards.
+        batch: as ``train_step``'s.
+        config: the optimization.
+        use_memory: as ``train_step``'s.
+        use_pseudo: as ``train_step``'s.
+        teacher: what labels the unlabeled images, if not the model.
+        classes: updated in place.
+    """
     if config.method == "supervised":
         loss = _labeled_loss(model.train()(batch.image), batch.label, config)
-        (loss,) = _weigh_ranks([loss], [batch.label], config)
+        (loss,) = _weigh_ranks([loss], [batch.label != IGNORE_INDEX], config)
         return Losses(loss, loss, torch.zeros_like(loss))
-    class_logits, pseudo_label = pseudo_pass(model, batch, config)
+    class_logits, pseudo_label, confidence = pseudo_pass(model if teacher is None else teacher, batch, config)
+    classes = classes or ClassStatistics.start(class_logits.shape[1], class_logits.device)
+    counts = confident(pseudo_label, confidence, classes, config)
+    _update_statistics(classes, batch.label, pseudo_label, counts, confidence)
+    unlabeled = batch.unlabeled_image if batch.unlabeled_strong is None else batch.unlabeled_strong
+    valid, target = pseudo_label != IGNORE_INDEX, pseudo_label.where(counts, IGNORE_INDEX)
+    unlabeled, class_logits, target, valid = mix(batch, unlabeled, class_logits, target, valid)
     model.train()
-    images = torch.cat([batch.image, batch.unlabeled_image])
+    images = torch.cat([batch.image, unlabeled])
     memory = {"class_logits": class_logits, "use_memory": use_memory} if config.method == "allspark" else {}
     labeled, unlabeled = model(images, **memory).chunk(2)
     labeled_loss = _labeled_loss(labeled, batch.label, config)
-    unlabeled_loss = upsample_cross_entropy(unlabeled, pseudo_label, ignore_index=IGNORE_INDEX)
-    labeled_loss, unlabeled_loss = _weigh_ranks([labeled_loss, unlabeled_loss], [batch.label, pseudo_label], config)
-    total = (labeled_loss + unlabeled_loss) / 2 if use_pseudo else labeled_loss
+    unlabeled_loss = upsample_cross_entropy(unlabeled, target, ignore_index=IGNORE_INDEX)
+    # The mean over the pixels that count becomes their sum divided by all valid ones, as in FixMatch.
+    unlabeled_loss = unlabeled_loss * ((target != IGNORE_INDEX).sum() / valid.sum().clamp(min=1))
+    losses = [labeled_loss, unlabeled_loss]
+    labeled_loss, unlabeled_loss = _weigh_ranks(losses, [batch.label != IGNORE_INDEX, valid], config)
+    total = (labeled_loss + config.unlabeled_weight * unlabeled_loss) / 2 if use_pseudo else labeled_loss
     return Losses(total, labeled_loss, unlabeled_loss)
 
 
 @torch.no_grad()
-def pseudo_pass(model: Segmentor, batch: SemiBatch, config: TrainConfig) -> tuple[Tensor, Tensor]:
-    """Return logits (B, K, h, w) and pseudo labels (B, H, W) of the unlabeled images; leaves the model in eval mode."""
+def pseudo_pass(model: Segmentor, batch: SemiBatch, config: TrainConfig) -> tuple[Tensor, Tensor, Tensor]:
+    """Label the unlabeled images; leaves the model in eval mode.
+
+    Returns:
+        logits (B, K, h, w); pseudo labels (B, H, W), 255 in padding that does not count; their confidence (B, H, W).
+    """
     class_logits = model.eval()(batch.unlabeled_image, kv_source=config.kv_source)
     size = (batch.unlabeled_image.shape[2], batch.unlabeled_image.shape[3])
-    pseudo_label, _ = upsample_argmax(class_logits, size)
+    pseudo_label, confidence = upsample_argmax(class_logits, size)
     if not config.pseudo_padding:
         pseudo_label = pseudo_label.where(batch.unlabeled_valid, IGNORE_INDEX)
-    return class_logits, pseudo_label
+    return class_logits, pseudo_label, confidence
+
+
+def confident(pseudo_label: Tensor, confidence: Tensor, classes: ClassStatistics, config: TrainConfig) -> Tensor:
+    """Return which pseudo labels count, (B, H, W) bool: those of at least the threshold (of FixMatch, or of AEL)."""
+    least: float | Tensor = config.conf_thresh
+    if config.conf_mode == "class":
+        bounded = classes.confidence.clamp(max=config.conf_thresh)
+        least = bounded[pseudo_label.clamp(max=len(bounded) - 1)]
+    # Not >=: a confidence that is NaN counts, so that the step is skipped.
+    return (pseudo_label != IGNORE_INDEX) & ~(confidence < least)
+
+
+@torch.no_grad()
+def _update_statistics(
+    classes: ClassStatistics, label: Tensor, pseudo_label: Tensor, counts: Tensor, confidence: Tensor
+) -> None:
+    running, pixels = classes
+    label, pseudo_label, counts, confidence = (x[:, ::4, ::4, None] for x in (label, pseudo_label, counts, confidence))
+    index = torch.arange(len(running), device=label.device)
+    of_class = pseudo_label == index
+    of_each = (label == index, of_class, of_class & counts, confidence.float().where(of_class, 0))
+    *sums, confidences = all_reduce_sum(torch.stack([x.sum((0, 1, 2)).double() for x in of_each]))
+    pixels += torch.stack(sums)
+    mean = (confidences / sums[1].clamp(min=1)).float()
+    moved = running.lerp(mean, _CONFIDENCE_RATE).where(running > 0, mean)
+    running.copy_(moved.where((sums[1] > 0) & mean.isfinite(), running))
+
+
+@torch.no_grad()
+def mix(batch: SemiBatch, unlabeled: Tensor, class_logits: Tensor, target: Tensor, valid: Tensor) -> list[Tensor]:
+    """Mix unlabeled crops and all that belongs to them, as the loader drew it.
+
+    Args:
+        batch: pairs of crops, of which one gives the other its pixels in ``mixed``; then come the labeled ``pasted``.
+        unlabeled: (B, 3, H, W) images.
+        class_logits: (B, K, h, w); those of a pasted pixel are certain of its label.
+        target: (B, H, W) int64 pseudo labels, 255 ignored.
+        valid: (B, H, W) bool, pixels that the loss is divided by.
+
+    Returns:
+        all four, mixed.
+    """
+    mixed = [unlabeled, class_logits, target, valid]
+    if batch.mixed is not None:
+        mixed = [x.unflatten(0, (-1, 2)).flip(1).flatten(0, 1).where(_like(batch.mixed, x), x) for x in mixed]
+    if batch.pasted is not None:
+        unlabeled, class_logits, target, valid = mixed
+        label = _like(batch.label.where(batch.pasted, IGNORE_INDEX), class_logits)
+        is_label = label == torch.arange(class_logits.shape[1], device=label.device)[:, None, None]
+        most, least = (bound((1, 2, 3), keepdim=True) for bound in (class_logits.amax, class_logits.amin))
+        mixed = [
+            batch.image.where(batch.pasted[:, None], unlabeled),
+            class_logits.where(label == IGNORE_INDEX, most.where(is_label, least)),
+            batch.label.where(batch.pasted, target),
+            valid | batch.pasted,
+        ]
+    return mixed
+
+
+def _like(mask: Tensor, x: Tensor) -> Tensor:
+    """Resize (B, H, W) to a map of another resolution, each pixel to the nearest one, and make it broadcast."""
+    if mask.shape[1:] != x.shape[-2:]:
+        mask = F.interpolate(mask[:, None].float(), x.shape[-2:], mode="nearest-exact")[:, 0].to(mask.dtype)
+    return mask if x.ndim == 3 else mask[:, None]
 
 
 def _labeled_loss(logits: Tensor, label: Tensor, config: TrainConfig) -> Tensor:
@@ -224,11 +382,11 @@ def _labeled_loss(logits: Tensor, label: Tensor, config: TrainConfig) -> Tensor:
     )
 
 
-def _weigh_ranks(losses: list[Tensor], labels: list[Tensor], config: TrainConfig) -> list[Tensor]:
-    """Scale means over this rank's pixels so that their mean over ranks is the mean over the pixels of all ranks."""
+def _weigh_ranks(losses: list[Tensor], masks: list[Tensor], config: TrainConfig) -> list[Tensor]:
+    """Scale means over this rank's valid pixels so that their mean over ranks is that over the pixels of all ranks."""
     if world_size() == 1 or config.loss_mean == "rank":
         return losses
-    valid = torch.stack([(label != IGNORE_INDEX).sum() for label in labels]).float()
+    valid = torch.stack([mask.sum() for mask in masks]).float()
     weights = valid / all_reduce_mean(valid).clamp(min=1 / world_size())
     return [loss * weight for loss, weight in zip(losses, weights, strict=True)]
 

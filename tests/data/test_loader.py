@@ -59,8 +59,13 @@ def plain_loader(labeled, unlabeled, batch_size=4, **options):
     return SemiLoader(labeled, unlabeled, transform, transform, batch_size=batch_size, seed=1, **options)
 
 
-def noise_loader(unlabeled=Noise, **options):
-    transforms = (CropTransform(18, photometric=flag) for flag in (True, False))
+MIXING = ({"copy_paste": 0.7}, {"strong": True, "cutmix": 0.7})
+
+
+def noise_loader(unlabeled=Noise, mixing=MIXING, **options):
+    transforms = (
+        CropTransform(18, photometric=flag, **extra) for flag, extra in zip((True, False), mixing, strict=True)
+    )
     return SemiLoader(Noise(5), unlabeled(11), *transforms, batch_size=4, seed=3, **options)
 
 
@@ -84,9 +89,10 @@ def assert_equal(first, second):
 
 def test_shapes_and_dtypes():
     batch = next(noise_loader(hidden_labels=True).iterate(0, 1))
-    assert batch.image.shape == batch.unlabeled_image.shape == (4, 3, 18, 18)
-    assert batch.label.shape == batch.unlabeled_valid.shape == batch.unlabeled_label.shape == (4, 18, 18)
-    assert [part.dtype for part in batch] == [torch.float32, torch.uint8, torch.float32, torch.bool, torch.uint8]
+    images, masks = [batch.image, batch.unlabeled_image, batch.unlabeled_strong], [batch.mixed, batch.pasted]
+    assert {(*x.shape, x.dtype) for x in images} == {(4, 3, 18, 18, torch.float32)}
+    assert {(*x.shape, x.dtype) for x in [batch.unlabeled_valid, *masks]} == {(4, 18, 18, torch.bool)}
+    assert {(*x.shape, x.dtype) for x in [batch.label, batch.unlabeled_label]} == {(4, 18, 18, torch.uint8)}
     assert batch.to("cpu").label.dtype == batch.to("cpu").unlabeled_label.dtype == torch.int64
     assert (batch.unlabeled_label[~batch.unlabeled_valid] == 255).all()
     assert (batch.unlabeled_label[batch.unlabeled_valid] < 5).all()
@@ -118,6 +124,11 @@ def test_labels_belong_to_their_images():
     for batch in plain_loader(Numbered(5), Numbered(12), hidden_labels=True).iterate(0, 6):
         assert ids(batch.image) == batch.label[:, 0, 0].tolist()
         assert ids(batch.unlabeled_image) == batch.unlabeled_label[:, 0, 0].tolist()
+
+
+def test_what_is_drawn_beyond_the_paper_changes_no_crop():
+    paper, beyond = (list(noise_loader(mixing=mixing).iterate(0, 3)) for mixing in (({}, {}), MIXING))
+    assert_equal(paper, [batch._replace(unlabeled_strong=None, mixed=None, pasted=None) for batch in beyond])
 
 
 def test_repeats_of_an_image_are_augmented_anew():

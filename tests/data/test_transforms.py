@@ -15,6 +15,8 @@ from allspark_fast.data.transforms import (
     IMAGENET_STD,
     CropTransform,
     apply_geometry,
+    draw_box,
+    draw_classes,
     draw_geometry,
     jitter_colors,
 )
@@ -193,3 +195,47 @@ def test_all_randomness_comes_from_the_generator():
     torch.manual_seed(123)
     assert torch.equal(first.image, transform(image, None, generator(5)).image)
     assert not torch.equal(first.image, transform(image, None, generator(6)).image)
+
+
+def test_boxes_of_cutmix():
+    source = generator()
+    boxes = [draw_box(50, 0.5, source) for _ in range(2000)]
+    drawn = [box for box in boxes if box.any()]
+    assert_share(len(drawn), 2000, 0.5)
+    areas = torch.stack([box.float().mean() for box in drawn])
+    assert 0.015 < areas.min() < 0.03
+    assert 0.37 < areas.max() < 0.42
+    for box in drawn[:50]:
+        rows, columns = box.any(1), box.any(0)
+        assert torch.equal(box, rows[:, None] & columns)
+        assert all(int(side.sum()) == np.ptp(side.nonzero().numpy()) + 1 for side in (rows, columns))
+    assert torch.stack(drawn).any(0).all()
+
+
+def test_half_of_the_classes_are_pasted():
+    label = torch.tensor([[0, 0, 3], [7, 9, 255]])
+    source = generator()
+    masks = [draw_classes(label, 0.5, source) for _ in range(1000)]
+    drawn = [mask for mask in masks if mask.any()]
+    assert_share(len(drawn), 1000, 0.5)
+    assert {len(label[mask].unique()) for mask in drawn} == {2}
+    for index in (0, 3, 7, 9):
+        of_class = label == index
+        chosen = [mask[of_class].all().item() for mask in drawn]
+        assert chosen == [mask[of_class].any().item() for mask in drawn]
+        assert_share(sum(chosen), len(chosen), 0.5)
+    assert not torch.stack(masks)[:, 1, 2].any()
+    assert not draw_classes(torch.zeros(3, 3, dtype=torch.int64), 1.0, source).any()  # half of one class
+
+
+def test_the_other_view_is_the_same_crop():
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3), np.uint8))
+    plain = {"photometric": False, "mean": (0, 0, 0), "std": (1, 1, 1)}
+    weak = CropTransform(32, **plain)(image, None, generator(1))
+    both = CropTransform(32, strong=True, **plain)(image, None, generator(1))
+    assert torch.equal(both.image, weak.image)
+    source = generator(1)
+    crop = apply_geometry(image, draw_geometry(image.size, 32, (0.5, 2.0), source), 32, BILINEAR, 0)
+    expected = tvf.to_dtype(tvf.pil_to_tensor(jitter_colors(crop, source)), torch.float32, scale=True)
+    assert torch.equal(both.strong, expected)
+    assert weak.strong is weak.mixed is None

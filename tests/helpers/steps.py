@@ -19,9 +19,29 @@ def build_state(total_steps: int = 100, lr: float = 0.01, **options: object) -> 
     return TrainState(model, config, total_steps=total_steps, ema=ema if config.ema > 0 else None)
 
 
-def random_batch(size: int = 2) -> SemiBatch:
-    """Crops of noise, whose lower part is padding."""
+# Everything beyond the paper that a step may do; its batches are those of ``mixing=True``.
+BEYOND = {
+    "teacher": "ema", "ema": 0.9, "conf_thresh": 0.95, "conf_mode": "class", "strong": True, "cutmix": 1.0,
+    "copy_paste": 1.0, "pseudo_padding": False, "unlabeled_weight": 0.5,
+}  # fmt: skip
+
+
+def random_batch(size: int = 2, *, mixing: bool = False) -> SemiBatch:
+    """Crops of noise, whose lower part is padding; with another view for the student and boxes if asked for."""
     images = torch.randn(2, size, 3, 64, 64)
     valid = torch.ones(size, 64, 64, dtype=torch.bool)
     valid[:, 40:] = False
-    return SemiBatch(images[0], torch.randint(3, (size, 64, 64)), images[1], valid, None)
+    batch = SemiBatch(images[0], torch.randint(3, (size, 64, 64)), images[1], valid, None)
+    if not mixing:
+        return batch
+    mixed, pasted = torch.zeros(2, size, 64, 64, dtype=torch.bool)
+    mixed[:, 8:32, 16:48] = True
+    pasted[:, 20:60, 30:60] = True
+    return batch._replace(unlabeled_strong=torch.randn(size, 3, 64, 64), mixed=mixed, pasted=pasted)
+
+
+def autocast_as_on_a_gpu(
+    device: str, dtype: torch.dtype | None = None, enabled: bool = True, autocast: type[torch.autocast] = torch.autocast
+) -> torch.autocast:
+    """The autocast of a step, which is for GPUs, on a CPU too; takes the place of torch.autocast."""
+    return autocast(device, dtype, enabled=enabled or dtype == torch.bfloat16)

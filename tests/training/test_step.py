@@ -1,6 +1,7 @@
 """The training step: what it changes, what it skips, that it never waits for the device, that it compiles whole."""
 
 import copy
+from dataclasses import replace
 from unittest.mock import patch
 
 import pytest
@@ -12,11 +13,20 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from allspark_fast.config import TrainConfig
 from allspark_fast.kernels.semantic_memory import op as semantic_memory
 from allspark_fast.kernels.upsample_cross_entropy import op as upsample_cross_entropy
-from allspark_fast.training.step import TrainState, compute_losses, poly_lr, pseudo_pass, train_step
+from allspark_fast.training.step import (
+    ClassStatistics,
+    TrainState,
+    compute_losses,
+    confident,
+    mix,
+    poly_lr,
+    pseudo_pass,
+    train_step,
+)
 from bench.bench_train_step import without_dropout
 from tests.helpers.forbid_sync import forbid_sync
 from tests.helpers.runs import differences
-from tests.helpers.steps import METHODS, build_state, random_batch
+from tests.helpers.steps import BEYOND, METHODS, build_state, random_batch
 
 
 class TestUpdate:
@@ -68,7 +78,11 @@ class TestUpdate:
             expected = 0.75 * start[name] + 0.25 * state.model.get_parameter(name)
             torch.testing.assert_close(x, expected, msg=name)
         for name, x in average.named_buffers():
-            assert torch.equal(x, state.model.get_buffer(name)), name
+            present = state.model.get_buffer(name)
+            if name.endswith("running_mean"):  # it starts at 0
+                torch.testing.assert_close(x, 0.25 * present, msg=name)
+            elif "running" not in name:
+                assert torch.equal(x, present), name
 
     def test_metrics_are_means_since_they_were_last_read(self) -> None:
         state = build_state(total_steps=10)
@@ -110,6 +124,78 @@ class TestLosses:
         torch.testing.assert_close(mined.unlabeled, plain.unlabeled, rtol=0.05, atol=0)
 
 
+class TestBeyondThePaper:
+    """Who labels, which labels count, and what the student sees."""
+
+    def test_an_average_labels_as_it_did_while_the_student_changes(self) -> None:
+        state, data = build_state(**BEYOND), random_batch(mixing=True)
+        before = pseudo_pass(state.teacher, data, state.config)[0]
+        with torch.no_grad():
+            state.model.decoder.decoder.linear_pred.weight.neg_()
+        assert torch.equal(pseudo_pass(state.teacher, data, state.config)[0], before)
+        assert build_state(ema=0.9).teacher is not state.ema
+
+    def test_thresholds(self) -> None:
+        label = torch.tensor([[[0, 0, 1], [1, 2, 255]]])
+        confidence = torch.tensor([[[0.99, 0.9, 0.7], [0.5, 0.4, 1.0]]])
+        classes = ClassStatistics(torch.tensor([0.97, 0.6, 0.0]), torch.zeros(3, 3))
+        for mode, expected in (
+            ("threshold", [[True, False, False], [False, False, False]]),
+            ("class", [[True, False, True], [False, True, False]]),  # at 0.95, 0.6 and 0
+        ):
+            config = TrainConfig(conf_thresh=0.95, conf_mode=mode)
+            assert confident(label, confidence, classes, config).tolist() == [expected]
+        assert confident(label, confidence, classes, TrainConfig()).sum() == 5
+
+    def test_classes_are_counted_and_their_confidence_follows(self) -> None:
+        state = build_state(**{**BEYOND, "method": "semi"})
+        for _ in range(3):
+            data, before = random_batch(mixing=True), copy.deepcopy(state.classes)
+            _, label, confidence = pseudo_pass(state.teacher, data, state.config)
+            kept = confident(label, confidence, before, state.config)[:, ::4, ::4]
+            label, confidence, labeled = (x[:, ::4, ::4] for x in (label, confidence, data.label))
+            train_step(state, data, use_memory=False)
+            for i, (old, new) in enumerate(zip(before.confidence, state.classes.confidence, strict=True)):
+                counted = [(labeled == i).sum(), (label == i).sum(), ((label == i) & kept).sum()]
+                assert (state.classes.pixels - before.pixels)[:, i].tolist() == counted
+                mean = confidence[label == i].mean() if counted[1] else old
+                torch.testing.assert_close(new, torch.lerp(old, mean, 0.02) if old > 0 else mean)
+
+    def test_a_mixed_batch_by_hand(self) -> None:
+        """Two crops of 4 x 4: a box of the other one, then a pasted corner; the logits have half the resolution."""
+        images, labels = torch.arange(2.0).view(2, 1, 1, 1).expand(2, 3, 4, 4), torch.full((2, 4, 4), 2)
+        mixed, pasted = torch.zeros(2, 2, 4, 4, dtype=torch.bool)
+        mixed[0, :2, :2], pasted[1, 2:, 2:] = True, True
+        valid = torch.ones(2, 4, 4, dtype=torch.bool)
+        valid[1] = False
+        data = random_batch()._replace(image=images + 7, label=labels, mixed=mixed, pasted=pasted)
+        logits = torch.tensor([3.0, 0.0, -1.0]).view(1, 3, 1, 1) + images[:, :, :2, :2] * torch.tensor([[[-4.0]]])
+        image, logits, target, valid = mix(data, images, logits, images[:, 0].long(), valid)
+        first, second = torch.zeros(4, 4), torch.ones(4, 4)
+        first[:2, :2], second[2:, 2:] = 1, 8
+        assert image[:, 0].tolist() == [first.tolist(), second.tolist()]
+        second[2:, 2:] = 2
+        assert target.tolist() == [first.tolist(), second.tolist()]
+        assert valid.tolist() == [(first == 0).tolist(), (second == 2).tolist()]
+        assert logits[0].tolist() == [[[-1, 3], [3, 3]], [[-4, 0], [0, 0]], [[-5, -1], [-1, -1]]]
+        assert logits[1].tolist() == [[[-1, -1], [-1, -5]], [[-4, -4], [-4, -5]], [[-5, -5], [-5, -1]]]
+
+    def test_the_loss_is_divided_by_all_valid_pixels(self) -> None:
+        state, data = build_state(method="semi", conf_thresh=0.4, pseudo_padding=False), random_batch()
+        without_dropout(state.model)
+        _, label, confidence = pseudo_pass(state.model, data, state.config)
+        every, kept = (
+            compute_losses(copy.deepcopy(state.model), data, replace(state.config, conf_thresh=least), use_memory=False)
+            for least in (0.0, 0.4)
+        )
+        logits = state.model.train()(torch.cat([data.image, data.unlabeled_image]))[2:]
+        loss = upsample_cross_entropy.upsample_cross_entropy(logits, label, reduction="none")
+        assert 0 < (confidence < 0.4).float().mean() < 1
+        torch.testing.assert_close(every.unlabeled, loss.sum() / data.unlabeled_valid.sum())
+        torch.testing.assert_close(kept.unlabeled, loss[confidence >= 0.4].sum() / data.unlabeled_valid.sum())
+        assert kept.total == (kept.labeled + kept.unlabeled) / 2
+
+
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_loading_copies_into_the_tensors_that_are_there(optimizer: str) -> None:
     """A recorded step goes on reading and writing those."""
@@ -118,7 +204,8 @@ def test_loading_copies_into_the_tensors_that_are_there(optimizer: str) -> None:
 
     def tensors() -> list[torch.Tensor]:
         moments = [x for values in state.optimizer.state.values() for x in values.values()]
-        return [*state.model.state_dict().values(), *moments, *(group["lr"] for group in state.optimizer.param_groups)]
+        rates = [group["lr"] for group in state.optimizer.param_groups]
+        return [*state.model.state_dict().values(), *moments, *rates, *state.classes]
 
     before = [x.data_ptr() for x in tensors()]
     state.load_state_dict(copy.deepcopy(saved.state_dict()))
@@ -210,6 +297,7 @@ class TestNoSync:
             {"optimizer": "adamw", "ema": 0.9, "gradient_accumulation_steps": 2},
             {"loss": "ohem", "pseudo_padding": False, "kv_source": "image"},
             {"method": "supervised"},
+            BEYOND,
         ],
         ids=str,
     )
@@ -217,7 +305,7 @@ class TestNoSync:
         # On CPU tensors, and only there, operators look for labels that are no class and for wrong pointers.
         monkeypatch.setattr(upsample_cross_entropy, "_check_classes", lambda *_, **__: None)
         monkeypatch.setattr(semantic_memory, "_check_pointers", lambda *_, **__: None)
-        state, data = build_state(**options), random_batch()
+        state, data = build_state(**options), random_batch(mixing=options is BEYOND)
         with forbid_sync(inside_operators=True):
             train_step(state, data, use_memory=False)
             train_step(state, data, use_memory=True)
@@ -229,7 +317,7 @@ class TestNoSync:
         monkeypatch.setattr(torch, f"_fused_{optimizer}_", lambda *_, **__: None)
         monkeypatch.setattr(nn.init, "trunc_normal_", lambda tensor, **_: tensor)  # looks at numbers
         with FakeTensorMode(), torch.device("cuda"):
-            state, data = build_state(optimizer=optimizer, ema=0.9, amp=False), random_batch()
+            state, data = build_state(optimizer=optimizer, amp=False, **BEYOND), random_batch(mixing=True)
 
             def make_up_gradients(_: torch.Tensor) -> None:
                 for parameter in state.model.parameters():
@@ -259,19 +347,21 @@ class TestNoSync:
 class TestCompiled:
     """Pseudo-label pass, forward pass and losses can be one graph together; the optimizer is fused already."""
 
-    @pytest.mark.parametrize("method", ["allspark", "supervised"])
-    def test_one_graph_and_one_more_after_warm_up(self, method: str) -> None:
+    @pytest.mark.parametrize(
+        ("method", "beyond"), [("allspark", {}), ("allspark", BEYOND), ("supervised", {})], ids=str
+    )
+    def test_one_graph_and_one_more_after_warm_up(self, method: str, beyond: dict) -> None:
         """With AOTAutograd: tests/training/test_distributed.py; with inductor: tests/model/test_allspark.py."""
         torch._dynamo.reset()
         counter = CompileCounterWithBackend("eager")
-        compiled, plain = build_state(method=method), build_state(method=method)
-        plain.model.load_state_dict(compiled.model.state_dict())
+        compiled, plain = (build_state(method=method, **beyond) for _ in range(2))
+        plain.load_state_dict(copy.deepcopy(compiled.state_dict()))
         for state in (compiled, plain):
             without_dropout(state.model)
         functions = (torch.compile(compute_losses, fullgraph=True, dynamic=False, backend=counter), compute_losses)
         counts = []
         for step in range(4):
-            data, losses = random_batch(), []
+            data, losses = random_batch(mixing=bool(beyond)), []
             for state, function in zip((compiled, plain), functions, strict=True):
                 with patch("allspark_fast.training.step.compute_losses", function):
                     losses.append(train_step(state, data, use_memory=step >= 2))
