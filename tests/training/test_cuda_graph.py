@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-
 from allspark_fast.model.half_weights import HalfWeights
+
 from allspark_fast.training import cuda_graph, step
 from allspark_fast.training.cuda_graph import GraphedSteps
 from allspark_fast.training.log import Record, read_metrics
