@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from allspark_fast.model.half_weights import HalfWeights
 from allspark_fast.training import cuda_graph, step
 from allspark_fast.training.cuda_graph import GraphedSteps
+from allspark_fast.training.half_weights import HalfWeights
 from allspark_fast.training.log import Record, read_metrics
 from allspark_fast.training.step import Losses, TrainState, train_step
 from allspark_fast.training.trainer import Trainer
