@@ -23,12 +23,12 @@ from allspark_fast.device import limit_threads
 from allspark_fast.distributed import all_gather_cat, all_reduce_any, failing_together, process_group, rank, world_size
 from allspark_fast.errors import RunError
 from allspark_fast.inference.evaluate import evaluate
-from allspark_fast.inference.metrics import Scores
-from allspark_fast.inference.scores import score_table
+from allspark_fast.inference.metrics import Scores, score_table
 from allspark_fast.kernels.triton_support import set_kernels
 from allspark_fast.kernels.upsample_argmax import upsample_argmax
 from allspark_fast.model import Segmentor
 from allspark_fast.signals import stop_signals
+from allspark_fast.text import one_line
 from allspark_fast.training import checkpoint, setup
 from allspark_fast.training.cuda_graph import GraphedSteps
 from allspark_fast.training.diagnostics import class_record, find_problems, memory_record, pseudo_label_record
@@ -227,7 +227,7 @@ class Trainer:
         counting = self.config.train.method != "supervised" and self.step > self.schedule.pseudo_from
         if not (counting or self.step == self.total_steps):
             return []
-        names = self.data.info.classes
+        names = [*map(one_line, self.data.info.classes)]
         problems = find_problems(measured, scores, names, best=self.best, loss=self._unlabeled_loss)
         new = [message for key, message in problems.items() if key not in self._named]
         self._named.update(problems)
