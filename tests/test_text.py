@@ -57,9 +57,9 @@ def test_pictures_are_drawn_and_say_once_what_they_cannot_show(
     names: tuple[str, ...], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     drawable.cache_clear()
-    info = DatasetInfo("any", names, VOC_PALETTE)
     with warnings.catch_warnings(), caplog.at_level(logging.WARNING):
         warnings.filterwarnings("error", "Glyph|constrained_layout")  # of signs that the font lacks, and of no room
+        info = DatasetInfo("any", tuple(drawable(names)), VOC_PALETTE)
         records = [{"step": 1, "miou": 0.5, "memory_received": [1] * len(names), "memory_filled": 1}]
         draw_curves(tmp_path, records, info)
         labels = {"truth": torch.zeros(1, 40, 50, dtype=torch.int64)}

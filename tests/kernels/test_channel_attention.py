@@ -61,7 +61,7 @@ DEGENERATE: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], object]] = {
     "outlier": lambda _, key, *__: key[..., 5].mul_(100),
     "token of another size": lambda _, key, *__: key[:, :, 7].mul_(1e-3).add_(50),
     "small value": lambda _, __, value, ___: value.mul_(1e-3),
-    "large gradient": lambda *tensors: tensors[3].mul_(3e4),
+    "large gradient": lambda *tensors: tensors[3].mul_(1e4),
     "no gradient": lambda *tensors: tensors[3].zero_(),
 }
 
