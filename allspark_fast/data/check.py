@@ -1,5 +1,6 @@
 """Check a dataset before training: files, sizes, label values, and how the lists fit together."""
 
+import itertools
 import posixpath
 import re
 import unicodedata
@@ -17,6 +18,7 @@ from allspark_fast.data import datasets, files, images
 from allspark_fast.data.datasets import Entry, SegmentationDataset, Sources
 from allspark_fast.data.info import IGNORE_INDEX, VOC_PALETTE, Color, DatasetInfo
 from allspark_fast.errors import DataError
+from allspark_fast.text import one_line
 
 Summary = dict[str, Any]
 
@@ -58,7 +60,9 @@ class _Reading:
         self.mode = f"{image.mode}, {images.stored_form(image)[1].bit_length()} bits"
         self.pages, self.turned = getattr(image, "n_frames", 1), images.orientation_of(image) != 1
         self.size = images.to_rgb(image, pixel_range).size
-        if image.mode != "P":
+        if image.mode.startswith("I;"):  # for which Pillow has no getextrema if they are big-endian
+            self.values = [float(np.asarray(image).min()), float(np.asarray(image).max())]
+        elif image.mode != "P":
             self.values = np.array(image.getextrema(), float).ravel().tolist()  # of every channel
 
     def read_label(self, image: ImageFile, entry: Entry, info: DatasetInfo | None) -> None:
@@ -128,18 +132,22 @@ def _check_ranges(name: str, values: Mapping[str, tuple[float, float]]) -> Itera
 
 def _check_palettes(read: Mapping[Entry, _Reading], info: DatasetInfo) -> Iterator[Problem]:
     """Compare the palettes of labels with each other, and name colors that meta.json's has not."""
-    seen: dict[Color, tuple[str | None, int]] = {}
+    uses: dict[Color, dict[int, list[str]]] = {}
     for entry, reading in read.items():
         for color, index in reading.colors.items():
-            first, expected = seen.setdefault(color, (entry.label, index))
-            if index != expected:
-                message = f"its palette gives the color {list(color)} to {index}, that of {first} to {expected}"
-                yield Problem(str(entry.label), f"{message}: one of the two has its classes swapped, draw it again")
-                break
+            meant = min(index, 1) if info.values == "nonzero" else index
+            uses.setdefault(color, {}).setdefault(meant, []).append(str(entry.label))
+    swapped: dict[str, str] = {}
+    for color, labels in uses.items():
+        usual = max(labels, key=lambda index: len(labels[index]))
+        for index in labels.keys() - {usual}:
+            message = f"its palette gives the color {list(color)} to {index}, that of {labels[usual][0]} to {usual}"
+            swapped |= dict.fromkeys(labels[index], f"{message}: one of the two has its classes swapped, draw it again")
+    yield from itertools.starmap(Problem, swapped.items())
     known = info.label_colors().keys()
-    others = [entry.label for entry, reading in read.items() if not reading.colors.keys() <= known]
-    if others and info.palette != VOC_PALETTE:
-        message = f"palettes of {len(others)} labels have colors that 'palette' in meta.json lacks, {others[0]} first"
+    unknown = [entry.label for entry, reading in read.items() if not reading.colors.keys() <= known]
+    if unknown and info.palette != VOC_PALETTE:
+        message = f"palettes of {len(unknown)} labels have colors that 'palette' in meta.json lacks, {unknown[0]} first"
         yield _warning("meta.json", f"{message}; their numbers count")
 
 
@@ -193,7 +201,7 @@ def _likely_image(label: str, images: Mapping[str, Path]) -> Path | None:
 
 def _check_classes(info: DatasetInfo, values: Set[int], *, all_read: bool) -> Iterator[Problem]:
     """Compare the classes with the class indices in all labels of the labeled list that were read."""
-    absent = [name for index, name in enumerate(info.classes) if index not in values]
+    absent = [one_line(name) for index, name in enumerate(info.classes) if index not in values]
     if info.values is None and IGNORE_INDEX in values and len(info.classes) > 1 and values <= {0, IGNORE_INDEX}:
         yield Problem(
             "labeled",

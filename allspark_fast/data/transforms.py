@@ -160,7 +160,7 @@ def draw_classes(label: Tensor, probability: float, generator: Generator) -> Ten
     if _chance(generator, probability):
         classes = label.flatten().bincount(minlength=256)[:IGNORE_INDEX].nonzero().flatten()
         chosen[classes[torch.randperm(len(classes), generator=generator)[: len(classes) // 2]]] = True
-    return chosen[label]
+    return chosen[label.long()]
 
 
 def normalize_image(image: Image.Image, mean: Sequence[float], std: Sequence[float]) -> Tensor:

@@ -7,6 +7,7 @@ import math
 import os
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -23,12 +24,12 @@ from allspark_fast.device import limit_threads
 from allspark_fast.distributed import all_gather_cat, all_reduce_any, failing_together, process_group, rank, world_size
 from allspark_fast.errors import RunError
 from allspark_fast.inference.evaluate import evaluate
-from allspark_fast.inference.metrics import Scores
-from allspark_fast.inference.scores import score_table
+from allspark_fast.inference.metrics import Scores, score_table
 from allspark_fast.kernels.triton_support import set_kernels
 from allspark_fast.kernels.upsample_argmax import upsample_argmax
 from allspark_fast.model import Segmentor
 from allspark_fast.signals import stop_signals
+from allspark_fast.text import drawable, one_line
 from allspark_fast.training import checkpoint, setup
 from allspark_fast.training.cuda_graph import GraphedSteps
 from allspark_fast.training.diagnostics import class_record, find_problems, memory_record, pseudo_label_record
@@ -69,17 +70,17 @@ class Trainer:
             torch.use_deterministic_algorithms(True)
         set_kernels(config.run.kernels)
         self.data = TrainingData(config, device)
+        self.schedule = config.schedule(self.data.steps_per_epoch)
+        self.total_steps = self.schedule.total
         with failing_together():
             if rank() == 0:
                 self.data.check()
+                setup.check_schedule(config.train, self.schedule)
                 self._lock = setup.claim_folder(folder, config)
         torch.manual_seed(config.train.seed)
-        self.schedule = config.schedule(self.data.steps_per_epoch)
-        self.total_steps = self.schedule.total
-        if rank() == 0:
-            setup.check_schedule(config.train, self.schedule)
         resumed = bool(checkpoint.list_checkpoints(self.checkpoints))
         model = setup.build_model(config, len(self.data.info.classes), resumed=resumed).to(device)
+        self.spec = ModelSpec.of_run(config, self.data.info)
         if rank() > 0:  # weights are the same on all ranks, what is dropped is not
             torch.manual_seed(config.train.seed + rank())
         self.state = setup.build_state(model, config.train, self.total_steps)
@@ -213,9 +214,8 @@ class Trainer:
                 mean_scores = {"miou": scores.mean_iou, "miou_present": scores.mean_iou_present}
                 memory = memory_record(self.state.received)
                 log.write({**self._position(), **mean_scores, "iou": scores.iou.tolist(), **measured, **memory})
-                spec = ModelSpec.of_run(self.config, self.data.info)
                 for name in ("last", "best") if improved else ("last",):
-                    save_model(model, spec, self.folder / f"{name}.safetensors")
+                    save_model(model, self.spec, self.folder / f"{name}.safetensors")
                 self._draw(log, images, labels)
                 bar.write(f"step {self.step}: mIoU {100 * scores.mean_iou:.1f}")
                 for problem in problems:
@@ -227,7 +227,7 @@ class Trainer:
         counting = self.config.train.method != "supervised" and self.step > self.schedule.pseudo_from
         if not (counting or self.step == self.total_steps):
             return []
-        names = self.data.info.classes
+        names = [*map(one_line, self.data.info.classes)]
         problems = find_problems(measured, scores, names, best=self.best, loss=self._unlabeled_loss)
         new = [message for key, message in problems.items() if key not in self._named]
         self._named.update(problems)
@@ -240,6 +240,7 @@ class Trainer:
         """Draw the pictures of the run folder; a run goes on without them."""
         info, data, picture = self.data.info, self.config.data, self.folder / "predictions.png"
         try:
+            info = replace(info, classes=tuple(drawable(info.classes)))
             draw_curves(self.folder, log.records, info)
             draw_predictions(picture, images, labels, info, data.mean, data.std)
             log.add_picture(picture, self.step)
@@ -272,7 +273,7 @@ class Trainer:
             "best": self.best,
             "best_step": self.best_step,
             "evaluation_due": self.evaluation_due,
-            "spec": ModelSpec.of_run(self.config, self.data.info).to_json(),
+            "spec": self.spec.to_json(),
             **{name: all_gather_cat(x) for name, x in checkpoint.random_states(self.device).items()},  # by rank
         }
 

@@ -215,6 +215,7 @@ def test_palettes_that_contradict_the_description(tmp_path, lists):
     ("values", "kind", "message"),
     [
         (np.full((40, 50), 4000, np.uint16), {}, "I;16, 16 bits hold 4000..4000 of 0..65535, .* --data.range 0 4095"),
+        (np.full((40, 50), 3000, ">u2"), {}, "I;16B, 16 bits hold 3000..3000 of 0..65535, .* --data.range 0 4095"),
         (np.full((40, 50), 255, np.int32), {}, "I, 32 bits hold 255..255 of 0..65535, .* --data.range 0 255 "),
         (BLACK + 40, {}, "RGB, 8 bits hold 40..40 of 0..255, .* --data.range 0 63 "),
         (BLACK + 255, {"save_all": True, "append_images": [Image.new("RGB", (9, 9))]}, "3 images have several pages"),

@@ -225,7 +225,7 @@ def test_half_of_the_classes_are_pasted():
         assert chosen == [mask[of_class].any().item() for mask in drawn]
         assert_share(sum(chosen), len(chosen), 0.5)
     assert not torch.stack(masks)[:, 1, 2].any()
-    assert not draw_classes(torch.zeros(3, 3, dtype=torch.int64), 1.0, source).any()  # half of one class
+    assert not draw_classes(torch.zeros(3, 3, dtype=torch.uint8), 1.0, source).any()  # half of one class
 
 
 def test_the_other_view_is_the_same_crop():
