@@ -21,7 +21,7 @@ PARSER.add_argument(
 PARSER.add_argument(
     "--val",
     metavar="AMOUNT",
-    help="first set so many labeled images aside for validation, in ROOT/splits/val.txt or FOLDER/val.txt; default: those"
+    help="first set so many labeled images aside for validation, in val.txt of ROOT/splits or FOLDER; default: those"
     " that stand there",
 )
 PARSER.add_argument(
