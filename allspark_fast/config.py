@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
@@ -97,14 +97,17 @@ class TrainConfig:
     Attributes:
         method: allspark; semi, the same without the bottleneck; or supervised, on the labeled images only.
         epochs: passes over the unlabeled images.
+        steps: length of the run, in place of epochs.
         batch_size: labeled, and as many unlabeled, images of a step, over all processes.
         optimizer: sgd (momentum 0.9, the paper) or adamw.
         lr: learning rate of the backbone; decays to 0 by a polynomial of power 0.9.
         lr_multi: factor on it for everything else.
         weight_decay: on every parameter.
         warmup_epochs: epochs before labeled features are rebuilt from the memory rather than from their batch.
+        warmup: part of the run, in place of warmup_epochs: 0.25 for a quarter.
         pseudo_from_epoch: first epoch in which pseudo labels count; until then unlabeled images only feed the memory.
             0 as in the paper; later for an encoder without pretraining, whose first pseudo labels are noise.
+        pseudo_from: part of the run before pseudo labels count, in place of pseudo_from_epoch.
         unlabeled_weight: factor on the loss of pseudo labels.
         teacher: what labels the unlabeled images: the student itself (the paper), or ema, the average of its weights.
         conf_thresh: least confidence of pseudo labels that count; 0 for all (the paper).
@@ -141,13 +144,16 @@ class TrainConfig:
 
     method: Method = "allspark"
     epochs: int = 80
+    steps: int | None = None
     batch_size: int = 8
     optimizer: Literal["sgd", "adamw"] = "sgd"
     lr: float = 0.001
     lr_multi: float = 10.0
     weight_decay: float = 1e-4
     warmup_epochs: int = 5
+    warmup: float | None = None
     pseudo_from_epoch: int = 0
+    pseudo_from: float | None = None
     unlabeled_weight: float = 1.0
     teacher: Literal["student", "ema"] = "student"
     conf_thresh: float = 0.0
@@ -173,6 +179,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _within(self, "train", epochs=(1, 10**6), warmup_epochs=(0, 10**6), pseudo_from_epoch=(0, 10**6))
+        _within(self, "train", steps=(1, 10**9), warmup=(0, 1), pseudo_from=(0, 1))
         _within(self, "train", batch_size=(1, 10**5), gradient_accumulation_steps=(1, 10**5), max_skipped=(0, 10**9))
         _within(self, "train", lr=(0, 100), lr_multi=(0, 1000), weight_decay=(0, 10), seed=(0, 2**63 - 1))
         # At 1 the average would never move.
@@ -201,17 +208,19 @@ class EvalConfig:
     Attributes:
         mode: whole images, or windows of the crop's size that slide by two thirds of it (Cityscapes).
         every: epochs between two evaluations.
+        times: evaluations of the run, at equal distances, in place of every.
         batch_size: images of equal size evaluated together, in each process; more takes more memory.
         workers: processes that load validation images.
     """
 
     mode: EvalMode = "whole"
     every: int = 1
+    times: int | None = None
     batch_size: int = 4
     workers: int = 2
 
     def __post_init__(self) -> None:
-        _within(self, "eval", every=(1, 1_000_000), batch_size=(1, 10_000), workers=(0, 1000))
+        _within(self, "eval", every=(1, 1_000_000), times=(1, 1_000_000), batch_size=(1, 10_000), workers=(0, 1000))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,6 +249,15 @@ class RunConfig:
         _within(self, "run", log_every=(1, 10**9), save_every=(1, 10**9), keep_last=(1, 10**6), timeout=(0.001, 10**5))
 
 
+class Schedule(NamedTuple):
+    """Steps: of the whole run, before the memory is used, before pseudo labels count, and between two evaluations."""
+
+    total: int
+    memory_from: int
+    pseudo_from: int
+    evaluate_every: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """All settings of a run, in groups.
@@ -252,6 +270,18 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     run: RunConfig = field(default_factory=RunConfig)
+
+    def schedule(self, steps_per_epoch: int) -> Schedule:
+        """Return the steps that epochs and parts of the run stand for."""
+        train, evaluation = self.train, self.eval
+        total = train.epochs * steps_per_epoch if train.steps is None else train.steps
+
+        def first(part: float | None, epochs: int) -> int:
+            return epochs * steps_per_epoch if part is None else round(part * total)
+
+        every = evaluation.every * steps_per_epoch if evaluation.times is None else max(total // evaluation.times, 1)
+        memory_from = first(train.warmup, train.warmup_epochs)
+        return Schedule(total, memory_from, first(train.pseudo_from, train.pseudo_from_epoch), every)
 
     def to_json(self) -> str:
         """Return the settings as JSON, for config.json."""
@@ -311,7 +341,7 @@ def _within(settings: object, group: str, **ranges: tuple[float, float]) -> None
     for name, (low, high) in ranges.items():
         value = getattr(settings, name)
         numbers = value if isinstance(value, tuple) else (value,)
-        _expect(all(low <= x <= high for x in numbers), f"{group}.{name}", value, f"{low} to {high}")
+        _expect(value is None or all(low <= x <= high for x in numbers), f"{group}.{name}", value, f"{low} to {high}")
 
 
 def _expect(holds: bool, name: str, value: object, expected: str) -> None:
@@ -363,8 +393,8 @@ def from_plain(kind: Any, value: Any, where: str) -> Any:
         hints = get_type_hints(kind)
         for name in set(value) - set(hints):
             refuse_old_setting(f"{where}.{name}".removeprefix("config."))
-        needed = {x.name for x in dataclasses.fields(kind) if x.default is x.default_factory is dataclasses.MISSING}
-        if different := sorted((set(value) - set(hints)) | (needed - set(value))):
+        required = {x.name for x in dataclasses.fields(kind) if MISSING is x.default is x.default_factory}
+        if different := sorted((set(value) - set(hints)) | (required - set(value))):
             raise InputError(f"{where}: fields {different} are missing or unknown in this version")
         return kind(**{name: from_plain(hints[name], x, f"{where}.{name}") for name, x in value.items()})
     if get_origin(kind) is UnionType:

@@ -64,6 +64,18 @@ def test_settings_that_earlier_versions_lacked_take_their_defaults(tmp_path: Pat
             Config.read(tmp_path / "config.json")
 
 
+@pytest.mark.parametrize(
+    ("train", "evaluation", "expected"),
+    [
+        ({"epochs": 8, "warmup_epochs": 2, "pseudo_from_epoch": 6}, {"every": 2}, (80, 20, 60, 20)),
+        ({"epochs": 8, "steps": 500, "warmup": 0.1, "pseudo_from": 1 / 3}, {"times": 4}, (500, 50, 167, 125)),
+        ({"epochs": 8, "warmup": 0.5, "pseudo_from_epoch": 1}, {"times": 100}, (80, 40, 10, 1)),
+    ],
+)
+def test_lengths_in_epochs_steps_and_parts_of_the_run(train: dict, evaluation: dict, expected: tuple) -> None:
+    assert changed(Config(), train=train, eval=evaluation).schedule(10) == expected
+
+
 @pytest.mark.parametrize("old", OLD_SETTINGS)
 @pytest.mark.parametrize("separator", [" ", "="])
 def test_settings_of_earlier_versions_are_refused_with_what_became_of_them(old: str, separator: str) -> None:

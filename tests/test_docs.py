@@ -16,7 +16,6 @@ from torch.distributed.run import get_args_parser
 from allspark_fast.__main__ import main
 from allspark_fast.cli.recipe import parse_config
 from allspark_fast.config import Config
-from bench import study
 from bench.__main__ import build_parser
 from tests.helpers.public_code import public_checkpoint
 
@@ -117,7 +116,7 @@ def test_there_are_blocks_and_commands() -> None:
     assert len(commands) >= 25
     assert set(SMALLER) < set(commands)
     assert all(any(command.startswith(start) for command in commands) for start in NOT_RUN)
-    assert sum(command.startswith(("torchrun ", "python -m bench.study ")) for command in all_commands()) >= 6
+    assert sum(command.startswith(("torchrun ", "python -m allspark_fast compare ")) for command in all_commands()) >= 3
 
 
 @pytest.mark.parametrize("command", all_commands())
@@ -133,14 +132,12 @@ def test_commands_exist(command: str) -> None:
         parse_config(words[1:], "train")
     elif words[:2] == ["-m", "bench"]:
         build_parser().parse_args(words[2:])
-    elif words[:2] == ["-m", "bench.study"]:
-        parse_config(study.build_parser().parse_known_args(words[2:])[1], "train")
     elif words[:2] == ["-m", "allspark_fast"]:
         settings = words[3:]
         if words[2] not in ("train", "check"):
             parser = importlib.import_module(f"allspark_fast.cli.{words[2]}").PARSER
             settings = parser.parse_known_args(settings)[1]
-            assert not settings or words[2] == "evaluate"
+            assert not settings or words[2] in ("evaluate", "compare")
         parse_config(settings, words[2])
     else:
         assert find_spec(words[1]) is not None

@@ -13,6 +13,7 @@ from allspark_fast.files import require_parent
 # Each is imported only when it runs.
 COMMANDS = {
     "train": "train [RECIPE] [--group.field value ...]: train, or resume a run",
+    "compare": "compare [RECIPE] [--methods ...] [--seeds ...] [--labels ...]: do unlabeled images help?",
     "evaluate": "evaluate WEIGHTS [RECIPE ...]: score weights on the validation images of their run, or of a recipe",
     "predict": "predict WEIGHTS IMAGE|FOLDER|PATTERN ...: label images",
     "convert": "convert SRC DST: convert weights of the public AllSpark code to ours, and back",

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from allspark_fast.cli.recipe import parse_config
 from allspark_fast.data.check import Summary, check_sources
 from allspark_fast.data.sources import open_sources
+from allspark_fast.text import columns, one_line, padded
 
 # Sizes that the table shows of each list; --json holds all.
 _SHOWN = 5
@@ -37,14 +38,14 @@ def _lines(summary: Summary) -> Iterator[str]:
     masked = {name: found for name, found in summary.items() if found["masks"]}
     if masked:
         labels = next(iter(masked.values()))["pixels"]
-        width = max(map(len, ["class", *labels]))
+        width = max(columns(one_line(name)) for name in ("class", *labels))
         yield f"{'class':{width}}" + "".join(f"{f'{name} pixels':>17}{'masks':>14}" for name in masked)
         for label in labels:
-            columns = (
+            figures = (
                 f"{found['pixels'][label] / sum(found['pixels'].values()):17.2%}"
                 f"{found['holding'][label]:6} of {found['masks'].total():4}"
                 for found in masked.values()
             )
-            yield f"{label:{width}}" + "".join(columns)
+            yield padded(one_line(label), width) + "".join(figures)
     if unlisted:
         yield f"in no list: {len(unlisted)} images, {unlisted[0]} first"

@@ -15,7 +15,7 @@ from allspark_fast.device import choose_device
 from allspark_fast.errors import InputError
 from allspark_fast.files import require_parent, write_atomically
 from allspark_fast.inference.evaluate import evaluate, match_classes
-from allspark_fast.inference.scores import score_record, score_table
+from allspark_fast.inference.metrics import score_record, score_table
 from allspark_fast.recipes import RECIPES
 from allspark_fast.weights.spec import load_model
 

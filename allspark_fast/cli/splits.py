@@ -9,6 +9,7 @@ from allspark_fast.data.datasets import Entry, SegmentationDataset, find_split, 
 from allspark_fast.data.info import read_info
 from allspark_fast.data.splits import doubts_about, make_split, parse_amount, read_shares, spread, write_lists
 from allspark_fast.errors import DataError, InputError
+from allspark_fast.text import one_line
 
 PARSER = command_parser("splits")
 PARSER.add_argument("root", metavar="ROOT", type=Path, help="folder that holds images/, labels/ and meta.json")
@@ -83,7 +84,7 @@ def run(arguments: list[str]) -> int:
         val = lists.pop(out / "val.txt")
         lists |= {(options.out or options.root / "splits") / "val.txt": val} if val else {}
     write_lists(lists, overwrite=options.overwrite)
-    names = info.classes if info is not None else [f"class {index}" for index in range(255)]
+    names = [*map(one_line, info.classes)] if info is not None else [f"class {index}" for index in range(255)]
     for folder, split in splits.items():
         print(
             f"{folder}: {len(split.labeled)} labeled, {len(split.unlabeled)} unlabeled, {len(split.val)} for validation"

@@ -18,6 +18,7 @@ from allspark_fast.data import datasets, files, images
 from allspark_fast.data.datasets import Entry, SegmentationDataset, Sources
 from allspark_fast.data.info import IGNORE_INDEX, VOC_PALETTE, Color, DatasetInfo
 from allspark_fast.errors import DataError
+from allspark_fast.text import one_line
 
 Summary = dict[str, Any]
 
@@ -200,7 +201,7 @@ def _likely_image(label: str, images: Mapping[str, Path]) -> Path | None:
 
 def _check_classes(info: DatasetInfo, values: Set[int], *, all_read: bool) -> Iterator[Problem]:
     """Compare the classes with the class indices in all labels of the labeled list that were read."""
-    absent = [name for index, name in enumerate(info.classes) if index not in values]
+    absent = [one_line(name) for index, name in enumerate(info.classes) if index not in values]
     if info.values is None and IGNORE_INDEX in values and len(info.classes) > 1 and values <= {0, IGNORE_INDEX}:
         yield Problem(
             "labeled",

@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 _SCENE_SCALE = 1.25
 _SCENE_SEED = 0
 _FIRST_VAL_SCENE = 1_000_000
+_FIRST_TEST_SCENE = 2_000_000
 # Entries of each list that are read before training starts; `python -m allspark_fast check` reads all.
 _CHECKED = 16
 _LISTED = 20
@@ -40,9 +41,12 @@ def open_sources(config: DataConfig) -> Sources:
     return Sources(info, *lists)
 
 
-def open_val(config: DataConfig) -> tuple[DatasetInfo, ImageSource]:
-    """Open the validation images alone, and their classes; needs no training lists, raises as ``open_sources``."""
-    info, (val,) = _open(config, "val")
+def open_val(config: DataConfig, *, held_out: bool = False) -> tuple[DatasetInfo, ImageSource]:
+    """Open the validation images alone, and their classes; needs no training lists, raises as ``open_sources``.
+
+    Of rendered scenes, ``held_out`` are as many others, which no run sees.
+    """
+    info, (val,) = _open(config, "test" if held_out and config.dataset == "scenes" else "val")
     return info, val
 
 
@@ -53,6 +57,7 @@ def _open(config: DataConfig, *names: str) -> tuple[DatasetInfo, list[ImageSourc
             "labeled": range(labeled),
             "unlabeled": range(labeled, labeled + unlabeled),
             "val": range(_FIRST_VAL_SCENE, _FIRST_VAL_SCENE + val),
+            "test": range(_FIRST_TEST_SCENE, _FIRST_TEST_SCENE + val),
         }
         return SCENES, [ScenesDataset(scenes[name], round(_SCENE_SCALE * config.crop), _SCENE_SEED) for name in names]
     root = _root(config)

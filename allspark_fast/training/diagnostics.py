@@ -1,4 +1,6 @@
-"""What a run measures of its pseudo labels and of the Semantic Memory at each evaluation."""
+"""What a run measures of its pseudo labels and of the Semantic Memory at each evaluation, and when it warns."""
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -6,39 +8,105 @@ from torch import Tensor
 from allspark_fast.data.info import IGNORE_INDEX
 from allspark_fast.data.loader import SemiBatch
 from allspark_fast.distributed import all_reduce_sum
-from allspark_fast.kernels.upsample_argmax import upsample_argmax
+from allspark_fast.inference.metrics import Scores
 from allspark_fast.training.log import Record
 
 # The threshold of FixMatch and its kin.
 CONFIDENT = 0.95
+# A class with less than this part of its share is as good as lost.
+_RARE = 0.05
+_CERTAIN, _VANISHED = 0.999, 0.01
+_FAR_BELOW = 0.85
 
 
 @torch.no_grad()
-def pseudo_label_record(class_logits: Tensor, pseudo_label: Tensor, batch: SemiBatch) -> Record:
+def pseudo_label_record(pseudo_label: Tensor, confidence: Tensor, classes: int, batch: SemiBatch) -> Record:
     """Measure pseudo labels over all pixels of all crops of all ranks together; all ranks have to call this.
 
-    No method here has a threshold, all its pseudo labels count. Coverage says what one of ``CONFIDENT`` would keep: the
-    share of the pixels, without padding, whose pseudo label is at least so probable.
-
     Args:
-        class_logits: (B, K, h, w), of the pseudo-label pass.
-        pseudo_label: (B, H, W), its result.
+        pseudo_label: (B, H, W), of the pseudo-label pass.
+        confidence: (B, H, W), of the pseudo-label pass.
+        classes: number of classes K.
         batch: the crops, with hidden labels (B, H, W) or without.
 
     Returns:
-        ``pseudo_label_coverage``; and ``pseudo_label_accuracy``, the share of right ones among the pixels with a hidden
-        label, unless there is no such pixel.
+        ``pseudo_label_coverage``, the share of the pixels, without padding, whose pseudo label has a probability of at
+        least ``CONFIDENT``; ``pseudo_label_accuracy``, the share of right ones among the pixels with a hidden label,
+        and ``pseudo_label_recall``, the same for the pixels of each class, where there are such pixels, else None.
     """
-    _, confidence = upsample_argmax(class_logits, (pseudo_label.shape[1], pseudo_label.shape[2]))
     valid = batch.unlabeled_valid
-    known = torch.zeros_like(valid) if batch.unlabeled_label is None else batch.unlabeled_label != IGNORE_INDEX
-    right = known if batch.unlabeled_label is None else known & (pseudo_label == batch.unlabeled_label)
-    pixels = torch.stack([x.sum() for x in (valid & (confidence >= CONFIDENT), valid, right, known)])
-    confident, valid_pixels, right_pixels, known_pixels = all_reduce_sum(pixels).tolist()
-    record = {"pseudo_label_coverage": confident / valid_pixels}
-    if known_pixels:
-        record["pseudo_label_accuracy"] = right_pixels / known_pixels
+    truth = torch.full_like(pseudo_label, IGNORE_INDEX) if batch.unlabeled_label is None else batch.unlabeled_label
+    of_class = truth[..., None] == torch.arange(classes, device=truth.device)
+    right = of_class & (pseudo_label == truth)[..., None]
+    shares = torch.stack([(valid & (confidence >= CONFIDENT)).sum(), valid.sum()])
+    confident, pixels = all_reduce_sum(shares).tolist()
+    hits, known = all_reduce_sum(torch.stack([x.sum((0, 1, 2)) for x in (right, of_class)])).tolist()
+    record: Record = {"pseudo_label_coverage": confident / pixels}
+    if sum(known):
+        record["pseudo_label_accuracy"] = sum(hits) / sum(known)
+        record["pseudo_label_recall"] = [x / n if n else None for x, n in zip(hits, known, strict=True)]
     return record
+
+
+def class_record(pixels: Tensor) -> Record:
+    """Return shares of each class since the last call, and set the counts to zero; this waits for the device.
+
+    Args:
+        pixels: (3, K), see ClassStatistics.
+
+    Returns:
+        ``label_share`` and ``pseudo_label_share``, of all pixels with a label or a pseudo label; ``pseudo_label_kept``,
+        the share of the pseudo labels of a class that counted, None without any. Empty where there are none at all.
+    """
+    labels, pseudo_labels, kept = pixels.tolist()
+    pixels.zero_()
+    if not sum(pseudo_labels):
+        return {}
+    return {
+        "label_share": [x / max(sum(labels), 1) for x in labels],
+        "pseudo_label_share": [x / sum(pseudo_labels) for x in pseudo_labels],
+        "pseudo_label_kept": [x / n if n else None for x, n in zip(kept, pseudo_labels, strict=True)],
+    }
+
+
+def find_problems(
+    record: Record, scores: Scores, classes: Sequence[str], *, best: float, loss: float
+) -> dict[str, str]:
+    """Say what looks wrong at an evaluation of a run whose pseudo labels count, or at its end.
+
+    Args:
+        record: of the evaluation, as it is logged.
+        scores: on the validation images.
+        classes: names.
+        best: the best mean IoU before.
+        loss: the last mean loss on pseudo labels.
+
+    Returns:
+        messages, each under a key that stays the same as long as the problem does.
+    """
+    problems = {}
+    shares = zip(classes, record.get("label_share", ()), record.get("pseudo_label_share", ()), strict=False)
+    for name, label, pseudo_label in shares:
+        if pseudo_label < _RARE * label:
+            problems[f"labels {name}"] = (
+                f"{name} gets almost no pseudo labels: {pseudo_label:.2%} of them, but {label:.2%} of the labels; "
+                "training on them unlearns it"
+            )
+    true, predicted = (scores.confusion.sum(axis).tolist() for axis in (1, 0))
+    for name, pixels, predictions in zip(classes, true, predicted, strict=True):
+        if predictions < _RARE * pixels:
+            problems[f"predictions {name}"] = (
+                f"{name} is almost never predicted: for {predictions / sum(true):.2%} of the validation pixels, "
+                f"{pixels / sum(true):.2%} are {name}"
+            )
+    if record.get("pseudo_label_coverage", 0) > _CERTAIN and loss < _VANISHED:
+        problems["certain"] = (
+            f"the teacher is certain of all its pseudo labels and the loss on them vanishes ({loss:.4f}): "
+            "unlabeled images teach nothing more, or the model agrees with itself on one class"
+        )
+    if scores.mean_iou < _FAR_BELOW * best:
+        problems["below"] = f"mIoU fell to {100 * scores.mean_iou:.1f}, the best was {100 * best:.1f}"
+    return problems
 
 
 def memory_record(received: Tensor) -> Record:

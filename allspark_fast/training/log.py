@@ -43,7 +43,8 @@ class MetricsLog:
                 self._events.add_scalar(name, value, step)
             elif isinstance(value, list):  # a number for each class
                 for index, x in enumerate(value):
-                    self._events.add_scalar(f"{name}/{index}", x, step)
+                    if x is not None:
+                        self._events.add_scalar(f"{name}/{index}", x, step)
         self._events.flush()
 
     def add_picture(self, path: Path, step: int) -> None:

@@ -11,7 +11,6 @@ from torchvision.utils import make_grid  # type: ignore[import-untyped]
 
 from allspark_fast.data.info import IGNORE_INDEX, DatasetInfo
 from allspark_fast.files import write_atomically
-from allspark_fast.text import drawable
 from allspark_fast.training.log import Record
 
 if TYPE_CHECKING:
@@ -52,7 +51,7 @@ def _draw_memory(figure: "Figure", totals: np.ndarray, info: DatasetInfo) -> Non
     part = counts / counts.sum(1, keepdims=True).clip(min=1)
     axes = figure.add_subplot(2, 2, 4, title="channels into the memory, by class", xlabel="evaluation")
     figure.colorbar(axes.imshow(part.T, aspect="auto", interpolation="nearest", vmin=0), ax=axes)
-    axes.set_yticks(range(len(info.classes)), drawable(info.classes), fontsize=min(7, 210 / len(info.classes)))
+    axes.set_yticks(range(len(info.classes)), info.classes, fontsize=min(7, 210 / len(info.classes)))
 
 
 def draw_predictions(
@@ -69,7 +68,7 @@ def draw_predictions(
         path: of the picture.
         images: (B, 3, H, W), normalized by ``mean`` and ``std``.
         labels: (B, H, W) each, by the title of their column.
-        info: colors and names of the classes.
+        info: colors of the classes, and names that are drawable.
         mean: of each color channel.
         std: of each color channel.
     """
@@ -93,7 +92,7 @@ def draw_predictions(
     axes.spines[:].set_visible(False)
     patches = [
         Patch(facecolor="#" + bytes(color).hex(), edgecolor="grey", label=name)
-        for name, color in zip(drawable(info.classes), info.palette, strict=False)
+        for name, color in zip(info.classes, info.palette, strict=False)
     ]
     figure.legend(handles=patches, loc="outside lower center", ncols=min(len(patches), 8), fontsize=8, frameon=False)
     write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=110, bbox_inches="tight"))

@@ -15,6 +15,7 @@ from allspark_fast.distributed import all_reduce_mean, all_reduce_sum, world_siz
 from allspark_fast.kernels.upsample_argmax import upsample_argmax
 from allspark_fast.kernels.upsample_cross_entropy import upsample_cross_entropy
 from allspark_fast.model import Segmentor
+from allspark_fast.model.batch_norm import FiniteBatchNorm
 from allspark_fast.training.half_weights import HalfWeights
 from allspark_fast.training.sharding import (
     average_gradients,
@@ -54,6 +55,9 @@ class ClassStatistics(NamedTuple):
 
 _LOGGED = ("loss", "loss_labeled", "loss_unlabeled")
 _COUNTERS = ("step", "skipped", "loss_sums", "received")
+# Of BatchNorm: unlike the memory, the other buffers, they belong to the weights. An average that labels takes them from
+# the crops it labels: averages of the student's, which sees other views, cost up to 11 points (docs/results.md).
+_STATISTICS = ("running_mean", "running_var")
 # Weight of one batch in the running mean confidence of a class.
 _CONFIDENCE_RATE = 0.02
 
@@ -116,7 +120,7 @@ class TrainState:
         if evaluated is not self.model:
             buffers = zip(evaluated.named_buffers(), weights.buffers(), self.model.buffers(), strict=True)
             for (name, buffer), own, present in buffers:
-                buffer.copy_(own if _is_averaged(name) else present)
+                buffer.copy_(own if name.endswith(_STATISTICS) else present)
         return evaluated
 
     def read_metrics(self) -> dict[str, float]:
@@ -227,27 +231,23 @@ def _update(state: TrainState, own_losses: Tensor) -> Losses:
     state.optimizer.step()
     if state.ema is not None:
         reshard(state.ema)
-        _move_average(state.ema, state.model, (1 - state.config.ema) * finite)
+        names = () if state.config.teacher == "ema" else _STATISTICS
+        _move_average(state.ema, state.model, (1 - state.config.ema) * finite, names)
     state.step += 1
     state.skipped += finite.logical_not()
     state.loss_sums += torch.stack([*losses, torch.ones_like(losses.total)]).where(finite, 0)
     return losses
 
 
-def _move_average(average: Segmentor, model: Segmentor, weight: Tensor) -> None:
-    """Move weights and BatchNorm statistics of the average: average += weight · (model - average)."""
+def _move_average(average: Segmentor, model: Segmentor, weight: Tensor, buffers: tuple[str, ...]) -> None:
+    """Move the weights of the average and buffers of these names: average += weight · (model - average)."""
     averaged, current = (
-        [*map(to_local, x.parameters()), *(buffer for name, buffer in x.named_buffers() if _is_averaged(name))]
+        [*map(to_local, x.parameters()), *(buffer for name, buffer in x.named_buffers() if name.endswith(buffers))]
         for x in (average, model)
     )
     difference = torch._foreach_sub(current, averaged)
     torch._foreach_mul_(difference, weight)
     torch._foreach_add_(averaged, difference)
-
-
-def _is_averaged(buffer: str) -> bool:
-    """Whether a buffer is a statistic of BatchNorm, which belongs to the weights, or else part of the memory."""
-    return buffer.endswith(("running_mean", "running_var"))
 
 
 def compute_losses(
@@ -275,7 +275,8 @@ def compute_losses(
         loss = _labeled_loss(model.train()(batch.image), batch.label, config)
         (loss,) = _weigh_ranks([loss], [batch.label != IGNORE_INDEX], config)
         return Losses(loss, loss, torch.zeros_like(loss))
-    class_logits, pseudo_label, confidence = pseudo_pass(model if teacher is None else teacher, batch, config)
+    labeling = model if teacher is None else teacher
+    class_logits, pseudo_label, confidence = pseudo_pass(labeling, batch, config, adapt=config.teacher == "ema")
     classes = classes or ClassStatistics.start(class_logits.shape[1], class_logits.device)
     counts = confident(pseudo_label, confidence, classes, config)
     _update_statistics(classes, batch.label, pseudo_label, counts, confidence)
@@ -297,13 +298,26 @@ def compute_losses(
 
 
 @torch.no_grad()
-def pseudo_pass(model: Segmentor, batch: SemiBatch, config: TrainConfig) -> tuple[Tensor, Tensor, Tensor]:
+def pseudo_pass(
+    model: Segmentor, batch: SemiBatch, config: TrainConfig, *, adapt: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
     """Label the unlabeled images; leaves the model in eval mode.
+
+    Args:
+        model: what labels them.
+        batch: the images.
+        config: the optimization.
+        adapt: whether BatchNorm normalizes by the statistics of these images, and its running statistics follow them.
 
     Returns:
         logits (B, K, h, w); pseudo labels (B, H, W), 255 in padding that does not count; their confidence (B, H, W).
     """
-    class_logits = model.eval()(batch.unlabeled_image, kv_source=config.kv_source)
+    model.eval()
+    for module in model.modules() if adapt else ():
+        if isinstance(module, FiniteBatchNorm):
+            module.train()
+    class_logits = model(batch.unlabeled_image, kv_source=config.kv_source)
+    model.eval()
     size = (batch.unlabeled_image.shape[2], batch.unlabeled_image.shape[3])
     pseudo_label, confidence = upsample_argmax(class_logits, size)
     if not config.pseudo_padding:

@@ -3,9 +3,11 @@
 import functools
 import itertools
 import logging
+import math
 import os
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -22,15 +24,15 @@ from allspark_fast.device import limit_threads
 from allspark_fast.distributed import all_gather_cat, all_reduce_any, failing_together, process_group, rank, world_size
 from allspark_fast.errors import RunError
 from allspark_fast.inference.evaluate import evaluate
-from allspark_fast.inference.metrics import Scores
-from allspark_fast.inference.scores import score_table
+from allspark_fast.inference.metrics import Scores, score_table
 from allspark_fast.kernels.triton_support import set_kernels
 from allspark_fast.kernels.upsample_argmax import upsample_argmax
 from allspark_fast.model import Segmentor
 from allspark_fast.signals import stop_signals
+from allspark_fast.text import drawable, one_line
 from allspark_fast.training import checkpoint, setup
 from allspark_fast.training.cuda_graph import GraphedSteps
-from allspark_fast.training.diagnostics import memory_record, pseudo_label_record
+from allspark_fast.training.diagnostics import class_record, find_problems, memory_record, pseudo_label_record
 from allspark_fast.training.log import MetricsLog, Record
 from allspark_fast.training.pictures import draw_curves, draw_predictions
 from allspark_fast.training.sharding import gather_state
@@ -68,21 +70,26 @@ class Trainer:
             torch.use_deterministic_algorithms(True)
         set_kernels(config.run.kernels)
         self.data = TrainingData(config, device)
+        self.schedule = config.schedule(self.data.steps_per_epoch)
+        self.total_steps = self.schedule.total
         with failing_together():
             if rank() == 0:
                 self.data.check()
+                setup.check_schedule(config.train, self.schedule)
                 self._lock = setup.claim_folder(folder, config)
         torch.manual_seed(config.train.seed)
-        self.total_steps = config.train.epochs * self.data.steps_per_epoch
         resumed = bool(checkpoint.list_checkpoints(self.checkpoints))
         model = setup.build_model(config, len(self.data.info.classes), resumed=resumed).to(device)
+        self.spec = ModelSpec.of_run(config, self.data.info)
         if rank() > 0:  # weights are the same on all ranks, what is dropped is not
             torch.manual_seed(config.train.seed + rank())
         self.state = setup.build_state(model, config.train, self.total_steps)
         self.findings: Record = {}  # for the next line of the log
         self.train_step = self._choose_step()
         self.step = 0
-        self.best = -1.0
+        self.best, self.best_step = -1.0, 0
+        self._unlabeled_loss = math.inf
+        self._named: set[str] = set()
         self.evaluation_due = False
         state = self._state()
         with failing_together():
@@ -151,17 +158,16 @@ class Trainer:
         return scores if self.finished else None
 
     def _take_step(self, batch: SemiBatch) -> None:
-        train = self.config.train
-        epoch = self.step // self.data.steps_per_epoch
-        phase = {"use_memory": epoch >= train.warmup_epochs, "use_pseudo": epoch >= train.pseudo_from_epoch}
-        self.train_step(batch, **phase)
+        schedule = self.schedule
+        use_memory, use_pseudo = self.step >= schedule.memory_from, self.step >= schedule.pseudo_from
+        self.train_step(batch, use_memory=use_memory, use_pseudo=use_pseudo)
         self.step += 1
-        period = self.config.eval.every * self.data.steps_per_epoch
-        self.evaluation_due = self.step == self.total_steps or self.step % period == 0
+        self.evaluation_due = self.step == self.total_steps or self.step % schedule.evaluate_every == 0
 
     def _log_losses(self, log: MetricsLog | None, steps_per_s: float) -> dict[str, str]:
         """Log the metrics since the last line; this waits for the device."""
         metrics = self.state.read_metrics()
+        self._unlabeled_loss = metrics.get("loss_unlabeled", math.inf)
         streams = 1 if self.config.train.method == "supervised" else 2
         images_per_s = streams * self.config.train.batch_size * steps_per_s
         if log is not None:
@@ -198,19 +204,34 @@ class Trainer:
             return None
         self.evaluation_due = False
         images, labels, measured = self._pseudo_labels(model)
+        measured |= class_record(self.state.classes.pixels)
+        problems = self._find_problems(measured, scores)
         improved = scores.mean_iou > self.best
-        self.best = max(self.best, scores.mean_iou)
+        if improved:
+            self.best, self.best_step = scores.mean_iou, self.step
         with failing_together():
             if log is not None:
                 mean_scores = {"miou": scores.mean_iou, "miou_present": scores.mean_iou_present}
                 memory = memory_record(self.state.received)
                 log.write({**self._position(), **mean_scores, "iou": scores.iou.tolist(), **measured, **memory})
-                if improved:
-                    spec = ModelSpec.of_run(self.config, self.data.info)
-                    save_model(model, spec, self.folder / "best.safetensors")
+                for name in ("last", "best") if improved else ("last",):
+                    save_model(model, self.spec, self.folder / f"{name}.safetensors")
                 self._draw(log, images, labels)
                 bar.write(f"step {self.step}: mIoU {100 * scores.mean_iou:.1f}")
+                for problem in problems:
+                    logger.warning("step %d: %s", self.step, problem)
         return scores
+
+    def _find_problems(self, measured: Record, scores: Scores) -> list[str]:
+        """Say what looks wrong and was not said before, once pseudo labels count, or at the end."""
+        counting = self.config.train.method != "supervised" and self.step > self.schedule.pseudo_from
+        if not (counting or self.step == self.total_steps):
+            return []
+        names = [*map(one_line, self.data.info.classes)]
+        problems = find_problems(measured, scores, names, best=self.best, loss=self._unlabeled_loss)
+        new = [message for key, message in problems.items() if key not in self._named]
+        self._named.update(problems)
+        return new
 
     def _position(self) -> Record:
         return {"step": self.step, "epoch": self.step / self.data.steps_per_epoch}
@@ -219,6 +240,7 @@ class Trainer:
         """Draw the pictures of the run folder; a run goes on without them."""
         info, data, picture = self.data.info, self.config.data, self.folder / "predictions.png"
         try:
+            info = replace(info, classes=tuple(drawable(info.classes)))
             draw_curves(self.folder, log.records, info)
             draw_predictions(picture, images, labels, info, data.mean, data.std)
             log.add_picture(picture, self.step)
@@ -229,10 +251,10 @@ class Trainer:
     def _pseudo_labels(self, model: Segmentor) -> tuple[Tensor, dict[str, Tensor], Record]:
         """Label the unlabeled crops of the first step; return some of them to draw, and what all measure."""
         batch = self.data.first_batch
-        class_logits, pseudo_label, _ = pseudo_pass(self.state.teacher, batch, self.config.train)
+        _, pseudo_label, confidence = pseudo_pass(self.state.teacher, batch, self.config.train)
         logits = model.eval()(batch.unlabeled_image)
         prediction, _ = upsample_argmax(logits, (pseudo_label.shape[1], pseudo_label.shape[2]))
-        measured = pseudo_label_record(class_logits, pseudo_label, batch)
+        measured = pseudo_label_record(pseudo_label, confidence, len(self.data.info.classes), batch)
         assert batch.unlabeled_label is not None
         known = {"truth": batch.unlabeled_label} if (batch.unlabeled_label != IGNORE_INDEX).any() else {}
         labels = {**known, "pseudo label": pseudo_label, "prediction": prediction}
@@ -249,14 +271,16 @@ class Trainer:
         return {
             **self.state.state_dict(),
             "best": self.best,
+            "best_step": self.best_step,
             "evaluation_due": self.evaluation_due,
-            "spec": ModelSpec.of_run(self.config, self.data.info).to_json(),
+            "spec": self.spec.to_json(),
             **{name: all_gather_cat(x) for name, x in checkpoint.random_states(self.device).items()},  # by rank
         }
 
     def _resume(self, state: dict[str, Any]) -> None:
         self.state.load_state_dict(state)
         self.step, self.best, self.evaluation_due = int(state["step"]), state["best"], state["evaluation_due"]
+        self.best_step = state.get("best_step", 0)  # earlier versions did not say
         own, ranks = checkpoint.random_states(self.device), world_size()
         if (saved := state["rng"].numel() // own["rng"].numel()) == ranks:
             checkpoint.set_random_states(
@@ -285,7 +309,8 @@ def train(config: Config, folder: Path) -> bool:
         trainer = Trainer(config, folder, device)
         tell = print if rank() == 0 else logger.debug
         if trainer.finished:
-            tell(f"{folder}: finished at step {trainer.step}, best mIoU {100 * trainer.best:.1f}")
+            best = f"best mIoU {100 * trainer.best:.1f} (best.safetensors, step {trainer.best_step})"
+            tell(f"{folder}: finished at step {trainer.step}, {best}")
             return True
         sources = trainer.data.sources
         tell(
@@ -299,4 +324,8 @@ def train(config: Config, folder: Path) -> bool:
             tell(f"{folder}: stopped as asked at step {trainer.step}; the same command goes on from there")
             return False
         tell(score_table(scores, sources.info))
+        tell(
+            f"mIoU {100 * trainer.best:.1f} of step {trainer.best_step} is the best (best.safetensors); "
+            f"{100 * scores.mean_iou:.1f} of step {trainer.step} the last (last.safetensors)"
+        )
         return True

@@ -167,19 +167,17 @@ def save_model(model: Segmentor, spec: ModelSpec, path: str | Path) -> None:
 
 def describe_model(model: Segmentor, spec: ModelSpec) -> dict[str, str]:
     """Return what a model is, as text by property."""
-    bottleneck, memory = "none, plain SegFormer", "none"
+    bottleneck = "none, plain SegFormer"
     if model.decoder.allspark is not None:
-        queue, filled = model.decoder.allspark.attn.kv_queue, model.decoder.allspark.attn.queue_filled
-        classes, slots, tokens = queue.shape
-        bottleneck = f"AllSpark, {spec.num_heads} heads"
-        memory = (
-            f"{slots} channels of {tokens} tokens for each class, initialized {spec.memory_init}; "
-            f"{classes if filled is None else int(filled.sum())} of {classes} classes filled"
+        classes, slots, tokens = model.decoder.allspark.attn.kv_queue.shape
+        filled = model.decoder.allspark.attn.queue_filled
+        bottleneck = (
+            f"AllSpark, {spec.num_heads} heads; memory of {slots} channels of {tokens} tokens a class, initialized "
+            f"{spec.memory_init}, {classes if filled is None else int(filled.sum())} of {classes} classes filled"
         )
     return {
         "encoder": spec.backbone,
         "bottleneck": bottleneck,
-        "memory": memory,
         "head": f"{spec.embedding_dim} channels",
         "parameters": f"{sum(x.numel() for x in model.parameters()) / 1e6:.1f} M",
         "crop": f"{spec.crop} pixels, validated on {'whole images' if spec.mode == 'whole' else 'sliding windows'}",

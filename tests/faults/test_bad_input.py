@@ -20,8 +20,7 @@ from allspark_fast.data.info import DATASETS
 from allspark_fast.data.transforms import CropTransform
 from allspark_fast.errors import InputError
 from allspark_fast.inference.evaluate import predict_labels
-from allspark_fast.inference.metrics import ConfusionMatrix
-from allspark_fast.inference.scores import score_table
+from allspark_fast.inference.metrics import ConfusionMatrix, score_table
 from allspark_fast.model import AllSpark, AllSparkOptions, build_segmentor
 from allspark_fast.training.trainer import Trainer
 from allspark_fast.weights.files import load_weights, save_weights

@@ -1,10 +1,11 @@
-"""What is measured of pseudo labels and memory, by hand."""
+"""What is measured of pseudo labels and memory, by hand, and what is said of it."""
 
 import pytest
 import torch
 
 from allspark_fast.data.loader import SemiBatch
-from allspark_fast.training.diagnostics import memory_record, pseudo_label_record
+from allspark_fast.inference.metrics import ConfusionMatrix, Scores
+from allspark_fast.training.diagnostics import class_record, find_problems, memory_record, pseudo_label_record
 
 
 def crops(truth: torch.Tensor | None, valid: torch.Tensor) -> SemiBatch:
@@ -17,9 +18,9 @@ class TestPseudoLabels:
 
     valid = torch.ones(6, 2, 4, dtype=torch.bool)
     valid[:, :, 3] = False
-    # Certain of class 1, except in the last crop, which is undecided.
-    logits = torch.tensor([0.0, 9.0]).view(1, 2, 1, 1).repeat(6, 1, 2, 4)
-    logits[5] = torch.tensor([0.0, 0.1]).view(2, 1, 1)
+    # Certain, except in the last crop.
+    confidence = torch.ones(6, 2, 4)
+    confidence[5] = 0.5
     pseudo_label = torch.ones(6, 2, 4, dtype=torch.int64)
 
     def test_all_crops_count(self) -> None:
@@ -27,16 +28,66 @@ class TestPseudoLabels:
         truth[4:] = 0  # beyond the four that are pictured
         truth[~self.valid] = 255
         truth[0, 0, 0] = 255
-        record = pseudo_label_record(self.logits, self.pseudo_label, crops(truth, self.valid))
+        record = pseudo_label_record(self.pseudo_label, self.confidence, 3, crops(truth, self.valid))
         assert record == {
             "pseudo_label_accuracy": pytest.approx((4 * 6 - 1) / (6 * 6 - 1)),
             "pseudo_label_coverage": pytest.approx(5 / 6),
+            "pseudo_label_recall": [0, 1, None],
         }
 
     @pytest.mark.parametrize("truth", [None, torch.full((6, 2, 4), 255)])
     def test_without_hidden_labels_there_is_no_accuracy(self, truth: torch.Tensor | None) -> None:
-        record = pseudo_label_record(self.logits, self.pseudo_label, crops(truth, self.valid))
+        record = pseudo_label_record(self.pseudo_label, self.confidence, 3, crops(truth, self.valid))
         assert record == {"pseudo_label_coverage": pytest.approx(5 / 6)}
+
+
+def test_shares_of_classes_since_they_were_last_read() -> None:
+    pixels = torch.tensor([[30.0, 10.0, 0.0], [75.0, 5.0, 0.0], [75.0, 1.0, 0.0]])
+    assert class_record(pixels) == {
+        "label_share": [0.75, 0.25, 0],
+        "pseudo_label_share": [0.9375, 0.0625, 0],
+        "pseudo_label_kept": [1, 0.2, None],
+    }
+    assert class_record(pixels) == {}
+
+
+class TestProblems:
+    """What a run says of itself."""
+
+    def score(self, *pixels: tuple[int, int, int]) -> Scores:
+        """Scores of so many pixels of a true class with a prediction."""
+        matrix = ConfusionMatrix(2)
+        for true, predicted, count in pixels:
+            matrix.update(torch.full((count,), predicted), torch.full((count,), true))
+        return matrix.compute()
+
+    def find(self, scores: Scores, best: float = 0.0, loss: float = 1.0, **record: object) -> dict[str, str]:
+        return find_problems(record, scores, ("ground", "object"), best=best, loss=loss)
+
+    def test_none_in_a_good_run(self) -> None:
+        scores = self.score((0, 0, 950), (1, 1, 40), (1, 0, 10))
+        shares = {"label_share": [0.95, 0.05], "pseudo_label_share": [0.97, 0.03], "pseudo_label_coverage": 1.0}
+        assert self.find(scores, best=0.9, loss=0.1, **shares) == {}
+
+    def test_a_collapse_to_one_class(self) -> None:
+        problems = self.find(
+            self.score((0, 0, 950), (1, 0, 49), (1, 1, 1)),
+            best=0.8,
+            loss=0.001,
+            label_share=[0.95, 0.05],
+            pseudo_label_share=[0.999, 0.001],
+            pseudo_label_coverage=1.0,
+        )
+        assert list(problems) == ["labels object", "predictions object", "certain", "below"]
+        assert (
+            "object gets almost no pseudo labels: 0.10% of them, but 5.00% of the labels" in problems["labels object"]
+        )
+        assert "object is almost never predicted" in problems["predictions object"]
+        assert "vanishes (0.0010)" in problems["certain"]
+        assert problems["below"].endswith("the best was 80.0")
+
+    def test_classes_without_labels_are_not_missed(self) -> None:
+        assert self.find(self.score((0, 0, 9)), label_share=[1, 0], pseudo_label_share=[1, 0]) == {}
 
 
 def test_memory_fill_and_use() -> None:

@@ -133,7 +133,18 @@ class TestBeyondThePaper:
         with torch.no_grad():
             state.model.decoder.decoder.linear_pred.weight.neg_()
         assert torch.equal(pseudo_pass(state.teacher, data, state.config)[0], before)
-        assert build_state(ema=0.9).teacher is not state.ema
+        state = build_state(ema=0.9)
+        assert state.teacher is state.model
+
+    def test_an_average_that_labels_has_the_statistics_of_what_it_labels(self) -> None:
+        state, data = build_state(**BEYOND), random_batch(mixing=True)
+        norm = state.ema.decoder.decoder.linear_fuse.bn
+        before = copy.deepcopy(state.ema)
+        train_step(state, data, use_memory=True)
+        pseudo_pass(before, data, state.config, adapt=True)
+        assert not torch.equal(norm.running_mean, torch.zeros_like(norm.running_mean))
+        assert torch.equal(norm.running_mean, before.decoder.decoder.linear_fuse.bn.running_mean)
+        assert not any(module.training for module in state.ema.modules())
 
     def test_thresholds(self) -> None:
         label = torch.tensor([[[0, 0, 1], [1, 2, 255]]])
@@ -151,7 +162,7 @@ class TestBeyondThePaper:
         state = build_state(**{**BEYOND, "method": "semi"})
         for _ in range(3):
             data, before = random_batch(mixing=True), copy.deepcopy(state.classes)
-            _, label, confidence = pseudo_pass(state.teacher, data, state.config)
+            _, label, confidence = pseudo_pass(copy.deepcopy(state.teacher), data, state.config, adapt=True)
             kept = confident(label, confidence, before, state.config)[:, ::4, ::4]
             label, confidence, labeled = (x[:, ::4, ::4] for x in (label, confidence, data.label))
             train_step(state, data, use_memory=False)

@@ -36,8 +36,8 @@ def test_leaves_what_it_promises(tmp_path: Path, capsys: pytest.CaptureFixture[s
     config = tiny_config(pseudo_from_epoch=1)
     train(config, tmp_path / "run")
     names = {path.name for path in (tmp_path / "run").iterdir()}
-    promised = {"config.json", "metrics.jsonl", "checkpoints", "curves.png", "predictions.png", "best.safetensors"}
-    assert promised <= names
+    weights = {"best.safetensors", "last.safetensors"}
+    assert {"config.json", "metrics.jsonl", "checkpoints", "curves.png", "predictions.png", *weights} <= names
     assert any(name.startswith("events.out.tfevents") for name in names)
     assert not any(name.endswith(".tmp") or ".tmp." in name for name in names)
     records = read_metrics(tmp_path / "run")
@@ -58,12 +58,16 @@ def test_leaves_what_it_promises(tmp_path: Path, capsys: pytest.CaptureFixture[s
     last = records[-1]
     assert sum(last["memory_received"]) == 12 * 2 * 128
     per_class = {f"memory_received/{index}": count for index, count in enumerate(last["memory_received"])}
+    assert sum(last["label_share"]) == pytest.approx(1)
+    assert len(last["pseudo_label_share"]) == len(last["pseudo_label_kept"]) == len(last["pseudo_label_recall"]) == 8
     names = ("pseudo_label_accuracy", "pseudo_label_coverage", "memory_filled")
     for name, value in {**{name: last[name] for name in names}, **per_class}.items():
         assert events.Scalars(name)[-1].value == pytest.approx(value), name
     printed = capsys.readouterr().out
     assert "3 labeled, 8 unlabeled, 2 validation images" in printed
-    assert "mIoU" in printed
+    best = max(scored, key=lambda pair: pair[1])
+    assert f"mIoU {100 * best[1]:.1f} of step {best[0]} is the best (best.safetensors)" in printed
+    assert f"{100 * last['miou']:.1f} of step 12 the last (last.safetensors)" in printed
     assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == config.run.keep_last
 
     # The same command again says that there is nothing to do.
@@ -80,6 +84,23 @@ def test_leaves_what_it_promises(tmp_path: Path, capsys: pytest.CaptureFixture[s
     scores = json.loads((tmp_path / "scores.json").read_text())
     assert scores["miou"] == best
     assert sum(map(sum, scores["confusion"])) == 2 * 80 * 80
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_a_run_that_teaches_only_background_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """All pseudo labels are background, from a classifier that is not trained."""
+    config = changed(tiny_config("semi", steps=8, pseudo_from=0.5, lr=0.0), eval={"times": 2})
+    trainer = Trainer(config, tmp_path)
+    with torch.no_grad():
+        trainer.state.model.decoder.decoder.linear_pred.bias[0] = 100
+    trainer.run()
+    assert [record["step"] for record in read_metrics(tmp_path) if "miou" in record] == [4, 8]
+    for text in ("step 8: ball gets almost no pseudo labels", "ball is almost never predicted", "certain of all its"):
+        assert text in caplog.text
+    assert "step 4: " not in caplog.text  # no pseudo label counted
+    caplog.clear()
+    Trainer(changed(config, train={"pseudo_from": 1.0}), tmp_path / "never")
+    assert "pseudo labels never come into play: they would from step 8 on, but the run ends at 8" in caplog.text
 
 
 @pytest.mark.slow
@@ -169,16 +190,20 @@ class TestResume:
         process.join()
         assert claim_folder(tmp_path, tiny_config()) is not None
 
-    def test_more_epochs_extend_a_finished_run_and_other_settings_are_refused_by_name(self, tmp_path: Path) -> None:
-        assert train(tiny_config(epochs=1), tmp_path)
+    @pytest.mark.parametrize(("name", "length"), [("epochs", 1), ("steps", 4)])
+    def test_a_finished_run_is_extended_and_other_settings_are_refused_by_name(
+        self, name: str, length: int, tmp_path: Path
+    ) -> None:
+        short, long = ({name: length * factor} for factor in (1, 2))
+        assert train(tiny_config(**short), tmp_path)
         with pytest.raises(InputError, match=r"other settings \(train.lr: 0.01 -> 0.02\)"):
-            Trainer(tiny_config(epochs=1, lr=0.02), tmp_path)
+            Trainer(tiny_config(**short, lr=0.02), tmp_path)
         with pytest.raises(InputError, match=r"train.gradient_accumulation_steps: 1 -> 2"):
-            Trainer(tiny_config(epochs=1, gradient_accumulation_steps=2), tmp_path)
-        assert train(tiny_config(epochs=2), tmp_path)
+            Trainer(tiny_config(**short, gradient_accumulation_steps=2), tmp_path)
+        assert train(tiny_config(**long), tmp_path)
         assert [record["step"] for record in read_metrics(tmp_path) if "miou" in record] == [4, 8]
-        with pytest.raises(InputError, match=r"train.epochs: 2 -> 1"):
-            Trainer(tiny_config(epochs=1), tmp_path)
+        with pytest.raises(InputError, match=f"train.{name}: {2 * length} -> {length}"):
+            Trainer(tiny_config(**short), tmp_path)
 
     def test_starting_weights_may_be_gone(self, tmp_path: Path) -> None:
         config, weights = tiny_config(epochs=1), tmp_path / "start.safetensors"
