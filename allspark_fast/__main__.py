@@ -10,12 +10,17 @@ import sys
 from allspark_fast.cli import COMMANDS
 from allspark_fast.errors import UserError
 
+_USAGE = """usage: python -m allspark_fast COMMAND ...
+
+  {}
+
+COMMAND --help tells more; --debug shows the traceback of an error."""
 # What takes less memory, by command.
 _LESS_MEMORY = {
     "train": "the same run goes on with --model.activation-checkpointing True and, with several processes, "
     "--train.sharding fsdp; a new one (--run.output-dir) with --train.gradient-accumulation-steps 2 or more, a smaller "
     "--data.crop or --train.batch-size, for validation --eval.mode sliding",
-    "predict": "--window, --batch 1, or a smaller image",
+    "predict": "--window, or a smaller image",
 }
 
 
@@ -36,9 +41,10 @@ def main(arguments: list[str] | None = None) -> int:
     prefix = f"rank {rank}: " if rank else ""
     logging.basicConfig(format=f"{prefix}%(message)s")
     logging.getLogger("allspark_fast").setLevel(logging.WARNING if rank else logging.INFO)
-    if not arguments or arguments[0] not in COMMANDS:
+    # Before Python 3.12, argparse gives an empty list for a positional argument that is a second "--".
+    if not arguments or arguments[0] not in COMMANDS or arguments.count("--") > 1:
         asked = arguments[:1] in (["-h"], ["--help"])
-        print(_usage(), file=sys.stdout if asked else sys.stderr)
+        print(_USAGE.format("\n  ".join(COMMANDS.values())), file=sys.stdout if asked else sys.stderr)
         return 0 if asked else 2
     name, *rest = arguments
     try:
@@ -48,7 +54,13 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"interrupted{resumes}", file=sys.stderr)
         return 130
     except Exception as error:
-        out_of_memory = _is_out_of_memory(error)
+        # By the name of torch's error, because torch may not be loaded; its CPU allocator raises a RuntimeError.
+        out_of_memory = (
+            isinstance(error, MemoryError)
+            or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+            or type(error).__name__ == "OutOfMemoryError"
+            or "can't allocate memory" in str(error)
+        )
         if debug or not (out_of_memory or isinstance(error, UserError | OSError)):
             raise
         print(f"{prefix}error: {error}", file=sys.stderr)
@@ -56,23 +68,6 @@ def main(arguments: list[str] | None = None) -> int:
             advice = _LESS_MEMORY.get(name, "end other programs, or use a machine with more of it")
             print(f"{prefix}out of memory; what takes less: {advice}", file=sys.stderr)
         return 1
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    """Return whether Python, the operating system, a GPU or torch's CPU allocator has no more."""
-    if isinstance(error, OSError):
-        return error.errno == errno.ENOMEM
-    # By its name, because torch may not be loaded.
-    of_torch = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
-    return isinstance(error, MemoryError) or of_torch
-
-
-def _usage() -> str:
-    lines = "\n".join(f"  {line}" for line in COMMANDS.values())
-    return (
-        f"usage: python -m allspark_fast COMMAND ...\n\n{lines}\n\nCOMMAND --help tells more; --debug shows the "
-        "traceback of an error."
-    )
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from dataclasses import MISSING, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
@@ -120,14 +120,16 @@ class TrainConfig:
         pseudo_padding: train on the padding that crops add, with its pseudo label (the reference implementation).
         ema: decay of an exponential moving average of the weights that is evaluated instead of them; 0 for none.
         amp: bfloat16 autocast on a GPU.
-        compile: torch.compile of the encoder's blocks (mit_*), in training; a minute or two before the first step.
-        cuda_graph: on a GPU and with one process, record a step as a CUDA graph and replay it: many times faster, but
-            not yet shown to be equal on a GPU for every method.
+        compile: torch.compile of the encoder's blocks (mit_*) in training, a minute or two in the first steps: on,
+            off, or auto, on a GPU for runs of more than 5,000 steps.
+        cuda_graph: record a step as a CUDA graph and replay it, many times faster: on, off, or auto, on GPUs unless
+            fsdp shards the model. auto compares the first replay with ordinary steps, and stops recording if it is not
+            equal.
         gradient_accumulation_steps: micro-batches that a batch is split into, to need less memory. What looks at a
             whole batch sees one of them: BatchNorm, means over pixels that count, OHEM, the memory (later ones find it
             fuller), and in warm-up and under kv_source=batch the channels that an image is rebuilt from.
-        sharding: with several processes, shard weights, gradients and optimizer state over them (fsdp, FSDP2), or keep
-            all of it on each (replicate).
+        sharding: with several processes, shard weights, gradients and optimizer state over them (fsdp, FSDP2, less
+            memory), or keep all of it on each (replicate, auto).
         deterministic: on a GPU, use only operations that give the same bits every time, or stop at one that cannot.
         max_skipped: steps whose loss or gradient is not finite are skipped; with more of them than this, or than half
             of all steps, training stops.
@@ -161,10 +163,10 @@ class TrainConfig:
     pseudo_padding: bool = True
     ema: float = 0.0
     amp: bool = True
-    compile: bool = False
-    cuda_graph: bool = False
+    compile: Literal["auto", "on", "off"] = "auto"
+    cuda_graph: Literal["auto", "on", "off"] = "auto"
     gradient_accumulation_steps: int = 1
-    sharding: Literal["fsdp", "replicate"] = "fsdp"
+    sharding: Literal["auto", "fsdp", "replicate"] = "auto"
     deterministic: bool = False
     max_skipped: int = 50
     seed: int = 0
@@ -252,7 +254,10 @@ class Schedule(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """All settings of a run, in groups."""
+    """All settings of a run, in groups.
+
+    A setting that is new must default to what earlier versions did: it is read so from their runs.
+    """
 
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -333,6 +338,11 @@ OLD_SETTINGS = {
     "run.keep": "renamed: use run.keep_last",
     "run.sharded_checkpoints": "removed: a checkpoint is always one file",
     "run.save_in_background": "removed: a checkpoint is one small file, written between two steps",
+    **{
+        f"train.{name}={old}": f"renamed: use {new}"
+        for name in ("compile", "cuda_graph")
+        for old, new in (("True", "on"), ("False", "off"))
+    },
     "run.kernels=strict": "removed: kernels are auto or torch; `python -m allspark_fast selftest` checks them",
 }
 
@@ -348,13 +358,13 @@ def from_plain(kind: Any, value: Any, where: str) -> Any:
     """Return a value of a type from what JSON makes of it.
 
     Args:
-        kind: a dataclass, whose missing fields take their defaults; ``X | None``, a tuple of fixed length, a Literal,
-            Path, or one of Python's plain types.
+        kind: a dataclass, of which fields with a default may be missing, as in files of earlier versions; ``X | None``,
+            a tuple of fixed length, a Literal, Path, or one of Python's plain types.
         value: of ``json.loads``, or already of the dataclass ``kind``.
         where: name of the value, for messages.
 
     Raises:
-        InputError: a field is unknown, missing without a default, or of another type; the message names it.
+        InputError: a field without default is missing, or one is unknown or of another type; the message names it.
     """
     if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         if isinstance(value, kind):
@@ -363,8 +373,8 @@ def from_plain(kind: Any, value: Any, where: str) -> Any:
         hints = get_type_hints(kind)
         for name in set(value) - set(hints):
             refuse_old_setting(f"{where}.{name}".removeprefix("config."))
-        required = {x.name for x in dataclasses.fields(kind) if MISSING is x.default is x.default_factory}
-        if different := sorted((set(value) - set(hints)) | (required - set(value))):
+        needed = {x.name for x in dataclasses.fields(kind) if x.default is x.default_factory is dataclasses.MISSING}
+        if different := sorted((set(value) - set(hints)) | (needed - set(value))):
             raise InputError(f"{where}: fields {different} are missing or unknown in this version")
         return kind(**{name: from_plain(hints[name], x, f"{where}.{name}") for name, x in value.items()})
     if get_origin(kind) is UnionType:

@@ -33,23 +33,9 @@ def available_cpus() -> int:
 
 
 def limit_threads(workers: int) -> None:
-    """Leave CPUs to the DataLoader workers and to the other processes of this host.
+    """Leave CPUs to so many DataLoader workers, and to the other processes of this host; never use more threads.
 
-    Threads that wait for a CPU which a worker has are slower than fewer threads. OMP_NUM_THREADS, or whoever set
-    torch's number, may have asked for still fewer.
-
-    Args:
-        workers: DataLoader workers of this process.
+    Threads that wait for a CPU which a worker has are slower than fewer threads.
     """
     cpus = available_cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     torch.set_num_threads(min(torch.get_num_threads(), max(1, cpus - workers)))
-
-
-def use_deterministic_operations() -> None:
-    """Let torch use only operations that give the same bits every time, in this process; it raises where it cannot.
-
-    Call it before the GPU is used.
-    """
-    # cuBLAS: one workspace for each stream (torch's notes on reproducibility).
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True)

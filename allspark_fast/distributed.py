@@ -1,8 +1,4 @@
-"""Several processes: joining them, and the collectives of a run; each does nothing in a single process.
-
-Without an initialized process group there is one process, of rank 0. ``process_group`` is the only place that makes
-the default one.
-"""
+"""Several processes: joining them, and the collectives of a run; each does nothing in a single process."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -13,7 +9,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import _functional_collectives as functional
 from torch.distributed.rendezvous import rendezvous
 
 from allspark_fast.device import DeviceName, choose_device
@@ -25,11 +20,7 @@ def process_group(device: DeviceName, timeout: timedelta) -> Iterator[torch.devi
     """Join the processes that ``torchrun`` started, if it did: NCCL between GPUs, gloo between CPUs.
 
     The group is left only after success: after an error the end of this process is what tells the others, who may wait
-    for it.
-
-    Args:
-        device: that the run computes on.
-        timeout: how long a rank waits for the others before it gives up.
+    for it, at most until ``timeout``.
 
     Yields:
         the device of this process; ``cuda`` is the GPU with its local rank.
@@ -49,9 +40,9 @@ def process_group(device: DeviceName, timeout: timedelta) -> Iterator[torch.devi
             raise InputError(f"process {index} of this host has no GPU, there are {gpus}: lower --nproc-per-node")
         torch.cuda.set_device(index)
         backend += ",cuda:nccl"
-    restarts = _restarts()
+    attempt = _shared_store_attempt()
     store, index, size = next(rendezvous("env://", timeout=timeout))
-    store = dist.distributed_c10d.PrefixStore(f"after {restarts} restarts", store)
+    store = dist.distributed_c10d.PrefixStore(f"after {attempt} restarts", store)
     dist.init_process_group(backend, timeout=timeout, store=store, rank=index, world_size=size)
     try:
         yield chosen
@@ -65,20 +56,20 @@ def process_group(device: DeviceName, timeout: timedelta) -> Iterator[torch.devi
     dist.destroy_process_group()
 
 
-def _restarts() -> int:
-    """Return how often ``torchrun --max-restarts`` has started these processes again; 0 without it.
+def _shared_store_attempt() -> str:
+    """Return the attempt of ``torchrun --max-restarts``, if all share a store: addresses of dead processes stay in it.
 
-    The processes of all its attempts share one store (https://github.com/pytorch/pytorch/issues/135712), where they
-    would find the addresses of those that have died; on several hosts each counts for itself.
+    See https://github.com/pytorch/pytorch/issues/135712; on several hosts, each counts its own attempts.
     """
-    shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    several_hosts = int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1
-    if shared and several_hosts and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0:
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return "0"
+    hosts, restarts = (int(os.environ.get(x, "0")) for x in ("GROUP_WORLD_SIZE", "TORCHELASTIC_MAX_RESTARTS"))
+    if hosts > 1 and restarts > 0:
         raise InputError(
             "torchrun --max-restarts on several hosts fails or hangs when it restarts, since torch hands the addresses "
             "of dead processes on: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun, or leave --max-restarts out"
         )
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) if shared else 0
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
 
 
 def world_size() -> int:
@@ -101,9 +92,6 @@ def start_all_gather_cat(x: Tensor) -> Callable[[], Tensor]:
     if world_size() == 1:
         return lambda: x
     parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(world_size())]
-    if torch.compiler.is_compiling():  # a graph has no handle to wait for: the compiler orders collectives by itself
-        dist.all_gather(parts, x.contiguous())
-        return lambda: torch.cat(parts)
     work = dist.all_gather(parts, x.contiguous(), async_op=True)
 
     def finish() -> Tensor:
@@ -118,29 +106,20 @@ def start_broadcast(x: Tensor) -> Callable[[], object]:
     """Begin to overwrite a contiguous tensor with rank 0's; calling what this returns waits for it."""
     if world_size() == 1:
         return lambda: None
-    if torch.compiler.is_compiling():  # dist.broadcast would need no copy, but cannot be compiled
-        assert dist.group.WORLD is not None
-        x.copy_(functional.broadcast(x, 0, dist.group.WORLD))
-        return lambda: None
     work = dist.broadcast(x, 0, async_op=True)
     assert work is not None  # this rank is in the default group
     return work.wait
 
 
 def all_reduce_mean(x: Tensor) -> Tensor:
-    """Average a tensor over ranks; the same bits on each.
-
-    The gradient is that of the mean of all ranks' losses, given that gradients of parameters are averaged too.
-    """
+    """Average a tensor over ranks, the same bits on each, with the gradient of the mean of all ranks' losses."""
     return x if world_size() == 1 else _AllReduceMean.apply(x)
 
 
 class _AllReduceMean(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        total = x.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total)
-        return total.div_(world_size())
+        return all_reduce_sum(x).div_(world_size())
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
@@ -151,7 +130,7 @@ def all_reduce_sum(x: Tensor) -> Tensor:
     """Sum a tensor without gradient over ranks; the same bits on each."""
     if world_size() == 1:
         return x
-    total = x.clone()
+    total = x.clone(memory_format=torch.contiguous_format)
     dist.all_reduce(total)
     return total
 

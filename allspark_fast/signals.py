@@ -17,8 +17,7 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
     """Note stop signals instead of dying of them; outside of the main thread Python lets nobody note any.
 
     Yields:
-        a function that returns whether one has arrived, or whether the ``torchrun`` that started this process is gone:
-        nobody would end it with the other ranks then.
+        a function that returns whether one has arrived, or ``torchrun`` has died, which would end all ranks together.
     """
     arrived = False
     torchrun = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None

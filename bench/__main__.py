@@ -1,92 +1,84 @@
 """``python -m bench``: tables of the operators, of the training step, and of what the compiled kernels need."""
 
 import argparse
-from collections.abc import Callable, Collection, Iterable, Iterator
+import itertools
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
-from typing import NamedTuple
 
-from bench import bench_channel_attention, bench_train_step, operators
-from bench.harness import COLUMNS, DEVICE, Case, Columns, Record, conditions, run, table, write_records
+from bench import bench_train_step, gpu, operators
+from bench.harness import DEVICE, Case, Record, conditions, report, run
 
-_FULL_STEPS = ["pascal", "cityscapes", "coco"]
-_OPERATORS, _TIMED_STEPS = (_FULL_STEPS, _FULL_STEPS) if DEVICE == "cuda" else (["pascal"], ["pascal_b0"])
+_STEPS = bench_train_step.SIZES
+_GRID = operators.ATTENTION_GRID
 _TARGETS = ["sm_80", "sm_86", "sm_90", "sm_100", "gfx942"]
 
 
-class Benchmark(NamedTuple):
-    """What a name on the command line runs: from a size and a number of rounds to the records of each table."""
-
-    measure: Callable[[str, int], Iterable[list[Record]]]
-    sizes: Collection[str]
-    default: Collection[str]
-    columns: Columns = COLUMNS
+Measure = Callable[[str, argparse.Namespace], Iterable[Record]]
 
 
-def _operator(
-    cases: Callable[[str], list[Case]],
-    sizes: Collection[str] = tuple(bench_train_step.SIZES),
-    default: Collection[str] = _OPERATORS,
-) -> Benchmark:
-    return Benchmark(lambda size, repeats: (run(case, repeats) for case in cases(size)), sizes, default)
+def _of(cases: Callable[[str], Iterable[Case]]) -> Measure:
+    return lambda size, options: (record for case in cases(size) for record in run(case, options.repeats))
 
 
-def _static(target: str, _: int) -> Iterator[list[Record]]:
-    """What the compiled Triton kernels need on a GPU that need not be there."""
+def _static(target: str, _: argparse.Namespace) -> Iterable[Record]:
     from bench import static  # noqa: PLC0415 triton is optional
 
-    yield [{"op": "static", "size": target, **record} for record in static.report(target, full=True)]
+    return static.report(target, full=True)
 
 
-_STATIC_KEYS = ("kernel", "dtype", "config", "registers", "spill_bytes", "shared_bytes", "ctas_per_sm", "mma")
+def _launches(size: str, _: argparse.Namespace) -> Iterable[Record]:
+    from bench import launches  # noqa: PLC0415 triton is optional
 
-BENCHMARKS = {
-    "attention": _operator(
-        bench_channel_attention.cases,
-        bench_channel_attention.SIZES,
-        list(bench_channel_attention.GRID) if DEVICE == "cuda" else ["pascal"],
-    ),
-    "memory": _operator(operators.memory_cases),
-    "loss": _operator(lambda size: operators.upsample_cases(size)[:1]),
-    "argmax": _operator(lambda size: operators.upsample_cases(size)[1:]),
-    "ffn": _operator(operators.mix_ffn_cases, default=_TIMED_STEPS),
-    "step": Benchmark(bench_train_step.measure, bench_train_step.SIZES, _TIMED_STEPS),
-    "flops": Benchmark(bench_train_step.count, bench_train_step.SIZES, _FULL_STEPS),
-    "static": Benchmark(_static, _TARGETS, _TARGETS, {key: (key, 1.0) for key in _STATIC_KEYS}),
+    counts = launches.count_launches(size)
+    rows = [("all", counts.total()), *counts.most_common(30)]
+    return [{"op": "launches", "size": size, "operator": name, "launches": count} for name, count in rows]
+
+
+# What a name runs, by size and options; the sizes that it has, and those that it runs by default.
+BENCHMARKS: dict[str, tuple[Measure, Collection[str], Collection[str]]] = {
+    "attention": (_of(operators.attention_cases), [*_STEPS, *_GRID], _GRID if DEVICE == "cuda" else ["pascal"]),
+    "memory": (_of(operators.memory_cases), _STEPS, ["pascal"]),
+    "loss": (_of(lambda size: operators.upsample_cases(size)[:1]), _STEPS, ["pascal"]),
+    "argmax": (_of(lambda size: operators.upsample_cases(size)[1:]), _STEPS, ["pascal"]),
+    "ffn": (_of(operators.ffn_cases), _STEPS, ["pascal_b0"]),
+    "step": (lambda size, options: bench_train_step.measure(size, options.repeats), _STEPS, ["pascal_b0"]),
+    "flops": (lambda size, _: bench_train_step.count(size), _STEPS, ["pascal", "cityscapes", "coco"]),
+    "launches": (_launches, _STEPS, ["pascal"]),
+    "static": (_static, _TARGETS, _TARGETS),
+    "gpu": (lambda size, options: gpu.measure(size, options.budget), _STEPS, ["pascal"]),
 }
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    sizes = sorted({size for benchmark in BENCHMARKS.values() for size in benchmark.sizes})
+    sizes = sorted({size for _, known, _ in BENCHMARKS.values() for size in known})
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("benchmark", nargs="?", default="all", choices=[*BENCHMARKS, "all"])
     parser.add_argument("--size", choices=sizes, help="default: the benchmark's own; `all` skips those without it")
     parser.add_argument("--repeats", type=int, default=7, help="rounds, at least 5 for figures to quote")
-    parser.add_argument("--json", type=Path, help="write a JSON list of the tables' records to this file")
+    parser.add_argument("--budget", type=float, default=480, help="seconds that `gpu` may take, which `all` leaves out")
+    parser.add_argument(
+        "--json", type=Path, help="write the records to this file as they come, to a .jsonl file one a line"
+    )
     return parser
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the benchmarks named on the command line; the file holds what is finished after each of them."""
+    """Run the benchmarks named on the command line; what each finds is printed and written as soon as it is there."""
     parser = build_parser()
     options = parser.parse_args(arguments)
-    chosen = list(BENCHMARKS.values()) if options.benchmark == "all" else [BENCHMARKS[options.benchmark]]
+    names = [name for name in BENCHMARKS if options.benchmark in (name, "all") and name != "gpu"] or ["gpu"]
+    chosen = [BENCHMARKS[name] for name in names]
     runs = [
-        (benchmark, size)
-        for benchmark in chosen
-        for size in ([options.size] if options.size else benchmark.default)
-        if size in benchmark.sizes
+        (measure, size)
+        for measure, known, default in chosen
+        for size in ([options.size] if options.size else default)
+        if size in known
     ]
     if not runs:
-        parser.error(f"{options.benchmark} has no size {options.size}, choose from {', '.join(chosen[0].sizes)}")
+        parser.error(f"{options.benchmark} has no size {options.size}, choose from {', '.join(chosen[0][1])}")
     print(conditions())
-    records: list[Record] = []
-    for benchmark, size in runs:
-        for new in benchmark.measure(size, options.repeats):
-            records += new
-            print(f"\n{new[0]['op']}, {new[0]['size']}\n\n{table(new, benchmark.columns)}", flush=True)
-            if options.json:
-                write_records(options.json, records)
+    report(itertools.chain.from_iterable(measure(size, options) for measure, size in runs), options.json)
 
 
 if __name__ == "__main__":

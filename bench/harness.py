@@ -3,69 +3,72 @@
 import functools
 import itertools
 import json
+import math
 import platform
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from bench.flops import flop_counter
+import allspark_fast.model  # noqa: F401 registers the operators
+from allspark_fast.files import write_atomically
 
 T = TypeVar("T")
 Record = dict[str, Any]
-Columns = Mapping[str, tuple[str, float]]
 
-# Heading, key of the record and factor.
-COLUMNS: Columns = {
-    "variant": ("variant", 1.0),
-    "forward ms": ("forward_seconds_p50", 1e3),
-    "backward ms": ("backward_seconds_p50", 1e3),
-    "ms p20": ("seconds_p20", 1e3),
-    "p50": ("seconds_p50", 1e3),
-    "p80": ("seconds_p80", 1e3),
-    "ratio": ("ratio", 1.0),
-    "images/s": ("images_per_s", 1.0),
-    "GFLOP": ("flops", 1e-9),
-    "FLOP ratio": ("flops_ratio", 1.0),
-    "TFLOP/s": ("flops_per_s", 1e-12),
-    "% of GEMM": ("gemm_fraction", 100.0),
-    "saved MB": ("saved_bytes", 1e-6),
-    "saved ratio": ("saved_bytes_ratio", 1.0),
-    "peak MB": ("peak_bytes", 1e-6),
+# Heading and factor of columns, by what the keys of records contain; the first that fits counts.
+_UNITS = {
+    "spill_bytes": ("spill bytes", 1.0),
+    "shared_bytes": ("shared bytes", 1.0),
+    "gemm_fraction": ("% of GEMM", 100.0),
+    "flops_per_s": ("TFLOP/s", 1e-12),
+    "flops": ("GFLOP", 1e-9),
+    "seconds": ("ms", 1e3),
+    "bytes": ("MB", 1e-6),
 }
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# Why variants of these names cannot run on it.
-UNAVAILABLE = (
-    {"naive, compiled": "compiling takes a minute on a CPU, and gains little there", "triton": "needs a GPU"}
-    if DEVICE == "cpu"
-    else {}
-)
+# What the benchmarks compute in.
+DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+# What torch's counter lacks: our operators, and its own attention on a CPU. Its formula of the gradients of
+# a convolution overlooks groups.
+FLOP_FORMULAS: dict[object, Callable[..., int]] = {
+    # Similarity and the product with the values: query (B, H, N, Cq), key (B or 1, H, N, L); backward the similarity
+    # again, and gradients of the map, query, key and value.
+    torch.ops.allspark_fast.channel_attention: lambda query, key, *_, **__: 2 * 2 * math.prod(query) * key[3],
+    torch.ops.allspark_fast.channel_attention_backward: lambda grad, _, key, *__, **___: (
+        5 * 2 * math.prod(grad) * key[3]
+    ),
+    # Gradients (B, C, h, w) of input and weight cost as much as the forward pass each.
+    torch.ops.aten.convolution_backward: lambda grad, _, weight, *rest, **__: (
+        sum(rest[-1][:2]) * 2 * grad[0] * math.prod(grad[2:]) * math.prod(weight)
+    ),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+        lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v)
+    ),
+}
+# A context that counts the FLOPs in it; on fake tensors nothing is computed.
+flop_counter = functools.partial(FlopCounterMode, display=False, custom_mapping=FLOP_FORMULAS)
 # About 10 ms at the clock rates of today's GPUs.
 _HEAD_START_CYCLES = 20_000_000
 
 
-@dataclass(frozen=True)
-class Case:
+class Case(NamedTuple):
     """Variants of one computation at one size, by name; the first is the baseline, and its FLOPs are those of all.
 
-    Attributes:
-        op: name of the operator.
-        size: name of the size and its numbers.
-        variants: what to run.
-        inputs: tensors whose gradients are taken; empty if there is no backward pass.
-        comparators: variants that may refuse the size or device: their cells are then n/a.
-        unavailable: why other variants than those in ``UNAVAILABLE`` cannot run here.
-        parity: the same computations without randomness, if ``variants`` are random.
+    ``inputs`` are the tensors whose gradients are taken; without any there is no backward pass. ``comparators`` are
+    variants that may refuse the size or the device, or lack a package: they are n/a then. ``parity`` are the same
+    computations without randomness, if ``variants`` are random. ``flops`` are those of variants that have their own.
     """
 
     op: str
@@ -73,81 +76,86 @@ class Case:
     variants: Mapping[str, Callable[[], Tensor]]
     inputs: Sequence[Tensor] = ()
     comparators: Collection[str] = ("naive, compiled",)
-    unavailable: Mapping[str, str] = field(default_factory=dict)
-    parity: Mapping[str, Callable[[], Tensor]] = field(default_factory=dict)
+    parity: Mapping[str, Callable[[], Tensor]] = {}
+    flops: Mapping[str, int] = {}
+
+
+def with_compiled(variants: dict[str, Callable[..., Tensor]]) -> dict[str, Callable[..., Tensor]]:
+    """Add the first variant as the compiler's best, on a GPU: on a CPU it takes a minute and gains little."""
+    if DEVICE == "cpu":
+        return variants
+    name, function = next(iter(variants.items()))
+    torch.compiler.reset()  # or it would take a second size for a reason to compile for any
+    compiled = torch.compile(function, dynamic=False, mode="max-autotune-no-cudagraphs")
+    return {**variants, f"{name}, compiled": compiled}
 
 
 def run(case: Case, repeats: int = 7) -> list[Record]:
     """Check the variants against the baseline, then time them in turn, so that drift of the machine hits all alike.
 
-    Returns one record for each variant; those that cannot run come last, with the reason and no figures. Raises an
-    AssertionError if a variant computes something else.
+    Returns one record for each variant; those that cannot run come last, with a note why and no figures. Raises an
+    AssertionError if a result is off by more than 1e-4, in half precision 3e-2, of its largest entry.
     """
-    unavailable = _check_variants(case)
-    variants = {name: variant for name, variant in case.variants.items() if name not in unavailable}
-    baseline = next(iter(variants))
+    notes, results = {}, {}
+    for name in case.variants:
+        try:
+            results[name] = outputs_and_grads((case.parity or case.variants)[name], case.inputs)
+        except Exception as error:  # each has exceptions of its own
+            if name not in case.comparators:
+                raise
+            notes[name] = error_line(error)
+    baseline = next(iter(results))
+    for name, tensors in results.items():
+        for i, (x, y) in enumerate(zip(tensors, results[baseline], strict=True)):
+            off, part = relative_error(x, y), f"gradient {i - 1}" if i else "output"
+            message = f"{case.op}, {case.size}: {part} of {name} differs from {baseline} by {off:.1e}"
+            assert off <= (3e-2 if x.dtype.itemsize < 4 else 1e-4), message
+    variants = {name: case.variants[name] for name in results}
     with flop_counter() as counter:
         output = variants[baseline]()
         if case.inputs:
             output.sum().backward()
-    for variant in variants.values():
-        _time(variant, case.inputs)
-    rounds = [{name: _time(variant, case.inputs) for name, variant in variants.items()} for _ in range(repeats)]
-    totals = [{name: sum(pair) for name, pair in times.items()} for times in rounds]
+    times = {name: [forward_backward_seconds(variant, case.inputs)] for name, variant in variants.items()}  # warms up
+    for _ in range(repeats):
+        for name, variant in variants.items():
+            times[name].append(forward_backward_seconds(variant, case.inputs))
     same: Record = {"op": case.op, "size": case.size}
     records = []
     for name, variant in variants.items():
-        forward, backward = np.median([times[name] for times in rounds], axis=0).tolist()
-        record = same | {"variant": name, "reason": None}
-        record |= {"forward_seconds_p50": forward, "backward_seconds_p50": backward}
-        record |= time_figures(totals, name, baseline, counter.get_total_flops(), output.dtype)
+        record = same | {"variant": name}
+        if case.inputs:
+            parts = np.median(times[name][1:], axis=0)
+            record |= {"forward_seconds_p50": float(parts[0]), "backward_seconds_p50": float(parts[1])}
+        seconds = {other: np.sum(pairs[1:], axis=1) for other, pairs in times.items()}
+        record |= {f"seconds_p{percent}": float(np.percentile(seconds[name], percent)) for percent in (20, 50, 80)}
+        record["ratio"] = record["seconds_p50"] / float(np.median(seconds[baseline]))
+        if flops := case.flops.get(name, counter.get_total_flops()):
+            rate = flops / record["seconds_p50"]
+            record |= {"flops": flops, "flops_per_s": rate, "gemm_fraction": rate / gemm_rate(output.dtype)}
         record["saved_bytes"] = saved_bytes(variant) if case.inputs else 0
-        record["peak_bytes"] = peak_bytes(functools.partial(_time, variant, case.inputs))
-        records.append(record)
+        record["peak_bytes"] = peak_bytes(functools.partial(forward_backward_seconds, variant, case.inputs))
+        records.append(record | {"note": ""})
     empty: Record = dict.fromkeys(records[0])
-    return records + [empty | same | {"variant": name, "reason": reason} for name, reason in unavailable.items()]
+    return records + [empty | same | {"variant": name, "note": note} for name, note in notes.items()]
 
 
-def _check_variants(case: Case) -> dict[str, str]:
-    """Compare the variants; return reasons why some cannot run: those known, and what comparators raise."""
-    known = {**UNAVAILABLE, **case.unavailable}
-    reasons = {name: known[name] for name in case.variants if name in known}
-    results = {}
-    for name in (name for name in case.variants if name not in reasons):
-        try:
-            results[name] = _results(case, (case.parity or case.variants)[name])
-        except Exception as error:  # each has exceptions of its own
-            if name not in case.comparators:
-                raise
-            reasons[name] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-    check_parity(results)
-    return reasons
+def error_line(error: Exception) -> str:
+    """Return the type and the first line of an exception."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
-def check_parity(results: Mapping[str, Mapping[str, Tensor]], tolerance: float | None = None) -> None:
-    """Compare the tensors of each variant with those of the first, relative to the largest entry of these.
-
-    Raises:
-        AssertionError: a tensor differs by more than the tolerance, 1e-4 or in half precision 3e-2.
-    """
-    (baseline, expected), *others = results.items()
-    for name, tensors in others:
-        for what, x in tensors.items():
-            error = ((x - expected[what]).abs().max() / expected[what].abs().max()).item()
-            bound = tolerance or (3e-2 if x.dtype.itemsize < 4 else 1e-4)
-            assert error <= bound, f"{what} of {name} differs from {baseline} by {error:.1e}"
-
-
-def _results(case: Case, computation: Callable[[], Tensor]) -> dict[str, Tensor]:
+def outputs_and_grads(computation: Callable[[], Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
     """Return the output and, for one output gradient that all share, the gradients of the inputs."""
     output = computation()
-    name = f"{case.op}, {case.size}"
-    results = {f"{name}: output": output.detach()}
-    if case.inputs:
-        noise = torch.randn(output.shape, generator=torch.Generator().manual_seed(0)).to(output)
-        gradients = torch.autograd.grad(output, case.inputs, noise)
-        results |= {f"{name}: gradient {i}": x for i, x in enumerate(gradients)}
-    return results
+    if not inputs:
+        return [output.detach()]
+    noise = torch.randn(output.shape, generator=torch.Generator().manual_seed(0)).bfloat16()  # which all dtypes hold
+    return [output.detach(), *torch.autograd.grad(output, inputs, noise.to(output))]
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """Return the largest difference, relative to the largest expected entry."""
+    return ((actual - expected).abs().max() / expected.abs().max()).item()
 
 
 def timed(function: Callable[[], T], *, head_start: bool = False) -> tuple[T, float]:
@@ -169,27 +177,14 @@ def timed(function: Callable[[], T], *, head_start: bool = False) -> tuple[T, fl
     return result, before.elapsed_time(after) / 1e3
 
 
-def _time(variant: Callable[[], Tensor], inputs: Sequence[Tensor]) -> tuple[float, float]:
-    """Return seconds of forward and backward."""
+def forward_backward_seconds(variant: Callable[[], Tensor], inputs: Sequence[Tensor]) -> tuple[float, float]:
+    """Return seconds of forward and backward, 0 without inputs, as if launches cost nothing."""
     output, forward = timed(variant, head_start=True)
     if not inputs:
         return forward, 0.0
     ones = torch.ones_like(output)
     _, backward = timed(lambda: torch.autograd.grad(output, inputs, ones), head_start=True)
     return forward, backward
-
-
-def time_figures(
-    rounds: Sequence[Mapping[str, float]], name: str, baseline: str, flops: int, dtype: torch.dtype
-) -> Record:
-    """Return percentiles of a variant's seconds, their ratio to the baseline's, and rates where there are FLOPs."""
-    seconds = [times[name] for times in rounds]
-    figures: Record = {f"seconds_p{percent}": float(np.percentile(seconds, percent)) for percent in (20, 50, 80)}
-    figures["ratio"] = figures["seconds_p50"] / float(np.median([times[baseline] for times in rounds]))
-    if flops:
-        rate = flops / figures["seconds_p50"]
-        figures |= {"flops": flops, "flops_per_s": rate, "gemm_fraction": rate / gemm_rate(dtype)}
-    return figures
 
 
 @functools.cache
@@ -237,27 +232,40 @@ def conditions() -> str:
     if DEVICE == "cuda":
         device = torch.cuda.get_device_name()
     else:
-        threads = torch.get_num_threads()
-        device = f"CPU {_cpu_name()}, {threads} thread{'s' * (threads > 1)}"
+        info = Path("/proc/cpuinfo")
+        lines = info.read_text().splitlines() if info.exists() else []
+        names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+        device = f"CPU {[*names, platform.machine()][0]}, threads: {torch.get_num_threads()}"
     versions = [f"torch {torch.__version__}"]
     versions += [f"{name} {version(name)}" for name in ("triton", "xformers") if find_spec(name)]
     return f"{device}; {', '.join(versions)}, Python {platform.python_version()}; {datetime.now(UTC):%Y-%m-%d}"
 
 
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def table(records: Sequence[Record], columns: Columns = COLUMNS) -> str:
-    """Return a Markdown table of records: of the columns, by heading a key and a factor, those whose keys they have."""
-    shown = {heading: column for heading, column in columns.items() if column[0] in records[0]}
-    lines = ["| " + " | ".join(shown) + " |", "| --- " * len(shown) + "|"]
+def report(records: Iterable[Record], file: Path | None = None) -> None:
+    """Print records as Markdown tables, a row as soon as it is there, and write the file anew each time."""
+    written: list[Record] = []
     for record in records:
-        lines.append("| " + " | ".join(cell(record[key], factor) for key, factor in shown.values()) + " |")
-    notes = [f"{record['variant']}: n/a, {record['reason']}" for record in records if record.get("reason")]
-    return "\n".join([*lines, *(f"\n{note}" for note in notes)])
+        lines = table([record]).splitlines()
+        if not written or [written[-1][key] for key in ("op", "size")] != [record[key] for key in ("op", "size")]:
+            print(f"\n{record['op']}, {record['size']}\n", *lines[:-1], sep="\n")
+        print(lines[-1], flush=True)
+        written.append(record)
+        if file is not None:
+            write_records(file, written)
+
+
+def table(records: Sequence[Record], keys: Collection[str] = ()) -> str:
+    """Return a Markdown table of records that have the same keys: of some, or of all but op and size."""
+    columns = [_column(key) for key in keys or records[0] if key not in ("op", "size")]
+    lines = ["| " + " | ".join(heading for _, heading, _ in columns) + " |", "| --- " * len(columns) + "|"]
+    for record in records:
+        lines.append("| " + " | ".join(cell(record[key], factor) for key, _, factor in columns) + " |")
+    return "\n".join(lines)
+
+
+def _column(key: str) -> tuple[str, str, float]:
+    part, (unit, factor) = next((item for item in _UNITS.items() if item[0] in key), ("_", (" ", 1.0)))
+    return key, key.replace(part, unit).replace("_", " "), factor
 
 
 def cell(value: object, factor: float) -> str:
@@ -268,5 +276,7 @@ def cell(value: object, factor: float) -> str:
 
 
 def write_records(file: Path, records: Sequence[Record]) -> None:
-    """Write a JSON list of flat records, each with the conditions of the run."""
-    file.write_text(json.dumps([record | {"conditions": conditions()} for record in records], indent=1), "utf-8")
+    """Write flat records, each with the conditions of the run: a JSON list, or in a .jsonl file a record a line."""
+    texts = [json.dumps(record | {"conditions": conditions()}) for record in records]
+    text = "\n".join(texts) if file.suffix == ".jsonl" else "[\n" + ",\n".join(texts) + "\n]"
+    write_atomically(file, lambda path: path.write_text(text + "\n", "utf-8"))

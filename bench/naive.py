@@ -15,19 +15,16 @@ from torch.nn import functional as F
 from allspark_fast.config import TrainConfig
 from allspark_fast.data.info import IGNORE_INDEX
 from allspark_fast.data.loader import SemiBatch
-from allspark_fast.model import AllSpark, MixTransformer, SegFormerHead, Segmentor
+from allspark_fast.model import AllSpark, SegFormerHead, Segmentor
 from allspark_fast.model.batch_norm import FiniteBatchNorm
+from allspark_fast.model.common import to_map, to_tokens
 from allspark_fast.model.cross_attention import CrossAttention
 from allspark_fast.model.mit import EfficientSelfAttention, MixFFN
-from allspark_fast.model.tokens import to_map, to_tokens
 from allspark_fast.training.step import Losses, TrainState
 
 
 def naive_channel_attention(query: Tensor, key: Tensor, value: Tensor, *, dropout_p: float = 0.0) -> Tensor:
-    """Compute channel attention with every map materialized; shapes as the operator's.
-
-    Shared keys and values are views, as of einops.repeat; the dropout of the map is drawn from torch's generator.
-    """
+    """Compute channel attention with every map materialized; shapes as the operator's."""
     similarity = F.instance_norm(query.mT @ key)
     attention = F.dropout(similarity.softmax(-1), dropout_p)
     return (attention @ value.mT).mT
@@ -69,12 +66,12 @@ def make_naive(model: Segmentor) -> Segmentor:
     return model
 
 
-def naive_train_step(state: TrainState, batch: SemiBatch, *, use_memory: bool) -> Losses:
+def naive_train_step(state: TrainState, batch: SemiBatch, *, use_memory: bool, amp: bool = False) -> Losses:
     """Take a training step at the base learning rate, set on the host, where the losses are read too."""
     model, optimizer, config = state.model, state.optimizer, state.config
     for group in optimizer.param_groups:
         group["lr"] = config.lr * group["lr_scale"]
-    with torch.autocast(batch.image.device.type, torch.bfloat16, enabled=config.amp and batch.image.is_cuda):
+    with torch.autocast(batch.image.device.type, torch.bfloat16, enabled=amp):
         losses = naive_losses(model, batch, config, use_memory=use_memory)
     optimizer.zero_grad()
     losses.total.backward()
@@ -100,18 +97,6 @@ def naive_losses(model: Segmentor, batch: SemiBatch, _: TrainConfig, *, use_memo
 def _segmentor(model: Segmentor, images: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """Upsample the logits to the size of the images: (B, 3, H, W) -> (B, K, H, W), as ``class_logits`` are."""
     return upsample(Segmentor.forward(model, images, *args, **kwargs), images.shape[2:])
-
-
-def _encoder(encoder: MixTransformer, images: Tensor) -> list[Tensor]:
-    """Copy the map of each stage to contiguous memory."""
-    features, feature_map = [], images
-    for stage in range(1, 5):
-        tokens, size = getattr(encoder, f"patch_embed{stage}")(feature_map)
-        for block in getattr(encoder, f"block{stage}"):
-            tokens = block(tokens, size)
-        feature_map = to_map(getattr(encoder, f"norm{stage}")(tokens), size).contiguous()
-        features.append(feature_map)
-    return features
 
 
 def _self_attention(attention: EfficientSelfAttention, tokens: Tensor, size: tuple[int, int]) -> Tensor:
@@ -177,7 +162,6 @@ def upsample(feature_map: Tensor, size: tuple[int, ...]) -> Tensor:
 
 _FORWARD: dict[type[nn.Module], Callable[..., object]] = {
     Segmentor: _segmentor,
-    MixTransformer: _encoder,
     EfficientSelfAttention: _self_attention,
     MixFFN: naive_mix_ffn,
     AllSpark: _bottleneck,

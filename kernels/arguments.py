@@ -17,10 +17,7 @@ FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 def check_tensor(
     name: str, value: object, layout: str, dtypes: Collection[torch.dtype], like: Tensor | None = None
 ) -> None:
-    """Check that ``value`` is a dense tensor of one of ``dtypes``, on the device of ``like``.
-
-    It must have as many axes as ``layout``, such as ``"(B, N, C)"``.
-    """
+    """Check for a dense tensor with as many axes as ``layout``, one of ``dtypes``, and the device of ``like``."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor of shape {layout}, got {type(value).__name__}")
     if value.dtype not in dtypes:
@@ -62,11 +59,11 @@ def check_integer(name: str, value: object) -> None:
         raise ValueError(f"{name} must be in [-2^63, 2^63), got {value}")
 
 
-def check_count(name: str, value: Any) -> None:
-    """Check that ``value`` is an integer of at least 1."""
+def check_count(name: str, value: Any, least: int = 1) -> None:
+    """Check that ``value`` is an integer of at least ``least``."""
     check_integer(name, value)
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
 def check_size(name: str, value: object) -> None:

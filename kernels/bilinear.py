@@ -1,11 +1,10 @@
 """Bilinear resizing with align_corners=False: its weights, and resizing in bands of output rows."""
 
 from collections.abc import Iterator
-from functools import cached_property
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding_bag
+from torch.nn.functional import embedding_bag, interpolate
 
 # Size of a band with its indices: 1 MB was the fastest of 1/8 to 1 MB, with the fewest calls.
 BAND_BYTES = 2**20
@@ -14,7 +13,7 @@ _CLASSES_LAST = 32
 
 
 def linear_taps(source: int, target: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the source positions and weights of a linear resize, those of torch.nn.functional.interpolate.
+    """Return what torch.nn.functional.interpolate takes from ``source`` positions for each of ``target`` positions.
 
     Args:
         source: number of source positions.
@@ -35,10 +34,8 @@ def linear_taps(source: int, target: int, like: Tensor) -> tuple[Tensor, Tensor]
 
 def linear_matrix(source: int, target: int, like: Tensor) -> Tensor:
     """Return the dense matrix (target, source) of the resize; arguments as in ``linear_taps``."""
-    index, weight = linear_taps(source, target, like)
-    # Not a scatter, which adds in an undefined order on a GPU.
-    taps = (index[:, :, None] == torch.arange(source, device=like.device)) * weight[:, :, None]
-    return taps.sum(1)
+    identity = torch.eye(source, dtype=like.dtype, device=like.device)
+    return interpolate(identity[None], target, mode="linear", align_corners=False)[0].mT
 
 
 class _SparseRows:
@@ -58,46 +55,30 @@ class _SparseRows:
 
     def __matmul__(self, pixels: Tensor) -> Tensor:
         """Multiply (n, columns, K) to (n, rows, K)."""
-        entries, rows = (n * pixels.shape[0] for n in self.sizes)
-        product = embedding_bag(
-            self.column[:entries],
-            pixels.flatten(0, 1),
-            self.start[:rows],
-            mode="sum",
-            per_sample_weights=self.weight[:entries],
-        )
-        return product.view(pixels.shape[0], -1, pixels.shape[2])
+        entries, rows = (n * len(pixels) for n in self.sizes)
+        bags, weight = (self.column[:entries], pixels.flatten(0, 1), self.start[:rows]), self.weight[:entries]
+        return embedding_bag(*bags, mode="sum", per_sample_weights=weight).unflatten(0, (len(pixels), -1))
 
 
 class UpsampledBands:
-    """Logits resized in bands of output rows; only one band is in memory.
-
-    Args:
-        logits: (B, K, h, w), any strides.
-        size: (H, W) of the output.
-    """
+    """Logits (B, K, h, w) of any strides, resized to (H, W) in bands of output rows; only one band is in memory."""
 
     def __init__(self, logits: Tensor, size: tuple[int, int]) -> None:
         _, classes, height, width = logits.shape
-        self.logits = logits
+        self.logits, (self.rows, columns) = logits, size
         self.dtype = torch.promote_types(logits.dtype, torch.float32)
-        self.rows, columns = size
         like = logits.new_empty((), dtype=self.dtype)
         # Indices and weights of a pixel take the memory of about 8 classes.
         self.band = max(1, min(self.rows, BAND_BYTES // (columns * (classes + 8) * like.itemsize)))
         self.class_axis = 2 if classes >= _CLASSES_LAST else 0
         self.row_index, self.row_weight = linear_taps(height, self.rows, like)
-        self.column_taps = [x.flatten() for x in linear_taps(width, columns, like)]
+        index, weight = (x.flatten() for x in linear_taps(width, columns, like))
         start = torch.arange(0, 2 * columns, 2, device=like.device)
-        self.columns = _SparseRows(self.column_taps[0], start, self.column_taps[1], width, self.band)
-
-    @cached_property
-    def columns_transposed(self) -> _SparseRows:
-        """Return the transpose of the matrix that resizes columns; its row j begins where the sorted taps reach j."""
-        index, weight = self.column_taps
-        sorted_index, order = index.sort(stable=True)
-        start = torch.searchsorted(sorted_index, torch.arange(self.logits.shape[3], device=index.device))
-        return _SparseRows(order // 2, start, weight[order], len(index) // 2, self.band)
+        self.columns = _SparseRows(index, start, weight, width, self.band)
+        # Row j of the transpose begins where the sorted taps reach j.
+        index, order = index.sort(stable=True)
+        start = torch.searchsorted(index, torch.arange(width, device=like.device))
+        self.columns_transposed = _SparseRows(order // 2, start, weight[order], columns, self.band)
 
     def images(self) -> Iterator[Tensor]:
         """Yield every image's logits (h, w, K)."""
@@ -109,9 +90,8 @@ class UpsampledBands:
 
     def upsample(self, image: Tensor, rows: slice) -> Tensor:
         """Return output rows (n, W, K) of an image (h, w, K)."""
-        before, after = self.row_index[rows].unbind(1)
-        weight = self.row_weight[rows, 1, None, None]
-        return self.columns @ image.index_select(0, before).lerp_(image.index_select(0, after), weight)
+        before, after = (image.index_select(0, index) for index in self.row_index[rows].unbind(1))
+        return self.columns @ before.lerp_(after, self.row_weight[rows, 1, None, None])
 
     def upsample_for_reduction(self, image: Tensor, rows: slice) -> Tensor:
         """Return what ``upsample`` does, with the classes on ``class_axis``, where reducing them is fastest."""

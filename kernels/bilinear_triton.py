@@ -14,8 +14,13 @@ def linear_taps(o_x, source, target):
 
 
 @triton.jit
-def load_upsampled(logits, i_b, i_y, o_x, o_k, m_xk, h, w, H, W, stride_b, stride_k, stride_h, stride_w):
-    """Return upsampled logits [BX, BK] of output row ``i_y``, 0 where masked."""
+def load_upsampled(logits, i_b, i_y, o_x, o_k, m_xk, sizes, strides):
+    """Return upsampled logits [BX, BK] of output row ``i_y``, in float32; 0 where masked.
+
+    Sizes are (K, h, w, H, W), strides those of the logits (B, K, h, w).
+    """
+    _, h, w, H, W = sizes
+    stride_b, stride_k, stride_h, stride_w = strides
     y_before, y_after, b_fy = linear_taps(i_y, h, H)
     x_before, x_after, b_fx = linear_taps(o_x, w, W)
     p_classes = logits + i_b * stride_b + o_k[None, :].to(tl.int64) * stride_k

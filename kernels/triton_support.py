@@ -24,13 +24,10 @@ def set_kernels(kernels: Kernels) -> Kernels:
 
     Args:
         kernels: ``auto`` (on CUDA from sm_80), ``triton`` (also on CPU tensors, if Triton's interpreter runs the
-            kernels) or ``torch`` (nowhere).
+            kernels) or ``torch`` (nowhere); another value is a ValueError.
 
     Returns:
         the previous value.
-
-    Raises:
-        ValueError: ``kernels`` is none of these.
     """
     global _kernels
     if kernels not in ("auto", "triton", "torch"):
@@ -47,11 +44,6 @@ def why_no_triton(device: torch.device) -> str | None:
         return None if _INTERPRETED else f"the device is {device.type}, and TRITON_INTERPRET=1 is not set"
     major, minor = torch.cuda.get_device_capability(device)
     return None if major >= 8 else f"the GPU has compute capability {major}.{minor}, the kernels need 8.0"
-
-
-def is_interpreted() -> bool:
-    """Return whether Triton's interpreter runs the kernels."""
-    return _INTERPRETED
 
 
 def prefers_triton(*tensors: Tensor) -> bool:

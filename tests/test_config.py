@@ -52,10 +52,16 @@ def test_damaged_settings_of_a_run_are_named(right: str, wrong: str, message: st
         from_plain(RunConfig, [], "config.run")
 
 
-def test_settings_that_an_earlier_version_lacked_take_their_defaults() -> None:
-    config = json.loads(Config(train=TrainConfig(lr=0.5)).to_json())
-    del config["train"]["conf_thresh"], config["eval"]["times"]
-    assert from_plain(Config, config, "config") == Config(train=TrainConfig(lr=0.5))
+def test_settings_that_earlier_versions_lacked_take_their_defaults(tmp_path: Path) -> None:
+    config = changed(Config(), train={"lr": 0.5}, data={"crop": 65})
+    fields = json.loads(config.to_json())
+    del fields["train"]["ema"], fields["data"]["workers"], fields["eval"]
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    assert Config.read(tmp_path / "config.json") == config
+    for text in ('{"train": {"lr": 0.5, "momentum": 0.9}}', '{"id2label": {}}', "[]"):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(InputError, match=r"config\.json holds no settings of a run"):
+            Config.read(tmp_path / "config.json")
 
 
 @pytest.mark.parametrize(

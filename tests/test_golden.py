@@ -8,7 +8,7 @@ BatchNorm), and cannot hide an error of ours, since it does not involve the file
 
 import json
 import os
-from collections.abc import Callable, Iterable
+import re
 from pathlib import Path
 
 import numpy as np
@@ -65,29 +65,9 @@ class Golden:
         return recorded.get(mode, recorded).get(name, 0.0) if isinstance(recorded, dict) else 0.0
 
 
-def assert_parity(name: str, compute: Callable[[Golden], Results], prefixes: Iterable[str] = ()) -> None:
-    """Compare what ``compute`` returns with the file; it must return every tensor under ``prefixes`` or of a mode."""
-    golden = Golden(name)
-    prefixes = [*prefixes, *(f"{mode}/" for mode in golden.meta.get("modes", ()))]
-    results, doubles = compute(golden), compute(Golden(name, torch.float64))
-    missing = [key for key in golden.tensors if key.startswith(tuple(prefixes)) and key not in results]
-    assert not missing
-    for key, value in results.items():
-        expected = golden[key]
-        if not expected.is_floating_point():
-            assert torch.equal(value, expected), key
-            continue
-        error, noise = (relative_error(value, x) for x in (expected, doubles[key]))
-        assert error <= max(1e-5, 10 * noise, 10 * golden.noise(key)), f"{key}: {error:.1e}, noise {noise:.1e}"
-
-
-def golden_files(prefix: str) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("name", [name for name in FILES if name.startswith(prefix)])
-
-
-def test_every_file_is_run() -> None:
-    assert FILES
-    assert all(name.startswith(("a_", "b_allspark", "b_semidecoder", "c_", "d_", "x_")) for name in FILES)
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    difference = (actual.double() - expected.double()).abs().max()
+    return (difference / expected.double().abs().max().clamp(min=1e-30)).item()
 
 
 def options(meta: dict) -> AllSparkOptions:
@@ -100,11 +80,6 @@ def upsample(logits: Tensor, size: tuple[int, int]) -> Tensor:
 
 def memory_results(attention: CrossAttention) -> Results:
     return {"queue_after": attention.kv_queue, "ptr_after": attention.queue_ptr}
-
-
-@golden_files("a_")
-def test_cross_attention(name: str) -> None:
-    assert_parity(name, cross_attention_results)
 
 
 def cross_attention_results(golden: Golden) -> Results:
@@ -126,11 +101,6 @@ def cross_attention_results(golden: Golden) -> Results:
     return results
 
 
-@golden_files("b_allspark")
-def test_bottleneck(name: str) -> None:
-    assert_parity(name, bottleneck_results)
-
-
 def bottleneck_results(golden: Golden) -> Results:
     meta = golden.meta
     results: Results = {}
@@ -149,11 +119,6 @@ def bottleneck_results(golden: Golden) -> Results:
         inputs["en"] = feature_map  # the stored gradient is named en for either input
         results |= {f"{mode}/out": output.detach(), **golden.gradients(f"{mode}/", inputs, bottleneck)}
     return results
-
-
-@golden_files("b_semidecoder")
-def test_decoder(name: str) -> None:
-    assert_parity(name, decoder_results)
 
 
 def decoder_results(golden: Golden) -> Results:
@@ -188,11 +153,6 @@ def build_model(meta: dict) -> Segmentor:
     return Segmentor(encoder, Decoder(head, bottleneck))
 
 
-@golden_files("c_")
-def test_model(name: str) -> None:
-    assert_parity(name, model_results, ["g/", "feat", "eval_rect_out", "eval_b1", "logits_u_eval", "train_out"])
-
-
 def model_results(golden: Golden) -> Results:
     meta = golden.meta
     size = (meta["crop"], meta["crop"])
@@ -221,7 +181,57 @@ def model_results(golden: Golden) -> Results:
     return results | memory_results(model.decoder.allspark.attn)
 
 
-@golden_files("d_")
+def loss_and_metric_results(golden: Golden) -> Results:
+    confusion = ConfusionMatrix(len(golden["iou/inter"]))
+    confusion.update(golden["iou/pred"], golden["iou/target"])
+    assert torch.equal(confusion.compute().iou, golden["iou/inter"] / golden["iou/union"].clamp(min=1).double())
+    rates = golden.tensors["lr/backbone_by_step"]
+    ours = poly_lr(torch.arange(len(rates)), len(rates), 0.001)
+    torch.testing.assert_close(ours, rates.double(), rtol=1e-6, atol=0)
+    matrix = confusion.compute().confusion
+    results = {"iou/inter": matrix.diagonal(), "iou/target_area": matrix.sum(1)}
+    for case in sorted({key.split("/")[0] for key in golden.tensors if key.startswith("ohem")}):
+        min_kept, threshold = golden[f"{case}/cfg"].tolist()
+        logits = golden[f"{case}/pred"].requires_grad_()
+        target = golden[f"{case}/y"].long()
+        loss = upsample_cross_entropy(logits, target, ohem_threshold=round(threshold, 6), ohem_min_kept=int(min_kept))
+        loss.backward()
+        results |= {f"{case}/loss": loss.detach()[None], f"{case}/grad": logits.grad}
+    return results
+
+
+# By prefix of the files: what computes their tensors, and the pattern of those that it must compute.
+RESULTS = {
+    "a_": (cross_attention_results, "ptr_after"),
+    "b_allspark": (bottleneck_results, "ptr_after"),
+    "b_semidecoder": (decoder_results, "ptr_after"),
+    "c_": (model_results, "g/|feat|eval_rect_out|eval_b1|logits_u_eval|train_out"),
+    "x_": (loss_and_metric_results, ".*/(loss|grad)$|iou/inter|iou/target_area"),
+}
+
+
+def golden_files(*, trajectories: bool) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("name", [name for name in FILES if name.startswith("d_") == trajectories])
+
+
+@golden_files(trajectories=False)
+def test_parity(name: str) -> None:
+    """``RESULTS`` tells which tensors must be computed, beside all of a mode."""
+    compute, pattern = next(x for prefix, x in RESULTS.items() if name.startswith(prefix))
+    golden = Golden(name)
+    pattern = "|".join([pattern, *(f"{mode}/" for mode in golden.meta.get("modes", ()))])
+    results, doubles = compute(golden), compute(Golden(name, torch.float64))
+    assert [key for key in golden.tensors if re.match(pattern, key) and key not in results] == []
+    for key, value in results.items():
+        expected = golden[key]
+        if not expected.is_floating_point():
+            assert torch.equal(value, expected), key
+            continue
+        error, noise = (relative_error(value, x) for x in (expected, doubles[key]))
+        assert error <= max(1e-5, 10 * noise, 10 * golden.noise(key)), f"{key}: {error:.1e}, noise {noise:.1e}"
+
+
+@golden_files(trajectories=True)
 def test_trajectory(name: str) -> None:
     golden = Golden(name)
     meta = golden.meta
@@ -245,35 +255,3 @@ def test_trajectory(name: str) -> None:
     for key in final:
         value, expected = weights[key.removeprefix("w3/")], golden[key].squeeze()
         assert relative_error(value.squeeze(), expected) <= 1e-4, key
-
-
-def relative_error(actual: Tensor, expected: Tensor) -> float:
-    difference = (actual.double() - expected.double()).abs().max()
-    return (difference / expected.double().abs().max().clamp(min=1e-30)).item()
-
-
-@golden_files("x_")
-def test_losses_and_metric(name: str) -> None:
-    golden = Golden(name)
-    assert_parity(name, loss_results, [key for key in golden.tensors if key.endswith(("/loss", "/grad"))])
-    confusion = ConfusionMatrix(len(golden["iou/inter"]))
-    confusion.update(golden["iou/pred"], golden["iou/target"])
-    assert torch.equal(confusion.matrix.diagonal(), golden["iou/inter"])
-    assert torch.equal(confusion.matrix.sum(1), golden["iou/target_area"])
-    assert torch.equal(confusion.compute().iou, golden["iou/inter"] / golden["iou/union"].clamp(min=1).double())
-    rates = golden.tensors["lr/backbone_by_step"]
-    ours = poly_lr(torch.arange(len(rates)), len(rates), 0.001)
-    torch.testing.assert_close(ours, rates.double(), rtol=1e-6, atol=0)
-
-
-def loss_results(golden: Golden) -> Results:
-    results: Results = {}
-    for case in sorted({key.split("/")[0] for key in golden.tensors if key.startswith("ohem")}):
-        min_kept, threshold = golden[f"{case}/cfg"].tolist()
-        logits = golden[f"{case}/pred"].requires_grad_()
-        target = golden[f"{case}/y"].long()
-        loss = upsample_cross_entropy(logits, target, ohem_threshold=round(threshold, 6), ohem_min_kept=int(min_kept))
-        loss.backward()
-        results |= {f"{case}/loss": loss.detach()[None], f"{case}/grad": logits.grad}
-    assert results
-    return results

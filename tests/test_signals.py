@@ -14,6 +14,7 @@ import pytest
 from allspark_fast.__main__ import main
 from allspark_fast.inference.evaluate import evaluate
 from allspark_fast.inference.metrics import Scores
+from allspark_fast.training import checkpoint
 from allspark_fast.training import trainer as trainer_module
 from allspark_fast.training.checkpoint import load_latest_checkpoint
 from allspark_fast.training.log import read_metrics
@@ -71,7 +72,7 @@ def test_after_signals_during_evaluations(tmp_path: Path, monkeypatch: pytest.Mo
     assert first["evaluation_due"]
     assert not any("miou" in record for record in read_metrics(broken))
     with monkeypatch.context() as dying:
-        dying.setattr(trainer_module, "save_checkpoint", Mock(side_effect=KeyboardInterrupt))
+        dying.setattr(checkpoint, "save_checkpoint", Mock(side_effect=KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             train(config, broken)
     assert "miou" in read_metrics(broken)[-1]

@@ -4,9 +4,11 @@ Those that take more than a recipe have a ``PARSER`` too.
 """
 
 import argparse
-import sys
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
+
+from allspark_fast.errors import InputError
+from allspark_fast.files import require_parent
 
 # Each is imported only when it runs.
 COMMANDS = {
@@ -14,27 +16,26 @@ COMMANDS = {
     "compare": "compare [RECIPE] [--methods ...] [--seeds ...] [--labels ...]: do unlabeled images help?",
     "evaluate": "evaluate WEIGHTS [RECIPE ...]: score weights on the validation images of their run, or of a recipe",
     "predict": "predict WEIGHTS IMAGE|FOLDER|PATTERN ...: label images",
-    "convert": "convert SRC DST: convert weights of the public AllSpark code or of Hugging Face to ours, and back",
+    "convert": "convert SRC DST: convert weights of the public AllSpark code to ours, and back",
     "export": "export WEIGHTS OUT: write a model as one graph, .pt2 or .onnx",
-    "info": "info [WEIGHTS]: describe a file of weights, or, without one, this machine",
+    "info": "info WEIGHTS: describe a file of weights",
     "selftest": "selftest: check every kernel on this machine's device",
     "check": "check [RECIPE] [--group.field value ...]: list every problem of the data set",
     "splits": "splits ROOT [AMOUNT]: choose which images to train on with their labels, and which to validate on",
 }
 
 
-class _Parser(argparse.ArgumentParser):
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        # Before Python 3.12, argparse gives an empty list for a positional argument that is a second "--".
-        if list(sys.argv[1:] if args is None else args).count("--") > 1:
-            self.error("-- is allowed only once")
-        return super().parse_known_args(args, namespace)
-
-
 def command_parser(name: str) -> argparse.ArgumentParser:
     """Build a parser for a command's arguments that says what the command is for."""
     _, _, description = COMMANDS[name].partition(": ")
-    return _Parser(prog=f"python -m allspark_fast {name}", description=description)
+    return argparse.ArgumentParser(prog=f"python -m allspark_fast {name}", description=description)
+
+
+def require_new(path: Path, *, overwrite: bool) -> None:
+    """Check, before work starts, that a file can be written without replacing one, unless that is asked for."""
+    if path.exists() and not overwrite:
+        raise InputError(f"{path} exists: pass --overwrite to replace it")
+    require_parent(path)
 
 
 def property_table(properties: Mapping[str, str]) -> str:

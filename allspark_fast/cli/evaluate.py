@@ -14,27 +14,21 @@ from allspark_fast.data.sources import open_val
 from allspark_fast.device import choose_device
 from allspark_fast.errors import InputError
 from allspark_fast.files import require_parent, write_atomically
-from allspark_fast.inference.evaluate import evaluate
-from allspark_fast.inference.scores import draw_confusion, score_record, score_table
+from allspark_fast.inference.evaluate import evaluate, match_classes
+from allspark_fast.inference.scores import score_record, score_table
 from allspark_fast.recipes import RECIPES
 from allspark_fast.weights.spec import load_model
 
 PARSER = command_parser("evaluate")
-PARSER.usage = "%(prog)s WEIGHTS [--split FILE] [--json FILE] [--confusion FILE] [RECIPE [--group.field value ...]]"
+PARSER.usage = "%(prog)s WEIGHTS [--split FILE] [--json FILE] [RECIPE [--group.field value ...]]"
 PARSER.epilog = (
     f"RECIPE ({', '.join(RECIPES)}) and its settings, as `check` takes them, say where the images are and how they "
-    "are evaluated; without it, WEIGHTS must be a run folder, and the settings are those of the run. Crop and "
-    "normalization are those of the weights."
+    "are evaluated; without it, WEIGHTS must be a run folder or a file of it, and the settings are those of the run. "
+    "Crop, normalization and classes are those of the weights; labels are matched to them by name."
 )
 PARSER.add_argument("weights", metavar="WEIGHTS", type=Path, help="a run folder, or a file; a file needs a RECIPE")
 PARSER.add_argument("--split", type=Path, metavar="FILE", help="split file to score, if not the validation images")
-PARSER.add_argument("--json", type=Path, metavar="FILE", help="write all scores to this file")
-PARSER.add_argument(
-    "--confusion",
-    type=Path,
-    metavar="FILE",
-    help="draw the confusion matrix into this file; default for a run without RECIPE: its confusion.png",
-)
+PARSER.add_argument("--json", type=Path, metavar="FILE", help="write all scores and the confusion matrix to this file")
 
 
 def run(arguments: list[str]) -> int:
@@ -42,44 +36,43 @@ def run(arguments: list[str]) -> int:
     options, settings = PARSER.parse_known_args(arguments)
     if settings and settings[0].startswith("-"):
         PARSER.error(f"unrecognized arguments: {' '.join(settings)} (settings come after a RECIPE)")
+    # Of a run folder, or of a file in it, such as checkpoints/step_00000012.pt.
+    files = [folder / "config.json" for folder in (options.weights, *options.weights.parents[:2])]
     if settings:
         _, config = parse_config(settings, "evaluate WEIGHTS")
-        picture = options.confusion
+    elif found := [file for file in files if file.is_file()]:
+        config = Config.read(found[0])
     else:
-        if not (options.weights / "config.json").is_file():
-            raise FileNotFoundError(
-                f"{options.weights}: not a run folder (no config.json); for other weights name a RECIPE"
-            )
-        config = Config.read(options.weights / "config.json")
-        picture = options.confusion or options.weights / "confusion.png"
+        raise FileNotFoundError(
+            f"{options.weights}: not a run folder (no config.json); for other weights name a RECIPE"
+        )
     if options.split is not None:
         if config.data.dataset == "scenes":
             raise InputError("--split: rendered scenes have no split files; leave it out")
         config = replace(config, data=replace(config.data, val=options.split))
-    for file in filter(None, (options.json, picture)):
-        require_parent(file)
+    if options.json is not None:
+        require_parent(options.json)
     device = choose_device(config.run.device)
     info, images = open_val(config.data)
     model, spec = load_model(options.weights)
-    known, found = len(spec.info.classes), len(info.classes)
-    if known != found:
-        raise InputError(f"{options.weights} has {known} classes, but the labels of {info.name} have {found}")
+    indices = match_classes(spec.info, info)
     workers, pin_memory = config.eval.workers, device.type == "cuda"
-    samples = evaluation_loader(images, mean=spec.mean, std=spec.std, num_workers=workers, pin_memory=pin_memory)
+    loader = evaluation_loader(images, mean=spec.mean, std=spec.std, num_workers=workers, pin_memory=pin_memory)
+    bar = tqdm(loader, total=len(images.entries), unit="image", dynamic_ncols=True)
     scores = evaluate(
         model.to(device),
-        tqdm(samples, total=len(images.entries), unit="image", dynamic_ncols=True),
-        found,
+        (sample._replace(label=indices[sample.label.long()]) for sample in bar),
+        len(spec.info.classes),
         mode=config.eval.mode,
         crop=spec.crop,
         device=device,
         batch_size=config.eval.batch_size,
         amp=config.train.amp,
     )
-    print(score_table(scores, info))
+    if spec.info.classes != info.classes:
+        print(f"classes in the order of the weights; the labels of {info.name} have another, and are matched by name")
+    print(score_table(scores, spec.info))
     if options.json is not None:
-        record = json.dumps(score_record(scores, info), indent=2)
+        record = json.dumps(score_record(scores, spec.info), indent=2)
         write_atomically(options.json, lambda temporary: temporary.write_text(record, encoding="utf-8"))
-    if picture is not None:
-        draw_confusion(picture, scores, info)
     return 0

@@ -6,7 +6,14 @@ from pathlib import Path
 from tqdm import tqdm
 
 from allspark_fast.cli import command_parser
-from allspark_fast.inference.predict import MAX_WHOLE_PIXELS, OutputFolder, Predictor, find_images, predict_files
+from allspark_fast.inference.predict import (
+    MAX_WHOLE_PIXELS,
+    OTHER_SUFFIXES,
+    OutputFolder,
+    Predictor,
+    find_images,
+    predict_files,
+)
 from allspark_fast.weights.spec import load_model
 
 PARSER = command_parser("predict")
@@ -36,32 +43,28 @@ _MODE.add_argument(
     "--window", dest="mode", action="store_const", const="sliding", help="slide a window as large as a training crop"
 )
 PARSER.add_argument(
-    "--batch",
-    type=int,
-    default=1,
-    help="images of equal size predicted together; memory grows with it; default: %(default)s",
-)
-PARSER.add_argument(
     "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto (default): a GPU if there is one"
 )
 PARSER.add_argument("--half", action="store_true", help="bfloat16 autocast, on a GPU: faster, less exact")
 
 
 def run(arguments: list[str]) -> int:
-    """Label images; 1 if one of them cannot be read or a prediction not be written."""
+    """Label images; 1 if one of them was left out, cannot be read, or its prediction not be written."""
     options = PARSER.parse_args(arguments)
-    if options.batch < 1:
-        PARSER.error(f"--batch must be at least 1, got {options.batch}")
     model, spec = load_model(options.weights)
     predictor = Predictor(model, spec, device=options.device, mode=options.mode, half=options.half)
-    images = find_images(options.images, skip=options.out)
+    images, others = find_images(options.images, skip=options.out)
     output = OutputFolder(options.out, spec.info, confidence=options.confidence)
     output.claim(images, overwrite=options.overwrite)
-    done = predict_files(predictor, images, output, batch_size=options.batch)
     failed = 0
-    for error in tqdm(done, total=len(images), unit="image"):
+    for error in tqdm(predict_files(predictor, images, output), total=len(images), unit="image"):
         if error is not None:
             failed += 1
             tqdm.write(f"error: {error}", file=sys.stderr)
     print(f"{options.out}: {len(images) - failed} images labeled" + (f", {failed} failed" if failed else ""))
-    return int(failed > 0)
+    left_out = [path for path in others if path.suffix.lower() in OTHER_SUFFIXES]
+    for path in left_out:
+        print(f"error: {path}: left out, because of its suffix; convert it, or name it alone", file=sys.stderr)
+    if rest := [str(path) for path in others if path not in left_out]:
+        print(f"{len(rest)} files that are no images were left out, {rest[0]!r} first")
+    return int(failed > 0 or bool(left_out))

@@ -4,13 +4,18 @@ import torch
 
 from allspark_fast.cli import command_parser
 from allspark_fast.kernels.selftest import check_kernels, passed, results_table
+from allspark_fast.kernels.triton_support import why_no_triton
 
 PARSER = command_parser("selftest")
 
 
 def run(arguments: list[str]) -> int:
-    """Check the kernels and print a table; 1 if one fails."""
+    """Say which kernels run on this machine and why, check them and print a table; 1 if one fails."""
     PARSER.parse_args(arguments)
-    results = check_kernels(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    why_not = "Triton has no kernels for CPUs" if device.type == "cpu" else why_no_triton(device)
+    kernels = "Triton" if why_not is None else f"plain torch, because {why_not}"
+    print(f"torch {torch.__version__} on {device}, kernels: {kernels}")
+    results = check_kernels(device)
     print(results_table(results))
     return int(not passed(results))

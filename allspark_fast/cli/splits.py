@@ -7,7 +7,7 @@ from allspark_fast.cli import command_parser
 from allspark_fast.data.check import check_unused
 from allspark_fast.data.datasets import Entry, SegmentationDataset, find_split, read_split, scan_folder
 from allspark_fast.data.info import read_info
-from allspark_fast.data.splits import classes_of, make_split, parse_amount, write_split
+from allspark_fast.data.splits import make_split, parse_amount, read_classes, write_split
 from allspark_fast.errors import DataError, InputError
 
 PARSER = command_parser("splits")
@@ -45,9 +45,9 @@ def run(arguments: list[str]) -> int:
         entries = _without_val(options.root, entries)
     if not any(entry.label for entry in entries):
         raise DataError(f"{options.root}: no image has a label; labels/a.png belongs to images/a.jpg (or .png, ...)")
-    named = options.list is None or (options.root / "meta.json").is_file()
+    named = (options.root / "meta.json").is_file()
     dataset = SegmentationDataset(options.root, entries, info=read_info(options.root) if named else None)
-    classes = classes_of(dataset)
+    classes = read_classes(dataset)
     val: list[Entry] = []
     if options.val is not None:
         kept = _labeled(entries) - parse_amount(options.val, _labeled(entries))

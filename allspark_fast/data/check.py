@@ -3,27 +3,29 @@
 import posixpath
 import re
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
-from allspark_fast.data.datasets import SegmentationDataset, Sources, require_equal_size
+from allspark_fast.data.datasets import SegmentationDataset, Sources, require_equal_size, stem_of
 from allspark_fast.data.images import (
     IMAGE_SUFFIXES,
+    decode,
     list_files,
-    list_images,
     map_in_threads,
-    read_orientation,
+    orientation_of,
     require_bytes,
     resolve_path,
-    values_of,
 )
 from allspark_fast.data.info import IGNORE_INDEX, DatasetInfo
+from allspark_fast.data.labels import values_of
 from allspark_fast.errors import DataError
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -44,50 +46,39 @@ class Problem:
         return f"{'warning' if self.is_warning else 'error'}: {self.file}: {self.message}"
 
 
-@dataclass
-class _Reading:
+class _Reading(NamedTuple):
     """What the files of an entry showed; ``turned`` is its image, if EXIF turns it and it has a label."""
 
-    problems: list[Problem] = field(default_factory=list)
+    problems: list[Problem]
     size: tuple[int, int] | None = None
     values: Set[int] = frozenset()
     turned: str | None = None
 
 
-@contextmanager
-def _noted(problems: list[Problem], root: Path, file: str) -> Iterator[None]:
-    """Add a problem if the file cannot be used."""
-    try:
-        yield
-    except DataError as error:
-        message = str(error).removeprefix(f"{root / file}: ").removeprefix(f"{file}: ")
-        problems.append(Problem(file, message))
-
-
 def _read(dataset: SegmentationDataset, needs_labels: bool, chosen: Set[int], index: int) -> _Reading:
     """Read the files of a chosen entry; of others, check that they exist."""
-    root, entry, reading = dataset.root, dataset.entries[index], _Reading()
-    if needs_labels and entry.label is None:
-        reading.problems.append(Problem(entry.image, "has no label, but its list needs labels"))
-    with _noted(reading.problems, root, entry.image):
-        if index in chosen:
-            reading.size = dataset.image(index).size
-        else:
-            require_bytes(resolve_path(root, entry.image))
+    root, entry, problems = dataset.root, dataset.entries[index], list[Problem]()
+
+    def attempt(file: str, read: Callable[[int], Result]) -> Result | None:
+        try:
+            if index in chosen:
+                return read(index)
+            require_bytes(resolve_path(root, file))
+        except DataError as error:
+            problems.append(Problem(file, str(error).removeprefix(f"{root / file}: ").removeprefix(f"{file}: ")))
+        return None
+
+    image = attempt(entry.image, dataset.image)
     if not needs_labels or entry.label is None:
-        return reading
-    with _noted(reading.problems, root, entry.label):
-        if index not in chosen:
-            require_bytes(resolve_path(root, entry.label))
-            return reading
-        label = dataset.label(index)
-        assert label is not None
-        reading.values = frozenset(values_of(label))
-        if reading.size is not None:
-            require_equal_size(entry, reading.size, label.size)
-            if read_orientation(resolve_path(root, entry.image)) != 1:
-                reading.turned = entry.image
-    return reading
+        if needs_labels:
+            problems.insert(0, Problem(entry.image, "has no label, but its list needs labels"))
+        return _Reading(problems, None if image is None else image.size)
+    label = attempt(entry.label, dataset.label)
+    if label is None or image is None:
+        return _Reading(problems, None if image is None else image.size, frozenset((label and values_of(label)) or ()))
+    turned = image.size == label.size and decode(resolve_path(root, entry.image), orientation_of) != 1
+    attempt(entry.label, lambda _: require_equal_size(entry, image.size, label.size))
+    return _Reading(problems, image.size, frozenset(values_of(label)), entry.image if turned else None)
 
 
 def _check_overlaps(lists: dict[str, SegmentationDataset], labeled_only: bool) -> Iterator[Problem]:
@@ -104,30 +95,28 @@ def check_unused(root: Path) -> list[Problem]:
     Args:
         root: folder of a dataset; if it has no images/, there is nothing to say.
     """
-    problems = []
+    problems, used, others = list[Problem](), dict[str, dict[str, Path]](), dict[str, Path]()
     for folder in ("images", "labels"):
-        files = [x.relative_to(root) for x in list_files(root / folder) if x.suffix.lower() not in IMAGE_SUFFIXES]
-        if files:
-            message = f"{_files_left_out(files)}: its suffix is none of {', '.join(IMAGE_SUFFIXES)}; convert images"
-            problems.append(Problem(folder, message, is_warning=True))
-    images = {_stem(file, root / "images") for file in list_images(root / "images")}
-    labels = [file for file in list_images(root / "labels") if _stem(file, root / "labels") not in images]
-    if images and labels:
-        unmatched = [file.relative_to(root) for file in labels]
-        folded = {_fold(_stem(x, root / "images")): x.relative_to(root) for x in list_files(root / "images")}
-        likely = _likely_image(_fold(_stem(labels[0], root / "labels")), folded)
-        reason = "no image has that name" if likely is None else f"{likely} is probably its image"
-        message = f"{_files_left_out(unmatched)}: {reason}; give image and label the same name before the suffix"
-        problems.append(Problem("labels", message, is_warning=True))
+        stems = {file: stem_of(file, root / folder) for file in list_files(root / folder)}
+        used[folder] = {stem: file for file, stem in stems.items() if file.suffix.lower() in IMAGE_SUFFIXES}
+        left_out = [file for file in stems if file.suffix.lower() not in IMAGE_SUFFIXES]
+        reason = f"its suffix is none of {', '.join(IMAGE_SUFFIXES)}; convert images"
+        problems.extend(_left_out(root, folder, left_out, reason))
+        if folder == "images":
+            others = {_fold(stem): file for file, stem in stems.items()}
+    unmatched = [stem for stem in used["labels"] if stem not in used["images"]]
+    if used["images"] and unmatched:
+        likely = _likely_image(_fold(unmatched[0]), others)
+        reason = "no image has that name" if likely is None else f"{likely.relative_to(root)} is probably its image"
+        reason += "; give image and label the same name before the suffix"
+        problems.extend(_left_out(root, "labels", [used["labels"][stem] for stem in unmatched], reason))
     return problems
 
 
-def _files_left_out(files: Sequence[Path]) -> str:
-    return f"{len(files)} {'file is' if len(files) == 1 else 'files are'} left out, {files[0].as_posix()!r} first"
-
-
-def _stem(file: Path, folder: Path) -> str:
-    return file.relative_to(folder).with_suffix("").as_posix()
+def _left_out(root: Path, folder: str, files: Sequence[Path], reason: str) -> Iterator[Problem]:
+    if files:
+        count = f"{len(files)} {'file is' if len(files) == 1 else 'files are'} left out"
+        yield Problem(folder, f"{count}, {files[0].relative_to(root).as_posix()!r} first: {reason}", is_warning=True)
 
 
 def _fold(name: str) -> str:

@@ -8,8 +8,9 @@ from typing import Protocol
 
 from PIL import Image
 
-from allspark_fast.data.images import IMAGE_SUFFIXES, list_images, read_image, read_label, resolve_path, values_of
+from allspark_fast.data.images import IMAGE_SUFFIXES, list_images, read_image, resolve_path
 from allspark_fast.data.info import DatasetInfo
+from allspark_fast.data.labels import read_label
 from allspark_fast.errors import DataError
 
 
@@ -89,14 +90,17 @@ def read_split(path: str | Path) -> list[Entry]:
     return entries
 
 
+def stem_of(file: Path, folder: Path) -> str:
+    """Return what a label and its image have in common: the path below their folders, without the suffix."""
+    return file.relative_to(folder).with_suffix("").as_posix()
+
+
 def _files_by_stem(folder: Path) -> dict[str, Path]:
-    """Return the image files below a folder by their path without suffix."""
     files: dict[str, Path] = {}
     for file in list_images(folder):
-        key = file.relative_to(folder).with_suffix("").as_posix()
-        if key in files:
-            raise DataError(f"{file}: has the same stem as {files[key].name}; keep one (stems match labels to images)")
-        files[key] = file
+        first = files.setdefault(stem_of(file, folder), file)
+        if first is not file:
+            raise DataError(f"{file}: has the same stem as {first.name}; keep one (stems match labels to images)")
     return files
 
 
@@ -199,40 +203,19 @@ class SegmentationDataset:
         self.info = info
 
     def image(self, index: int) -> Image.Image:
-        """Read the RGB image alone.
-
-        Raises:
-            DataError: the file is missing, unreadable or outside the root.
-        """
+        """Read the RGB image alone, see ``read_image``."""
         return read_image(resolve_path(self.root, self.entries[index].image))
 
     def label(self, index: int) -> Image.Image | None:
-        """Read the label alone: class indices (mode L, 255 ignored), None where the entry has none.
-
-        Raises:
-            DataError: the file is missing, unreadable or outside the root, or a value or color stands for no class.
-        """
-        path, info = self.entries[index].label, self.info
-        if path is None:
-            return None
-        label = read_label(resolve_path(self.root, path), None if info is None else info.label_colors())
-        if info is None:
-            return label
-        indices = info.class_indices()
-        wrong = [value for value in values_of(label) if value not in indices]
-        if wrong:
-            expected = f"the values {list(info.values)}" if info.values else f"the indices 0..{len(info.classes) - 1}"
-            raise DataError(
-                f"{path}: holds {wrong}, but the {len(info.classes)} classes of {info.name} have {expected}; convert"
-                " the label, or list the missing classes, or the values of the classes, in meta.json"
-            )
-        return label.point([indices.get(value, value) for value in range(256)])
+        """Read the label alone, see ``read_label``; None where the entry has none."""
+        path = self.entries[index].label
+        return None if path is None else read_label(resolve_path(self.root, path), self.info)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, Image.Image | None]:
         """Read one sample: an RGB image and its label (mode L, 255 ignored), None where the entry has none.
 
         Raises:
-            DataError: as for ``image`` and ``label``, or their sizes differ.
+            DataError: a file is missing, unreadable, outside the root or not what it should be, or the sizes differ.
         """
         image, label = self.image(index), self.label(index)
         if label is not None:

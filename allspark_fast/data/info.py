@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from allspark_fast.data.images import Color, list_images, map_in_threads, read_label, values_of
 from allspark_fast.errors import DataError
 
+Color = tuple[int, int, int]
 Palette = tuple[Color, ...]
 
 IGNORE_INDEX = 255
@@ -72,35 +72,6 @@ def hex_palette(text: str) -> Palette:
     return _padded([(color[0], color[1], color[2]) for color in map(bytes.fromhex, text.split())])
 
 
-# Cityscapes by train IDs, as in the gtFine_labelTrainIds files; of COCO, the 80 thing classes in the order of their
-# category IDs, after the background.
-_CLASSES = {
-    "pascal": "background, aeroplane, bicycle, bird, boat, bottle, bus, car, cat, chair, cow, diningtable, dog, horse,"
-    " motorbike, person, pottedplant, sheep, sofa, train, tvmonitor",
-    "cityscapes": "road, sidewalk, building, wall, fence, pole, traffic light, traffic sign, vegetation, terrain, sky,"
-    " person, rider, car, truck, bus, train, motorcycle, bicycle",
-    "coco": "background, person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire"
-    " hydrant, stop sign, parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear, zebra, giraffe,"
-    " backpack, umbrella, handbag, tie, suitcase, frisbee, skis, snowboard, sports ball, kite, baseball bat, baseball"
-    " glove, skateboard, surfboard, tennis racket, bottle, wine glass, cup, fork, knife, spoon, bowl, banana, apple,"
-    " sandwich, orange, broccoli, carrot, hot dog, pizza, donut, cake, chair, couch, potted plant, bed, dining table,"
-    " toilet, tv, laptop, mouse, remote, keyboard, cell phone, microwave, oven, toaster, sink, refrigerator, book,"
-    " clock, vase, scissors, teddy bear, hair drier, toothbrush",
-    "camvid": "sky, building, pole, road, pavement, tree, signsymbol, fence, car, pedestrian, bicyclist",
-}
-_PALETTES = {
-    "cityscapes": "804080 f423e8 464646 66669c be9999 999999 faaa1e dcdc00 6b8e23 98fb98 4682b4 dc143c ff0000 00008e"
-    " 000046 003c64 005064 0000e6 770b20",
-    "camvid": "808080 800000 c0c080 804080 3c28de 808000 c08080 404080 400080 404000 0080c0",
-}
-DATASETS = {
-    name: DatasetInfo(
-        name, tuple(classes.split(", ")), hex_palette(_PALETTES[name]) if name in _PALETTES else VOC_PALETTE
-    )
-    for name, classes in _CLASSES.items()
-}
-
-
 def _expect(holds: bool, message: str) -> None:
     if not holds:
         raise ValueError(message)
@@ -145,39 +116,38 @@ def parse_meta(meta: Any, name: str) -> DatasetInfo:
     return DatasetInfo(name, tuple(classes), palette, ignore_index, tuple(values) if "values" in meta else None)
 
 
-def _infer_info(root: Path, file: Path) -> DatasetInfo:
-    labels = list_images(root / "labels")
-    values = set().union(*map_in_threads(lambda path: values_of(read_label(path)), labels))
-    highest = max(values - {IGNORE_INDEX}, default=-1)
-    if highest < 0:
-        raise DataError(f"{root}: no class in labels/ and no meta.json; name the classes in {file}")
-    if highest == 0:
-        raise DataError(
-            f"{root}: no meta.json, and labels/ holds no class but 0 (255 is ignored); write {file}, for"
-            ' black-and-white masks {"classes": ["background", "object"], "values": [0, 255]}'
-        )
-    return DatasetInfo(root.name, tuple(f"class {index}" for index in range(highest + 1)), VOC_PALETTE)
-
-
 def read_info(root: str | Path) -> DatasetInfo:
     """Read the metadata of a folder with images/ and labels/.
 
     ``meta.json`` is an object with the keys "classes": [name, ...] and, optionally, "ignore_index": 255, "palette":
     [[r, g, b], ...] and "values": [0, 1, ...]. "values" gives the value of each class in label files, if that is not
-    its index: [0, 255] for black-and-white masks. Without the file, the number of classes is the highest index in
-    ``labels/`` plus one, which reads every label.
+    its index: [0, 255] for black-and-white masks.
 
     Args:
-        root: folder that holds ``images/``, ``labels/`` and, optionally, ``meta.json``.
+        root: folder that holds ``images/``, ``labels/`` and ``meta.json``.
 
     Raises:
-        DataError: ``meta.json`` is not valid, or there is neither it nor any label.
+        DataError: there is no ``meta.json``, or it is not valid.
     """
     root = Path(root).resolve()
     file = root / "meta.json"
     if not file.is_file():
-        return _infer_info(root, file)
+        raise DataError(
+            f'{root}: no meta.json; write {file}, such as {{"classes": ["background", "object"]}}, with'
+            ' "values": [0, 255] for black-and-white masks'
+        )
     try:
         return parse_meta(json.loads(file.read_text(encoding="utf-8-sig")), root.name)
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
         raise DataError(f"{file}: {error}") from error
+
+
+def _known(name: str) -> DatasetInfo:
+    """Read the description of a known dataset, which has the form of a meta.json."""
+    text = (Path(__file__).parent / "known" / f"{name}.json").read_text(encoding="utf-8")
+    return parse_meta(json.loads(text), name)
+
+
+# Cityscapes by train IDs, as in the gtFine_labelTrainIds files; of COCO, the 80 thing classes in the order of their
+# category IDs, after the background.
+DATASETS = {name: _known(name) for name in ("pascal", "cityscapes", "coco", "camvid")}

@@ -3,14 +3,14 @@
 import functools
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 
 from allspark_fast.config import Config, DataConfig
 from allspark_fast.data.check import Problem, check_sources
-from allspark_fast.data.datasets import Entry, ImageSource, SegmentationDataset, Sources, find_split, scan_folder
+from allspark_fast.data.datasets import ImageSource, SegmentationDataset, Sources, find_split, scan_folder
 from allspark_fast.data.info import DATASETS, DatasetInfo, read_info
 from allspark_fast.data.loader import EvalSample, SemiBatch, SemiLoader, evaluation_loader
 from allspark_fast.data.scenes import SCENES, ScenesDataset
@@ -37,8 +37,8 @@ def open_sources(config: DataConfig) -> Sources:
         DataError: a folder or file is missing or malformed; the message names it.
         InputError: a setting is missing that tells where they are.
     """
-    info, (labeled, unlabeled, val) = _open(config, ("labeled", "unlabeled", "val"))
-    return Sources(info, labeled, unlabeled, val)
+    info, lists = _open(config, "labeled", "unlabeled", "val")
+    return Sources(info, *lists)
 
 
 def open_val(config: DataConfig, *, held_out: bool = False) -> tuple[DatasetInfo, ImageSource]:
@@ -46,11 +46,11 @@ def open_val(config: DataConfig, *, held_out: bool = False) -> tuple[DatasetInfo
 
     Of rendered scenes, ``held_out`` are as many others, which no run sees.
     """
-    info, (val,) = _open(config, ("test" if held_out and config.dataset == "scenes" else "val",))
+    info, (val,) = _open(config, "test" if held_out and config.dataset == "scenes" else "val")
     return info, val
 
 
-def _open(config: DataConfig, names: Sequence[str]) -> tuple[DatasetInfo, list[ImageSource]]:
+def _open(config: DataConfig, *names: str) -> tuple[DatasetInfo, list[ImageSource]]:
     if config.dataset == "scenes":
         labeled, unlabeled, val = config.scenes
         scenes = {
@@ -65,9 +65,12 @@ def _open(config: DataConfig, names: Sequence[str]) -> tuple[DatasetInfo, list[I
     files = {name: getattr(config, name) for name in names}
     lists = {name: find_split(root, file) for name, file in files.items() if file is not None}
     if config.dataset == "folder" and len(lists) < len(files):
-        lists = _rest(root, lists) | lists
-    missing = [name for name in files if name not in lists]
-    if missing:
+        # The images of the folder that no list holds: those with a label are labeled, others unlabeled.
+        taken = {entry.image for entries in lists.values() for entry in entries}
+        rest = [entry for entry in scan_folder(root) if entry.image not in taken]
+        lists.setdefault("labeled", [entry for entry in rest if entry.label is not None])
+        lists.setdefault("unlabeled", [entry for entry in rest if entry.label is None])
+    if missing := [name for name in names if name not in lists]:
         raise InputError(
             f"data.{missing[0]} is not set: expected a split file with one `image label` per line"
             " (`python -m allspark_fast splits` writes labeled.txt and unlabeled.txt)"
@@ -77,23 +80,16 @@ def _open(config: DataConfig, names: Sequence[str]) -> tuple[DatasetInfo, list[I
 
 def _root(config: DataConfig) -> Path:
     root = config.root
-    if root is None and "ALLSPARK_DATA_DIR" not in os.environ:
-        raise InputError(
-            "data.root is not set: pass --data.root with the folder of the dataset, or set $ALLSPARK_DATA_DIR"
-        )
     if root is None:
+        if "ALLSPARK_DATA_DIR" not in os.environ:
+            raise InputError(
+                "data.root is not set: pass --data.root with the folder of the dataset, or set $ALLSPARK_DATA_DIR"
+            )
         folder = Path(os.environ["ALLSPARK_DATA_DIR"])
         root = folder / config.dataset if (folder / config.dataset).is_dir() else folder
     if not root.is_dir():
         raise DataError(f"data.root: there is no folder {root}")
     return root
-
-
-def _rest(root: Path, lists: Mapping[str, list[Entry]]) -> dict[str, list[Entry]]:
-    """Sort the images of a folder that no list holds: those with a label are labeled, others unlabeled."""
-    taken = {entry.image for entries in lists.values() for entry in entries}
-    rest = [entry for entry in scan_folder(root) if entry.image not in taken]
-    return {"labeled": [x for x in rest if x.label is not None], "unlabeled": [x for x in rest if x.label is None]}
 
 
 def _list_problems(problems: Sequence[Problem]) -> str:
@@ -134,11 +130,9 @@ class TrainingData:
         """
         labeled_only = self._config.train.method == "supervised"
         problems = check_sources(self.sources, self._config.data.crop, sample=_CHECKED, labeled_only=labeled_only)
-        warnings = [problem for problem in problems if problem.is_warning]
-        errors = [problem for problem in problems if not problem.is_warning]
-        if warnings:
+        if warnings := [problem for problem in problems if problem.is_warning]:
             logger.warning("%s", _list_problems(warnings))
-        if errors:
+        if errors := [problem for problem in problems if not problem.is_warning]:
             raise DataError(_list_problems(errors))
 
     def batches(self, start_step: int, stop_step: int) -> Iterator[SemiBatch]:

@@ -1,17 +1,19 @@
 """Splits of a list of entries into a labeled and an unlabeled part."""
 
-import functools
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from allspark_fast.data.datasets import Entry, SegmentationDataset, split_line
-from allspark_fast.data.images import map_in_threads, values_of
+from allspark_fast.data.images import map_in_threads
 from allspark_fast.data.info import IGNORE_INDEX
+from allspark_fast.data.labels import values_of
 from allspark_fast.data.seeding import mix_seed
 from allspark_fast.errors import DataError, InputError
+
+Classes = Mapping[Entry, Collection[int]]
 
 
 class Split(NamedTuple):
@@ -52,31 +54,31 @@ def parse_amount(text: str, total: int) -> int:
     return int(amount) if is_count else max(round(amount * total), 1)
 
 
-def classes_of(dataset: SegmentationDataset) -> Callable[[Entry], frozenset[int]]:
-    """Return a function that reads the classes present in the label of an entry of ``dataset``, once each."""
-    index = {entry: position for position, entry in enumerate(dataset.entries)}
+def read_classes(dataset: SegmentationDataset) -> Classes:
+    """Read the classes present in the label of every entry that has one."""
 
-    @functools.cache
-    def present(entry: Entry) -> frozenset[int]:
-        label = dataset.label(index[entry])
-        return frozenset(() if label is None else values_of(label)) - {IGNORE_INDEX}
+    def present(index: int) -> frozenset[int]:
+        label = dataset.label(index)
+        assert label is not None
+        return frozenset(values_of(label)) - {IGNORE_INDEX}
 
-    return present
+    indices = {entry: index for index, entry in enumerate(dataset.entries) if entry.label is not None}
+    return dict(zip(indices, map_in_threads(present, indices.values()), strict=True))
 
 
-def _cover_first(classes: Mapping[int, Collection[int]], order: Sequence[int]) -> list[int]:
+def _cover_first(order: Sequence[int], present: Sequence[Collection[int]]) -> list[int]:
     """Move a greedy cover to the front of ``order``: each time the first entry that adds the most classes."""
     rest, cover = list(order), []
-    missing = set().union(*classes.values())
+    missing = {label for position in order for label in present[position]}
     while missing:
-        best = max(rest, key=lambda position: len(missing.intersection(classes[position])))
+        best = max(rest, key=lambda position: len(missing.intersection(present[position])))
         rest.remove(best)
         cover.append(best)
-        missing.difference_update(classes[best])
+        missing.difference_update(present[best])
     return cover + rest
 
 
-def make_split(entries: Sequence[Entry], count: int, seed: int, labels_of: Callable[[Entry], Collection[int]]) -> Split:
+def make_split(entries: Sequence[Entry], count: int, seed: int, classes: Classes) -> Split:
     """Choose the labeled part: seeded, nested, and with every class if ``count`` allows.
 
     The seed determines one order of the list, with a greedy cover of all classes first; the labeled part is its
@@ -84,28 +86,23 @@ def make_split(entries: Sequence[Entry], count: int, seed: int, labels_of: Calla
 
     Args:
         entries: list to split; entries without a label can only be unlabeled.
-        count: number of labeled entries.
+        count: number of labeled entries, at least 1.
         seed: seed of the choice.
-        labels_of: returns the classes present in an entry's label; called for all, from several threads.
+        classes: those present in the label of each entry.
 
     Raises:
         DataError: fewer than ``count`` entries have a label.
-        ValueError: ``count`` is not positive.
     """
-    if count < 1:
-        raise ValueError(f"count must be at least 1, found {count}")
     candidates = [position for position, entry in enumerate(entries) if entry.label is not None]
     if len(candidates) < count:
         raise DataError(f"{count} labeled entries were requested, but only {len(candidates)} have a label")
-    present = map_in_threads(labels_of, [entries[position] for position in candidates])
-    classes = dict(zip(candidates, present, strict=True))
-    shuffled = np.random.default_rng(mix_seed(seed)).permutation(candidates).tolist()
-    chosen = set(_cover_first(classes, shuffled)[:count])
-    covered = set().union(*(classes[position] for position in chosen))
+    present = [classes.get(entry, ()) for entry in entries]
+    order = np.random.default_rng(mix_seed(seed)).permutation(candidates).tolist()
+    chosen = set(_cover_first(order, present)[:count])
     return Split(
         [entry for position, entry in enumerate(entries) if position in chosen],
         [entry for position, entry in enumerate(entries) if position not in chosen],
-        sorted(set().union(*classes.values()) - covered),
+        sorted({x for position in candidates for x in present[position]} - {x for i in chosen for x in present[i]}),
     )
 
 

@@ -73,20 +73,11 @@ class ConfusionMatrix:
         bins = bins.where(counted, self.num_classes**2).flatten()
         self._counts.scatter_add_(0, bins, torch.ones_like(bins))
 
-    def add_ranks(self) -> None:
-        """Add what all ranks have counted; each must call this, once."""
-        self._counts = all_reduce_sum(self._counts)
-
-    @property
-    def matrix(self) -> Tensor:
-        """(K, K) int64 pixels; rows are true classes, columns predicted ones."""
-        return self._counts[:-1].view(self.num_classes, self.num_classes)
-
     def compute(self) -> Scores:
-        """Return the scores of all that was counted."""
-        intersection, true_pixels = self.matrix.diagonal(), self.matrix.sum(1)
-        union = self.matrix.sum(0) + true_pixels - intersection
-        iou = intersection / union.clamp(min=1).double()
+        """Return the scores of all that all ranks have counted; each must call this."""
+        matrix = all_reduce_sum(self._counts)[:-1].view(self.num_classes, self.num_classes)
+        intersection, true_pixels = matrix.diagonal(), matrix.sum(1)
+        iou = intersection / (matrix.sum(0) + true_pixels - intersection).clamp(min=1).double()
         present = true_pixels > 0
         mean_present = iou[present].mean().item() if present.any() else 0.0
-        return Scores(iou, present, iou.mean().item(), mean_present, self.matrix)
+        return Scores(iou, present, iou.mean().item(), mean_present, matrix)

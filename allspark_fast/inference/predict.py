@@ -1,7 +1,9 @@
 """Predictions for images: in memory, and from files to label images, overlays and confidences."""
 
+import fnmatch
 import glob
 import itertools
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,13 +16,13 @@ import torch
 from PIL import Image
 
 from allspark_fast.config import EvalMode
-from allspark_fast.data.images import IMAGE_SUFFIXES, list_images, read_image
+from allspark_fast.data.images import IMAGE_SUFFIXES, list_files, read_image
 from allspark_fast.data.info import DatasetInfo
 from allspark_fast.data.transforms import normalize_image
 from allspark_fast.device import DeviceName, choose_device
-from allspark_fast.errors import DataError, InputError
+from allspark_fast.errors import DataError, InputError, RunError
 from allspark_fast.files import make_folder, write_atomically
-from allspark_fast.inference.evaluate import batches_of_equal_size, predict_labels
+from allspark_fast.inference.evaluate import predict_labels
 from allspark_fast.model import Segmentor
 from allspark_fast.weights.spec import ModelSpec
 
@@ -28,6 +30,9 @@ from allspark_fast.weights.spec import ModelSpec
 MAX_WHOLE_PIXELS = 2048 * 1024
 # Of an overlay, in pixels: what Pillow writes as JPEG.
 MAX_OVERLAY_SIDE = 65500
+# Files of these suffixes are images too, but read only if they are named one by one.
+OTHER_SUFFIXES: tuple[str, ...] = ("", ".arw", ".avif", ".cr2", ".cr3", ".dib", ".dng", ".heic", ".heif", ".hif")
+OTHER_SUFFIXES += (".jfif", ".jp2", ".jpe", ".jxl", ".nef", ".orf", ".pbm", ".pnm", ".psd", ".raf", ".rw2", ".tga")
 _OVERLAY = 0.5
 
 
@@ -45,8 +50,6 @@ class Prediction(NamedTuple):
 
 class Predictor:
     """Labels images with a trained model.
-
-    Each image is treated alone: its batch mates change nothing, their number no more than the rounding of logits.
 
     Args:
         model: what predicts; it is moved to the device and in eval mode afterwards.
@@ -78,29 +81,25 @@ class Predictor:
         self.half = half
 
     @torch.no_grad()
-    def __call__(self, images: Sequence[Image.Image]) -> list[Prediction]:
-        """Label RGB images of equal size together; ``read_image`` returns such images.
+    def predict(self, image: str | Path | Image.Image | npt.NDArray[np.uint8]) -> Prediction:
+        """Label one image: a file, a Pillow image, or an array (H, W, 3) or (H, W) of uint8.
 
         Raises:
-            TypeError: one is no Pillow image.
-            ValueError: one is not RGB, their sizes differ, there is none, or ``mode`` is unknown.
+            DataError: the file cannot be read as an image.
+            TypeError: the array is not of uint8, or of another shape.
+            ValueError: ``mode`` is unknown.
         """
-        for image in images:
-            if not isinstance(image, Image.Image):
-                kind = type(image).__name__
-                raise TypeError(f"expected Pillow images, got {kind}: use Image.fromarray or read_image(path)")
-            if image.mode != "RGB":
-                raise ValueError(f"expected RGB images, got mode {image.mode}: use image.convert('RGB')")
-        sizes = {image.size for image in images}
-        if len(sizes) != 1:
-            raise ValueError(f"the images of a batch must have one size, got {sorted(sizes)}")
-        ((width, height),) = sizes
-        batch = torch.stack([normalize_image(image, self.spec.mean, self.spec.std) for image in images])
-        mode = self.mode or ("sliding" if width * height > MAX_WHOLE_PIXELS else self.spec.mode)
+        if isinstance(image, np.ndarray):
+            if image.dtype != np.uint8 or image.shape[2:] not in ((), (3,)):
+                raise TypeError(f"expected uint8 (H, W, 3) or (H, W), got {image.dtype} {image.shape}")
+            image = Image.fromarray(image)
+        elif not isinstance(image, Image.Image):
+            image = read_image(image)
+        pixels = normalize_image(image.convert("RGB"), self.spec.mean, self.spec.std)[None].to(self.device)
+        mode = self.mode or ("sliding" if image.width * image.height > MAX_WHOLE_PIXELS else self.spec.mode)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
-            labels, confidence = predict_labels(self.model, batch.to(self.device), mode=mode, crop=self.spec.crop)
-        pairs = zip(labels.byte().cpu().numpy(), confidence.float().cpu().numpy(), strict=True)
-        return [Prediction(*pair) for pair in pairs]
+            labels, confidence = predict_labels(self.model, pixels, mode=mode, crop=self.spec.crop)
+        return Prediction(labels[0].byte().cpu().numpy(), confidence[0].float().cpu().numpy())
 
 
 @dataclass(frozen=True)
@@ -112,28 +111,26 @@ class OutputFolder:
     confidence: bool = False
 
     def claim(self, images: Mapping[Path, Path], *, overwrite: bool = False) -> None:
-        """Make the folders for the predictions of the images that ``find_images`` found.
+        """Make the folders for predictions, and check that those of the images of ``find_images`` may be written.
 
         Raises:
             InputError: two images would share a file, or a file exists and ``overwrite`` is False.
-            NotADirectoryError: one is a file.
+            NotADirectoryError: one of the folders is a file.
         """
         name, count = Counter(images.values()).most_common(1)[0]
         if count > 1:
             shared = ", ".join(str(path) for path in images if images[path] == name)
             raise InputError(f"{shared}: these would share one file {name}.png; predict them into different folders")
         files = [file for name in images.values() for file in self._files(name).values()]
-        existing = [file for file in files if file.exists()]
+        existing = list(filter(os.path.exists, files))  # False for a name that is too long
         if existing and not overwrite:
-            raise InputError(
-                f"{existing[0]} exists, as do {len(existing) - 1} others: pass --overwrite, or write to another "
-                "folder (--out)"
-            )
-        for folder in {file.parent for file in files}:
-            make_folder(folder)
+            more = f"{existing[0]} exists, as do {len(existing) - 1} others"
+            raise InputError(f"{more}: pass --overwrite, or write to another folder (--out)")
+        for file in self._files(Path("name")).values():
+            make_folder(file.parent)
 
     def write(self, name: Path, image: Image.Image, prediction: Prediction) -> None:
-        """Write the prediction of ``image``, its labels first.
+        """Write the prediction of an RGB image, its labels first.
 
         Raises:
             DataError: a side has more than MAX_OVERLAY_SIDE pixels; all but the overlay is written.
@@ -141,26 +138,23 @@ class OutputFolder:
         """
         labels = Image.fromarray(prediction.labels)
         labels.putpalette([part for color in self.info.palette for part in color])
-        pictures = {
-            "labels": labels,
-            "overlays": Image.blend(image, labels.convert("RGB"), _OVERLAY),
-            "confidence": Image.fromarray((255 * prediction.confidence).round().astype(np.uint8)),
-        }
+        confidence = Image.fromarray((255 * prediction.confidence).round().astype(np.uint8))
+        overlay = Image.blend(image, labels.convert("RGB"), _OVERLAY)
         for kind, file in self._files(name).items():
             if kind == "overlays" and max(image.size) > MAX_OVERLAY_SIDE:
                 raise DataError(
                     f"{file} was not written: the image is {image.width}x{image.height} pixels, and a JPEG has at most"
                     f" {MAX_OVERLAY_SIDE} a side; its labels were written"
                 )
-            write_atomically(file, pictures[kind].save)
+            make_folder(file.parent)
+            write_atomically(file, {"labels": labels, "confidence": confidence, "overlays": overlay}[kind].save)
 
     def _files(self, name: Path) -> dict[str, Path]:
-        confidence = {"confidence": ".png"} if self.confidence else {}
-        suffixes = {"labels": ".png", **confidence, "overlays": ".jpg"}
+        suffixes = {"labels": ".png"} | ({"confidence": ".png"} if self.confidence else {}) | {"overlays": ".jpg"}
         return {kind: self.path / kind / f"{name}{suffix}" for kind, suffix in suffixes.items()}
 
 
-def find_images(arguments: Iterable[str], *, skip: Path) -> dict[Path, Path]:
+def find_images(arguments: Iterable[str], *, skip: Path) -> tuple[dict[Path, Path], list[Path]]:
     """Find the images that files, folders (searched recursively) and patterns (``**`` for any folders) name.
 
     Args:
@@ -169,61 +163,63 @@ def find_images(arguments: Iterable[str], *, skip: Path) -> dict[Path, Path]:
 
     Returns:
         names of predictions by paths of images: where an image lies below its folder, or below what stands before the
-        first wildcard of a pattern, without suffix. Hidden files and folders are left out.
+        first wildcard of a pattern, without suffix; and the files whose suffix is that of no image. Hidden files and
+        folders count in neither, and linked folders once.
 
     Raises:
-        FileNotFoundError: one of them names none.
+        FileNotFoundError: one of them names no image.
     """
     found: dict[Path, Path] = {}
+    others: set[Path] = set()
+    predictions = skip.resolve()
     for argument in arguments:
-        path = Path(argument)
-        files = {path: Path(path.stem)} if path.is_file() else dict(_search(argument, skip))
-        if not files:
+        if Path(argument).is_file():
+            found.setdefault(Path(argument), Path(Path(argument).stem))
+            continue
+        base, listed = _search(argument)
+        files = [path for path in listed if not path.resolve().is_relative_to(predictions)]
+        if not any(map(_is_image, files)):
             raise FileNotFoundError(f"{argument!r}: no image, no folder with images, and no pattern that matches any")
-        for file, name in files.items():
-            found.setdefault(file, name)
-    return found
+        for path in filter(_is_image, files):
+            found.setdefault(path, path.relative_to(base).with_suffix(""))
+        others |= set(itertools.filterfalse(_is_image, files))
+    return found, sorted(others - found.keys())
 
 
-def _search(argument: str, skip: Path) -> Iterator[tuple[Path, Path]]:
-    """Yield the images of a folder or a pattern, in alphabetical order."""
-    if argument != "" and Path(argument).is_dir():
-        base, files = Path(argument), list_images(Path(argument))
-    else:
-        base = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), Path(argument).parts))
-        matches = map(Path, sorted(glob.glob(argument, recursive=True)))
-        files = [path for path in matches if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()]
-    for path in files:
-        if not path.resolve().is_relative_to(skip.resolve()):
-            yield path, path.relative_to(base).with_suffix("")
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in IMAGE_SUFFIXES
 
 
-def predict_files(
-    predictor: Predictor, files: Mapping[Path, Path], output: OutputFolder, *, batch_size: int
-) -> Iterator[DataError | OSError | None]:
+def _search(argument: str) -> tuple[Path, list[Path]]:
+    """Return the files of a folder or a pattern in alphabetical order, and the folder in which it starts."""
+    path = Path(argument)
+    if argument != "" and path.is_dir():
+        return path, list_files(path)
+    base = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), path.parts))
+    pattern = path.parts[len(base.parts) :]
+    if "**" not in pattern:
+        return base, [file for file in map(Path, sorted(glob.glob(argument))) if not file.is_dir()]
+    # glob follows links in circles.
+    return base, [file for file in list_files(base) if _matches(file.relative_to(base).parts, pattern)]
+
+
+def _matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:
+    if not pattern:
+        return not parts
+    if pattern[0] == "**":
+        return any(_matches(parts[start:], pattern[1:]) for start in range(len(parts) + 1))
+    return bool(parts) and fnmatch.fnmatch(parts[0], pattern[0]) and _matches(parts[1:], pattern[1:])
+
+
+def predict_files(predictor: Predictor, files: Mapping[Path, Path], output: OutputFolder) -> Iterator[Exception | None]:
     """Predict what ``find_images`` found; yields None, or what went wrong with the file, for each as it is done."""
-    images = zip(files.values(), map(_read, files), strict=True)
-    # Files that cannot be read have no size, and so a batch of their own.
-    for batch in batches_of_equal_size(images, batch_size, lambda pair: getattr(pair[1], "size", None)):
-        readable = [image for _, image in batch if isinstance(image, Image.Image)]
-        predictions = iter(predictor(readable) if readable else [])
-        for name, image in batch:
-            if isinstance(image, Image.Image):
-                yield _write(output, name, image, next(predictions))
-            else:
-                yield image
-
-
-def _write(output: OutputFolder, name: Path, image: Image.Image, prediction: Prediction) -> DataError | OSError | None:
-    try:
-        output.write(name, image, prediction)
-    except (DataError, OSError) as error:
-        return error
-    return None
-
-
-def _read(path: Path) -> Image.Image | DataError:
-    try:
-        return read_image(path)
-    except DataError as error:
-        return error
+    for path, name in files.items():
+        error: Exception | None = None
+        try:
+            image = read_image(path)
+            output.write(name, image, predictor.predict(image))
+        except (DataError, OSError) as failure:
+            error = failure
+        except (MemoryError, torch.OutOfMemoryError):
+            error = RunError(f"{path}: out of memory: pass --window, or make the image smaller")
+        yield error

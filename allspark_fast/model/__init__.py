@@ -1,7 +1,7 @@
 """Encoders, the AllSpark bottleneck, the SegFormer head, and the segmentor made of them."""
 
 from allspark_fast.model.allspark import AllSpark
-from allspark_fast.model.backbone import Backbone
+from allspark_fast.model.common import Backbone
 from allspark_fast.model.mit import MIT_CONFIGS, MiTConfig, MixTransformer, compile_blocks
 from allspark_fast.model.options import AllSparkOptions
 from allspark_fast.model.segformer_head import SegFormerHead

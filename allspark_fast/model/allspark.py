@@ -5,10 +5,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from allspark_fast.kernels.arguments import FLOATING, check_choice, check_count, check_not_empty, check_tensor
+from allspark_fast.model.common import map_size, to_map, to_tokens
 from allspark_fast.model.cross_attention import CrossAttention, KVSource
 from allspark_fast.model.options import AllSparkOptions
 from allspark_fast.model.semantic_memory import token_class_map
-from allspark_fast.model.tokens import map_size, to_map, to_tokens
 
 
 class AllSpark(nn.Module):
@@ -95,11 +95,9 @@ class AllSpark(nn.Module):
         return to_map(_pointwise(self.map_out, tokens), size)
 
     def _check_class_logits(self, class_logits: Tensor | None, feature_map: Tensor) -> None:
+        if self.training and class_logits is None:
+            raise ValueError("training needs class_logits of the pseudo-label pass: give them, or call eval() first")
         if class_logits is None:
-            if self.training:
-                raise ValueError(
-                    "training needs class_logits of the pseudo-label pass: give them, or call eval() first"
-                )
             return
         if not self.training:
             raise ValueError("class_logits are for training only: call train() first, or leave them out")

@@ -57,7 +57,6 @@ class FiniteBatchNorm(nn.BatchNorm2d):
         self.num_batches_tracked += 1
 
     def scale_and_shift(self) -> tuple[Tensor, Tensor]:
-        """Return eval mode as an affine map: scale and shift of each channel, (C,), in the dtype of the parameters."""
+        """Return eval mode as an affine map: scale and shift of each channel, (C,)."""
         scale = self.weight * torch.rsqrt(self.running_var + self.eps)
-        shift = self.bias - self.running_mean * scale
-        return scale.to(self.weight.dtype), shift.to(self.bias.dtype)
+        return scale, self.bias - self.running_mean * scale

@@ -46,7 +46,6 @@ class CrossAttention(SemanticMemory):
         if use_memory:
             memory = self.stored_channels()[None].to(unlabeled.dtype)
             rebuilt = self._cross_attention(labeled, memory, self.queue_filled)
-            self.expect_no_enqueue_before_backward(rebuilt)
         else:
             rebuilt = self._cross_attention(labeled, unlabeled.transpose(0, 1)[None], None)
         return rebuilt, refined

@@ -1,8 +1,9 @@
 """Mix Transformer encoders MiT-B0 to B5 (SegFormer, Xie et al. 2021, sec. 3.1), tokens channels-last throughout."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any
 
 import torch
@@ -12,9 +13,7 @@ from torch.nn import functional as F
 from allspark_fast.errors import InputError
 from allspark_fast.kernels.arguments import FLOATING, check_tensor
 from allspark_fast.kernels.depthwise_gelu import depthwise_gelu
-from allspark_fast.model.activation_checkpointing import checkpointed
-from allspark_fast.model.backbone import Backbone
-from allspark_fast.model.tokens import map_size, to_map, to_tokens
+from allspark_fast.model.common import Backbone, checkpointed, map_size, to_map, to_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,13 +66,13 @@ class MixTransformer(Backbone):
         self.channels = config.embed_dims
         # The spatial reduction of each stage needs at least one whole window of its map.
         self.min_size = max((ratio - 1) * stride + 1 for ratio, stride in zip(config.sr_ratios, STRIDES, strict=True))
-        last_block = max(sum(config.depths) - 1, 1)
-        drop_path = iter(config.drop_path * block / last_block for block in range(sum(config.depths)))
+        self.num_blocks = sum(config.depths)
+        self.drop_path = config.drop_path
         stages = zip(config.embed_dims, config.depths, config.num_heads, config.sr_ratios, strict=True)
         in_channels = 3
         for stage, (channels, depth, heads, sr_ratio) in enumerate(stages, 1):
             patch, stride = (7, 4) if stage == 1 else (3, 2)
-            blocks = [Block(channels, heads, sr_ratio, config.mlp_ratio, next(drop_path)) for _ in range(depth)]
+            blocks = [Block(channels, heads, sr_ratio, config.mlp_ratio) for _ in range(depth)]
             # Flat names instead of a list of stages, for the released weights.
             setattr(self, f"patch_embed{stage}", OverlapPatchEmbed(in_channels, channels, patch, stride))
             setattr(self, f"block{stage}", nn.ModuleList(blocks))
@@ -101,16 +100,33 @@ class MixTransformer(Backbone):
         if min(height, width) < self.min_size:
             raise ValueError(f"images are {height} x {width} pixels, expected at least {self.min_size} a side")
         features, feature_map = [], images
+        scales = iter(self.draw_scales(images))
         for stage in range(1, 5):
             tokens, size = getattr(self, f"patch_embed{stage}")(feature_map)
             for block in getattr(self, f"block{stage}"):
-                if self.activation_checkpointing:
-                    tokens = checkpointed(block, tokens, size, preserve_rng_state=True)  # stochastic depth
-                else:
-                    tokens = block(tokens, size)
+                arguments = tokens, size, next(scales)
+                tokens = checkpointed(block, *arguments) if self.activation_checkpointing else block(*arguments)
             feature_map = to_map(getattr(self, f"norm{stage}")(tokens), size)
             features.append(feature_map)
         return features
+
+    def draw_scales(self, images: Tensor) -> Sequence[Tensor | None]:
+        """Draw stochastic depth for all blocks at once: scales (2, B, 1, 1) of each block's branches; None if off."""
+        if not self.training or self.drop_path == 0:
+            return [None] * self.num_blocks
+        drop = torch.linspace(0, self.drop_path, self.num_blocks, dtype=images.dtype, device=images.device)
+        keep = (1 - drop).view(-1, 1, 1, 1, 1)
+        return (torch.bernoulli(keep.expand(-1, 2, len(images), 1, 1)) / keep).unbind()
+
+
+def _convolve(conv: nn.Conv2d, feature_map: Tensor) -> tuple[Tensor, tuple[int, int]]:
+    """Convolve a map (B, C, H, W) to tokens (B, h·w, channels); returns them and (h, w).
+
+    The bias is added in its own dtype: under autocast that is what LayerNorm wants, without a cast.
+    """
+    assert conv.bias is not None
+    feature_map = F.conv2d(feature_map, conv.weight, None, conv.stride, conv.padding)
+    return to_tokens(feature_map) + conv.bias, map_size(feature_map)
 
 
 class OverlapPatchEmbed(nn.Module):
@@ -123,42 +139,48 @@ class OverlapPatchEmbed(nn.Module):
 
     def forward(self, feature_map: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """Embed a map (B, in_channels, H, W) as tokens (B, h·w, channels); returns them and (h, w)."""
-        feature_map = self.proj(feature_map)
-        return self.norm(to_tokens(feature_map)), map_size(feature_map)
+        tokens, size = _convolve(self.proj, feature_map)
+        return self.norm(tokens), size
 
 
 class Block(nn.Module):
     """A pre-norm transformer block: efficient self-attention, then Mix-FFN, both with stochastic depth."""
 
-    def __init__(self, channels: int, num_heads: int, sr_ratio: int, mlp_ratio: int, drop_path: float) -> None:
+    def __init__(self, channels: int, num_heads: int, sr_ratio: int, mlp_ratio: int) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(channels, eps=1e-6)
         self.attn = EfficientSelfAttention(channels, num_heads, sr_ratio)
-        self.drop_path = drop_path
         self.norm2 = nn.LayerNorm(channels, eps=1e-6)
         self.mlp = MixFFN(channels, mlp_ratio * channels)
-        self.transform: Callable[..., Tensor] = _transform  # compile_blocks replaces it
 
-    def forward(self, tokens: Tensor, size: tuple[int, int]) -> Tensor:
-        """Transform tokens (B, h·w, C) of a map of ``size`` = (h, w); returns the same shape."""
-        return self.transform(self, tokens, size, self._branch_scale(tokens), self._branch_scale(tokens))
+    def forward(self, tokens: Tensor, size: tuple[int, int], scales: Tensor | None = None) -> Tensor:
+        """Transform tokens (B, h·w, C) of a map of ``size`` = (h, w); returns the same shape.
 
-    def _branch_scale(self, tokens: Tensor) -> Tensor | None:
-        """Draw stochastic depth for a branch: 0 or 1 / (1 - drop_path) for each sample, (B, 1, 1); None if off."""
-        if not self.training or self.drop_path == 0:
-            return None
-        keep = 1 - self.drop_path
-        return tokens.new_empty(tokens.shape[0], 1, 1).bernoulli_(keep).div_(keep)
+        ``scales`` (2, B, 1, 1) multiply the two branches of each sample: 0 drops one. None multiplies by 1.
+        """
+        attn_scale, mlp_scale = (None, None) if scales is None else scales
+        tokens = _add(tokens, self.attn(self.norm1(tokens), size), attn_scale)
+        return _add(tokens, self.mlp(self.norm2(tokens), size), mlp_scale)
 
 
-def _transform(
-    block: Block, tokens: Tensor, size: tuple[int, int], attn_scale: Tensor | None, mlp_scale: Tensor | None
-) -> Tensor:
-    """Compute a block from drawn scales: no constant in it differs between blocks of a stage, so they share a graph."""
-    branch = block.attn(block.norm1(tokens), size)
-    tokens = tokens + (branch if attn_scale is None else branch * attn_scale)
-    branch = block.mlp(block.norm2(tokens), size)
-    return tokens + (branch if mlp_scale is None else branch * mlp_scale)
+def _add(tokens: Tensor, branch: Tensor, scale: Tensor | None) -> Tensor:
+    return tokens + branch if scale is None else _ScaledAdd.apply(tokens, branch, scale)
+
+
+class _ScaledAdd(torch.autograd.Function):
+    """tokens + branch · scale in one launch, and the branch's gradient in its own dtype in another."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, branch: Tensor, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(scale)
+        ctx.dtype = branch.dtype
+        with torch.autocast(tokens.device.type, enabled=False):  # it would cast the branch first
+            return torch.addcmul(tokens, branch, scale)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        (scale,) = ctx.saved_tensors
+        return grad, torch.mul(grad, scale, out=torch.empty_like(grad, dtype=ctx.dtype)), None
 
 
 def compile_blocks(model: nn.Module, backend: str | Callable[..., Any]) -> None:
@@ -177,9 +199,9 @@ def compile_blocks(model: nn.Module, backend: str | Callable[..., Any]) -> None:
     # The blocks share one function, for which torch keeps at most 8 graphs by default: enough for four stages, with and
     # without stochastic depth, in training and in evaluation, at a few sizes.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
-    transform = torch.compile(_transform, fullgraph=True, dynamic=False, backend=backend)
+    forward = torch.compile(Block.forward, fullgraph=True, dynamic=False, backend=backend)
     for block in blocks:
-        block.transform = transform
+        block.forward = MethodType(forward, block)  # type: ignore[method-assign]
 
 
 class EfficientSelfAttention(nn.Module):
@@ -198,10 +220,12 @@ class EfficientSelfAttention(nn.Module):
 
     def forward(self, tokens: Tensor, size: tuple[int, int]) -> Tensor:
         """Attend among tokens (B, h·w, C) of a map of ``size`` = (h, w); returns the same shape."""
-        query = self.q(tokens).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
-        reduced = self.norm(to_tokens(self.sr(to_map(tokens, size)))) if self.sr_ratio > 1 else tokens
-        key, value = self.kv(reduced).unflatten(2, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(query, key, value)
+        if torch.is_autocast_enabled(tokens.device.type):  # or each of the two readers would cast
+            tokens = tokens.to(torch.get_autocast_dtype(tokens.device.type))
+        query = self.q(tokens).unflatten(2, (self.num_heads, -1))
+        reduced = self.norm(_convolve(self.sr, to_map(tokens, size))[0]) if self.sr_ratio > 1 else tokens
+        key, value = self.kv(reduced).unflatten(2, (2, self.num_heads, -1)).unbind(2)
+        attended = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (query, key, value)))
         return self.proj(attended.transpose(1, 2).flatten(2))
 
 
@@ -248,5 +272,7 @@ def _init_weights(module: nn.Module) -> None:
     elif isinstance(module, nn.Conv2d):
         fan_out = math.prod(module.kernel_size) * module.out_channels // module.groups
         nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
+        # The layout of the maps, to which each call would convert its weights.
+        module.weight = nn.Parameter(module.weight.detach().contiguous(memory_format=torch.channels_last))
         if module.bias is not None:
             nn.init.zeros_(module.bias)

@@ -40,6 +40,5 @@ class AllSparkOptions:
         check_number("dropout", self.dropout)
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
-        check_choice("memory_init", self.memory_init, get_args(MemoryInit))
-        check_choice("memory_sync", self.memory_sync, get_args(MemorySync))
-        check_choice("class_map", self.class_map, get_args(ClassMap))
+        for name, choices in {"memory_init": MemoryInit, "memory_sync": MemorySync, "class_map": ClassMap}.items():
+            check_choice(name, getattr(self, name), get_args(choices))

@@ -7,9 +7,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from allspark_fast.kernels.bilinear import linear_matrix
-from allspark_fast.model.activation_checkpointing import checkpointed
 from allspark_fast.model.batch_norm import FiniteBatchNorm
-from allspark_fast.model.tokens import map_size, to_map, to_tokens
+from allspark_fast.model.common import checkpointed, map_size, to_map, to_tokens
 
 
 class SegFormerHead(nn.Module):
@@ -30,11 +29,12 @@ class SegFormerHead(nn.Module):
         self, in_channels: Sequence[int], num_classes: int, embedding_dim: int = 768, *, dropout: float = 0.1
     ) -> None:
         super().__init__()
-        self.linear_c4 = _Projection(in_channels[3], embedding_dim)
-        self.linear_c3 = _Projection(in_channels[2], embedding_dim)
-        self.linear_c2 = _Projection(in_channels[1], embedding_dim)
-        self.linear_c1 = _Projection(in_channels[0], embedding_dim)
-        self.linear_fuse = _Fuse(embedding_dim)
+        self.linear_c4 = _Named(proj=nn.Linear(in_channels[3], embedding_dim))
+        self.linear_c3 = _Named(proj=nn.Linear(in_channels[2], embedding_dim))
+        self.linear_c2 = _Named(proj=nn.Linear(in_channels[1], embedding_dim))
+        self.linear_c1 = _Named(proj=nn.Linear(in_channels[0], embedding_dim))
+        conv = nn.Conv2d(4 * embedding_dim, embedding_dim, 1, bias=False)
+        self.linear_fuse = _Named(conv=conv, bn=FiniteBatchNorm(embedding_dim))
         self.dropout = nn.Dropout2d(dropout)
         self.linear_pred = nn.Conv2d(embedding_dim, num_classes, 1)
 
@@ -60,7 +60,6 @@ class SegFormerHead(nn.Module):
 
     def _fuse(self, features: Sequence[Tensor]) -> Tensor:
         """Compute the linear part, in eval mode with BatchNorm folded in: four maps to (B, E, h_0, w_0)."""
-        size = map_size(features[0])
         # The reference implementation concatenates the deepest map first.
         layers = [x.proj for x in (self.linear_c4, self.linear_c3, self.linear_c2, self.linear_c1)]
         columns = self.linear_fuse.conv.weight.flatten(1)
@@ -70,9 +69,17 @@ class SegFormerHead(nn.Module):
         if not self.linear_fuse.bn.training:
             scale, shift = self.linear_fuse.bn.scale_and_shift()
             weights, bias = [scale[:, None] * weight for weight in weights], scale * bias + shift
-        fused = _project(features[3], weights[0], bias, size)
-        for feature, weight in zip(reversed(features[:3]), weights[1:], strict=True):
-            fused.add_(_project(feature, weight, None, size))
+        biases = (bias, None, None, None)
+        *coarse, finest = (
+            to_map(F.linear(to_tokens(x), weight, added), map_size(x))
+            for x, weight, added in zip(reversed(features), weights, biases, strict=True)
+        )
+        # On a GPU, backward of interpolate is slow and adds atomically; on a CPU, products would take longer.
+        if finest.is_cuda:
+            return add_by_products(finest, coarse)
+        fused, *others = (F.interpolate(x, map_size(finest), mode="bilinear", align_corners=False) for x in coarse)
+        for x in (*others, finest):
+            fused.add_(x)
         return fused
 
     def _normalize_and_classify(self, fused: Tensor, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -94,29 +101,29 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
         return (a.to(dtype) @ b.to(dtype)).to(a.dtype)
 
 
-def _project(feature: Tensor, weight: Tensor, bias: Tensor | None, size: tuple[int, int]) -> Tensor:
-    """Apply a 1x1 convolution to a map, then resize it."""
-    feature = to_map(F.linear(to_tokens(feature), weight, bias), map_size(feature))
-    if map_size(feature) == size:
-        return feature
-    if torch.are_deterministic_algorithms_enabled():  # on a GPU, backward of interpolate uses atomic additions
-        rows, columns = (linear_matrix(x, y, feature) for x, y in zip(feature.shape[2:], size, strict=True))
-        return rows @ feature @ columns.mT
-    return F.interpolate(feature, size, mode="bilinear", align_corners=False)
+def add_by_products(fused: Tensor, maps: Sequence[Tensor]) -> Tensor:
+    """Add maps (B, C, h, w) to one (B, C, H, W), resized as by interpolate: by a matrix for rows and one for columns.
+
+    All are channels-last, and none is copied.
+    """
+    batch, _, height, width = fused.shape
+    lines = fused.permute(0, 2, 3, 1).flatten(0, 1)  # (B·H, W, C)
+    for x in maps:
+        rows, columns = linear_matrix(x.shape[2], height, x), linear_matrix(x.shape[3], width, x)
+        tall = rows.expand(batch, -1, -1) @ x.permute(0, 2, 3, 1).flatten(2)  # (B, H, w·C)
+        low = tall.view(batch * height, x.shape[3], -1)
+        lines = torch.baddbmm(lines, columns.expand(batch * height, -1, -1), low)
+    return lines.unflatten(0, (batch, height)).permute(0, 3, 1, 2)
 
 
-class _Projection(nn.Module):
-    """Holds a linear layer under the state_dict's name ``linear_c*.proj``."""
+class _Named(nn.Module):
+    """Holds layers under names of the state_dict, such as ``linear_c1.proj``."""
 
-    def __init__(self, in_channels: int, embedding_dim: int) -> None:
+    proj: nn.Linear
+    conv: nn.Conv2d
+    bn: FiniteBatchNorm
+
+    def __init__(self, **layers: nn.Module) -> None:
         super().__init__()
-        self.proj = nn.Linear(in_channels, embedding_dim)
-
-
-class _Fuse(nn.Module):
-    """Holds the fusing convolution and its BatchNorm under the state_dict's names ``linear_fuse.conv`` and ``.bn``."""
-
-    def __init__(self, embedding_dim: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(4 * embedding_dim, embedding_dim, 1, bias=False)
-        self.bn = FiniteBatchNorm(embedding_dim)
+        for name, layer in layers.items():
+            self.add_module(name, layer)

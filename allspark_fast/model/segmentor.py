@@ -8,13 +8,12 @@ from torch import Tensor, nn
 from allspark_fast.errors import InputError
 from allspark_fast.kernels.arguments import check_count, check_size
 from allspark_fast.model.allspark import AllSpark
-from allspark_fast.model.backbone import Backbone
+from allspark_fast.model.common import Backbone, map_size
 from allspark_fast.model.cross_attention import KVSource
 from allspark_fast.model.mit import MIT_CONFIGS, MixTransformer
 from allspark_fast.model.options import AllSparkOptions
 from allspark_fast.model.segformer_head import SegFormerHead
 from allspark_fast.model.timm_backbone import TimmBackbone
-from allspark_fast.model.tokens import map_size
 
 
 class Decoder(nn.Module):

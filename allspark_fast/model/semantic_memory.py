@@ -67,20 +67,6 @@ class SemanticMemory(nn.Module):
         """Return the memory as a contiguous view (N, K, S), which a linear layer maps to keys without a copy."""
         return self.kv_queue.permute(2, 0, 1)
 
-    def expect_no_enqueue_before_backward(self, output: Tensor) -> None:
-        """Make backward through ``output`` raise RuntimeError if the memory has been overwritten by then."""
-        version = self.kv_queue._version
-
-        def check(_: Tensor) -> None:
-            if self.kv_queue._version != version:
-                raise RuntimeError(
-                    "the Semantic Memory has changed since this forward pass, so its backward would be wrong: call "
-                    "backward before the next forward pass in training mode"
-                )
-
-        if output.requires_grad and not torch.compiler.is_compiling():
-            output.register_hook(check)
-
     @torch.no_grad()
     def _store(self, features: Tensor, channel_class: Tensor) -> None:
         """Write channels (B, N, C) of known classes (B, C), and count them."""

@@ -3,7 +3,7 @@
 import difflib
 import importlib
 import inspect
-from types import ModuleType
+from types import MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -12,9 +12,8 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from allspark_fast.errors import InputError, MissingPackageError
-from allspark_fast.model.backbone import Backbone
 from allspark_fast.model.batch_norm import FiniteBatchNorm
-from allspark_fast.model.tokens import map_size
+from allspark_fast.model.common import Backbone, map_size
 
 # Constructor arguments that lift the fixed image size: of plain transformers, and of Swin in older versions of timm.
 _ANY_SIZE = {"dynamic_img_size": True, "strict_img_size": False}
@@ -67,25 +66,15 @@ class TimmBackbone(Backbone):
         return self.features(F.interpolate(images, size, mode="bilinear", align_corners=False))
 
 
-class _SameConv2d(nn.Conv2d):
-    """TensorFlow's "same" convolution for maps whose sides are multiples of its stride: the padding is constant.
-
-    timm's own computes the padding from each map's size. Images are resized to multiples of all strides, so both are
-    equal here, but sizes that depend on sizes through every layer grow to expressions that torch.export cannot solve.
-    """
-
-    def __init__(self, conv: nn.Conv2d) -> None:
-        names = ("in_channels", "out_channels", "kernel_size", "stride", "dilation", "groups")
-        sizes = {name: getattr(conv, name) for name in names}
-        # On "meta", since initializing weights that get replaced would draw random numbers.
-        super().__init__(**sizes, bias=conv.bias is not None, device="meta")
-
-    def forward(self, x: Tensor) -> Tensor:
-        padding: list[int] = []
-        for kernel, stride, dilation in zip(self.kernel_size, self.stride, self.dilation, strict=True):
-            total = max((kernel - 1) * dilation + 1 - stride, 0)
-            padding = [total // 2, total - total // 2, *padding]  # F.pad begins with the last axis
-        return super().forward(F.pad(x, padding))
+def _same_conv(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """Compute TensorFlow's "same" convolution of maps whose sides are multiples of its stride."""
+    # timm pads by each map's size, which grows through the layers to expressions that torch.export cannot solve. Images
+    # are resized to multiples of all strides, for which the padding is constant.
+    padding: list[int] = []
+    for kernel, stride, dilation in zip(conv.kernel_size, conv.stride, conv.dilation, strict=True):
+        total = max((kernel - 1) * dilation + 1 - stride, 0)
+        padding = [total // 2, total - total // 2, *padding]  # F.pad begins with the last axis
+    return F.conv2d(F.pad(x, padding), conv.weight, conv.bias, conv.stride, 0, conv.dilation, conv.groups)
 
 
 class _FiniteBatchNormAct(FiniteBatchNorm):
@@ -103,9 +92,10 @@ def _replace_layers(features: nn.Module, layers: ModuleType) -> None:
     """Replace convolutions with size-dependent padding, and every BatchNorm; names and tensors stay."""
     for name, module in list(features.named_modules()):
         if type(module) is layers.Conv2dSame:
-            replacement: nn.Module = _SameConv2d(module)
-        elif type(module) in (nn.BatchNorm1d, nn.BatchNorm2d):
-            replacement = FiniteBatchNorm(module.num_features, module.eps, module.momentum)
+            module.forward = MethodType(_same_conv, module)
+            continue
+        if type(module) in (nn.BatchNorm1d, nn.BatchNorm2d):
+            replacement: nn.Module = FiniteBatchNorm(module.num_features, module.eps, module.momentum)
         elif type(module) is layers.BatchNormAct2d:
             replacement = _FiniteBatchNormAct(module)
         elif isinstance(module, _BatchNorm):

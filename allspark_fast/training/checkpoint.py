@@ -22,23 +22,14 @@ logger = logging.getLogger(__name__)
 _FORMAT = "allspark_fast checkpoint 2"
 # What follows the number of ranks and the device, not the model.
 _RANDOM = ("rng", "cuda_rng")
-# What checkpoints of earlier versions lack: their runs start it afresh.
-_ADDED = "classes"
 
 
 def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any], *, keep_last: int) -> Path:
-    """Write ``step_<step>.pt``, then remove all but the newest checkpoints and what a crash left half written.
-
-    Args:
-        folder: of checkpoints; made if need be.
-        step: number of steps taken.
-        state: whole tensors and plain values.
-        keep_last: checkpoints to keep, at least 1.
+    """Write ``step_<step>.pt``, then remove all but the ``keep_last`` newest and what a crash left half written.
 
     Raises:
         OSError: it cannot be written; the checkpoints that were there stay.
     """
-    make_folder(folder)
     path = folder / f"step_{step:08d}.pt"
     write_atomically(path, lambda temporary: torch.save({"format": _FORMAT, **state}, temporary))
     for old in list_checkpoints(folder)[keep_last:]:
@@ -50,13 +41,10 @@ def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any], *, keep_l
 def load_latest_checkpoint(folder: Path, expected: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
     """Read the newest checkpoint that is whole, the same one on all ranks, without running code from it.
 
-    Args:
-        folder: of checkpoints.
-        expected: state whose tensors a checkpoint must equal in names and shapes; None takes any.
+    Unless it is None, names and shapes of tensors must be those of ``expected``.
 
     Returns:
-        the state on the CPU, or None if there is no checkpoint. Those that cannot be read are named in a warning and
-        passed over.
+        the state on the CPU, or None without a checkpoint; those that cannot be read are passed over with a warning.
 
     Raises:
         InputError: there are checkpoints, but none can be read, or ranks find different ones.
@@ -75,13 +63,13 @@ def load_latest_checkpoint(folder: Path, expected: Mapping[str, Any] | None = No
             reasons.append(str(error))
         if not all_reduce_any(state is None):
             return state
-    if paths:
-        why = "; ".join(reasons) or "another rank says why"
-        raise InputError(
-            f"{folder}: none of {len(paths)} checkpoints can be read ({why}); "
-            "remove the folder, or give another --run.output-dir, to start afresh"
-        )
-    return None
+    if not paths:
+        return None
+    why = "; ".join(reasons) or "another rank says why"
+    raise InputError(
+        f"{folder}: none of {len(paths)} checkpoints can be read ({why}); "
+        "remove the folder, or give another --run.output-dir, to start afresh"
+    )
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -90,15 +78,10 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def require_space(folder: Path, state: Mapping[str, Any], *, keep_last: int) -> None:
-    """Check that checkpoints can be written before work starts.
-
-    Args:
-        folder: of checkpoints; made if need be.
-        state: what they will hold.
-        keep_last: checkpoints to keep; while one is written, there is one more.
+    """Make the folder of checkpoints, and check that there is room for those of ``save_checkpoint``.
 
     Raises:
-        OSError: the folder cannot be made, or has less space than the tensors of the missing checkpoints need.
+        OSError: it cannot be made, or has less space than the missing checkpoints need, one more than are kept.
     """
     make_folder(folder)
     size = sum(x.numel() * x.itemsize for x in pytree.tree_leaves(state) if isinstance(x, Tensor))
@@ -111,31 +94,35 @@ def require_space(folder: Path, state: Mapping[str, Any], *, keep_last: int) -> 
         )
 
 
+def random_states(device: torch.device) -> dict[str, Tensor]:
+    """Return the states of the generators that work on a device draws from."""
+    states = {"rng": torch.get_rng_state()}
+    return {**states, "cuda_rng": torch.cuda.get_rng_state()} if device.type == "cuda" else states
+
+
+def set_random_states(states: Mapping[str, Tensor]) -> None:
+    """Set what ``random_states`` returned."""
+    for name, set_state in (("rng", torch.set_rng_state), ("cuda_rng", torch.cuda.set_rng_state)):
+        if name in states:
+            set_state(states[name].clone())  # torch crashes on a part of a larger tensor
+
+
 def _read_checkpoint(path: Path, expected: Mapping[str, Any] | None) -> dict[str, Any]:
     state = read_torch_file(path)
     found = state.pop("format", None) if isinstance(state, dict) else None
     if found != _FORMAT:
         raise InputError(f"{path} is no checkpoint of this version: its format is {found!r}, expected {_FORMAT!r}")
     if expected is not None:
-        if _ADDED in expected:
-            state.setdefault(_ADDED, expected[_ADDED])
-        _check_shapes(path, _shapes(state), _shapes(expected))
+        # Checkpoints of earlier versions lack it: their runs start it afresh.
+        state = {"classes": expected.get("classes"), **state}
+        if different := sorted(name for name, _ in _shapes(state) ^ _shapes(expected)):
+            raise InputError(
+                f"{path} is a checkpoint of another model: {different[:3]} are missing or of another shape"
+            )
     return state
 
 
-def _check_shapes(path: Path, found: Mapping[str, torch.Size], expected: Mapping[str, torch.Size]) -> None:
-    """Refuse another model by the names and shapes of its tensors; plain values may change with versions of torch."""
-    if different := sorted(found.keys() ^ expected.keys()):
-        raise InputError(f"{path} is a checkpoint of another model: {different[:3]} are missing or unknown")
-    for name, shape in expected.items():
-        if found[name] != shape:
-            raise InputError(
-                f"{path} is a checkpoint of another model: {name} has shape {tuple(found[name])}, "
-                f"expected {tuple(shape)}"
-            )
-
-
-def _shapes(state: Mapping[str, Any]) -> dict[str, torch.Size]:
-    """Return the shapes of a state's tensors by their names, without random states."""
+def _shapes(state: Mapping[str, Any]) -> set[tuple[str, torch.Size]]:
+    """Return names and shapes of a state's tensors, without random states."""
     leaves, _ = pytree.tree_flatten_with_path({name: x for name, x in state.items() if name not in _RANDOM})
-    return {pytree.keystr(path): x.shape for path, x in leaves if isinstance(x, Tensor)}
+    return {(pytree.keystr(path), x.shape) for path, x in leaves if isinstance(x, Tensor)}

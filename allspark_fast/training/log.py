@@ -13,11 +13,11 @@ Record = dict[str, Any]
 
 
 class MetricsLog:
-    """metrics.jsonl and TensorBoard events of a run, cut back to the step from which it resumes.
+    """metrics.jsonl and TensorBoard events of a run folder, cut back to the step from which it resumes.
 
     Args:
         folder: the run folder.
-        step: steps taken before; later records, of steps that will be taken again, are removed.
+        step: steps taken before; records of later ones are removed.
         evaluated: whether the last of them is evaluated; otherwise a record of its evaluation is removed too.
     """
 
@@ -60,10 +60,8 @@ class MetricsLog:
 def read_metrics(folder: Path) -> list[Record]:
     """Read the records of metrics.jsonl, without a last line that a crash cut off."""
     path = folder / "metrics.jsonl"
-    if not path.is_file():
-        return []
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    records: list[Record] = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
         try:
             records.append(json.loads(line))
         except json.JSONDecodeError:

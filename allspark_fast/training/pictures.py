@@ -5,66 +5,54 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from torch import Tensor
+from torchvision.utils import make_grid  # type: ignore[import-untyped]
 
-from allspark_fast.data.info import DatasetInfo
+from allspark_fast.data.info import IGNORE_INDEX, DatasetInfo
 from allspark_fast.files import write_atomically
+from allspark_fast.text import drawable
 from allspark_fast.training.log import Record
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.image import AxesImage
+    from matplotlib.figure import Figure
 
-_IGNORED_COLOR = (255, 255, 255)
-# More names than this would overlap.
-_NAMED_CLASSES = 30
+# What the metrics are called in the curves, by panel.
+_CURVES = {
+    "cross-entropy": {"loss_labeled": "labeled", "loss_unlabeled": "unlabeled"},
+    "validation": {"miou": "mIoU"},
+    "pseudo labels": {"pseudo_label_accuracy": "accuracy", "pseudo_label_coverage": "coverage"},
+}
 
 
 def draw_curves(folder: Path, records: Sequence[Record], info: DatasetInfo) -> None:
     """Write curves.png: losses, mIoU on the validation set, pseudo labels, and what the Semantic Memory received."""
     from matplotlib.figure import Figure  # noqa: PLC0415 slow to import
 
-    received = [record for record in records if "memory_received" in record]
     figure = Figure(figsize=(10, 7.2), layout="constrained")
-    (losses, scores), (pseudo_labels, memory) = figure.subplots(2, 2)
-    _plot(losses, records, {"loss_labeled": "labeled", "loss_unlabeled": "unlabeled"}, "cross-entropy")
-    _plot(scores, records, {"miou": "mIoU"}, "validation")
-    names = {"pseudo_label_accuracy": "accuracy", "pseudo_label_coverage": "coverage"}
-    _plot(pseudo_labels, records, names, "pseudo labels")
-    for axes in (scores, pseudo_labels):
-        axes.set_ylim(0, 1)
-    if received:
-        figure.colorbar(_plot_memory(memory, received, info), ax=memory)
-    else:
-        memory.set_axis_off()
+    for place, (title, names) in enumerate(_CURVES.items(), 1):
+        axes = figure.add_subplot(2, 2, place, title=title, xlabel="step")
+        for name, label in names.items():
+            points = [(record["step"], record[name]) for record in records if name in record]
+            if points:
+                marker = "." if len(points) == 1 else ""  # a line of one point would not show
+                axes.plot(*zip(*points, strict=True), label=label, linewidth=1.5, marker=marker)
+        axes.set_ylim(0, None if title == "cross-entropy" else 1)
+        axes.grid(alpha=0.3)
+        if axes.has_data():
+            axes.legend(frameon=False)
+    if received := [record["memory_received"] for record in records if "memory_received" in record]:
+        _draw_memory(figure, np.array(received, dtype=float), info)
     write_atomically(folder / "curves.png", lambda temporary: figure.savefig(temporary, dpi=120))
 
 
-def _plot_memory(axes: "Axes", records: Sequence[Record], info: DatasetInfo) -> "AxesImage":
+def _draw_memory(figure: "Figure", totals: np.ndarray, info: DatasetInfo) -> None:
     """Draw a column for each evaluation: the share of the channels since the one before that each class received."""
-    totals = np.array([record["memory_received"] for record in records], dtype=float)
     counts = np.diff(totals, axis=0, prepend=0)
     part = counts / counts.sum(1, keepdims=True).clip(min=1)
-    image = axes.imshow(part.T, aspect="auto", interpolation="nearest", vmin=0)
-    shown = range(0, len(records), -(-len(records) // 6))
-    classes = len(info.classes)
-    axes.set_xticks(shown, [f"{records[i]['step']}\n{records[i]['memory_filled']}/{classes}" for i in shown])
-    if classes <= _NAMED_CLASSES:
-        axes.set_yticks(range(classes), info.classes, fontsize=7)
-    axes.set(title="channels into the memory, by class", xlabel="step, and classes filled so far")
-    return image
-
-
-def _plot(axes: "Axes", records: Sequence[Record], names: dict[str, str], title: str) -> None:
-    for name, label in names.items():
-        points = [(record["step"], record[name]) for record in records if name in record]
-        if points:
-            marker = "." if len(points) == 1 else ""  # a line of one point would not show
-            axes.plot(*zip(*points, strict=True), label=label, linewidth=1.5, marker=marker)
-    axes.set(title=title, xlabel="step")
-    axes.grid(alpha=0.3)
-    if axes.has_data():
-        axes.legend(frameon=False)
+    axes = figure.add_subplot(2, 2, 4, title="channels into the memory, by class", xlabel="evaluation")
+    figure.colorbar(axes.imshow(part.T, aspect="auto", interpolation="nearest", vmin=0), ax=axes)
+    axes.set_yticks(range(len(info.classes)), drawable(info.classes), fontsize=min(7, 210 / len(info.classes)))
 
 
 def draw_predictions(
@@ -79,35 +67,33 @@ def draw_predictions(
 
     Args:
         path: of the picture.
-        images: (B, 3, H, W), normalized.
-        labels: by column title, (B, H, W).
+        images: (B, 3, H, W), normalized by ``mean`` and ``std``.
+        labels: (B, H, W) each, by the title of their column.
         info: colors and names of the classes.
-        mean: that was subtracted from the images.
-        std: by which they were divided.
+        mean: of each color channel.
+        std: of each color channel.
     """
     from matplotlib.figure import Figure  # noqa: PLC0415 slow to import
     from matplotlib.patches import Patch  # noqa: PLC0415
 
-    pixels = images.cpu().numpy().transpose(0, 2, 3, 1) * np.asarray(std) + np.asarray(mean)
-    palette = np.array(info.palette, dtype=np.uint8)
-    palette[info.ignore_index] = _IGNORED_COLOR
-    columns = {"image": np.rint(255 * np.nan_to_num(pixels).clip(0, 1)).astype(np.uint8)}
-    columns |= {name: palette[x.cpu().numpy()] for name, x in labels.items()}
-    rows, height, width = pixels.shape[:3]
+    palette = torch.tensor(info.palette) / 255
+    palette[IGNORE_INDEX] = 1
+    pixels = images.cpu() * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None]
+    columns = [pixels.nan_to_num().clamp(0, 1), *(palette[x.cpu()].permute(0, 3, 1, 2) for x in labels.values())]
+    rows, _, height, width = pixels.shape
     gap = 1 + width // 32
     # One picture: a grid of axes takes a second to lay out.
-    framed = [np.pad(x, ((0, 0), (0, gap), (0, gap), (0, 0)), constant_values=255) for x in columns.values()]
-    mosaic = np.concatenate([np.concatenate(list(column)) for column in framed], axis=1)[:-gap, :-gap]
+    mosaic = make_grid(torch.stack(columns, 1).flatten(0, 1), nrow=len(columns), padding=gap, pad_value=1)
     figure = Figure(figsize=(2.4 * len(columns), 2.4 * rows * height / width + 0.6), layout="constrained")
     axes = figure.subplots()
-    axes.imshow(mosaic, interpolation="nearest")
-    axes.set_xticks([(width + gap) * column + width / 2 for column in range(len(columns))], list(columns))
+    axes.imshow(mosaic.permute(1, 2, 0).numpy(), interpolation="nearest")
+    axes.set_xticks([(width + gap) * (column + 0.5) for column in range(len(columns))], ["image", *labels])
     axes.tick_params(length=0, labelsize=12, labeltop=True, labelbottom=False)
     axes.set_yticks([])
     axes.spines[:].set_visible(False)
     patches = [
         Patch(facecolor="#" + bytes(color).hex(), edgecolor="grey", label=name)
-        for name, color in zip(info.classes, info.palette, strict=False)
+        for name, color in zip(drawable(info.classes), info.palette, strict=False)
     ]
     figure.legend(handles=patches, loc="outside lower center", ncols=min(len(patches), 8), fontsize=8, frameon=False)
     write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=110, bbox_inches="tight"))

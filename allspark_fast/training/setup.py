@@ -4,11 +4,12 @@ import copy
 import logging
 import os
 import socket
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import IO
 
-from allspark_fast.config import Change, Config, RunConfig, Schedule, TrainConfig, changed_fields
+from allspark_fast.config import Config, EvalConfig, RunConfig, Schedule, TrainConfig, changed_fields
 from allspark_fast.distributed import world_size
 from allspark_fast.errors import InputError
 from allspark_fast.files import make_folder, remove_unfinished, write_atomically
@@ -25,6 +26,8 @@ except ImportError:  # Windows
 
 logger = logging.getLogger(__name__)
 
+# Steps of a run that repays what compiling takes, by an estimate.
+_REPAY_COMPILING = 5000
 # What may change between two sittings of a run, because it does not decide the numbers.
 _FREE = {
     "data.root",
@@ -36,33 +39,32 @@ _FREE = {
     "train.deterministic",
     "train.max_skipped",
     "train.sharding",
-    "eval.every",
-    "eval.times",
-    "eval.batch_size",
-    "eval.workers",
+    *(f"eval.{field.name}" for field in fields(EvalConfig) if field.name != "mode"),
     *(f"run.{field.name}" for field in fields(RunConfig)),
 }
 
 
 def claim_folder(folder: Path, config: Config) -> IO[str] | None:
-    """Lock a run folder and write config.json, which must hold the settings of the run that is there, if there is one.
+    """Lock a run folder, made if need be, and write config.json, which must agree with that of a run that is there.
 
-    What does not decide the numbers may change, and a run may be given more epochs or steps.
-
-    Returns:
-        the lock, see lock_folder.
+    What does not decide the numbers may change, and a run may be given more epochs or steps. The lock is held for as
+    long as the returned file is open: the operating system drops it when the process ends, in whatever way. Windows has
+    none.
 
     Raises:
         NotADirectoryError: it is a file.
         InputError: another process trains there, or the folder holds a run with other settings; they are listed.
     """
-    lock = lock_folder(folder)
+    make_folder(folder)
+    lock = _lock(folder)
     remove_unfinished(folder)
     path = folder / "config.json"
     # Settings that led nowhere, not even to a checkpoint, may be mended in the same folder.
     if path.is_file() and list_checkpoints(folder / "checkpoints"):
         changed = changed_fields(Config.read(path), config)
-        if refused := [str(change) for change in changed if not _may_change(change)]:
+        lengths = [x for x in changed if x.name in ("train.epochs", "train.steps") and None not in (x.old, x.new)]
+        free = {*_FREE, *(x.name for x in lengths if x.new > x.old)}
+        if refused := [str(change) for change in changed if change.name not in free]:
             raise InputError(
                 f"{folder} holds a run with other settings ({'; '.join(refused)}): "
                 "give another --run.output-dir, or the settings of before"
@@ -73,21 +75,7 @@ def claim_folder(folder: Path, config: Config) -> IO[str] | None:
     return lock
 
 
-def _may_change(change: Change) -> bool:
-    longer = change.name in ("train.epochs", "train.steps") and None not in (change.old, change.new)
-    return change.name in _FREE or (longer and change.new > change.old)
-
-
-def lock_folder(folder: Path) -> IO[str] | None:
-    """Keep other processes from training in a folder, made if need be, for as long as the returned file is open.
-
-    The operating system drops the lock when the process ends, in whatever way, so none is ever left behind. Nothing is
-    locked on Windows.
-
-    Raises:
-        InputError: another process trains there.
-    """
-    make_folder(folder)
+def _lock(folder: Path) -> IO[str] | None:
     if fcntl is None:
         return None
     file = (folder / "lock").open("a+", encoding="utf-8")
@@ -122,10 +110,10 @@ def check_schedule(config: TrainConfig, schedule: Schedule) -> None:
 
 
 def check_batch(config: TrainConfig) -> None:
-    """Check that the processes can share the batch of a step, and say how if there are several parts.
+    """Check that the processes can share the batch of a step equally, and log how if there are several parts.
 
     Raises:
-        InputError: they cannot share it equally.
+        InputError: they cannot.
     """
     ranks, micro_batches = world_size(), config.gradient_accumulation_steps
     share, rest = divmod(config.batch_size, ranks * micro_batches)
@@ -141,59 +129,53 @@ def check_batch(config: TrainConfig) -> None:
         )
     if ranks * micro_batches > 1:
         logger.info(
-            "a step takes %d + %d images: %d processes, %d micro-batches each, of %d + %d; train.lr is that of the "
-            "whole batch, for any number of processes",
-            *(config.batch_size, config.batch_size, ranks, micro_batches, share, share),
+            f"a step takes {config.batch_size} + {config.batch_size} images: {ranks} processes, {micro_batches} "
+            f"micro-batches each, of {share} + {share}; train.lr is that of the whole batch"
         )
 
 
 def build_model(config: Config, num_classes: int, *, resumed: bool = False) -> Segmentor:
     """Build the model of a configuration, with its starting weights unless a checkpoint overwrites them."""
-    model, train = config.model, config.train
-    options = AllSparkOptions(
-        num_heads=model.num_heads,
-        memory_init=model.memory_init,
-        memory_sync=model.memory_sync,
-        class_map=model.class_map,
-    )
+    model = config.model
+    names = ("num_heads", "memory_init", "memory_sync", "class_map")
+    options = AllSparkOptions(**{name: getattr(model, name) for name in names})
     segmentor = build_segmentor(
         model.backbone,
         num_classes,
         (config.data.crop, config.data.crop),
-        allspark=options if train.method == "allspark" else None,
+        allspark=options if config.train.method == "allspark" else None,
         embedding_dim=model.embedding_dim,
         activation_checkpointing=model.activation_checkpointing,
     )
     if model.weights is not None and not resumed:
         report = load_weights(segmentor, model.weights, reset=model.reset)
         unused, fresh = len(report.dropped), len(report.fresh)
-        logger.info(
-            "%s: loaded; %d of its tensors not used, %d of the model start afresh", model.weights, unused, fresh
-        )
+        logger.info(f"{model.weights}: loaded; {unused} of its tensors not used, {fresh} of the model start afresh")
     return segmentor
 
 
 def build_state(model: Segmentor, config: TrainConfig, total_steps: int) -> TrainState:
-    """Build all that a step changes; with several processes, ``train.sharding`` says how they hold it.
-
-    Args:
-        model: on its device, the same on all ranks; sharded in place if need be.
-        config: the optimization.
-        total_steps: steps of the whole run.
+    """Build all that steps change, from a model on its device, the same on all ranks; it may be sharded in place.
 
     Raises:
-        InputError: the model is to be compiled, but its encoder has no blocks to compile.
+        InputError: the model is to be compiled, and its encoder has no blocks.
     """
     sharded = config.sharding == "fsdp" and world_size() > 1
-    ema = copy.deepcopy(model).requires_grad_(False) if config.ema > 0 else None
-    if config.compile:
-        compile_blocks(model, "inductor")
-        if ema is not None and config.teacher == "ema":
-            compile_blocks(ema, "inductor")
-    if not sharded:
-        return TrainState(model, config, total_steps=total_steps, ema=ema)
-    replica = copy.deepcopy(model).requires_grad_(False)
-    for x in (model, ema):
-        if x is not None:
-            shard(x, amp=config.amp)
+    ema, replica = (copy.deepcopy(model).requires_grad_(False) if x else None for x in (config.ema > 0, sharded))
+    repays = next(model.parameters()).is_cuda and total_steps > _REPAY_COMPILING
+    if config.compile == "on" or (config.compile == "auto" and repays):
+        with suppress(OSError, RuntimeError):  # no home, or a read-only one: torch's temporary folder will do
+            cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "allspark_fast" / "inductor"
+            cache.mkdir(parents=True, exist_ok=True)
+            if os.access(cache, os.W_OK):
+                os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
+        try:
+            for x in filter(None, (model, ema if config.teacher == "ema" else None)):
+                compile_blocks(x, "inductor")
+            logger.info("the encoder's blocks are compiled in the first steps, a minute or two (train.compile)")
+        except InputError:
+            if config.compile == "on":
+                raise
+    for x in filter(None, (model, ema) if sharded else ()):
+        shard(x)
     return TrainState(model, config, total_steps=total_steps, ema=ema, replica=replica)

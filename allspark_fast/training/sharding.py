@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils import _pytree as pytree
 
@@ -16,31 +16,19 @@ from allspark_fast.model import Segmentor
 from allspark_fast.model.mit import Block
 
 
-def shard(model: Segmentor, *, amp: bool) -> None:
-    """Shard the parameters of a model over all ranks: each block of a MiT on its own, then the rest together.
+def shard(model: Segmentor) -> None:
+    """Shard the parameters of a model in place over all ranks: each block of a MiT on its own, then the rest together.
 
-    Buffers stay whole. With ``amp`` on a GPU, blocks are gathered in bfloat16, which is what autocast makes of their
-    matrices anyway, and their gradients are reduced in float32; the rest stays float32, for the head's products.
-
-    Args:
-        model: sharded in place, on its device; the names of its state_dict stay.
-        amp: whether it will run under bfloat16 autocast.
+    Buffers stay whole, and the names of its state_dict stay.
     """
     # Nothing writes into the logits.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-    device = next(model.parameters()).device.type
-    mesh = init_device_mesh(device, (world_size(),))
+    mesh = init_device_mesh(next(model.parameters()).device.type, (world_size(),))
+    model.to(memory_format=torch.contiguous_format)  # the only one that FSDP takes
     for module in model.modules():
         if isinstance(module, Block):
-            fully_shard(module, mesh=mesh, mp_policy=block_policy(amp, device))
+            fully_shard(module, mesh=mesh)
     fully_shard(model, mesh=mesh)
-
-
-def block_policy(amp: bool, device: str) -> MixedPrecisionPolicy:
-    """Return the dtypes in which blocks of a sharded model are gathered and their gradients reduced."""
-    if amp and device == "cuda":
-        return MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
-    return MixedPrecisionPolicy()
 
 
 def reshard(model: Segmentor) -> None:
@@ -62,13 +50,11 @@ def full_tensor(x: Tensor) -> Tensor:
 def gather_state(state: dict[str, Any]) -> dict[str, Any]:
     """Gather sharded tensors one after the other; only rank 0 keeps them, on the CPU. All ranks have to call this."""
 
-    def gather(x: Any) -> Any:
-        if not isinstance(x, DTensor):
-            return x
+    def gather(x: DTensor) -> Tensor | None:
         full = x.full_tensor()
         return full.cpu() if rank() == 0 else None
 
-    return pytree.tree_map(gather, state)
+    return pytree.tree_map_only(DTensor, gather, state)
 
 
 def from_local_like(x: Tensor, parameter: Tensor) -> Tensor:

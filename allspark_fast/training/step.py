@@ -16,6 +16,7 @@ from allspark_fast.kernels.upsample_argmax import upsample_argmax
 from allspark_fast.kernels.upsample_cross_entropy import upsample_cross_entropy
 from allspark_fast.model import Segmentor
 from allspark_fast.model.batch_norm import FiniteBatchNorm
+from allspark_fast.training.half_weights import HalfWeights
 from allspark_fast.training.sharding import (
     average_gradients,
     from_local_like,
@@ -82,11 +83,14 @@ class TrainState:
         replica: Segmentor | None = None,
     ) -> None:
         device = next(model.parameters()).device
+        self.amp = config.amp and next(model.parameters()).is_cuda
         self.model = model
         self.config = config
         self.total_steps = total_steps
         self.ema = ema
         self.replica = replica
+        # FSDP gathers the weights of a sharded model anew, and autocast casts them.
+        self.half_weights = HalfWeights(model, self.teacher, enabled=self.amp and replica is None)
         self.optimizer = build_optimizer(model, config)
         self.step = torch.zeros((), dtype=torch.int64, device=device)
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)
@@ -179,22 +183,30 @@ def train_step(state: TrainState, batch: SemiBatch, *, use_memory: bool, use_pse
 
     Returns:
         the losses before the update, means over micro-batches and ranks.
+
+    Raises:
+        RuntimeError: autocast is on already, which would keep casts of weights that the step changes.
     """
+    device = batch.image.device.type
+    if torch.is_autocast_enabled(device):
+        raise RuntimeError("train_step enters autocast itself: call it outside of torch.autocast")
     state.model.zero_grad()
     parts = []
-    for micro_batch in batch.split(state.config.gradient_accumulation_steps):
-        with torch.autocast(batch.image.device.type, torch.bfloat16, enabled=state.config.amp and batch.image.is_cuda):
-            losses = compute_losses(
-                state.model,
-                micro_batch,
-                state.config,
-                use_memory=use_memory,
-                use_pseudo=use_pseudo,
-                teacher=state.teacher,
-                classes=state.classes,
-            )
-        (losses.total / state.config.gradient_accumulation_steps).backward()
-        parts.append(torch.stack(losses).detach())
+    with state.half_weights.installed():
+        for micro_batch in batch.split(state.config.gradient_accumulation_steps):
+            with torch.autocast(device, torch.bfloat16, enabled=state.amp):
+                losses = compute_losses(
+                    state.model,
+                    micro_batch,
+                    state.config,
+                    use_memory=use_memory,
+                    use_pseudo=use_pseudo,
+                    teacher=state.teacher,
+                    classes=state.classes,
+                )
+            (losses.total / state.config.gradient_accumulation_steps).backward()
+            state.half_weights.collect_gradients()
+            parts.append(torch.stack(losses).detach())
     return _update(state, torch.stack(parts).mean(0))
 
 

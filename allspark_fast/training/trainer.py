@@ -4,6 +4,7 @@ import functools
 import itertools
 import logging
 import math
+import os
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -18,7 +19,7 @@ from allspark_fast.config import Config
 from allspark_fast.data.info import IGNORE_INDEX
 from allspark_fast.data.loader import SemiBatch
 from allspark_fast.data.sources import TrainingData
-from allspark_fast.device import limit_threads, use_deterministic_operations
+from allspark_fast.device import limit_threads
 from allspark_fast.distributed import all_gather_cat, all_reduce_any, failing_together, process_group, rank, world_size
 from allspark_fast.errors import RunError
 from allspark_fast.inference.evaluate import evaluate
@@ -26,14 +27,9 @@ from allspark_fast.inference.metrics import Scores
 from allspark_fast.inference.scores import score_table
 from allspark_fast.kernels.triton_support import set_kernels
 from allspark_fast.kernels.upsample_argmax import upsample_argmax
+from allspark_fast.model import Segmentor
 from allspark_fast.signals import stop_signals
-from allspark_fast.training import setup
-from allspark_fast.training.checkpoint import (
-    list_checkpoints,
-    load_latest_checkpoint,
-    require_space,
-    save_checkpoint,
-)
+from allspark_fast.training import checkpoint, setup
 from allspark_fast.training.cuda_graph import GraphedSteps
 from allspark_fast.training.diagnostics import class_record, find_problems, memory_record, pseudo_label_record
 from allspark_fast.training.log import MetricsLog, Record
@@ -65,10 +61,12 @@ class Trainer:
     def __init__(self, config: Config, folder: Path, device: torch.device = CPU) -> None:
         self.config = config
         self.folder = folder
+        self.checkpoints = folder / "checkpoints"
         self.device = device
         setup.check_batch(config.train)
         if config.train.deterministic:
-            use_deterministic_operations()
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the GPU is first used
+            torch.use_deterministic_algorithms(True)
         set_kernels(config.run.kernels)
         self.data = TrainingData(config, device)
         with failing_together():
@@ -80,32 +78,33 @@ class Trainer:
         self.total_steps = self.schedule.total
         if rank() == 0:
             setup.check_schedule(config.train, self.schedule)
-        resumed = bool(list_checkpoints(folder / "checkpoints"))
+        resumed = bool(checkpoint.list_checkpoints(self.checkpoints))
         model = setup.build_model(config, len(self.data.info.classes), resumed=resumed).to(device)
-        if rank() > 0:
-            # Weights are the same on all ranks, what is dropped is not.
+        if rank() > 0:  # weights are the same on all ranks, what is dropped is not
             torch.manual_seed(config.train.seed + rank())
         self.state = setup.build_state(model, config.train, self.total_steps)
+        self.findings: Record = {}  # for the next line of the log
         self.train_step = self._choose_step()
         self.step = 0
         self.best, self.best_step = -1.0, 0
         self._unlabeled_loss = math.inf
         self._named: set[str] = set()
         self.evaluation_due = False
-        self._resume()
         state = self._state()
         with failing_together():
             if rank() == 0:
-                require_space(folder / "checkpoints", state, keep_last=config.run.keep_last)
+                checkpoint.require_space(self.checkpoints, state, keep_last=config.run.keep_last)
+        if (saved := checkpoint.load_latest_checkpoint(self.checkpoints, state)) is not None:
+            self._resume(saved)
 
     def _choose_step(self) -> Callable[..., object]:
-        if self.config.train.cuda_graph:
-            if self.device.type == "cuda" and world_size() == 1:
-                return GraphedSteps(self.state)
-            why = (
-                f"the device is {self.device}" if self.device.type != "cuda" else f"there are {world_size()} processes"
-            )
-            logger.warning("train.cuda_graph has no effect: it needs one process on a GPU, but %s", why)
+        setting = self.config.train.cuda_graph
+        on_gpu, sharded = self.device.type == "cuda", self.state.replica is not None
+        if setting != "off" and on_gpu and not sharded:
+            return GraphedSteps(self.state, report=self.findings.update if setting == "auto" else None)
+        if setting == "on" or (setting == "auto" and on_gpu):
+            why = "FSDP2's exchange is not" if sharded else f"nothing on the device {self.device} is"
+            logger.warning("train.cuda_graph %s: no step is recorded, because %s", setting, why)
         return functools.partial(train_step, self.state)
 
     @property
@@ -122,39 +121,38 @@ class Trainer:
         Raises:
             RunError: too many steps had a loss or gradient that is not finite.
         """
-        bar = tqdm(total=self.total_steps, initial=self.step, unit="step", dynamic_ncols=True, disable=rank() > 0)
-        with stop_signals() as asked, bar:  # an error closes the bar, so that its message has a line for itself
-            return self._run(asked, bar)
-
-    def _run(self, asked: Callable[[], bool], bar: "tqdm[Any]") -> Scores | None:
         run = self.config.run
         log = MetricsLog(self.folder, self.step, evaluated=not self.evaluation_due) if rank() == 0 else None
         batches = self.data.batches(self.step, self.total_steps)
-        scores: Scores | None = None
-        stopping = False
-        started, logged = time.perf_counter(), self.step
-        while not (stopping or self.finished):
-            if not self.evaluation_due:
-                self._take_step(next(batches))
-                stopping = all_reduce_any(asked())
-                bar.update()
-                if self.step % run.log_every == 0 or self.step == self.total_steps:
-                    rate = (self.step - logged) / (time.perf_counter() - started)
-                    bar.set_postfix(self._log_losses(log, steps_per_s=rate))
+        scores, stopping = None, False
+        bar = tqdm(total=self.total_steps, initial=self.step, unit="step", dynamic_ncols=True, disable=rank() > 0)
+        with stop_signals() as asked, bar:  # an error closes the bar, so that its message has a line for itself
+            started, logged = time.perf_counter(), self.step
+            first_step = self.step + 1
+            while not (stopping or self.finished):
+                if not self.evaluation_due:
+                    self._take_step(next(batches))
+                    stopping = all_reduce_any(asked())
+                    bar.update()
+                    if self.step == first_step:
+                        logger.info("the first step took %.1f s", time.perf_counter() - started)
+                    if self.step % run.log_every == 0 or self.step == self.total_steps:
+                        rate = (self.step - logged) / (time.perf_counter() - started)
+                        bar.set_postfix(self._log_losses(log, steps_per_s=rate))
+                        started, logged = time.perf_counter(), self.step
+                evaluating = self.evaluation_due and not stopping
+                if evaluating:
+                    with torch.compiler.set_stance("force_eager"):  # compiling for every size of image takes longer
+                        scores = self._evaluate(log, asked, bar)
+                    stopping = scores is None
                     started, logged = time.perf_counter(), self.step
-            save = stopping or self.step % run.save_every == 0
-            if self.evaluation_due and not stopping:
-                scores = self._evaluate(log, asked, bar)
-                stopping = scores is None
-                save = True
-                started, logged = time.perf_counter(), self.step
-            if save:
-                self._save()
+                if evaluating or stopping or self.step % run.save_every == 0:
+                    self._save()
         if log is not None:
             log.close()
-        if not self.finished:
-            return None
-        return scores or self._score()
+        if isinstance(self.train_step, GraphedSteps):
+            self.train_step.release()
+        return scores if self.finished else None
 
     def _take_step(self, batch: SemiBatch) -> None:
         schedule = self.schedule
@@ -170,7 +168,8 @@ class Trainer:
         streams = 1 if self.config.train.method == "supervised" else 2
         images_per_s = streams * self.config.train.batch_size * steps_per_s
         if log is not None:
-            log.write({**self._position(), **metrics, "images_per_s": images_per_s})
+            log.write({**self._position(), **metrics, "images_per_s": images_per_s, **self.findings})
+        self.findings.clear()
         # A run may be shorter than max_skipped.
         limit = min(self.config.train.max_skipped, self.total_steps // 2)
         if metrics["skipped_steps"] > limit:
@@ -186,18 +185,27 @@ class Trainer:
 
     def _evaluate(self, log: MetricsLog | None, asked: Callable[[], bool], bar: "tqdm[Any]") -> Scores | None:
         """Score, log, draw, and keep the best weights; None if it was asked to stop meanwhile, and is still due."""
-        scores = self._score(asked)
+        model = self.state.evaluated_model()
+        samples = itertools.takewhile(lambda _: not asked(), self.data.validation())
+        scores = evaluate(
+            model,
+            samples,
+            len(self.data.info.classes),
+            mode=self.config.eval.mode,
+            crop=self.config.data.crop,
+            device=self.device,
+            batch_size=self.config.eval.batch_size,
+            amp=self.config.train.amp,
+        )
         if all_reduce_any(asked()):
             return None
         self.evaluation_due = False
-        images, labels, measured = self._pseudo_labels()
-        model = self.state.evaluated_model()
+        images, labels, measured = self._pseudo_labels(model)
         measured |= class_record(self.state.classes.pixels)
         problems = self._find_problems(measured, scores)
         improved = scores.mean_iou > self.best
         if improved:
             self.best, self.best_step = scores.mean_iou, self.step
-
         with failing_together():
             if log is not None:
                 mean_scores = {"miou": scores.mean_iou, "miou_present": scores.mean_iou_present}
@@ -236,29 +244,12 @@ class Trainer:
         except Exception as error:
             logger.warning("the pictures of step %d were not drawn: %r", self.step, error)
 
-    def _score(self, asked: Callable[[], bool] = lambda: False) -> Scores:
-        """Score the validation images, or those before a signal asked to stop."""
-        model, classes = self.state.evaluated_model(), len(self.data.info.classes)
-        with torch.compiler.set_stance("force_eager"):  # compiling for every size of image would take longer
-            seen = itertools.takewhile(lambda _: not asked(), self.data.validation())
-            return evaluate(
-                model,
-                seen,
-                classes,
-                mode=self.config.eval.mode,
-                crop=self.config.data.crop,
-                device=self.device,
-                batch_size=self.config.eval.batch_size,
-                amp=self.config.train.amp,
-            )
-
     @torch.no_grad()
-    def _pseudo_labels(self) -> tuple[Tensor, dict[str, Tensor], Record]:
+    def _pseudo_labels(self, model: Segmentor) -> tuple[Tensor, dict[str, Tensor], Record]:
         """Label the unlabeled crops of the first step; return some of them to draw, and what all measure."""
         batch = self.data.first_batch
-        with torch.compiler.set_stance("force_eager"):
-            _, pseudo_label, confidence = pseudo_pass(self.state.teacher, batch, self.config.train)
-            logits = self.state.evaluated_model().eval()(batch.unlabeled_image)
+        _, pseudo_label, confidence = pseudo_pass(self.state.teacher, batch, self.config.train)
+        logits = model.eval()(batch.unlabeled_image)
         prediction, _ = upsample_argmax(logits, (pseudo_label.shape[1], pseudo_label.shape[2]))
         measured = pseudo_label_record(pseudo_label, confidence, len(self.data.info.classes), batch)
         assert batch.unlabeled_label is not None
@@ -271,8 +262,7 @@ class Trainer:
         state = gather_state(self._state())
         with failing_together():
             if rank() == 0:
-                folder = self.folder / "checkpoints"
-                save_checkpoint(folder, self.step, state, keep_last=self.config.run.keep_last)
+                checkpoint.save_checkpoint(self.checkpoints, self.step, state, keep_last=self.config.run.keep_last)
 
     def _state(self) -> dict[str, Any]:
         return {
@@ -280,38 +270,27 @@ class Trainer:
             "best": self.best,
             "best_step": self.best_step,
             "evaluation_due": self.evaluation_due,
-            # One after the other, for all ranks.
-            "rng": all_gather_cat(torch.get_rng_state()),
-            "cuda_rng": all_gather_cat(torch.cuda.get_rng_state()) if self.device.type == "cuda" else None,
+            "spec": ModelSpec.of_run(self.config, self.data.info).to_json(),
+            **{name: all_gather_cat(x) for name, x in checkpoint.random_states(self.device).items()},  # by rank
         }
 
-    def _resume(self) -> None:
-        state = load_latest_checkpoint(self.folder / "checkpoints", self._state())
-        if state is None:
-            return
+    def _resume(self, state: dict[str, Any]) -> None:
         self.state.load_state_dict(state)
         self.step, self.best, self.evaluation_due = int(state["step"]), state["best"], state["evaluation_due"]
         self.best_step = state.get("best_step", 0)  # earlier versions did not say
-        saved = state["rng"].numel() // torch.get_rng_state().numel()
-        if saved == world_size():
-            # Copies, because torch crashes on a part of a larger tensor.
-            torch.set_rng_state(state["rng"].chunk(saved)[rank()].clone())
-            if state["cuda_rng"] is not None and self.device.type == "cuda":
-                torch.cuda.set_rng_state(state["cuda_rng"].chunk(saved)[rank()].clone())
+        own, ranks = checkpoint.random_states(self.device), world_size()
+        if (saved := state["rng"].numel() // own["rng"].numel()) == ranks:
+            checkpoint.set_random_states(
+                {name: state[name].chunk(ranks)[rank()] for name in own if state.get(name) is not None}
+            )
         else:
             torch.manual_seed(self.config.train.seed + rank() + (self.step << 16))
-            logger.info(
-                "the checkpoint is of %d processes, now there are %d: dropout draws other numbers than it would have",
-                saved,
-                world_size(),
-            )
-        logger.info("resumed at step %d of %d", self.step, self.total_steps)
+            logger.info(f"the checkpoint is of {saved} processes, now there are {ranks}: dropout draws other numbers")
+        logger.info(f"resumed at step {self.step} of {self.total_steps}")
 
 
 def train(config: Config, folder: Path) -> bool:
     """Run a configuration in a folder, from its last checkpoint on, and print the table of classes.
-
-    Under ``torchrun``, this process is one of those that train together.
 
     Returns:
         whether the run is finished, rather than stopped by a signal or by the end of torchrun.

@@ -1,1 +1,1 @@
-"""Files to models and back: names, files, specification, conversion, export, hub."""
+"""Files to models and back: files, specification, conversion, export."""

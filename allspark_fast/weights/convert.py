@@ -1,7 +1,6 @@
 """Weights of any origin as models of ours: what a file does not say is inferred from the shapes of its tensors."""
 
 import dataclasses
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -10,12 +9,12 @@ from pathlib import Path
 from torch import Tensor
 
 from allspark_fast.config import DataConfig
-from allspark_fast.data.info import DATASETS, VOC_PALETTE, DatasetInfo, parse_meta
-from allspark_fast.errors import DataError, InputError
+from allspark_fast.data.info import DATASETS, VOC_PALETTE, DatasetInfo, read_info
+from allspark_fast.errors import InputError
 from allspark_fast.model import MIT_CONFIGS, Segmentor
 from allspark_fast.model.mit import STRIDES
-from allspark_fast.weights.files import read_state_dict
-from allspark_fast.weights.spec import ModelSpec, find_weights, load_model, read_spec
+from allspark_fast.weights.files import read_weights
+from allspark_fast.weights.spec import ModelSpec, find_weights
 
 # The data sets of the public code: the number of classes tells which one a checkpoint is of.
 _PUBLIC = {len(DATASETS[name].classes): DATASETS[name] for name in ("pascal", "cityscapes", "coco")}
@@ -24,35 +23,32 @@ _PUBLIC = {len(DATASETS[name].classes): DATASETS[name] for name in ("pascal", "c
 def read_model(path: str | Path, classes: str | None = None) -> tuple[Segmentor, ModelSpec]:
     """Load weights of any origin as a model in eval mode on the CPU.
 
-    Models of Hugging Face's library differ from the original SegFormer, and from ours, in the eps of some LayerNorms
-    (1e-5 for 1e-6): their logits agree to about 1e-3.
-
     Args:
-        path: a checkpoint of the public code, a Hugging Face SegFormer (a folder or its weights), or weights of ours.
+        path: a checkpoint of the public code, or weights of ours, with or without a description.
         classes: where their names and colors come from: a data set of DATASETS, or a ``meta.json``, see read_info.
-            None takes what the file says, a ``config.json`` of Hugging Face beside it, or else, for ``.pth``, the data
-            set of the public code with so many classes; where nothing tells, they become "class 0" and so on.
+            None takes what the file says, or else, for ``.pth``, the data set of the public code with so many classes;
+            where nothing tells, they become "class 0" and so on.
 
     Raises:
         FileNotFoundError: there is no such file.
         InputError: the file is damaged, holds an encoder only, another architecture, or other classes.
     """
     path = find_weights(path)
-    if read_spec(path) is not None:
-        model, spec = load_model(path)
-        if classes is not None:
-            spec = dataclasses.replace(spec, info=_class_info(path, len(spec.info.classes), classes))
-        return model, spec
-    state = read_state_dict(path, head=True)
-    spec = infer_spec(state, path, classes)
+    state, description = read_weights(path)
+    spec = infer_spec(state, path) if description is None else ModelSpec.from_json(description, path)
+    if classes is not None:
+        info, count = _read_classes(classes), len(spec.info.classes)
+        if len(info.classes) != count:
+            raise InputError(f"{path}: has {count} classes, but {info.name} names {len(info.classes)}")
+        spec = dataclasses.replace(spec, info=info)
     return spec.restore(state, path), spec
 
 
-def infer_spec(state: Mapping[str, Tensor], path: Path, classes: str | None = None) -> ModelSpec:
+def infer_spec(state: Mapping[str, Tensor], path: Path) -> ModelSpec:
     """Infer what a model of these weights from ``path`` must be, under this project's names.
 
     The crop is the smallest with as many tokens as the memory has, which is that of the public code (513, 801);
-    without a memory it is the default one.
+    without a memory it is the default one. Classes are those of ``read_model`` without names.
 
     Raises:
         InputError: this is no model that we have.
@@ -62,7 +58,10 @@ def infer_spec(state: Mapping[str, Tensor], path: Path, classes: str | None = No
             f"{path}: holds no decoder, so it labels nothing; training starts from an encoder as it is: "
             f"--model.weights {path}"
         )
-    info = _class_info(path, len(state["decoder.decoder.linear_pred.weight"]), classes)
+    count = len(state["decoder.decoder.linear_pred.weight"])
+    info = DatasetInfo(path.stem, tuple(f"class {index}" for index in range(count)), VOC_PALETTE)
+    if path.suffix == ".pth":
+        info = _PUBLIC.get(count, info)
     backbone = _infer_backbone(state, path)
     crop, num_heads = DataConfig().crop, 1
     if allspark := "decoder.allspark.attn.kv_queue" in state:
@@ -97,29 +96,9 @@ def _infer_backbone(state: Mapping[str, Tensor], path: Path) -> str:
     raise InputError(f"{path}: no Mix Transformer here has widths {widths} and depths {depths}")
 
 
-def _class_info(path: Path, count: int, classes: str | None) -> DatasetInfo:
-    config = path.with_name("config.json")
-    if classes is not None:
-        info = DATASETS[classes] if classes in DATASETS else _read_names(Path(classes))
-    # One of ours has no id2label.
-    elif config.is_file() and b'"id2label"' in config.read_bytes():
-        info = _read_names(config)
-    else:
-        generic = DatasetInfo(path.stem, tuple(f"class {index}" for index in range(count)), VOC_PALETTE)
-        info = _PUBLIC.get(count, generic) if path.suffix == ".pth" else generic
-    if len(info.classes) != count:
-        raise InputError(f"{path}: has {count} classes, but {info.name} names {len(info.classes)}: give --classes")
-    return info
-
-
-def _read_names(file: Path) -> DatasetInfo:
-    """Read a meta.json, or the names that a config.json of Hugging Face gives to classes."""
-    if not file.is_file():
-        raise FileNotFoundError(f"{file}: no file of class names, and no data set (known: {', '.join(DATASETS)})")
-    try:
-        meta = json.loads(file.read_text(encoding="utf-8"))
-        if isinstance(meta, dict) and isinstance(names := meta.get("id2label"), dict):
-            meta = {"classes": [names.get(str(index)) for index in range(len(names))]}
-        return parse_meta(meta, file.resolve().parent.name)
-    except ValueError as error:
-        raise DataError(f"{file}: {error}") from error
+def _read_classes(name: str) -> DatasetInfo:
+    if name in DATASETS:
+        return DATASETS[name]
+    if Path(name).name != "meta.json" or not Path(name).is_file():
+        raise FileNotFoundError(f"{name}: no meta.json, and no data set (known: {', '.join(DATASETS)})")
+    return read_info(Path(name).parent)

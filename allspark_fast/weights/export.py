@@ -28,9 +28,6 @@ _ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 class PixelsToLogits(nn.Module):
     """What is exported: images in 0..1 to logits at their size; the memory, which serves training only, is left out."""
 
-    mean: Tensor
-    std: Tensor
-
     def __init__(self, model: Segmentor, spec: ModelSpec) -> None:
         super().__init__()
         self.model = copy.deepcopy(model)
@@ -38,8 +35,7 @@ class PixelsToLogits(nn.Module):
             attention = self.model.decoder.allspark.attn
             attention.backend = "reference"
             attention.kv_queue = attention.kv_queue.new_empty(0)
-        self.register_buffer("mean", torch.tensor(spec.mean)[:, None, None])
-        self.register_buffer("std", torch.tensor(spec.std)[:, None, None])
+        self.mean, self.std = (nn.Buffer(torch.tensor(x)[:, None, None]) for x in (spec.mean, spec.std))
 
     def forward(self, images: Tensor) -> Tensor:
         """Map (B, 3, H, W) float32 RGB in 0..1 to logits (B, K, H, W)."""
@@ -67,9 +63,9 @@ def export_model(model: Segmentor, spec: ModelSpec, path: Path) -> float:
         MissingPackageError: a package for ONNX is not installed.
         RunError: the graph computes something else than the model; nothing is written.
     """
-    missing = [name for name in _ONNX_PACKAGES if importlib.util.find_spec(name) is None]
     if path.suffix not in (".pt2", ".onnx"):
         raise InputError(f"{path}: a graph is written to .pt2 or .onnx; `convert` writes weights")
+    missing = [name for name in _ONNX_PACKAGES if importlib.util.find_spec(name) is None]
     if path.suffix == ".onnx" and missing:
         raise MissingPackageError(f"ONNX needs {', '.join(missing)}: pip install 'allspark-fast[export]'")
     if "swin" in spec.backbone:

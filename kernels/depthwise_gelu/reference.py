@@ -12,7 +12,7 @@ def forward(tokens: Tensor, weight: Tensor, bias: Tensor, size: tuple[int, int])
     """Map tokens (B, h·w, C), weight (C, 1, 3, 3), bias (C,) to (B, h·w, C), contiguous, in tokens' dtype."""
     if tokens.numel() == 0:  # convolutions refuse empty tensors
         return tokens.new_empty(tokens.shape)
-    return _to_tokens(F.gelu(_convolved(tokens, weight, bias, size)))
+    return F.gelu(_convolved(tokens, weight, bias, size)).flatten(2).mT.contiguous()
 
 
 def backward(
@@ -21,23 +21,12 @@ def backward(
     """Return the gradients of tokens, weight and bias, contiguous, in their dtypes; the convolved map is recomputed."""
     if tokens.numel() == 0:
         return tokens.new_empty(tokens.shape), weight.new_zeros(weight.shape), bias.new_zeros(bias.shape)
-    channels = tokens.shape[2]
-    grad_map, token_map = _to_map(grad, size), _to_map(tokens, size)
-    grad_convolved = torch.ops.aten.gelu_backward(grad_map, _convolved(tokens, weight, bias, size))
-    grad_map, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
-        grad_convolved,
-        token_map,
-        weight.to(tokens.dtype),
-        [channels],
-        stride=[1, 1],
-        padding=[1, 1],
-        dilation=[1, 1],
-        transposed=False,
-        output_padding=[0, 0],
-        groups=channels,
-        output_mask=[True, True, True],
-    )
-    return _to_tokens(grad_map), grad_weight.to(weight.dtype).contiguous(), grad_bias.to(bias.dtype)
+    grad_convolved = torch.ops.aten.gelu_backward(_to_map(grad, size), _convolved(tokens, weight, bias, size))
+    operands, channels = (grad_convolved, _to_map(tokens, size), weight.to(tokens.dtype)), tokens.shape[2]
+    window = [1, 1], [1, 1], [1, 1]  # stride, padding, dilation
+    options = [channels], *window, False, [0, 0], channels, [True, True, True]
+    grad_map, grad_weight, grad_bias = torch.ops.aten.convolution_backward(*operands, *options)
+    return grad_map.flatten(2).mT.contiguous(), grad_weight.to(weight.dtype).contiguous(), grad_bias.to(bias.dtype)
 
 
 def _convolved(tokens: Tensor, weight: Tensor, bias: Tensor, size: tuple[int, int]) -> Tensor:
@@ -47,7 +36,3 @@ def _convolved(tokens: Tensor, weight: Tensor, bias: Tensor, size: tuple[int, in
 
 def _to_map(tokens: Tensor, size: tuple[int, int]) -> Tensor:
     return tokens.mT.unflatten(2, size)
-
-
-def _to_tokens(feature_map: Tensor) -> Tensor:
-    return feature_map.flatten(2).mT.contiguous()

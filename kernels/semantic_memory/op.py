@@ -28,7 +28,8 @@ def channel_semantic_grouping(features: Tensor, class_map: Tensor) -> Tensor:
     check_tensor("class_map", class_map, "(B, K, N)", FLOATING, like=features)
     check_shape("class_map", class_map, "(B, K, N)", (batch, class_map.shape[1], tokens))
     check_not_empty("class_map", class_map, {"K": 1, "N": 2})
-    return _channel_semantic_grouping(features.detach(), class_map.detach())
+    with torch.autocast(features.device.type, enabled=False):
+        return vectorized.channel_semantic_grouping(features.detach(), class_map.detach())
 
 
 def semantic_memory_enqueue(queue: Tensor, queue_ptr: Tensor, features: Tensor, channel_class: Tensor) -> None:
@@ -83,25 +84,9 @@ def _check_pointers(queue_ptr: Tensor, slots: int) -> None:
         raise ValueError(f"queue_ptr holds {wrong[0].item()}, expected slots in [0, {slots})")
 
 
-@torch.library.custom_op("allspark_fast::channel_semantic_grouping", mutates_args=())
-def _channel_semantic_grouping(features: Tensor, class_map: Tensor) -> Tensor:
-    with torch.autocast(features.device.type, enabled=False), torch.cuda.device_of(features):
-        return implementation(vectorized, features, class_map).channel_semantic_grouping(features, class_map)
-
-
-@_channel_semantic_grouping.register_fake
-def _(features: Tensor, class_map: Tensor) -> Tensor:
-    return features.new_empty((features.shape[0], features.shape[2]), dtype=torch.int64)
-
-
 @torch.library.custom_op("allspark_fast::semantic_memory_enqueue", mutates_args=("queue", "queue_ptr"))
 def _semantic_memory_enqueue(queue: Tensor, queue_ptr: Tensor, features: Tensor, channel_class: Tensor) -> None:
     if queue.device.type == "cpu":
         _check_pointers(queue_ptr, queue.shape[1])
     with torch.cuda.device_of(queue):
         implementation(vectorized, queue, features).semantic_memory_enqueue(queue, queue_ptr, features, channel_class)
-
-
-@_semantic_memory_enqueue.register_fake
-def _(queue: Tensor, queue_ptr: Tensor, features: Tensor, channel_class: Tensor) -> None:
-    return None

@@ -16,18 +16,12 @@ def _argmax_kernel(
     logits,  # (B, K, h, w)
     labels,  # (B, H, W) int64
     confidence,  # (B, H, W) float32
-    K,
-    h,
-    w,
-    H,
-    W,
-    stride_b,
-    stride_k,
-    stride_h,
-    stride_w,
+    sizes,  # K, h, w, H, W
+    strides,  # of the logits
     BLOCK_X: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
+    K, _, _, H, W = sizes
     i_x, i_y, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     o_x = (i_x * BLOCK_X + tl.arange(0, BLOCK_X)).to(tl.int64)
     m_x = o_x < W
@@ -38,9 +32,7 @@ def _argmax_kernel(
     for k in range(0, K, BLOCK_K):
         o_k = k + tl.arange(0, BLOCK_K)
         m_xk = m_x[:, None] & (o_k < K)[None, :]
-        b_logits = load_upsampled(
-            logits, i_b, i_y, o_x, o_k, m_xk, h, w, H, W, stride_b, stride_k, stride_h, stride_w
-        )  # [BX, BK]
+        b_logits = load_upsampled(logits, i_b, i_y, o_x, o_k, m_xk, sizes, strides)  # [BX, BK]
         m_number = b_logits <= float("inf")  # false for NaN
         b_nan = tl.minimum(b_nan, tl.min(tl.where(m_number, K, o_k[None, :]), 1))
         b_logits = tl.where(m_xk & m_number, b_logits, float("-inf"))
@@ -64,6 +56,6 @@ def upsample_argmax(logits: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tens
     confidence = torch.empty(labels.shape, dtype=torch.float32, device=logits.device)
     if batch:
         _argmax_kernel[triton.cdiv(size[1], _PIXELS), size[0], batch](
-            logits, labels, confidence, *logits.shape[1:], *size, *logits.stride(), BLOCK_X=_PIXELS, BLOCK_K=_CLASSES
+            logits, labels, confidence, (*logits.shape[1:], *size), logits.stride(), BLOCK_X=_PIXELS, BLOCK_K=_CLASSES
         )
     return labels, confidence

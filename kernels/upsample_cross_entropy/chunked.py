@@ -14,13 +14,14 @@ def forward(logits: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, 
     for i, image in enumerate(bands.images()):
         for rows in bands:
             band, axis = bands.upsample_for_reduction(image, rows), bands.class_axis
-            label = target[i, rows]
-            valid = label != ignore_index
-            label = label.where(valid, 0).unsqueeze(axis)
-            logit = band.gather(axis, label).squeeze(axis)
-            log_probability = band.log_softmax(axis).gather(axis, label).squeeze(axis)
-            torch.sub(logit, log_probability, out=lse[i, rows])
-            loss[i, rows] = -log_probability.where(valid, 0)
+            valid = target[i, rows] != ignore_index
+            label = target[i, rows].where(valid, 0).unsqueeze(axis)
+            # Large logits would round the loss and the softmax of backward, but for the shift by the maximum.
+            top = band.amax(axis, keepdim=True)
+            logit = band.sub_(top).gather(axis, label).squeeze(axis)
+            log_sum = band.exp_().sum(axis).log_()
+            torch.add(top.squeeze(axis), log_sum, out=lse[i, rows])
+            loss[i, rows] = (log_sum - logit).where(valid, 0)
     return loss, lse
 
 

@@ -27,18 +27,12 @@ def _cross_entropy_kernel(
     loss,  # (B, H, W) float32
     lse,  # (B, H, W) float32
     ignore_index,
-    K,
-    h,
-    w,
-    H,
-    W,
-    stride_b,
-    stride_k,
-    stride_h,
-    stride_w,
+    sizes,  # K, h, w, H, W
+    strides,  # of the logits
     BLOCK_X: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
+    K, _, _, H, W = sizes
     i_x, i_y, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     o_x = (i_x * BLOCK_X + tl.arange(0, BLOCK_X)).to(tl.int64)
     m_x = o_x < W
@@ -50,9 +44,7 @@ def _cross_entropy_kernel(
     for k in range(0, K, BLOCK_K):
         o_k = k + tl.arange(0, BLOCK_K)
         m_xk = m_x[:, None] & (o_k < K)[None, :]
-        b_logits = load_upsampled(
-            logits, i_b, i_y, o_x, o_k, m_xk, h, w, H, W, stride_b, stride_k, stride_h, stride_w
-        )  # [BX, BK]
+        b_logits = load_upsampled(logits, i_b, i_y, o_x, o_k, m_xk, sizes, strides)  # [BX, BK]
         b_logit += tl.sum(tl.where(o_k[None, :] == b_target[:, None], b_logits, 0.0), 1)
         b_logits = tl.where(m_xk, b_logits, float("-inf"))
         b_new = tl.maximum(b_maximum, tl.max(b_logits, 1))
@@ -75,23 +67,15 @@ def _cross_entropy_backward_kernel(
     lse,  # (B, H, W) float32
     grad_logits,  # (B, K, h, w)
     ignore_index,
-    K,
-    h,
-    w,
-    H,
-    W,
+    sizes,  # K, h, w, H, W
     reach,  # output columns that a cell contributes to, at most
-    stride_b,
-    stride_k,
-    stride_h,
-    stride_w,
-    stride_grad_b,
-    stride_grad_k,
-    stride_grad_h,
-    stride_grad_w,
+    strides,  # of the logits
+    grad_strides,  # of their gradient
     BLOCK_X: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
+    K, h, w, H, W = sizes
+    stride_b, stride_k, stride_h, stride_w = strides
     # Blocks of classes and of cells share the first axis, which alone may be long.
     blocks = tl.cdiv(w, BLOCK_X)
     i_x, i_k = tl.program_id(0) % blocks, tl.program_id(0) // blocks
@@ -135,8 +119,9 @@ def _cross_entropy_backward_kernel(
             m_pixel &= b_target != ignore_index
             b_weight = tl.where(m_pixel, b_grad * b_wx * b_wy, 0.0)
             b_grad_logits += tl.where(m_pixel[:, None], (b_softmax - b_onehot) * b_weight[:, None], 0.0)
-    p_grad = grad_logits + i_b * stride_grad_b + o_k[None, :].to(tl.int64) * stride_grad_k
-    p_grad += i_y * stride_grad_h + o_x[:, None] * stride_grad_w
+    stride_b, stride_k, stride_h, stride_w = grad_strides
+    p_grad = grad_logits + i_b * stride_b + o_k[None, :].to(tl.int64) * stride_k
+    p_grad += i_y * stride_h + o_x[:, None] * stride_w
     tl.store(p_grad, b_grad_logits.to(grad_logits.dtype.element_ty), mask=m_xk)
 
 
@@ -146,10 +131,9 @@ def forward(logits: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, 
     lse = torch.empty_like(loss)
     if logits.shape[0]:
         grid = triton.cdiv(target.shape[2], _PIXELS), target.shape[1], logits.shape[0]
-        sizes = *logits.shape[1:], *target.shape[1:], *logits.stride()
-        _cross_entropy_kernel[grid](
-            logits, target.contiguous(), loss, lse, ignore_index, *sizes, BLOCK_X=_PIXELS, BLOCK_K=_CLASSES
-        )
+        tensors = logits, target.contiguous(), loss, lse
+        sizes = *logits.shape[1:], *target.shape[1:]
+        _cross_entropy_kernel[grid](*tensors, ignore_index, sizes, logits.stride(), BLOCK_X=_PIXELS, BLOCK_K=_CLASSES)
     return loss, lse
 
 
@@ -160,7 +144,7 @@ def backward(grad: Tensor, logits: Tensor, target: Tensor, lse: Tensor, ignore_i
     if batch:
         grid = triton.cdiv(width, _CELLS) * triton.cdiv(classes, _CLASSES), height, batch
         tensors = logits, grad.contiguous(), target.contiguous(), lse, grad_logits
-        sizes = classes, height, width, *target.shape[1:], 2 * target.shape[2] // width + 1
-        strides = *logits.stride(), *grad_logits.stride()
-        _cross_entropy_backward_kernel[grid](*tensors, ignore_index, *sizes, *strides, BLOCK_X=_CELLS, BLOCK_K=_CLASSES)
+        sizes, reach = (classes, height, width, *target.shape[1:]), 2 * target.shape[2] // width + 1
+        scalars = ignore_index, sizes, reach, logits.stride(), grad_logits.stride()
+        _cross_entropy_backward_kernel[grid](*tensors, *scalars, BLOCK_X=_CELLS, BLOCK_K=_CLASSES)
     return grad_logits

@@ -8,6 +8,7 @@ from torch import Tensor
 from allspark_fast.kernels.arguments import (
     FLOATING,
     check_choice,
+    check_count,
     check_integer,
     check_not_empty,
     check_number,
@@ -65,9 +66,7 @@ def upsample_cross_entropy(
         check_number("ohem_threshold", ohem_threshold)
         if not 0 <= ohem_threshold <= 1:
             raise ValueError(f"ohem_threshold must be a probability in [0, 1] or None, got {ohem_threshold}")
-    check_integer("ohem_min_kept", ohem_min_kept)
-    if ohem_min_kept < 0:
-        raise ValueError(f"ohem_min_kept must be at least 0, got {ohem_min_kept}")
+    check_count("ohem_min_kept", ohem_min_kept, least=0)
     loss, _ = _upsample_cross_entropy(logits, target, ignore_index)
     counts = target != ignore_index
     if ohem_threshold is not None:

@@ -1,6 +1,7 @@
 """``evaluate``: weights with the images of a recipe. Those of a run are scored in test_trainer.py."""
 
 import json
+import unicodedata
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,6 @@ from PIL import Image
 from allspark_fast.__main__ import main
 from allspark_fast.config import Config, DataConfig, EvalConfig
 from allspark_fast.data.datasets import split_line
-from allspark_fast.data.info import DatasetInfo
 from allspark_fast.inference.evaluate import predict_labels
 from allspark_fast.weights.spec import ModelSpec, load_model, save_model
 from tests.helpers.images import write_folder
@@ -54,29 +54,22 @@ def expected_confusion(weights: Path, data: Path, names: list[str]) -> np.ndarra
 
 @pytest.mark.parametrize(("split", "names"), [([], ["00", "01"]), (["--split", "test.txt"], ["02"])])
 def test_the_images_of_a_recipe(weights: Path, data: Path, tmp_path: Path, split: list[str], names: list[str]) -> None:
-    scores, picture = tmp_path / "scores.json", tmp_path / "matrix.png"
+    scores = tmp_path / "scores.json"
     recipe = ["folder", "--data.root", str(data), "--data.val", "val.txt", "--eval.workers", "0"]
-    command = ["evaluate", str(weights), *split, "--json", str(scores)]
-    assert main([*command, *recipe]) == 0
+    assert main(["evaluate", str(weights), *split, "--json", str(scores), *recipe]) == 0
     assert json.loads(scores.read_text())["confusion"] == expected_confusion(weights, data, names).tolist()
-    assert not set(tmp_path.rglob("*.png")) - set(data.rglob("*.png"))
-    assert main([*command, "--confusion", str(picture), *recipe]) == 0
-    assert Image.open(picture).width > 100
 
 
-def test_the_images_of_a_run(weights: Path, data: Path, tmp_path: Path) -> None:
-    """The folder of the run gets the picture, unless another file is named."""
+def test_the_images_of_a_run(weights: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = Config(data=DataConfig(dataset="folder", root=data, val=Path("val.txt")), eval=EvalConfig(workers=1))
     (weights.parent / "config.json").write_text(config.to_json())
-    assert main(["evaluate", str(weights.parent), "--confusion", str(tmp_path / "matrix.png")]) == 0
-    assert not (weights.parent / "confusion.png").exists()
+    assert main(["evaluate", str(weights), "folder", "--data.root", str(data), "--data.val", "val.txt"]) == 0
+    of_recipe = capsys.readouterr().out
     assert main(["evaluate", str(weights.parent)]) == 0
-    assert (weights.parent / "confusion.png").read_bytes() == (tmp_path / "matrix.png").read_bytes()
+    assert capsys.readouterr().out == of_recipe
 
 
-def test_what_cannot_be_scored(
-    weights: Path, data: Path, tiny_spec: ModelSpec, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_cannot_be_scored(weights: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["evaluate", str(weights)]) == 1
     assert "not a run folder (no config.json); for other weights name a RECIPE" in capsys.readouterr().err
     with pytest.raises(SystemExit):
@@ -85,10 +78,50 @@ def test_what_cannot_be_scored(
     recipe = ["folder", "--data.root", str(data), "--data.val"]
     assert main(["evaluate", str(weights), *recipe, "nowhere.txt"]) == 1
     assert "split file nowhere.txt: not found" in capsys.readouterr().err
-    for option in ("--json", "--confusion"):
-        assert main(["evaluate", str(weights), option, str(data / "new" / "file"), *recipe, "val.txt"]) == 1
-        assert "there is no folder" in capsys.readouterr().err
-    spec = replace(tiny_spec, info=DatasetInfo("two", CLASSES[:2], tiny_spec.info.palette))
+    assert main(["evaluate", str(weights), "--json", str(data / "new" / "file"), *recipe, "val.txt"]) == 1
+    assert "there is no folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("names", [("apple", "pear", "plum"), ("plum", "apple", "pear"), ("pear", "plum", "äpple")])
+def test_labels_are_matched_by_the_names_of_their_classes(
+    weights: Path,
+    data: Path,
+    tmp_path: Path,
+    tiny_spec: ModelSpec,
+    names: tuple[str, ...],
+    capsys: pytest.CaptureFixture,
+) -> None:
+    """Whatever their order, and however accents are composed."""
+    ours = tuple(sorted(names))
+    spec = replace(tiny_spec, info=replace(tiny_spec.info, classes=ours))
     save_model(spec.build(), spec, weights)
-    assert main(["evaluate", str(weights), *recipe, "val.txt"]) == 1
-    assert "best.safetensors has 2 classes, but the labels of data have 3" in capsys.readouterr().err
+    recipe = ["folder", "--data.root", str(data), "--data.val", "val.txt", "--eval.workers", "0"]
+    scores = []
+    for classes in (ours, tuple(unicodedata.normalize("NFD", name) for name in names)):
+        # The same masks: their values stay, and so do the names of these.
+        meta = {"classes": classes, "values": [ours.index(unicodedata.normalize("NFC", name)) for name in classes]}
+        (data / "meta.json").write_text(json.dumps(meta))
+        assert main(["evaluate", str(weights), "--json", str(tmp_path / "scores.json"), *recipe]) == 0
+        assert ("matched by name" in capsys.readouterr().out) == (classes != ours)
+        scores.append(json.loads((tmp_path / "scores.json").read_text()))
+    assert scores[0] == scores[1]
+    assert scores[0]["classes"] == list(ours)
+
+
+@pytest.mark.parametrize("names", [("apple", "pear"), ("apple", "pear", "Plum"), ("plum", "pear", "pear")])
+def test_other_names_of_classes_are_refused(
+    weights: Path, data: Path, tiny_spec: ModelSpec, names: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    spec = replace(tiny_spec, info=replace(tiny_spec.info, classes=names))
+    save_model(spec.build(), spec, weights)
+    found = CLASSES if len(set(names)) == len(names) else names[::-1]  # equal names say nothing about the order
+    (data / "meta.json").write_text(json.dumps({"classes": found}))
+    recipe = ["folder", "--data.root", str(data), "--data.val", "val.txt", "--eval.workers", "0"]
+    assert main(["evaluate", str(weights), *recipe]) == 1
+    message = f"weights are {', '.join(names)}, but those of the labels of data are {', '.join(found)}: "
+    assert message in (error := capsys.readouterr().err)
+    assert "name the classes of the weights by `convert --classes`" in error
+    renamed = str(weights.with_name("renamed.safetensors"))
+    fits = len(names) == len(found)
+    assert main(["convert", str(weights), renamed, "--classes", str(data / "meta.json")]) == (0 if fits else 1)
+    assert not fits or main(["evaluate", renamed, *recipe]) == 0

@@ -5,7 +5,7 @@ from allspark_fast.data.check import check_sources
 from allspark_fast.data.datasets import SegmentationDataset, read_split, scan_folder
 from allspark_fast.data.info import DATASETS, read_info
 from allspark_fast.data.sources import open_sources
-from allspark_fast.data.splits import classes_of, make_split
+from allspark_fast.data.splits import make_split, read_classes
 
 
 def test_real_images(data_dir):
@@ -21,4 +21,4 @@ def test_real_images(data_dir):
     sources = open_sources(DataConfig(dataset="camvid", root=root, **lists, val="splits/val.txt"))
     assert check_sources(sources, 320, sample=25) == []
     train = splits["train"][::4]
-    assert make_split(train, 11, 0, classes_of(SegmentationDataset(root, train))).uncovered == []
+    assert make_split(train, 11, 0, read_classes(SegmentationDataset(root, train))).uncovered == []

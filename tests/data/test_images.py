@@ -2,7 +2,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from allspark_fast.data.images import list_images, read_image, read_label, read_orientation, resolve_path
+from allspark_fast.data.images import decode, list_images, orientation_of, read_image, resolve_path
+from allspark_fast.data.info import DatasetInfo
+from allspark_fast.data.labels import read_label
 from allspark_fast.errors import DataError
 from tests.helpers.images import exif, write_image
 
@@ -56,16 +58,16 @@ def test_exif_orientation(tmp_path, kind, orientation):
     """Images are turned, which Pillow does for TIFF by itself; labels that viewers would turn are refused."""
     options = {"lossless": True} if kind == "webp" else {}
     path = write_image(tmp_path / f"a.{kind}", GRAY, exif=exif(orientation), **options)
-    colors = {(x, x, x): x // 5 for x in GRADIENT.ravel().tolist()}
-    assert read_orientation(path) == orientation
+    info = DatasetInfo("gray", tuple(map(str, range(48))), tuple((5 * x,) * 3 for x in range(48)) + ((9,) * 3,) * 208)
+    assert decode(path, orientation_of) == orientation
     image = read_image(path)
     np.testing.assert_array_equal(np.asarray(image), np.asarray(ImageOps.exif_transpose(Image.open(path))))
     assert image.size == ((6, 8) if orientation >= 5 else (8, 6))
     if orientation == 1:
-        np.testing.assert_array_equal(np.asarray(read_label(path, colors)), GRADIENT // 5)
+        np.testing.assert_array_equal(np.asarray(read_label(path, info)), GRADIENT // 5)
         return
     with pytest.raises(DataError, match=rf"a\.{kind}: its EXIF orientation is {orientation}.*save it upright"):
-        read_label(path, colors)
+        read_label(path, info)
 
 
 def test_labels_give_indices(tmp_path):

@@ -1,11 +1,9 @@
 import json
 
-import numpy as np
 import pytest
 
 from allspark_fast.data.info import DATASETS, VOC_PALETTE, read_info
 from allspark_fast.errors import DataError
-from tests.helpers.images import write_image
 
 
 def test_known_datasets():
@@ -64,12 +62,6 @@ def test_faulty_meta_file_is_named(tmp_path, text, message):
         read_info(tmp_path)
 
 
-def test_classes_are_counted_without_a_meta_file(tmp_path):
-    with pytest.raises(DataError, match=r"no class in labels/ and no meta\.json"):
+def test_the_classes_must_be_named(tmp_path):
+    with pytest.raises(DataError, match=r'no meta\.json; write .*"classes".*"values": \[0, 255\]'):
         read_info(tmp_path)
-    (tmp_path / "labels" / "deep").mkdir(parents=True)
-    write_image(tmp_path / "labels" / "a.png", np.array([[0, 255]], np.uint8))
-    with pytest.raises(DataError, match=r'"values": \[0, 255\]'):  # black-and-white masks
-        read_info(tmp_path)
-    write_image(tmp_path / "labels" / "deep" / "b.png", np.array([[4, 255]], np.uint8))
-    assert read_info(tmp_path).classes == ("class 0", "class 1", "class 2", "class 3", "class 4")

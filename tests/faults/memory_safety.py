@@ -60,13 +60,6 @@ def attention(source: random.Random) -> None:
     assert all(x.isfinite().all() for x in (output, *grads))
 
 
-def grouping(source: random.Random) -> None:
-    batch, classes, tokens = source.randint(1, 3), source.randint(1, 40), source.randint(1, 40)
-    features = inside_margins((batch, tokens, source.randint(1, 70)), source.choice(DTYPES))
-    channel_class = memory_kernel.channel_semantic_grouping(features, inside_margins((batch, classes, tokens)))
-    assert ((channel_class >= 0) & (channel_class < classes)).all()
-
-
 def enqueue(source: random.Random) -> None:
     batch, classes, slots = source.randint(1, 3), source.randint(1, 5), source.randint(1, 70)
     tokens, channels = source.randint(1, 20), source.randint(1, 70)
@@ -107,7 +100,7 @@ def depthwise(source: random.Random) -> None:
     assert all(x.isfinite().all() for x in (output, *grads))
 
 
-OPS = {op.__name__: op for op in (attention, grouping, enqueue, loss, argmax, depthwise)}
+OPS = {op.__name__: op for op in (attention, enqueue, loss, argmax, depthwise)}
 
 
 def check(op: str, shapes: int, seed: int = 0) -> None:
@@ -117,12 +110,11 @@ def check(op: str, shapes: int, seed: int = 0) -> None:
         AssertionError: a kernel touched what it must not; the message names the number of the shape.
     """
     # One sample at a time, products in several pieces, and tiles that small inputs do not fit into.
-    small = {"WORKSPACE_BYTES": 0, "PIECE_COLUMNS": 32, "SOFTMAX_TILE": 512, "GRADIENT_TILE": 512}
-    columns = dict.fromkeys(("SOFTMAX_COLUMNS", "GRADIENT_COLUMNS", "MIN_COLUMNS"), 64)
+    small = {"WORKSPACE_BYTES": 0, "PIECE_COLUMNS": 32, "ROW_COLUMNS": 64, "TILE_COLUMNS": 64}
     for number in range(seed, seed + shapes):
         torch.manual_seed(number)
         try:
-            with patch.multiple(attention_kernel, **small, **columns), strict_interpreter():
+            with patch.multiple(attention_kernel, **small), strict_interpreter():
                 OPS[op](random.Random(number))
         except Exception as error:  # the interpreter wraps what the checker raises
             raise AssertionError(f"{op}, shape {number}: {error!r}") from error

@@ -12,7 +12,7 @@ from torch import nn
 
 from allspark_fast.errors import InputError
 from allspark_fast.training.checkpoint import load_latest_checkpoint, require_space, save_checkpoint
-from allspark_fast.weights.files import read_state_dict, save_weights
+from allspark_fast.weights.files import read_weights, save_weights
 from tests.helpers.runs import differences
 
 # Bits flipped in each kind of file; a small file has about 70,000.
@@ -34,7 +34,7 @@ def test_no_flipped_bit_changes_what_a_file_gives(tmp_path: Path, name: str) -> 
         read = functools.partial(load_latest_checkpoint, tmp_path)
     else:
         save_weights(nn.Sequential(nn.BatchNorm1d(40), nn.Linear(3, 5).bfloat16()), path)
-        read = functools.partial(read_state_dict, path)
+        read = functools.partial(read_weights, path)
     whole, expected, refused = path.read_bytes(), read(), 0
     for bit in torch.randint(8 * len(whole), (FLIPS,)).tolist():
         path.write_bytes(whole)
@@ -82,13 +82,22 @@ def test_the_one_before_is_used_and_said_so(
         load_latest_checkpoint(tmp_path)
 
 
+def test_a_checkpoint_of_another_model_is_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    save_checkpoint(tmp_path, 3, STATE, keep_last=2)
+    for step, model in ((8, {"a": torch.ones(4), "b": STATE["model"]["b"]}), (9, {"a": STATE["model"]["a"]})):
+        save_checkpoint(tmp_path, step, {**STATE, "model": model}, keep_last=3)
+    assert load_latest_checkpoint(tmp_path, STATE)["step"] == 3
+    for step, name in ((8, "a"), (9, "b")):
+        assert f"step_0000000{step}.pt is a checkpoint of another model: [\"['model']['{name}']\"" in caplog.text
+
+
 @pytest.mark.parametrize("cut", [0, 1, 10, 200, 500, 700])
 def test_cut_legacy_files_are_refused(tmp_path: Path, cut: int) -> None:
     legacy(tmp_path / "mit.pth")
     whole = (tmp_path / "mit.pth").read_bytes()
     (tmp_path / "mit.pth").write_bytes(whole[: min(cut, len(whole) - 1)])
     with pytest.raises(ValueError, match=r"mit\.pth"):
-        read_state_dict(tmp_path / "mit.pth")
+        read_weights(tmp_path / "mit.pth")
 
 
 @pytest.mark.parametrize(
@@ -107,7 +116,7 @@ def test_cut_legacy_files_are_refused(tmp_path: Path, cut: int) -> None:
 def test_what_is_no_state_dict_is_refused(tmp_path: Path, state: dict) -> None:
     torch.save(state, tmp_path / "a.pth")
     with pytest.raises(ValueError, match=r"state_dict|no whole SegFormer"):
-        read_state_dict(tmp_path / "a.pth")
+        read_weights(tmp_path / "a.pth")
 
 
 def test_too_full_a_disk_is_told_before_work_starts(tmp_path: Path) -> None:

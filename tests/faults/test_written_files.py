@@ -90,5 +90,5 @@ def test_any_settings_of_a_run(fields: object) -> None:
 @given(data=st.data())
 def test_any_description_of_a_model(tiny_spec: ModelSpec, data: st.DataObject) -> None:
     text = json.dumps(data.draw(st.one_of(JSON, with_one_change(json.loads(tiny_spec.to_json())))))
-    spec = assert_read_or_named(lambda: ModelSpec.from_json(text), "description of the model")
-    assert spec is None or ModelSpec.from_json(spec.to_json()).to_json() == spec.to_json()
+    spec = assert_read_or_named(lambda: ModelSpec.from_json(text, Path("a")), "a: damaged description of the model")
+    assert spec is None or ModelSpec.from_json(spec.to_json(), Path("a")).to_json() == spec.to_json()

@@ -11,7 +11,7 @@ from allspark_fast.config import Config, DataConfig, EvalConfig, ModelConfig, Ru
 from allspark_fast.data.loader import SemiBatch
 from allspark_fast.training.checkpoint import load_latest_checkpoint
 from allspark_fast.training.log import read_metrics
-from allspark_fast.training.trainer import CPU, Trainer
+from allspark_fast.training.trainer import Trainer
 
 
 def tiny_config(method: str = "allspark", **train_options: object) -> Config:
@@ -42,8 +42,9 @@ def changed(config: Config, **groups: dict[str, Any]) -> Config:
 
 
 def logged(folder: Path) -> list[dict]:
-    """Records without what depends on the clock."""
-    return [{key: x for key, x in record.items() if key != "images_per_s"} for record in read_metrics(folder)]
+    """Records without what depends on the clock or on recording."""
+    left_out = ("images_per_s", "recorded_step")
+    return [{key: x for key, x in record.items() if key not in left_out} for record in read_metrics(folder)]
 
 
 def differences(a: object, b: object) -> list[str]:
@@ -74,11 +75,8 @@ class Killed(Exception):  # noqa: N818 stands for kill -9
     """Raised in the middle of a run."""
 
 
-def run_and_die(
-    config: Config, folder: Path, steps: int, monkeypatch: pytest.MonkeyPatch, device: torch.device = CPU
-) -> None:
+def run_and_die(trainer: Trainer, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Train so many steps, then raise."""
-    trainer = Trainer(config, folder, device)
     take_step = trainer.train_step
 
     def dying_step(batch: SemiBatch, **options: bool) -> object:

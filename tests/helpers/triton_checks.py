@@ -1,4 +1,4 @@
-"""Triton's interpreter made exact and strict: bfloat16 products, bounds of every access, races between programs."""
+"""Triton's interpreter made exact and strict: rounding to bfloat16, bounds of every access, races of programs."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +12,6 @@ from torch import Tensor
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
 interpreter = pytest.importorskip("triton.runtime.interpreter")
-TensorDescriptor = pytest.importorskip("triton.tools.tensor_descriptor").TensorDescriptor
 
 if torch.cuda.is_available():
     pytest.skip("these tests interpret kernels, the GPU tests run them", allow_module_level=True)
@@ -22,13 +21,8 @@ _Builder = interpreter.InterpreterBuilder
 
 @contextmanager
 def exact_bfloat16() -> Iterator[None]:
-    """Products and roundings as on a GPU: the interpreter (triton 3.6 to 3.8) multiplies bit patterns and truncates."""
-    dot, cast = _Builder.create_dot, _Builder.cast_impl
-
-    def widened(x: object) -> object:
-        if x.dtype.scalar != tl.bfloat16:
-            return x
-        return interpreter.TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+    """Roundings as on a GPU: the interpreter (triton 3.6 to 3.8) truncates."""
+    cast = _Builder.cast_impl
 
     def rounded_cast(self: object, x: object, dtype: object) -> object:
         if (x.dtype.scalar, dtype.scalar) != (tl.float32, tl.bfloat16):
@@ -36,10 +30,7 @@ def exact_bfloat16() -> Iterator[None]:
         bits = torch.from_numpy(np.ascontiguousarray(x.data)).bfloat16().view(torch.uint16)
         return interpreter.TensorHandle(bits.numpy(), tl.bfloat16)
 
-    with (
-        patch.object(_Builder, "create_dot", lambda self, a, b, *rest: dot(self, widened(a), widened(b), *rest)),
-        patch.object(_Builder, "cast_impl", rounded_cast),
-    ):
+    with patch.object(_Builder, "cast_impl", rounded_cast):
         yield
 
 
@@ -102,18 +93,15 @@ def checked_memory() -> Iterator[None]:
     load, store = _Builder.create_masked_load, _Builder.create_masked_store
 
     def checked_execute(self: object, *args: object, **kwargs: object) -> None:
-        bases = [x.base for x in args if isinstance(x, TensorDescriptor)]
-        current[:] = [_Launch(bases + [x for x in args if isinstance(x, Tensor)])]
+        current[:] = [_Launch([x for x in args if isinstance(x, Tensor)])]
         execute(self, *args, **kwargs)
         current[0].check_races()
 
-    def checked_load(
-        self: object, pointers: object, mask: object, other: object, *rest: object, **flags: object
-    ) -> object:
+    def checked_load(self: object, pointers: object, mask: object, other: object, *rest: object) -> object:
         current[0].touch(self, "load", pointers, mask)
         if other is None and not np.asarray(mask.data).all():
             raise KernelMemoryError("a masked load without a default gives anything on a GPU")
-        return load(self, pointers, mask, other, *rest, **flags)
+        return load(self, pointers, mask, other, *rest)
 
     def checked_store(self: object, pointers: object, value: object, mask: object, *rest: object) -> object:
         current[0].touch(self, "store", pointers, mask)

@@ -2,13 +2,11 @@
 
 import pytest
 import torch
-from torch import Tensor, nn
 from torch.nn import functional as F
 
 from allspark_fast.inference.evaluate import batches_of_equal_size, evaluate, predict_labels
 from allspark_fast.inference.metrics import ConfusionMatrix
 from allspark_fast.model import Segmentor, build_segmentor
-from bench.harness import peak_bytes
 from tests.helpers.models import Threshold, sample
 
 
@@ -37,7 +35,7 @@ def test_batches_score_as_single_images_do(mode: str, dtype: torch.dtype) -> Non
     for batch_size, ranks in ((4, 1), (2, 3)):
         parts = (samples[rank::ranks] for rank in range(ranks))
         scores = [evaluate(model, part, 3, mode=mode, crop=64, batch_size=batch_size) for part in parts]
-        assert torch.equal(sum(x.confusion for x in scores), confusion.matrix)
+        assert torch.equal(sum(x.confusion for x in scores), confusion.compute().confusion)
 
 
 def test_batches_hold_every_item_once_and_few_items_wait() -> None:
@@ -94,26 +92,3 @@ def test_small_images_are_padded_and_cut(backbone: str, mode: str) -> None:
     padded = F.pad(image, (0, 0, 0, model.min_size - 5), mode="replicate")
     for whole, part in zip(*(predict_labels(model, x, mode=mode, crop=64) for x in (padded, image)), strict=True):
         assert torch.equal(part, whole[:, :5])
-
-
-def peak_of_windows(height: int, width: int) -> float:
-    """Bytes that windows of 64 pixels and 100 classes take."""
-
-    class Classes(nn.Module):
-        min_size = 32
-
-        def forward(self, images: Tensor, *, kv_source: str) -> Tensor:
-            return F.avg_pool2d(images[:, :1], 4, ceil_mode=True) * torch.arange(100.0)[:, None, None]
-
-    images = torch.randn(1, 3, height, width)
-    return peak_bytes(lambda: predict_labels(Classes().eval(), images, mode="sliding", crop=64))
-
-
-def test_memory_of_windows_does_not_grow_with_the_height() -> None:
-    # The probabilities of a pixel take 400 bytes; its label and confidence 12, which are stacked once.
-    assert peak_of_windows(1024, 128) - peak_of_windows(256, 128) < 1.1 * 24 * 768 * 128
-
-
-def test_memory_of_windows_is_that_of_one_row_of_them() -> None:
-    """And of the rows of it that the next one goes on with: 22, or 30 before windows cut by the border."""
-    assert peak_of_windows(192, 1024) < 1.7 * 400 * 64 * 1024

@@ -11,10 +11,9 @@ import torch
 from PIL import ExifTags, Image
 
 from allspark_fast.__main__ import main
-from allspark_fast.data.images import read_image, read_label
-from allspark_fast.errors import InputError
+from allspark_fast.data.images import read_image
 from allspark_fast.inference.evaluate import predict_labels
-from allspark_fast.inference.predict import MAX_WHOLE_PIXELS, Predictor, find_images
+from allspark_fast.inference.predict import MAX_WHOLE_PIXELS, Prediction, Predictor, find_images
 from allspark_fast.weights.spec import load_model
 
 
@@ -41,30 +40,22 @@ def photos(tmp_path: Path) -> Path:
     return folder
 
 
+def predict_small(_: Predictor, image: Image.Image) -> Prediction:
+    """A label for every pixel, for images that fit into memory."""
+    if image.width == 200:
+        raise MemoryError
+    return Prediction(np.zeros(image.size[::-1], np.uint8), np.ones(image.size[::-1], np.float32))
+
+
 def names_in(folder: Path) -> set[str]:
     return {path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.*")}
-
-
-@pytest.mark.parametrize("mode", ["whole", "sliding"])
-def test_alone_and_in_a_batch_are_equal(weights: Path, mode: str) -> None:
-    predictor = Predictor(*load_model(weights), mode=mode)
-    images = [picture(90, 70) for _ in range(3)]
-    together = predictor(images)
-    for image, prediction in zip(images, together, strict=True):
-        [alone] = predictor([image])
-        assert np.array_equal(alone.labels, prediction.labels)
-        np.testing.assert_allclose(alone.confidence, prediction.confidence, rtol=1e-5)
-        assert (alone.labels.shape, alone.labels.dtype) == ((70, 90), np.uint8)
-    # Beside other mates in a batch of the same size, nothing changes, not even by rounding.
-    [other, *_] = predictor([images[0], picture(90, 70), picture(90, 70)])
-    assert np.array_equal(other.confidence, together[0].confidence)
 
 
 @pytest.mark.parametrize("mode", ["whole", "sliding"])
 def test_predicts_what_evaluation_scores(weights: Path, mode: str) -> None:
     model, spec = load_model(weights)
     image = picture(100, 150)
-    [(labels, confidence)] = Predictor(model, spec, mode=mode)([image])
+    labels, confidence = Predictor(model, spec, mode=mode).predict(image)
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255
     normalized = (pixels - torch.tensor(spec.mean)[:, None, None]) / torch.tensor(spec.std)[:, None, None]
     expected, probability = predict_labels(model, normalized, mode=mode, crop=64)
@@ -86,35 +77,29 @@ def test_large_images_go_through_windows_unless_told(weights: Path, monkeypatch:
     model, spec = load_model(weights)
     for mode in (None, "whole"):
         for width in (MAX_WHOLE_PIXELS // 1024, MAX_WHOLE_PIXELS // 1024 + 1):
-            Predictor(model, spec, mode=mode)([Image.new("RGB", (width, 1024))])
+            Predictor(model, spec, mode=mode).predict(Image.new("RGB", (width, 1024)))
     assert modes == ["whole", "sliding", "whole", "whole"]
 
 
 @pytest.mark.parametrize(
-    ("options", "images", "error", "message"),
+    ("options", "message"),
     [
-        ({}, [np.zeros((64, 64, 3), np.uint8)], TypeError, "expected Pillow images, got ndarray"),
-        ({}, ["photo.jpg"], TypeError, "expected Pillow images, got str"),
-        ({}, [Image.new("RGBA", (64, 64))], ValueError, "got mode RGBA"),
-        ({}, [Image.new("RGB", (64, 80)), Image.new("RGB", (64, 70))], ValueError, r"one size, got \[\(64, 70\), "),
-        ({"mode": "slide"}, [Image.new("RGB", (64, 64))], ValueError, "mode must be one of"),
-        ({"device": "tpu"}, [], ValueError, "device must be one of"),
-        ({"device": "cpu", "half": True}, [], InputError, "needs a GPU"),
+        ({"mode": "slide"}, "mode must be one of"),
+        ({"device": "tpu"}, "device must be one of"),
+        ({"device": "cpu", "half": True}, "needs a GPU"),
     ],
 )
-def test_what_is_wrong_is_named(
-    weights: Path, options: dict, images: list, error: type[Exception], message: str
-) -> None:
-    with pytest.raises(error, match=message):
-        Predictor(*load_model(weights), **options)(images)
+def test_what_is_wrong_is_named(weights: Path, options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Predictor(*load_model(weights), **options).predict(Image.new("RGB", (64, 64)))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("mode", ["whole", "sliding"])
 def test_half_on_a_gpu(weights: Path, mode: str) -> None:
     image = picture(100, 150)
-    [exact] = Predictor(*load_model(weights), mode=mode)([image])
-    [half] = Predictor(*load_model(weights), mode=mode, half=True)([image])
+    exact = Predictor(*load_model(weights), mode=mode).predict(image)
+    half = Predictor(*load_model(weights), mode=mode, half=True).predict(image)
     assert (exact.labels == half.labels).mean() > 0.95
     assert not np.array_equal(exact.confidence, half.confidence)
 
@@ -130,7 +115,7 @@ from allspark_fast.inference.predict import Predictor
 from allspark_fast.weights.spec import ModelSpec
 spec = ModelSpec(backbone="mit_tiny", allspark=True, embedding_dim=64, num_heads=2, memory_init="randn", crop=513,
                  mode="whole", mean=(0, 0, 0), std=(1, 1, 1), info=DATASETS["coco"])
-[(labels, _)] = Predictor(spec.build(), spec)([Image.effect_noise((4000, 3000), 50).convert("RGB")])
+labels, _ = Predictor(spec.build(), spec).predict(Image.effect_noise((4000, 3000), 50))
 assert labels.shape == (3000, 4000)
 print(Path("/proc/self/status").read_text())
 """
@@ -141,52 +126,48 @@ print(Path("/proc/self/status").read_text())
     assert int(peak) * 1024 < 4 * 2**30
 
 
-def test_every_kind_of_image_alone_and_in_batches(weights: Path, photos: Path, tmp_path: Path) -> None:
-    one, many = tmp_path / "one", tmp_path / "many"
-    command = ["predict", str(weights), str(photos), "--confidence", "--out"]
-    assert main([*command, str(one)]) == 0
-    assert main([*command, str(many), "--batch", "2"]) == 0
+def test_every_kind_of_image(weights: Path, photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert main(["predict", str(weights), str(photos), "--confidence", "--out", str(out)]) == 0
     images = {path.stem: path for path in photos.iterdir() if path.suffix != ".txt"}
     for kind, suffix in (("labels", "png"), ("overlays", "jpg"), ("confidence", "png")):
-        for folder in (one, many):
-            assert {path.name for path in (folder / kind).iterdir()} == {f"{name}.{suffix}" for name in images}
+        assert {path.name for path in (out / kind).iterdir()} == {f"{name}.{suffix}" for name in images}
     for name, path in images.items():
-        file = one / "labels" / f"{name}.png"
-        assert file.read_bytes() == (many / "labels" / f"{name}.png").read_bytes()
-        label = Image.open(file)
+        label = Image.open(out / "labels" / f"{name}.png")
         assert (label.mode, label.size) == ("P", read_image(path).size)
         assert label.getpalette()[:9] == [255, 0, 0, 0, 255, 0, 0, 0, 255]
-        assert np.asarray(read_label(file)).max() < 3
-    assert Image.open(one / "labels" / "turned.png").size == (40, 80)
-    assert Image.open(one / "confidence" / "a.png").mode == "L"
+        assert np.asarray(label).max() < 3
+    assert Image.open(out / "labels" / "turned.png").size == (40, 80)
+    assert Image.open(out / "confidence" / "a.png").mode == "L"
 
 
-def test_a_corrupt_image_is_named_and_the_rest_done(
-    weights: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (photos / "b.png").write_bytes((photos / "b.png").read_bytes()[:100])
-    assert main(["predict", str(weights), str(photos), "--out", str(tmp_path / "out"), "--batch", "4"]) == 1
-    printed = capsys.readouterr()
-    assert "b.png" in printed.err
-    assert "7 images labeled, 1 failed" in printed.out
-    assert len(names_in(tmp_path / "out" / "labels")) == 7
-
-
-def test_a_prediction_that_cannot_be_written_is_named_and_the_rest_done(
+def test_files_that_cannot_be_read_or_written_are_named_and_the_rest_done(
     weights: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
     long_name = "é" * 123 + "abc"  # 249 bytes; 255 are allowed
     picture(70, 80).save(photos / f"{long_name}.png")
+    too_long = photos / ("x" * 252)  # with .png, one byte too long
+    picture(64, 64).save(too_long, "PNG")
     (out / "labels/a.png").mkdir(parents=True)
+    (photos / "site").mkdir()
+    picture(64, 64).save(photos / "site/d.png")
+    (out / "labels/site").write_text("a file, where a folder is needed")
+    picture(200, 64).save(photos / "huge.png")
+    (photos / "gray.png").write_bytes((photos / "gray.png").read_bytes()[:100])
     monkeypatch.setattr("allspark_fast.inference.predict.MAX_OVERLAY_SIDE", 89)
-    assert main(["predict", str(weights), str(photos), "--out", str(out), "--overwrite"]) == 1
+    monkeypatch.setattr(Predictor, "predict", predict_small)
+    arguments = [str(photos), str(too_long), "--out", str(out), "--overwrite"]
+    assert main(["predict", str(weights), *arguments]) == 1
     printed = capsys.readouterr()
-    assert "5 images labeled, 4 failed" in printed.out
-    assert "labels/a.png was not written (" in printed.err
-    for name in ("b", "c"):
-        assert f"overlays/{name}.jpg was not written: the image is 90x70 pixels" in printed.err
-    assert names_in(out / "labels") == names_in(photos) - {"notes"}
+    assert "5 images labeled, 7 failed" in printed.out
+    for message in (
+        "gray.png: cannot be read", "labels/a.png was not written (", "labels/site: expected a folder",
+        "File name too long", "huge.png: out of memory: pass --window",
+        "overlays/b.jpg was not written: the image is 90x70 pixels", "overlays/c.jpg was not written",
+    ):  # fmt: skip
+        assert message in printed.err
+    assert names_in(out / "labels") == names_in(photos) - {"notes", "site/d", "gray", "huge"}
     assert long_name in names_in(out / "overlays")
 
 
@@ -208,13 +189,40 @@ def test_nothing_is_overwritten_unless_asked_for(
     assert Image.open(label).size == (90, 70)
 
 
+def test_images_that_are_left_out_are_named(
+    weights: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["predict", str(weights), str(photos), "--overwrite", "--out", str(tmp_path / "out")]
+    assert main(command) == 0  # notes.txt is no image
+    assert "1 files that are no images were left out" in capsys.readouterr().out
+    others = ["phone.HEIC", "raw.NEF", "site/scan.jfif", "without_suffix"]
+    (photos / "site").mkdir()
+    for name in others:
+        picture(64, 64).save(photos / name, "JPEG")
+    assert main(command) == 1
+    printed = capsys.readouterr()
+    assert "8 images labeled\n" in printed.out
+    assert all(f"{photos / name}: left out" in printed.err for name in others)
+    assert main([*command[:2], str(photos / "site/scan.jfif"), *command[3:]]) == 0
+
+
+def test_links_in_circles_end(photos: Path, tmp_path: Path) -> None:
+    for name, target in (("self", "."), ("up", ".."), ("again", "../photos")):
+        (photos / name).symlink_to(target)
+    for argument in (photos, photos / "**", photos / "**" / "*.*", tmp_path / "**" / "**" / "*.[jp]*g"):
+        found, _ = find_images([str(argument)], skip=tmp_path / "predictions")
+        assert sorted(path.name for path in found) == sorted({path.name for path in photos.glob("*.*g")})
+
+
 def test_files_folders_and_patterns(photos: Path, tmp_path: Path) -> None:
     def find(*arguments: Path) -> list[str]:
-        return [path.name for path in find_images(map(str, arguments), skip=tmp_path / "predictions")]
+        return [path.name for path in find_images(map(str, arguments), skip=tmp_path / "predictions")[0]]
 
     assert find(photos / "c.png", photos / "[ab].png") == ["c.png", "a.png", "b.png"]
     assert len(find(photos, photos / "a.png")) == 8
     assert len(find(tmp_path / "**" / "*.png")) == 7
+    (photos / "c_gone.png").symlink_to("nowhere")  # named when it is read
+    assert find(photos / "c*.png") == ["c.png", "c_gone.png"]
     with pytest.raises(FileNotFoundError, match=r"nowhere\.png"):
         find(photos, photos / "nowhere.png")
     with pytest.raises(FileNotFoundError, match="'': no image"):  # of a shell variable that is not set, say
@@ -230,5 +238,5 @@ def test_folders_in_a_folder_are_mirrored(weights: Path, photos: Path) -> None:
         assert main(["predict", str(weights), str(photos), "--out", str(out), "--overwrite"]) == 0
         assert len(names_in(out / "labels")) == 10
         assert {"a", "site_a/deep/a", "site_b/a"} < names_in(out / "labels") & names_in(out / "overlays")
-    by_pattern = find_images([str(photos / "site_*" / "**" / "a.png")], skip=out)
+    by_pattern, _ = find_images([str(photos / "site_*" / "**" / "a.png")], skip=out)
     assert set(by_pattern.values()) == {Path("site_a/deep/a"), Path("site_b/a")}

@@ -83,7 +83,8 @@ def saturated_inputs(tokens: int, dtype: torch.dtype) -> tuple[list[Tensor], Ten
     return [x.to(dtype) for x in (query, key, value)], torch.randn_like(query).to(dtype)
 
 
-DEGENERATE = ("zero query", "zero row", "constant key", "tiny", "huge", "outlier", "small value", "large gradient")
+DEGENERATE = ("zero query", "zero row", "constant key", "tiny", "huge", "outlier", "small value")
+GRADIENTS = ("large gradient", "no gradient")
 
 
 def degenerate_inputs(kind: str, dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
@@ -105,6 +106,8 @@ def degenerate_inputs(kind: str, dtype: torch.dtype) -> tuple[list[Tensor], Tens
             value *= 1e-3
         case "large gradient":
             grad *= 3e4
+        case "no gradient":
+            grad *= 0
     return [x.to(dtype) for x in (query, key, value)], grad.to(dtype)
 
 

@@ -24,15 +24,13 @@ def check_compiled(target: str, *, full: bool) -> None:
     result = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     records = json.loads(result.stdout)
-    kernels = {"hash_keys", "key_statistics", "half_key", "pack", "row_statistics", "rstd", "softmax", "finish"}
-    kernels |= {"row_sums", "norm_gradient", "gradient", "grouping", "route", "write"}
+    kernels = {"half_key", "half_rows", "row_statistics", "softmax", "gradient", "finish", "enqueue"}
     kernels |= {"cross_entropy", "cross_entropy_backward", "argmax"}
-    kernels |= {"depthwise_gelu", "depthwise_gelu_backward", "depthwise_transposed"}
+    kernels |= {"depthwise_gelu", "depthwise_gelu_backward"}
     assert {record["kernel"] for record in records} == kernels
     for record in records:
         assert record["spill_bytes"] == 0, record
         assert record["shared_bytes"] <= SHARED_KIB[target] * 1024, record
-        assert record["ctas_per_sm"] >= 1, record
 
 
 @pytest.mark.slow

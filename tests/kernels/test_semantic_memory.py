@@ -91,11 +91,6 @@ class TestEnqueue:
         queue_ptr[1] = wrong
         assert_equals_the_loop(queue, queue_ptr, features, channel_class, enqueue=kernel.semantic_memory_enqueue)
 
-    def test_no_gradient(self) -> None:
-        queue, pointer, features, channel_class = example()
-        semantic_memory_enqueue(queue, pointer, features.requires_grad_(), channel_class)
-        assert not queue.requires_grad
-
     def test_a_valid_class_stores_the_channel_unchanged(self, kernels: str) -> None:
         queue, pointer = torch.zeros(1, 2, 2), torch.zeros(1, dtype=torch.int64)
         semantic_memory_enqueue(queue, pointer, torch.tensor([[[1.0], [math.inf]]]), torch.zeros(1, 1).long())
@@ -109,13 +104,12 @@ class TestGrouping:
     """Classes of channels."""
 
     @settings(max_examples=60, deadline=None)
-    @given(MOSTLY_TORCH, st.integers(0, 3), st.tuples(*3 * [st.integers(1, 70)]), st.integers(0, 2**31))
-    def test_any_shape(self, kernels: str, batch: int, sizes: tuple[int, int, int], seed: int) -> None:
+    @given(st.integers(0, 3), st.tuples(*3 * [st.integers(1, 70)]), st.integers(0, 2**31))
+    def test_any_shape(self, batch: int, sizes: tuple[int, int, int], seed: int) -> None:
         torch.manual_seed(seed)
         classes, tokens, channels = sizes
         features, class_map = torch.randn(batch, tokens, channels), torch.randn(batch, classes, tokens)
-        with use_kernels(kernels):
-            actual = channel_semantic_grouping(features, class_map)
+        actual = channel_semantic_grouping(features, class_map)
         assert actual.shape == (batch, channels)
         # A tie to rounding may go either way: compare the similarity reached.
         similarity = normalize(class_map.double(), dim=2) @ features.double()
@@ -123,32 +117,19 @@ class TestGrouping:
         assert (reached >= similarity.amax(1) - 1e-5 * similarity.abs().amax(1)).all()
 
     @pytest.mark.parametrize("dtype", DTYPES)
-    def test_equals_the_reference(self, kernels: str, dtype: torch.dtype) -> None:
+    def test_equals_the_reference(self, dtype: torch.dtype) -> None:
         features, class_map = torch.randn(2, 289, 40).to(dtype), torch.randn(2, 21, 289) * torch.arange(1, 22)[:, None]
         expected = reference.channel_semantic_grouping(features, class_map)
         assert torch.equal(channel_semantic_grouping(features, class_map), expected)
 
-    def test_any_strides(self, kernels: str) -> None:
-        features, class_map = torch.randn(2, 9, 40), torch.randn(2, 5, 9)
-        expected = channel_semantic_grouping(features, class_map)
-        for other in zip(strided(features), strided(class_map), strict=True):
-            assert torch.equal(channel_semantic_grouping(*other), expected)
-
     @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
     @pytest.mark.parametrize("where", ["features", "class_map"])
-    def test_an_image_with_a_non_finite_number_gets_no_class(self, kernels: str, where: str, bad: float) -> None:
+    def test_an_image_with_a_non_finite_number_gets_no_class(self, where: str, bad: float) -> None:
         features, class_map = torch.randn(3, 9, 70), torch.randn(3, 5, 9)
         (features if where == "features" else class_map)[1, 4, 3] = bad
-        expected = reference.channel_semantic_grouping(features, class_map)
         actual = channel_semantic_grouping(features, class_map)
         assert (actual[1] == -1).all()
-        assert torch.equal(actual, expected)
+        assert torch.equal(actual, reference.channel_semantic_grouping(features, class_map))
 
-    def test_a_class_map_of_zeros_is_fine(self, kernels: str) -> None:
-        channel_class = channel_semantic_grouping(torch.randn(1, 9, 16), torch.zeros(1, 4, 9))
-        assert (channel_class == 0).all()
-
-    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-    def test_opcheck(self, dtype: torch.dtype) -> None:
-        arguments = (torch.randn(2, 9, 5, dtype=dtype), torch.randn(2, 4, 9, dtype=dtype))
-        opcheck(torch.ops.allspark_fast.channel_semantic_grouping.default, arguments)
+    def test_a_class_map_of_zeros_is_fine(self) -> None:
+        assert (channel_semantic_grouping(torch.randn(1, 9, 16), torch.zeros(1, 4, 9)) == 0).all()

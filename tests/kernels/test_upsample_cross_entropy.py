@@ -73,9 +73,8 @@ class TestLoss:
 
     def test_no_images(self, kernels: str) -> None:
         logits, target = example(0)
-        loss, grad = output_and_grads(
-            functools.partial(upsample_cross_entropy, target=target, reduction="none"), [logits]
-        )
+        function = functools.partial(upsample_cross_entropy, target=target, reduction="none")
+        loss, grad = output_and_grads(function, [logits])
         assert (loss.shape, grad.shape) == (target.shape, logits.shape)
 
     # One class, many, more than one block of pixels and of cells, downsampling.
@@ -90,8 +89,7 @@ class TestLoss:
     def test_half_precision_is_computed_in_float32(self, kernels: str, dtype: torch.dtype) -> None:
         assert_right(*example(dtype=dtype))
 
-    @pytest.mark.parametrize("kernels", ["triton"], indirect=True)
-    def test_large_logits_do_not_overflow(self, kernels: str) -> None:
+    def test_large_logits_neither_overflow_nor_round(self, kernels: str) -> None:
         logits, target = example()
         assert_right(logits * 1e4, target)
 
@@ -134,14 +132,6 @@ class TestLoss:
             actual = output_and_grads(function, [other])
             assert all(torch.equal(x, y) for x, y in zip(actual, expected, strict=True))
 
-    def test_expanded_logits(self) -> None:
-        logits, target = example(1)
-        actual, expected = (
-            output_and_grads(lambda x, run=run: run(x.expand(3, -1, -1, -1), target.expand(3, -1, -1)), [logits])
-            for run in (upsample_cross_entropy, plain_loss)
-        )
-        assert_close(actual, expected)
-
     def test_memory_is_bounded(self) -> None:
         """What is saved, and the peak of a step: per pixel for any number of classes, besides logits and bands."""
         target = torch.randint(40, (2, 257, 257))
@@ -181,15 +171,7 @@ class TestHardExamples:
 class TestRegistration:
     """Autograd, compile and sync."""
 
-    @pytest.mark.parametrize(
-        "options",
-        [
-            {"reduction": "mean"},
-            {"reduction": "sum"},
-            {"reduction": "none"},
-            {"ohem_threshold": 0.2, "ohem_min_kept": 5},
-        ],
-    )
+    @pytest.mark.parametrize("options", [{}, {"reduction": "none"}, {"ohem_threshold": 0.2, "ohem_min_kept": 5}])
     def test_gradcheck(self, options: dict[str, Any]) -> None:
         logits, target = example(small=(2, 3), large=(5, 7), dtype=torch.float64)
         loss = functools.partial(upsample_cross_entropy, target=target, **options)

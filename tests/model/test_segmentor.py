@@ -2,7 +2,6 @@
 
 import copy
 import math
-from unittest.mock import patch
 
 import pytest
 import torch
@@ -13,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from allspark_fast.errors import InputError
 from allspark_fast.model import MIT_CONFIGS, AllSpark, AllSparkOptions, MixTransformer, SegFormerHead
 from allspark_fast.model.mit import Block, MixFFN
+from allspark_fast.model.segformer_head import add_by_products
 from bench.bench_train_step import without_dropout
 from bench.harness import saved_bytes
 from tests.helpers.forbid_sync import forbid_sync
@@ -39,25 +39,28 @@ def fuse(head: SegFormerHead, maps: list[Tensor]) -> Tensor:
 class TestHead:
     """The merged head is that of the reference implementation."""
 
-    @pytest.mark.parametrize("mode", ["train", "eval", "frozen statistics", "deterministic"])
+    @pytest.mark.parametrize("mode", ["train", "eval", "frozen statistics"])
     def test_equals_the_reference_implementation(self, mode: str) -> None:
         head = SegFormerHead(CHANNELS, 5, 16, dropout=0.0).double().train(mode != "eval")
-        norm = head.linear_fuse.bn.train(mode in ("train", "deterministic"))
+        norm = head.linear_fuse.bn.train(mode == "train")
         for statistic in (norm.weight.data, norm.bias.data, norm.running_mean, norm.running_var):
             statistic.uniform_(0.5, 1.5)
         before = copy.deepcopy(head.state_dict())
         maps = [x.detach().double().requires_grad_() for x in random_maps()]
         leaves = [*maps, *head.parameters()]
         expected = head.linear_pred(F.relu(norm(fuse(head, maps))))
-        torch.use_deterministic_algorithms(mode == "deterministic")
-        with patch("torch.nn.functional.interpolate", wraps=F.interpolate) as interpolate:
-            actual = head(maps)
-        torch.use_deterministic_algorithms(False)
-        assert interpolate.called == (mode != "deterministic")
+        actual = head(maps)
         torch.testing.assert_close(actual, expected)
         torch.testing.assert_close(*(torch.autograd.grad(x.square().sum(), leaves) for x in (actual, expected)))
         if not norm.training:
             torch.testing.assert_close(head.state_dict(), before, rtol=0, atol=0)
+
+    def test_resizing_by_products_is_that_of_interpolate(self) -> None:
+        maps = [x[:, :4].double().contiguous(memory_format=torch.channels_last) for x in random_maps()]
+        expected = sum(F.interpolate(x, (12, 18), mode="bilinear", align_corners=False) for x in maps)
+        results = add_by_products(maps[0], maps[1:]), expected
+        torch.testing.assert_close(*results)
+        torch.testing.assert_close(*(torch.autograd.grad(x.square().sum(), maps) for x in results))
 
     def test_dropout_drops_whole_channels_of_each_sample(self) -> None:
         head = SegFormerHead(CHANNELS, 5, 16, dropout=0.5)
@@ -137,21 +140,25 @@ class TestEncoder:
             tiny_segmentor(crop=(64, 28))
 
     def test_drop_path_grows_and_keeps_the_mean(self) -> None:
-        encoder = MixTransformer(MIT_CONFIGS["mit_b0"])
-        blocks = [module for module in encoder.modules() if isinstance(module, Block)]
-        rates = [block.drop_path for block in blocks]
-        torch.testing.assert_close(torch.tensor(rates), torch.linspace(0, 0.1, 8))
-        block = blocks[-1].train()
-        block.transform = lambda _block, _tokens, _size, *scales: torch.stack(scales)
-        for scale in block(torch.ones(20000, 1, 1), (1, 1)):
-            assert scale.unique().tolist() == pytest.approx([0.0, 1 / 0.9])
-            assert scale.mean().item() == pytest.approx(1, abs=0.02)
+        encoder, images = MixTransformer(MIT_CONFIGS["mit_b0"]), torch.empty(20000, 3, 1, 1)
+        scales = encoder.draw_scales(images)
+        assert [x.shape for x in scales] == 8 * [(2, 20000, 1, 1)]
+        for scale, rate in zip(scales, torch.linspace(0, 0.1, 8).tolist(), strict=True):
+            assert scale.unique().tolist() == pytest.approx([0.0, 1 / (1 - rate)] if rate else [1.0])
+            torch.testing.assert_close(scale.mean((1, 2, 3)), torch.ones(2), rtol=0, atol=0.02)
+        assert encoder.eval().draw_scales(images) == 8 * [None]
+
+    def test_scales_drop_a_branch_of_a_sample(self) -> None:
+        block, tokens = Block(8, 2, 1, 4), torch.randn(3, 6, 8)
+        attended = tokens + block.attn(block.norm1(tokens), (2, 3))
+        branch = block.mlp(block.norm2(attended), (2, 3))
+        scales = torch.tensor([[1.0, 1.0, 0.0], [1.0, 0.5, 0.0]])[..., None, None]
+        expected = torch.stack([attended[0] + branch[0], attended[1] + branch[1] / 2, tokens[2]])
+        torch.testing.assert_close(block(tokens, (2, 3), scales), expected)
 
     def test_checkpointed_blocks_change_no_number_and_keep_less(self) -> None:
         plain = MixTransformer(MIT_CONFIGS["mit_tiny"])
-        for module in plain.modules():
-            if isinstance(module, Block):
-                module.drop_path = 0.5
+        plain.drop_path = 0.5
         checkpointed = copy.deepcopy(plain)
         checkpointed.activation_checkpointing = True
         images = torch.randn(4, 3, 64, 64)

@@ -1,83 +1,145 @@
-"""Training steps as replays of a CUDA graph."""
+"""Recorded steps equal ordinary ones bit for bit, shown by logs of calls in place of CUDA graphs."""
 
-import contextlib
 import copy
 import functools
-from collections.abc import Iterator
-from unittest.mock import MagicMock, Mock
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from allspark_fast.training import cuda_graph
+from allspark_fast.training import cuda_graph, step
 from allspark_fast.training.cuda_graph import GraphedSteps
-from allspark_fast.training.step import train_step
-from tests.helpers.steps import METHODS, build_state, random_batch
+from allspark_fast.training.half_weights import HalfWeights
+from allspark_fast.training.log import Record, read_metrics
+from allspark_fast.training.step import Losses, TrainState, train_step
+from allspark_fast.training.trainer import Trainer
+from tests.helpers.runs import assert_same_run, differences, run_and_die, tiny_config
+from tests.helpers.steplog import StepLog, logged_steps
+from tests.helpers.steps import BEYOND, autocast_as_on_a_gpu, build_state, random_batch
 
-PHASES = [False] * 6 + [True] * 6  # without the memory, then with it
+CASES = [
+    {"optimizer": "sgd", "ema": 0.9},
+    {"optimizer": "adamw", "gradient_accumulation_steps": 2},
+    {"loss": "ohem", "ohem_min_kept": 500, "pseudo_padding": False, "kv_source": "image"},
+    {"method": "semi", "optimizer": "adamw", "ema": 0.9},
+    {"method": "supervised"},
+    BEYOND,
+]
+# In each phase an ordinary step, a recording with its first replay, and two replays.
+PHASES = [{"use_memory": False, "use_pseudo": False}] * 4 + [{"use_memory": True, "use_pseudo": True}] * 4
 
 
-def test_what_is_recorded_and_replayed_in_each_phase(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a GPU: three steps as they are, then one recording, at every change of phase."""
-    done = []
+@pytest.fixture(autouse=True)
+def _record_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_graph, "WARMUP_STEPS", 1)
 
-    @contextlib.contextmanager
-    def record(*_: object, **__: object) -> Iterator[None]:
-        done.append("record")
-        yield
 
-    for name in ("Stream", "current_stream"):
-        monkeypatch.setattr(torch.cuda, name, MagicMock())
-    monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
-    monkeypatch.setattr(torch.cuda, "graph", record)
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: Mock(replay=lambda: done.append("replay")))
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: done.append("wait"))
-    monkeypatch.setattr(cuda_graph, "train_step", lambda _, batch, **__: done.append(batch))
-    steps, batches = GraphedSteps(build_state()), [random_batch() for _ in range(6)]
-    for use_memory in (False, True):
-        for batch in batches:
-            steps(batch, use_memory=use_memory)
-    # What is recorded reads tensors of its own, into which later batches are copied.
-    for recorded in (done.pop(4), done.pop(12)):
-        assert torch.equal(recorded.image, batches[-1].image)
-        assert recorded.image is not batches[3].image
-    phase = [*batches[:3], "record", "replay", "replay", "replay"]
-    assert done == [*phase, "wait", *phase]
+def differences_of_replays(report: Callable[[Record], object] | None = None, **options: Any) -> list[str]:
+    """Names of all that differs between runs of ordinary and of recorded steps; a replay and an ordinary one skip."""
+    plain, recorded = build_state(**options), build_state(**options)
+    recorded.load_state_dict(copy.deepcopy(plain.state_dict()))
+    batches = [random_batch(mixing=plain.config.cutmix > 0) for _ in PHASES]
+    for index in (2, 4):
+        batches[index].image[0, 0, 5, 5] = float("nan")
+    results, ordinary = [], functools.partial(train_step, plain)
+    for state, take in ((plain, ordinary), (recorded, logged_steps(recorded, report=report))):
+        torch.manual_seed(1)
+        random.seed(1)
+        losses = [torch.stack(take(x, **phase)).clone() for x, phase in zip(batches, PHASES, strict=True)]
+        finite = torch.stack(losses).nan_to_num(-1)
+        results.append({"state": state.state_dict(), "losses": finite, "random": torch.get_rng_state()})
+    return differences(*results)
+
+
+@pytest.mark.parametrize("options", CASES, ids=str)
+def test_replays_equal_ordinary_steps(options: dict[str, Any]) -> None:
+    assert differences_of_replays(**options) == []
+
+
+def test_weights_are_cast_in_each_replay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, whose mixed precision has copies of them."""
+    monkeypatch.setattr(step, "HalfWeights", lambda model, enabled: HalfWeights(model, enabled=True))
+    monkeypatch.setattr(torch, "autocast", autocast_as_on_a_gpu)
+    assert differences_of_replays(**BEYOND) == []
+
+
+def branch_on_data(state: TrainState, losses: torch.Tensor, update: Any = step._update) -> Losses:
+    return update(state, losses) if losses.isfinite().all() else Losses(*losses)
+
+
+def seed_from_python(high: int, size: tuple[int, ...], draw: Any = torch.randint, **options: Any) -> torch.Tensor:
+    return draw(high, size, **options) if size else torch.tensor(random.getrandbits(60))
+
+
+MUTANTS = {
+    "branch on data": (step, "_update", branch_on_data),
+    "rate from Python": (step, "poly_lr", lambda *_: torch.tensor(random.random() / 100)),
+    "seed from Python": (torch, "randint", seed_from_python),
+}
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_what_a_recording_would_bake_is_noticed(mutant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(*MUTANTS[mutant])
+    with pytest.raises(AssertionError, match=r"waits for the device|assert \[.*\] == \[\]"):
+        assert differences_of_replays() == []
+
+
+def forget_the_update(log: StepLog, replay: Callable[[StepLog], None] = StepLog.replay) -> None:
+    log.calls = [call for call in log.calls if "_fused" not in str(call[0])]
+    replay(log)
+
+
+def run_out_of_memory(_: StepLog) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory.")
+
+
+@pytest.mark.parametrize(
+    ("name", "fault", "warning"),
+    [
+        ("replay", forget_the_update, "a replay is no ordinary step"),
+        ("__enter__", run_out_of_memory, "longer: CUDA out of memory."),
+    ],
+)
+def test_steps_are_ordinary_after_a_recording_that_is_wrong_or_fails(
+    name: str, fault: Any, warning: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(StepLog, name, fault)
+    assert differences_of_replays(lambda _: None, optimizer="adamw") == []
+    assert caplog.text.count("not recorded as a CUDA graph") == caplog.text.count(warning) == 1
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("method", "optimizer"), [*((x, "sgd") for x in METHODS), ("allspark", "adamw")])
-def test_replays_change_what_steps_change(method: str, optimizer: str) -> None:
-    # In single precision and small steps, or what is added in another order grows to other pseudo labels.
-    options = {"method": method, "optimizer": optimizer, "ema": 0.9, "lr": 1e-4, "lr_multi": 1.0, "amp": False}
+@pytest.mark.parametrize("options", CASES, ids=str)
+def test_replays_on_a_gpu_differ_by_its_noise(options: dict[str, Any]) -> None:
     with torch.device("cuda"):
-        plain, graphed = build_state(**options), build_state(**options)
-        batches = [random_batch() for _ in PHASES]
-    graphed.load_state_dict(copy.deepcopy(plain.state_dict()))
-    before = torch.cat([x.detach().clone().flatten() for x in plain.model.parameters()])
-    steps = GraphedSteps(graphed)
-    losses, changes = [], []
-    for state, take in ((plain, functools.partial(train_step, plain)), (graphed, steps)):
-        torch.manual_seed(0)
-        losses.append(torch.stack([torch.stack(take(x, use_memory=y)) for x, y in zip(batches, PHASES, strict=True)]))
-        changes.append(torch.cat([x.detach().flatten() for x in state.model.parameters()]) - before)
-        assert (state.step, state.skipped) == (len(PHASES), 0)
-    # Other random numbers would change the losses by some 5 %.
-    torch.testing.assert_close(*losses, rtol=5e-3, atol=1e-5)
-    assert (changes[0] - changes[1]).norm() < 0.1 * changes[0].norm()
-    torch.testing.assert_close(plain.read_metrics(), graphed.read_metrics(), rtol=5e-3, atol=1e-5)
+        state = build_state(**options)
+        batches = [random_batch(mixing=state.config.cutmix > 0) for _ in PHASES]
+    found: list[Record] = []
+    steps = GraphedSteps(state, found.append)
+    for batch, phase in zip(batches, PHASES, strict=True):
+        steps(batch, **phase)
+    assert steps.recording, found
+    assert (len(found), state.step, state.skipped) == (2, len(PHASES), 0)
 
 
-@pytest.mark.gpu
-def test_a_loss_that_is_not_finite_is_skipped_in_a_replay() -> None:
-    with torch.device("cuda"):
-        state, batch = build_state(), random_batch()
-    steps = GraphedSteps(state)
-    for _ in range(5):
-        steps(batch, use_memory=True)
-    before = copy.deepcopy(dict(state.model.named_parameters()))
-    steps(batch._replace(image=torch.full_like(batch.image, torch.nan)), use_memory=True)
-    assert state.skipped == 1
-    assert all(torch.equal(x, before[name]) for name, x in state.model.named_parameters())
-    steps(batch, use_memory=True)
-    assert state.skipped == 1
+@pytest.mark.usefixtures("no_pictures")
+def test_a_run_of_recorded_steps_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three phases, one of them twice, an evaluation between two steps, a death, and figures in the log."""
+
+    def recorded(folder: Path) -> Trainer:
+        trainer = Trainer(config, folder)
+        trainer.train_step = logged_steps(trainer.state, report=trainer.findings.update)
+        return trainer
+
+    config = tiny_config(ema=0.9, pseudo_from_epoch=2)
+    Trainer(config, tmp_path / "whole").run()
+    run_and_die(recorded(tmp_path / "broken"), 7, monkeypatch)
+    recorded(tmp_path / "broken").run()
+    figures = [x["recorded_step"] for x in read_metrics(tmp_path / "broken") if "recorded_step" in x]
+    assert len(figures) == 4
+    assert all(x["error"] == x["noise"] == 0 < x["change"] for x in figures)
+    assert_same_run(tmp_path / "whole", tmp_path / "broken")

@@ -3,7 +3,7 @@
 import itertools
 import json
 import multiprocessing
-import shutil
+import os
 import signal
 from multiprocessing.synchronize import Event
 from pathlib import Path
@@ -23,7 +23,7 @@ from allspark_fast.training import setup as prepare
 from allspark_fast.training import trainer as trainer_module
 from allspark_fast.training.cuda_graph import GraphedSteps
 from allspark_fast.training.log import read_metrics
-from allspark_fast.training.setup import build_model, lock_folder
+from allspark_fast.training.setup import build_model, claim_folder
 from allspark_fast.training.step import train_step
 from allspark_fast.training.trainer import Trainer, train
 from allspark_fast.weights.files import save_weights
@@ -84,7 +84,6 @@ def test_leaves_what_it_promises(tmp_path: Path, capsys: pytest.CaptureFixture[s
     scores = json.loads((tmp_path / "scores.json").read_text())
     assert scores["miou"] == best
     assert sum(map(sum, scores["confusion"])) == 2 * 80 * 80
-    assert Image.open(tmp_path / "run" / "confusion.png").width > 100
 
 
 @pytest.mark.usefixtures("no_pictures")
@@ -107,10 +106,14 @@ def test_a_run_that_teaches_only_background_says_so(tmp_path: Path, caplog: pyte
 @pytest.mark.slow
 @pytest.mark.usefixtures("no_pictures")
 def test_compiled_blocks_train_and_validation_compiles_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")  # so that it is put back
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
     counter = CompileCounterWithBackend("eager")
     monkeypatch.setattr(prepare, "compile_blocks", lambda model, _: compile_blocks(model, counter))
     torch._dynamo.reset()
-    trainer = Trainer(changed(tiny_config(compile=True), run={"device": "cpu"}), tmp_path)
+    trainer = Trainer(changed(tiny_config(compile="on"), run={"device": "cpu"}), tmp_path)
+    assert Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]) == tmp_path / "allspark_fast" / "inductor"
     trainer.run()
     # Four stages in training, one more without stochastic depth in the first, four in the pseudo-label pass.
     assert 8 <= counter.frame_count <= 9
@@ -123,9 +126,9 @@ def test_compiled_blocks_train_and_validation_compiles_nothing(tmp_path: Path, m
 @pytest.mark.gpu
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_on_a_gpu_resumes(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = changed(tiny_config(method, ema=0.9, cuda_graph=True), run={"device": "cuda", "log_every": 1})
+    config = changed(tiny_config(method, ema=0.9), run={"device": "cuda", "log_every": 1})
     device = torch.device("cuda")
-    run_and_die(config, tmp_path, 7, monkeypatch, device)
+    run_and_die(Trainer(config, tmp_path, device), 7, monkeypatch)
     trainer = Trainer(config, tmp_path, device)
     assert 0 < trainer.step <= 7
     assert isinstance(trainer.train_step, GraphedSteps)
@@ -142,14 +145,14 @@ def test_supervised_learns_from_labeled_images_and_counts_no_others(
     monkeypatch.setattr(trainer_module, "train_step", step)
     # One second for each line of the log.
     monkeypatch.setattr(trainer_module.time, "perf_counter", itertools.count().__next__)
-    for method, unlabeled, epochs in (("supervised", 0, 8), ("semi", 2, 1)):
+    for method, unlabeled, epochs in (("supervised", 0, 8), ("semi", 2, 2)):
         step.reset_mock()
         Trainer(tiny_config(method, epochs=epochs, lr=0.02), tmp_path / method).run()
         batches = [call.args[1] for call in step.call_args_list]
         assert {(len(batch.image), len(batch.unlabeled_image)) for batch in batches} == {(2, unlabeled)}
-        first = read_metrics(tmp_path / method)[0]
-        assert ("loss_unlabeled" in first) == (method == "semi")
-        assert first["images_per_s"] == 3 * (2 + unlabeled)  # three steps in a line
+        record = read_metrics(tmp_path / method)[1]
+        assert ("loss_unlabeled" in record) == (method == "semi")
+        assert record["images_per_s"] == 3 * (2 + unlabeled)  # three steps in a line
     losses = [record["loss"] for record in read_metrics(tmp_path / "supervised") if "loss" in record]
     assert losses[-1] < 0.8 * losses[0]
 
@@ -158,33 +161,14 @@ def test_supervised_learns_from_labeled_images_and_counts_no_others(
 class TestResume:
     """N steps = k steps + death + the rest, bit for bit."""
 
-    def test_a_checkpoint_of_another_model_is_passed_over(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-    ) -> None:
-        config = tiny_config()
-        larger = changed(config, model={"embedding_dim": 24})
-        for name, x in (("run", config), ("larger", larger)):
-            run_and_die(x, tmp_path / name, 3, monkeypatch)
-        (saved,) = (tmp_path / "larger" / "checkpoints").iterdir()
-        checkpoints = tmp_path / "run" / "checkpoints"
-        shutil.copy(saved, checkpoints / "step_00000009.pt")
-        assert Trainer(config, tmp_path / "run").step == 3
-        assert "step_00000009.pt is a checkpoint of another model" in caplog.text
-        (checkpoints / "step_00000003.pt").unlink()
-        with pytest.raises(
-            ValueError, match=r"none of 1 checkpoints can be read \(\S+ is a checkpoint of another model"
-        ):
-            Trainer(config, tmp_path / "run")
-
-    @pytest.mark.parametrize("method", ["allspark", "supervised"])
     def test_with_other_settings_that_do_not_decide_the_numbers(
-        self, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
         """Recomputation among them, which the advice on too little memory recommends; tests/test_signals.py: none."""
         caplog.set_level("INFO", logger="allspark_fast")
-        config = tiny_config(method, ema=0.9)
+        config = tiny_config(ema=0.9)
         Trainer(config, tmp_path / "whole").run()
-        run_and_die(config, tmp_path / "broken", 7, monkeypatch)  # after the checkpoint of step 6, in epoch 1
+        run_and_die(Trainer(config, tmp_path / "broken"), 7, monkeypatch)  # after the checkpoint of step 6, in epoch 1
         other = {"data": {"workers": 1}, "model": {"activation_checkpointing": True}, "run": {"save_every": 5}}
         resumed = Trainer(changed(config, train={"max_skipped": 7}, **other), tmp_path / "broken")
         assert "model.activation_checkpointing: False -> True" in caplog.text
@@ -204,7 +188,7 @@ class TestResume:
             Trainer(tiny_config(), tmp_path)
         process.kill()
         process.join()
-        assert lock_folder(tmp_path) is not None
+        assert claim_folder(tmp_path, tiny_config()) is not None
 
     @pytest.mark.parametrize(("name", "length"), [("epochs", 1), ("steps", 4)])
     def test_a_finished_run_is_extended_and_other_settings_are_refused_by_name(
@@ -235,13 +219,13 @@ class TestResume:
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         config = tiny_config()
-        run_and_die(config, tmp_path, 1, monkeypatch)
+        run_and_die(Trainer(config, tmp_path), 1, monkeypatch)
         assert Trainer(changed(config, train={"lr": 0.005}), tmp_path).step == 0
         assert json.loads((tmp_path / "config.json").read_text())["train"]["lr"] == 0.005
 
 
 def hold_lock(folder: Path, locked: Event) -> None:
-    lock = lock_folder(folder)
+    lock = claim_folder(folder, tiny_config())
     assert lock is not None
     locked.set()
     signal.pause()
@@ -257,8 +241,8 @@ def test_a_picture_that_cannot_be_drawn_does_not_end_a_run(
 
 
 def test_recording_where_it_cannot_be_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    Trainer(changed(tiny_config(cuda_graph=True), run={"device": "cpu"}), tmp_path)
-    assert "train.cuda_graph has no effect: it needs one process on a GPU, but the device is cpu" in caplog.text
+    Trainer(changed(tiny_config(cuda_graph="on"), run={"device": "cpu"}), tmp_path)
+    assert "train.cuda_graph on: no step is recorded, because nothing on the device cpu is" in caplog.text
 
 
 @pytest.mark.usefixtures("no_pictures")
@@ -306,35 +290,16 @@ class TestOnesOwnData:
         assert "pseudo_label_accuracy" not in read_metrics(tmp_path / "run")[-1]
 
     def test_bad_data_is_listed_before_training(
-        self, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+        self, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
     ) -> None:
         (root / "images/01.png").write_bytes(b"")
         Image.new("L", (50, 40), 7).save(root / "labels/02.png")
-        arguments = tiny_arguments(
-            tmp_path / "run", {"data.dataset": "folder", "data.root": root, "data.val": "val.txt"}
-        )
+        (root / "labeled.txt").write_text("".join(f"images/0{i}.png labels/0{i}.png\n" for i in range(4)))
+        lists = {"data.dataset": "folder", "data.root": root, "data.val": "val.txt", "data.labeled": "labeled.txt"}
+        arguments = tiny_arguments(tmp_path / "run", lists)
         assert main(["train", *arguments]) == 1
         message = capsys.readouterr().err
         assert "images/01.png" in message
         assert "labels/02.png" in message
+        assert "warning: images/03.png: is trained on and also in val" in caplog.text
         assert main(["check", *arguments]) == 1
-
-    def test_doubtful_data_is_told_and_trained_on(
-        self, root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-    ) -> None:
-        (root / "labeled.txt").write_text("images/00.png labels/00.png\nimages/01.png labels/01.png\n")
-        (root / "val.txt").write_text("images/01.png labels/01.png\n")
-        lists = {"data.dataset": "folder", "data.root": root, "data.val": "val.txt", "data.labeled": "labeled.txt"}
-        assert main(["train", *tiny_arguments(tmp_path / "run", lists)]) == 0
-        assert "warning: images/01.png: is trained on and also in val" in caplog.text
-
-
-def test_camvid_runs(data_dir: Path, tmp_path: Path) -> None:
-    root = data_dir / "camvid"
-    (tmp_path / "few.txt").write_text("".join((root / "splits/train.txt").open().readlines()[:4]))
-    (tmp_path / "val.txt").write_text("".join((root / "splits/val.txt").open().readlines()[:2]))
-    command = f"""train camvid --data.root {root} --data.labeled splits/1_16/seed0/labeled.txt --data.crop 64
-        --data.unlabeled {tmp_path}/few.txt --data.val {tmp_path}/val.txt --data.workers 0 --train.epochs 1
-        --train.batch-size 2 --run.output-dir {tmp_path}"""
-    assert main(command.split()) == 0
-    assert read_metrics(tmp_path)[-1]["miou"] > 0

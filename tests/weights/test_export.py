@@ -52,7 +52,7 @@ def test_graphs(weights: Path, name: str, load: Callable, tmp_path: Path, capsys
     assert main(["export", str(weights), str(tmp_path / name)]) == 0
     assert f"{name}: largest error of the logits" in capsys.readouterr().out
     program, text = load(tmp_path / name)
-    assert ModelSpec.from_json(text) == load_model(weights)[1]
+    assert ModelSpec.from_json(text, tmp_path) == load_model(weights)[1]
     for batch, height, width in SIZES:
         pixels = torch.rand(batch, 3, height, width)
         assert_close(program(pixels), expected_logits(weights, pixels))

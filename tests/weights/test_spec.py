@@ -5,10 +5,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
+from allspark_fast.__main__ import main
+from allspark_fast.cli import export
 from allspark_fast.errors import InputError
-from allspark_fast.weights.files import read_metadata, read_state_dict, save_weights
+from allspark_fast.training.trainer import Trainer
+from allspark_fast.weights.convert import read_model
+from allspark_fast.weights.files import load_weights, read_weights, save_weights
 from allspark_fast.weights.spec import ModelSpec, load_model, save_model
+from tests.helpers.runs import changed, differences, tiny_config
 
 
 def test_round_trip(weights: Path, tiny_spec: ModelSpec) -> None:
@@ -17,9 +23,7 @@ def test_round_trip(weights: Path, tiny_spec: ModelSpec) -> None:
     assert not model.training
     again = weights.with_name("again.safetensors")
     save_model(model, spec, again)
-    assert read_metadata(again) == read_metadata(weights)
-    for name, x in read_state_dict(weights).items():
-        assert torch.equal(read_state_dict(again)[name], x)
+    assert differences(read_weights(again), read_weights(weights)) == []
 
 
 def test_weights_without_it_are_refused_with_the_remedy(tmp_path: Path, tiny_spec: ModelSpec) -> None:
@@ -40,7 +44,7 @@ def test_weights_of_part_of_the_model_are_refused(tmp_path: Path, tiny_spec: Mod
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": 2}, "newer than this.*version is 2, expected 1"),
+        ({"version": 2}, "of another version of allspark-fast.*version is 2, expected 1"),
         ({"allspark": "no"}, "model.allspark is 'no', expected bool"),
         ({"crop": "64"}, "model.crop is '64', expected int"),
         ({"crop": True}, "model.crop is True, expected int"),
@@ -58,17 +62,50 @@ def test_weights_of_part_of_the_model_are_refused(tmp_path: Path, tiny_spec: Mod
 )
 def test_damage_is_named(change: dict, message: str, tmp_path: Path, tiny_spec: ModelSpec) -> None:
     text = json.dumps(json.loads(tiny_spec.to_json()) | change)
-    save_weights(tiny_spec.build(), tmp_path / "odd.safetensors", {"allspark_fast": text})
+    save_weights(tiny_spec.build(), tmp_path / "odd.safetensors", text)
     with pytest.raises(InputError, match=rf"odd\.safetensors: .*{message}"):
         load_model(tmp_path / "odd.safetensors")
 
 
-def test_a_file_of_another_kind_is_not_written(tmp_path: Path, tiny_spec: ModelSpec) -> None:
-    with pytest.raises(InputError, match=r"model\.pth: must be \.safetensors or a folder"):
-        save_model(tiny_spec.build(), tiny_spec, str(tmp_path / "model.pth"))
+def test_files_of_other_kinds(tmp_path: Path, tiny_spec: ModelSpec) -> None:
+    with pytest.raises(FileNotFoundError, match=r"none of best\.safetensors"):
+        load_model(tmp_path)
+    with pytest.raises(InputError, match=r"model\.bin: weights are saved as \.safetensors or \.pth"):
+        save_model(tiny_spec.build(), tiny_spec, str(tmp_path / "model.bin"))
     assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_without_weights(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"none of best\.safetensors"):
-        load_model(tmp_path)
+@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.parametrize("train", [{}, {"method": "semi", "ema": 0.9}, {"method": "supervised"}])
+def test_a_checkpoint_of_a_run_is_its_model_for_every_command(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, train: dict
+) -> None:
+    monkeypatch.setattr(export, "export_model", lambda model, spec, path: path.write_text(spec.to_json()) * 0)
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (70, 60)).save("photo.png")
+    config = changed(tiny_config(), train={"epochs": 1, **train}, data={"mean": (0.4, 0.5, 0.6)})
+    Trainer(config, Path("run")).run()
+    printed, models = [], []
+    for weights in (Path("run"), max(Path("run/checkpoints").iterdir())):
+        capsys.readouterr()
+        assert main(["evaluate", str(weights)]) == 0
+        for command, *words in (("convert", "a.safetensors"), ("export", "a.onnx"), ("predict", "photo.png")):
+            assert main([command, str(weights), *words, "--overwrite"]) == 0
+        printed.append(capsys.readouterr().out)
+        models.append(load_model(weights))
+    assert printed[0] == printed[1]
+    (best, expected), (model, spec) = models  # of the last step, the only one that was evaluated
+    assert spec == expected
+    assert spec.mean == (0.4, 0.5, 0.6)
+    assert differences(model.state_dict(), best.state_dict()) == []
+
+
+def test_a_checkpoint_of_an_earlier_version_is_not_taken_for_weights_of_others(
+    tmp_path: Path, tiny_spec: ModelSpec
+) -> None:
+    state = {"format": "allspark_fast checkpoint 2", "model": tiny_spec.build().state_dict(), "ema": None}
+    torch.save(state, tmp_path / "step.pt")
+    for read in (load_model, read_model):
+        with pytest.raises(InputError, match=r"step\.pt: damaged description of the model, or of another version"):
+            read(tmp_path / "step.pt")
+    load_weights(tiny_spec.build(), tmp_path / "step.pt")

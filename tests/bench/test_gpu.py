@@ -1,0 +1,108 @@
+"""``python -m bench gpu`` on a CPU: the parts run, notice what is wrong, and keep to the time that they have."""
+
+import dataclasses
+import functools
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from allspark_fast.kernels.selftest import Result
+from allspark_fast.training.cuda_graph import GraphedSteps
+from allspark_fast.training.step import Losses, TrainState
+from bench import gpu
+from bench.__main__ import main
+from bench.bench_train_step import SIZES
+from bench.harness import Record
+
+CASE = "allspark adamw float32"
+# They take a minute here, and tests of their own cover them.
+SLOW = {"parity", "step ours bfloat16 compiled recorded", "step naive bfloat16 compiled"}
+SLOW |= {f"lock_step {name}" for name in gpu.LOCK_STEPS if name != CASE}
+
+
+def dry_run(monkeypatch: pytest.MonkeyPatch, file: Path, keep: Callable[[str], bool], *arguments: str) -> list[Record]:
+    parts = [part for part in gpu.parts("tiny") if keep(part[0])]
+    monkeypatch.setattr(gpu, "parts", lambda _: parts)
+    main(["gpu", "--size", "tiny", "--json", str(file), *arguments])
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_a_dry_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    records = dry_run(monkeypatch, tmp_path / "gpu.jsonl", lambda name: name not in SLOW)
+    printed = capsys.readouterr().out
+    assert not any("failed" in record.get("note", "") for record in records)
+    assert {record["op"] for record in records} >= {"attention_parity", "lock_step", "step", "step_kernels"}
+    lock_step = next(record for record in records if record["op"] == "lock_step")
+    assert lock_step["equal"] == lock_step["compared"] > 0
+    assert "ordinary steps in place of recorded ones" in printed
+    steps = [record["variant"] for record in records if record["op"] == "step"]
+    assert steps == ["ours bfloat16 recorded", "ours bfloat16", "naive bfloat16", "validation, ours bfloat16"]
+    kernels = [record for record in records if record["op"] == "step_kernels"]
+    assert sum(record["seconds"] for record in kernels[1:]) <= kernels[0]["seconds"]
+
+
+@pytest.mark.slow
+def test_a_whole_dry_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    records = dry_run(monkeypatch, tmp_path / "gpu.jsonl", lambda _: True, "--budget", "100000")
+    assert sum(record["op"] == "lock_step" for record in records) == len(gpu.LOCK_STEPS)
+
+
+def wrong_rate(state: TrainState) -> None:
+    state.config = dataclasses.replace(state.config, lr=1.05 * state.config.lr)
+
+
+def wrong_numbers(_: TrainState) -> None:
+    torch.rand(())
+
+
+def no_skipping(state: TrainState) -> None:
+    state.skipped.fill_(0)
+
+
+@pytest.mark.parametrize("mutant", [wrong_rate, wrong_numbers, no_skipping])
+def test_wrong_recorded_steps_are_noticed(
+    monkeypatch: pytest.MonkeyPatch, mutant: Callable[[TrainState], None]
+) -> None:
+    """Replays take the step after a mutation."""
+
+    def record(state: TrainState, step: Callable[[], Losses], _: object) -> tuple[Losses, Callable[[], object]]:
+        losses = Losses(*torch.zeros(3))
+        return losses, lambda: [mutant(state), *(x.copy_(y) for x, y in zip(losses, step(), strict=True))]
+
+    def recorded_steps(state: TrainState) -> GraphedSteps:
+        return GraphedSteps(state, record=functools.partial(record, state))
+
+    monkeypatch.setattr(gpu, "recorded_steps", recorded_steps)
+    found = gpu.lock_step(SIZES["tiny"], CASE)
+    assert next(found)["wrong"] > 0
+    with pytest.raises(AssertionError, match="is off by"):
+        next(found)
+
+
+def test_what_fails_ends_no_other_part(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken() -> Iterator[Record]:
+        yield {"op": "a", "size": "", "value": 1}
+        raise RuntimeError("out of luck")
+
+    monkeypatch.setattr(gpu, "check_kernels", lambda _: [Result("op", "float16", 0.5, "wrong by 5.0e-01")])
+    parts = [
+        ("a", 1, broken),
+        ("b", 1, gpu.parity),
+        ("c", 1000, broken),
+        ("d", 1, lambda: iter([{"op": "d", "size": ""}])),
+    ]
+    monkeypatch.setattr(gpu, "parts", lambda _: parts)
+    file = tmp_path / "gpu.jsonl"
+    with pytest.raises(SystemExit, match="failed: a, b"):
+        main(["gpu", "--size", "tiny", "--budget", "100", "--json", str(file)])
+    records = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [record["op"] for record in records] == ["a", "a", "parity", "b", "c", "d"]
+    assert records[1]["note"] == "failed: RuntimeError: out of luck"
+    assert re.fullmatch(r"not run: \d+ of 100 s are spent", records[4]["note"])
+    assert "out of luck" in capsys.readouterr().err

@@ -1,0 +1,74 @@
+"""Training steps as lists of calls, which stand for CUDA graphs on a CPU: recorded once, then replayed in place."""
+
+import copy
+import functools
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from allspark_fast.kernels.semantic_memory import op as memory
+from allspark_fast.kernels.upsample_cross_entropy import op as cross_entropy
+from allspark_fast.training.checkpoint import random_states, set_random_states
+from allspark_fast.training.cuda_graph import GraphedSteps, Recording
+from allspark_fast.training.step import Losses, TrainState
+from tests.helpers.forbid_sync import forbid_sync
+
+
+class StepLog(forbid_sync):
+    """Logs all calls, those inside our operators too; an AssertionError if Python reads a number, which may decide."""
+
+    def __init__(self) -> None:
+        super().__init__(inside_operators=True)
+        self.calls: list[tuple[Any, Any, Any, Any]] = []  # operator, arguments, result
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        if func.namespace not in ("allspark_fast", "profiler"):
+            self.calls.append((func, args, kwargs or {}, result))
+        return result
+
+    @torch.no_grad()
+    def replay(self) -> None:
+        """Make all calls again on the same memory: in place, or copied to where the logged result lies."""
+        for operator, args, kwargs, result in self.calls:
+            inputs, again = storages((args, kwargs)), operator(*args, **kwargs)
+            for old, new in zip(pytree.tree_leaves(result), pytree.tree_leaves(again), strict=True):
+                if isinstance(new, torch.ScriptObject):  # of a collective
+                    new.wait()
+                elif isinstance(old, Tensor) and not storages(old) <= inputs:
+                    old.copy_(new)
+
+    def foreign(self, known: Any) -> set[int]:
+        """The memory that calls read or write, but neither made nor know: nobody keeps it for a replay."""
+        made, found = storages(known), set()
+        for operator, args, kwargs, result in self.calls:
+            # A number of Python, as in x[0] = 0, which a GPU gets by a fill.
+            if operator is not torch.ops.aten.lift_fresh.default:
+                found |= storages((args, kwargs)) - made
+            made |= storages(result)
+        return found
+
+
+def storages(tree: Any) -> set[int]:
+    """The memory of all tensors of a tree."""
+    return {x.untyped_storage()._cdata for x in pytree.tree_leaves(tree) if isinstance(x, Tensor)}
+
+
+def logged_steps(state: TrainState, **options: Any) -> GraphedSteps:
+    """Steps on a CPU that are recorded as logs."""
+
+    def record(step: functools.partial[Losses], _: object) -> Recording:
+        before, random = copy.deepcopy(state.state_dict()), random_states(torch.device("cpu"))
+        # On CPU tensors, and only there, operators look for labels that are no class and for wrong pointers.
+        with patch.object(cross_entropy, "_check_classes"), patch.object(memory, "_check_pointers"), StepLog() as log:
+            losses = step()
+        rates, halves = [group["lr"] for group in state.optimizer.param_groups], [*vars(state.half_weights).values()]
+        assert not log.foreign([state.state_dict(), rates, halves, step.args])
+        state.load_state_dict(before)
+        set_random_states(random)
+        return losses, log.replay
+
+    return GraphedSteps(state, record=record, **options)
