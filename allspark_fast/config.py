@@ -2,7 +2,8 @@
 
 import dataclasses
 import json
-from dataclasses import dataclass, field
+import math
+from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
@@ -29,6 +30,8 @@ class DataConfig:
         scenes: number of labeled, unlabeled and validation scenes, for the data set scenes.
         mean: of red, green and blue in 0..1, subtracted from images; as for the starting weights, mostly ImageNet's.
         std: of red, green and blue, which images are divided by.
+        range: pixel values that become black and white, such as `0 4095`, or percentiles of each image, `1% 99%`; if
+            not given, those of the format, which images of 32 bits do not have.
         workers: DataLoader workers for training images; on a CPU the remaining cores train.
     """
 
@@ -42,6 +45,7 @@ class DataConfig:
     scenes: tuple[int, int, int] = (8, 504, 100)
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    range: tuple[str, str] | None = None
     workers: int = 2
 
     def __post_init__(self) -> None:
@@ -49,6 +53,8 @@ class DataConfig:
         _within(self, "data", crop=(32, 10_000), scale=(0.01, 100), scenes=(1, 100_000), workers=(0, 1000))
         _within(self, "data", mean=(0, 1), std=(0.001, 10))
         _expect(self.scale[0] <= self.scale[1], "data.scale", self.scale, "low <= high")
+        expected = "two numbers, or two percentiles such as 1% 99%, low < high"
+        _expect(self.range is None or _is_range(*self.range), "data.range", self.range, expected)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -316,6 +322,20 @@ def changed_fields(old: Config, new: Config) -> list[Change]:
     ]
 
 
+def _is_range(low: str, high: str) -> bool:
+    try:
+        numbers = [float(text.removesuffix("%")) for text in (low, high)]
+    except ValueError:
+        return False
+    allowed = [0, *numbers, 100] if low.endswith("%") else numbers
+    return (
+        all(map(math.isfinite, numbers))
+        and low.endswith("%") == high.endswith("%")
+        and numbers[0] < numbers[1]
+        and sorted(allowed) == allowed
+    )
+
+
 def _within(settings: object, group: str, **ranges: tuple[float, float]) -> None:
     """Refuse numbers, alone or in tuples, outside of ranges that include both ends; NaN is in none."""
     for name, (low, high) in ranges.items():
@@ -373,8 +393,8 @@ def from_plain(kind: Any, value: Any, where: str) -> Any:
         hints = get_type_hints(kind)
         for name in set(value) - set(hints):
             refuse_old_setting(f"{where}.{name}".removeprefix("config."))
-        needed = {x.name for x in dataclasses.fields(kind) if x.default is x.default_factory is dataclasses.MISSING}
-        if different := sorted((set(value) - set(hints)) | (needed - set(value))):
+        required = {x.name for x in dataclasses.fields(kind) if MISSING is x.default is x.default_factory}
+        if different := sorted((set(value) - set(hints)) | (required - set(value))):
             raise InputError(f"{where}: fields {different} are missing or unknown in this version")
         return kind(**{name: from_plain(hints[name], x, f"{where}.{name}") for name, x in value.items()})
     if get_origin(kind) is UnionType:

@@ -58,11 +58,11 @@ SIZES = {
 
 
 class Variant(NamedTuple):
-    """One way to compute the training step: what it keeps anyway, the losses without an update, and all of it."""
+    """One way to compute the training step: what it keeps anyway, the loss without an update, and all of it."""
 
     own: list[Tensor]
-    losses: Callable[[], Losses]
-    step: Callable[[], Losses]
+    loss: Callable[[], Tensor]
+    step: Callable[[], Tensor]
 
 
 def make_variant(name: str, model: Segmentor, batch: SemiBatch, *, backend: str = "inductor") -> Variant:
@@ -86,12 +86,12 @@ def make_variant(name: str, model: Segmentor, batch: SemiBatch, *, backend: str 
     with state.half_weights.installed():
         own += model.parameters()
 
-    def losses() -> Losses:
+    def loss() -> Tensor:
         compute = naive.naive_losses if kind == "naive" else compute_losses
         with state.half_weights.installed(), torch.autocast(batch.image.device.type, torch.bfloat16, enabled=amp):
-            return compute(model, batch, config, use_memory=True)
+            return compute(model, batch, config, use_memory=True).total.to(DTYPE)
 
-    return Variant(own, losses, functools.partial(step, batch, use_memory=True))
+    return Variant(own, loss, lambda: step(batch, use_memory=True).total.to(DTYPE))
 
 
 def recorded_steps(state: TrainState) -> GraphedSteps:
@@ -117,13 +117,8 @@ def without_dropout(model: Segmentor) -> Segmentor:
 def step_flops(size: str, kind: str) -> int:
     """Count the FLOPs of the losses of ``naive`` or ``ours``, forward and backward; nothing is computed."""
     with fake_variant(size, kind) as variant, flop_counter() as counter:
-        variant.losses().total.backward()
+        variant.loss().backward()
     return counter.get_total_flops()
-
-
-def count_saved_bytes(variant: Variant) -> int:
-    """Count the bytes saved for backward beyond parameters and buffers."""
-    return saved_bytes(lambda: variant.losses().total, beyond=variant.own)
 
 
 @contextmanager
@@ -155,24 +150,19 @@ def measure(size: str, repeats: int) -> Iterator[Record]:
     case = Case(
         op="train_step",
         size=f"{size}: {SIZES[size]}{amp}",
-        variants={kind: functools.partial(_total, variant.step) for kind, variant in variants.items()},
-        parity={kind: functools.partial(_total, variant.losses) for kind, variant in fixed.items()},
+        variants={kind: variant.step for kind, variant in variants.items()},
+        parity={kind: variant.loss for kind, variant in fixed.items()},
         flops={kind: step_flops(size, kind) for kind in kinds},
     )
     for record, variant in zip(run(case, repeats), variants.values(), strict=True):
         record["images_per_s"] = 2 * SIZES[size].batch / record["seconds_p50"]
-        yield record | {"saved_bytes": count_saved_bytes(variant)}
-
-
-def _total(losses: Callable[[], Losses]) -> Tensor:
-    """In the dtype whose tolerance is due."""
-    return losses().total.to(DTYPE)
+        yield record | {"saved_bytes": saved_bytes(variant.loss, beyond=variant.own)}
 
 
 def count(size: str) -> Iterator[Record]:
     """Count FLOPs and saved bytes, in single precision and under autocast."""
     for name in ("naive", "naive bfloat16", "ours", "ours bfloat16"):
         with fake_variant(size, name, "cuda") as variant:  # autocast saves more on a GPU than on a CPU
-            saved = count_saved_bytes(variant)
+            saved = saved_bytes(variant.loss, beyond=variant.own)
         record: Record = {"op": "train_step_cost", "size": f"{size}: {SIZES[size]}", "variant": name}
         yield record | {"flops": step_flops(size, name.partition(" ")[0]), "saved_bytes": saved}

@@ -7,9 +7,9 @@ import math
 import platform
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
-from importlib.metadata import version
-from importlib.util import find_spec
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -237,35 +237,35 @@ def conditions() -> str:
         names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
         device = f"CPU {[*names, platform.machine()][0]}, threads: {torch.get_num_threads()}"
     versions = [f"torch {torch.__version__}"]
-    versions += [f"{name} {version(name)}" for name in ("triton", "xformers") if find_spec(name)]
+    for name in ("triton", "xformers"):
+        with suppress(PackageNotFoundError):
+            versions.append(f"{name} {version(name)}")
     return f"{device}; {', '.join(versions)}, Python {platform.python_version()}; {datetime.now(UTC):%Y-%m-%d}"
 
 
 def report(records: Iterable[Record], file: Path | None = None) -> None:
-    """Print records as Markdown tables, a row as soon as it is there, and write the file anew each time."""
-    written: list[Record] = []
+    """Print records as Markdown tables, a row as soon as it is there, and write the file anew each time.
+
+    The file holds flat records with the conditions of the run: a JSON list, or if it is a .jsonl file one a line.
+    """
+    written: list[str] = []
+    shown = ""
     for record in records:
-        lines = table([record]).splitlines()
-        if not written or [written[-1][key] for key in ("op", "size")] != [record[key] for key in ("op", "size")]:
-            print(f"\n{record['op']}, {record['size']}\n", *lines[:-1], sep="\n")
-        print(lines[-1], flush=True)
-        written.append(record)
+        columns = {key: _column(key) for key in record if key not in ("op", "size")}
+        headings = " | ".join(heading for heading, _ in columns.values())
+        start = f"\n{record['op']}, {record['size']}\n\n| {headings} |\n{'| --- ' * len(columns)}|"
+        if start != shown:
+            print(shown := start)
+        print("| " + " | ".join(cell(record[key], factor) for key, (_, factor) in columns.items()) + " |", flush=True)
+        written.append(json.dumps(record | {"conditions": conditions()}))
         if file is not None:
-            write_records(file, written)
+            text = "\n".join(written) if file.suffix == ".jsonl" else "[\n" + ",\n".join(written) + "\n]"
+            write_atomically(file, functools.partial(Path.write_text, data=text + "\n", encoding="utf-8"))
 
 
-def table(records: Sequence[Record], keys: Collection[str] = ()) -> str:
-    """Return a Markdown table of records that have the same keys: of some, or of all but op and size."""
-    columns = [_column(key) for key in keys or records[0] if key not in ("op", "size")]
-    lines = ["| " + " | ".join(heading for _, heading, _ in columns) + " |", "| --- " * len(columns) + "|"]
-    for record in records:
-        lines.append("| " + " | ".join(cell(record[key], factor) for key, _, factor in columns) + " |")
-    return "\n".join(lines)
-
-
-def _column(key: str) -> tuple[str, str, float]:
+def _column(key: str) -> tuple[str, float]:
     part, (unit, factor) = next((item for item in _UNITS.items() if item[0] in key), ("_", (" ", 1.0)))
-    return key, key.replace(part, unit).replace("_", " "), factor
+    return key.replace(part, unit).replace("_", " "), factor
 
 
 def cell(value: object, factor: float) -> str:
@@ -273,10 +273,3 @@ def cell(value: object, factor: float) -> str:
     if isinstance(value, float) or (isinstance(value, int) and factor != 1):
         return f"{value * factor:.0f}" if abs(value * factor) >= 1000 else f"{value * factor:.4g}"
     return "n/a" if value is None else str(value)
-
-
-def write_records(file: Path, records: Sequence[Record]) -> None:
-    """Write flat records, each with the conditions of the run: a JSON list, or in a .jsonl file a record a line."""
-    texts = [json.dumps(record | {"conditions": conditions()}) for record in records]
-    text = "\n".join(texts) if file.suffix == ".jsonl" else "[\n" + ",\n".join(texts) + "\n]"
-    write_atomically(file, lambda path: path.write_text(text + "\n", "utf-8"))

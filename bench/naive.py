@@ -15,11 +15,12 @@ from torch.nn import functional as F
 from allspark_fast.config import TrainConfig
 from allspark_fast.data.info import IGNORE_INDEX
 from allspark_fast.data.loader import SemiBatch
-from allspark_fast.model import AllSpark, SegFormerHead, Segmentor
+from allspark_fast.model import AllSpark, Segmentor
 from allspark_fast.model.batch_norm import FiniteBatchNorm
 from allspark_fast.model.common import to_map, to_tokens
 from allspark_fast.model.cross_attention import CrossAttention
 from allspark_fast.model.mit import EfficientSelfAttention, MixFFN
+from allspark_fast.model.segformer_head import SegFormerHead
 from allspark_fast.training.step import Losses, TrainState
 
 

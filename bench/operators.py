@@ -12,7 +12,7 @@ from allspark_fast.kernels.channel_attention import channel_attention
 from allspark_fast.kernels.semantic_memory import channel_semantic_grouping, semantic_memory_enqueue
 from allspark_fast.kernels.upsample_argmax import upsample_argmax
 from allspark_fast.kernels.upsample_cross_entropy import upsample_cross_entropy
-from allspark_fast.model.common import checkpointed
+from allspark_fast.model.common import checkpointed, to_map, to_tokens
 from allspark_fast.model.mit import MIT_CONFIGS, STRIDES, MixFFN
 from bench.bench_train_step import SIZES
 from bench.harness import DEVICE, DTYPE, Case, with_compiled
@@ -155,9 +155,11 @@ def ffn_cases(size: str) -> list[Case]:
 def _ffn_case(name: str, channels: int, side: int) -> Case:
     ffn, size, batch = MixFFN(channels, 4 * channels).to(DEVICE, DTYPE), (side, side), 2 * SIZES[name].batch
     tokens = torch.randn(batch, side * side, channels, device=DEVICE, dtype=DTYPE, requires_grad=True)
-    variants = with_compiled({"naive": lambda: naive_mix_ffn(ffn, tokens, size)}) | {
-        "torch": lambda: checkpointed(lambda x: ffn.fc2(F.gelu(ffn.dwconv(x, size))), ffn.fc1(tokens)),
-        "ours": lambda: ffn(tokens, size),
-    }
+
+    def mix(hidden: Tensor) -> Tensor:
+        return ffn.fc2(F.gelu(to_tokens(ffn.dwconv.dwconv(to_map(hidden, size)))))
+
+    variants = with_compiled({"naive": lambda: naive_mix_ffn(ffn, tokens, size)})
+    variants |= {"torch": lambda: checkpointed(mix, ffn.fc1(tokens)), "ours": lambda: ffn(tokens, size)}
     numbers = f"{name}: B={batch} C={channels} {side} x {side} {DTYPE}"
     return Case("mix_ffn", numbers, variants, inputs=(tokens, *ffn.parameters()))

@@ -21,9 +21,12 @@ from allspark_fast.data.loader import SemiBatch
 from allspark_fast.inference.metrics import ConfusionMatrix
 from allspark_fast.kernels.semantic_memory import channel_semantic_grouping
 from allspark_fast.kernels.upsample_cross_entropy import upsample_cross_entropy
-from allspark_fast.model import AllSpark, Decoder, MiTConfig, MixTransformer, SegFormerHead, Segmentor
+from allspark_fast.model import AllSpark, Segmentor
 from allspark_fast.model.cross_attention import CrossAttention
+from allspark_fast.model.mit import MiTConfig, MixTransformer
 from allspark_fast.model.options import AllSparkOptions
+from allspark_fast.model.segformer_head import SegFormerHead
+from allspark_fast.model.segmentor import Decoder
 from allspark_fast.model.semantic_memory import token_class_map
 from allspark_fast.training.step import TrainState, poly_lr, train_step
 

@@ -10,8 +10,7 @@ import torch
 from PIL import Image
 
 from allspark_fast.data.info import VOC_PALETTE, DatasetInfo
-from allspark_fast.inference.metrics import ConfusionMatrix
-from allspark_fast.inference.scores import score_table
+from allspark_fast.inference.metrics import ConfusionMatrix, score_table
 from allspark_fast.text import columns, drawable, one_line
 from allspark_fast.training.pictures import draw_curves, draw_predictions
 from allspark_fast.weights.spec import ModelSpec, describe_model
@@ -60,7 +59,7 @@ def test_pictures_are_drawn_and_say_once_what_they_cannot_show(
     drawable.cache_clear()
     info = DatasetInfo("any", names, VOC_PALETTE)
     with warnings.catch_warnings(), caplog.at_level(logging.WARNING):
-        warnings.simplefilter("error")  # matplotlib warns of every sign that its font lacks
+        warnings.filterwarnings("error", "Glyph|constrained_layout")  # of signs that the font lacks, and of no room
         records = [{"step": 1, "miou": 0.5, "memory_received": [1] * len(names), "memory_filled": 1}]
         draw_curves(tmp_path, records, info)
         labels = {"truth": torch.zeros(1, 40, 50, dtype=torch.int64)}

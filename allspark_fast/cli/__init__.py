@@ -20,7 +20,7 @@ COMMANDS = {
     "export": "export WEIGHTS OUT: write a model as one graph, .pt2 or .onnx",
     "info": "info WEIGHTS: describe a file of weights",
     "selftest": "selftest: check every kernel on this machine's device",
-    "check": "check [RECIPE] [--group.field value ...]: list every problem of the data set",
+    "check": "check [RECIPE] [--json] [--group.field value ...]: describe the data set and list every problem of it",
     "splits": "splits ROOT [AMOUNT]: choose which images to train on with their labels, and which to validate on",
 }
 

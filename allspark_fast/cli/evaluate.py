@@ -15,7 +15,7 @@ from allspark_fast.device import choose_device
 from allspark_fast.errors import InputError
 from allspark_fast.files import require_parent, write_atomically
 from allspark_fast.inference.evaluate import evaluate, match_classes
-from allspark_fast.inference.scores import score_record, score_table
+from allspark_fast.inference.metrics import score_record, score_table
 from allspark_fast.recipes import RECIPES
 from allspark_fast.weights.spec import load_model
 
@@ -53,8 +53,8 @@ def run(arguments: list[str]) -> int:
     if options.json is not None:
         require_parent(options.json)
     device = choose_device(config.run.device)
-    info, images = open_val(config.data)
     model, spec = load_model(options.weights)
+    info, images = open_val(replace(config.data, range=spec.range))
     indices = match_classes(spec.info, info)
     workers, pin_memory = config.eval.workers, device.type == "cuda"
     loader = evaluation_loader(images, mean=spec.mean, std=spec.std, num_workers=workers, pin_memory=pin_memory)

@@ -1,41 +1,33 @@
 """Check a dataset before training: files, sizes, label values, and how the lists fit together."""
 
+import itertools
 import posixpath
 import re
 import unicodedata
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any
 
 import numpy as np
+from PIL.ImageFile import ImageFile
 
-from allspark_fast.data.datasets import SegmentationDataset, Sources, require_equal_size, stem_of
-from allspark_fast.data.images import (
-    IMAGE_SUFFIXES,
-    decode,
-    list_files,
-    map_in_threads,
-    orientation_of,
-    require_bytes,
-    resolve_path,
-)
-from allspark_fast.data.info import IGNORE_INDEX, DatasetInfo
-from allspark_fast.data.labels import values_of
+from allspark_fast.data import datasets, files, images
+from allspark_fast.data.datasets import Entry, SegmentationDataset, Sources
+from allspark_fast.data.info import IGNORE_INDEX, VOC_PALETTE, Color, DatasetInfo
 from allspark_fast.errors import DataError
+from allspark_fast.text import one_line
 
-Result = TypeVar("Result")
+Summary = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Something wrong with a dataset.
+    """Something wrong with a file or list: what was expected, and how to fix it.
 
-    Attributes:
-        file: file or list concerned, as the user named it.
-        message: what was expected and how to fix it.
-        is_warning: whether training is possible all the same.
+    A warning leaves training possible.
     """
 
     file: str
@@ -46,39 +38,117 @@ class Problem:
         return f"{'warning' if self.is_warning else 'error'}: {self.file}: {self.message}"
 
 
-class _Reading(NamedTuple):
-    """What the files of an entry showed; ``turned`` is its image, if EXIF turns it and it has a label."""
+def _warning(file: str, message: str) -> Problem:
+    return Problem(file, message, is_warning=True)
 
-    problems: list[Problem]
+
+@dataclass
+class _Reading:
+    """What the files of an entry showed: of the image as stored, and of the label."""
+
+    problems: list[Problem] = field(default_factory=list)
     size: tuple[int, int] | None = None
-    values: Set[int] = frozenset()
-    turned: str | None = None
+    mode: str = ""
+    values: Sequence[float] = ()
+    pages: int = 1
+    turned: bool = False
+    mask: str = ""
+    counts: Sequence[int] = ()
+    colors: Mapping[Color, int] = field(default_factory=dict)
+
+    def read_image(self, image: ImageFile, pixel_range: images.PixelRange | None) -> None:
+        self.mode = f"{image.mode}, {images.stored_form(image)[1].bit_length()} bits"
+        self.pages, self.turned = getattr(image, "n_frames", 1), images.orientation_of(image) != 1
+        self.size = images.to_rgb(image, pixel_range).size
+        if image.mode.startswith("I;"):  # for which Pillow has no getextrema if they are big-endian
+            self.values = [float(np.asarray(image).min()), float(np.asarray(image).max())]
+        elif image.mode != "P":
+            self.values = np.array(image.getextrema(), float).ravel().tolist()  # of every channel
+
+    def read_label(self, image: ImageFile, entry: Entry, info: DatasetInfo | None) -> None:
+        self.mask = f"{image.width}x{image.height}, {image.mode}, {images.stored_form(image)[1].bit_length()} bits"
+        label = images.to_classes(image, info)
+        self.counts, self.colors = label.histogram(), images.colors_of(image, np.asarray(image))
+        datasets.require_equal_size(entry, self.size or label.size, label.size)
 
 
 def _read(dataset: SegmentationDataset, needs_labels: bool, chosen: Set[int], index: int) -> _Reading:
     """Read the files of a chosen entry; of others, check that they exist."""
-    root, entry, problems = dataset.root, dataset.entries[index], list[Problem]()
+    root, entry, reading = dataset.root, dataset.entries[index], _Reading()
 
-    def attempt(file: str, read: Callable[[int], Result]) -> Result | None:
+    def read(file: str, note: Callable[[ImageFile], None]) -> None:
         try:
+            path = files.resolve_path(root, file)
             if index in chosen:
-                return read(index)
-            require_bytes(resolve_path(root, file))
+                images.decode(path, note)
+            else:
+                files.require_bytes(path)
         except DataError as error:
-            problems.append(Problem(file, str(error).removeprefix(f"{root / file}: ").removeprefix(f"{file}: ")))
-        return None
+            message = str(error).removeprefix(f"{root / file}: ").removeprefix(f"{file}: ")
+            reading.problems.append(Problem(file, message))
 
-    image = attempt(entry.image, dataset.image)
-    if not needs_labels or entry.label is None:
-        if needs_labels:
-            problems.insert(0, Problem(entry.image, "has no label, but its list needs labels"))
-        return _Reading(problems, None if image is None else image.size)
-    label = attempt(entry.label, dataset.label)
-    if label is None or image is None:
-        return _Reading(problems, None if image is None else image.size, frozenset((label and values_of(label)) or ()))
-    turned = image.size == label.size and decode(resolve_path(root, entry.image), orientation_of) != 1
-    attempt(entry.label, lambda _: require_equal_size(entry, image.size, label.size))
-    return _Reading(problems, image.size, frozenset(values_of(label)), entry.image if turned else None)
+    if needs_labels and entry.label is None:
+        reading.problems.append(Problem(entry.image, "has no label, but its list needs labels"))
+    read(entry.image, partial(reading.read_image, pixel_range=dataset.pixel_range))
+    if needs_labels and entry.label is not None:
+        read(entry.label, partial(reading.read_label, entry=entry, info=dataset.info))
+    return reading
+
+
+def _summary(readings: Collection[_Reading], classes: Sequence[str]) -> Summary:
+    counts = np.array([reading.counts for reading in readings if reading.counts] or [[0] * 256])
+    names = [*enumerate(classes), (IGNORE_INDEX, "ignored")]
+    values: dict[str, list[float]] = {}
+    for reading in readings:
+        values.setdefault(reading.mode, []).extend(reading.values)
+    return {
+        "images": Counter(f"{x.size[0]}x{x.size[1]}, {x.mode}" for x in readings if x.size is not None),
+        "masks": Counter(x.mask for x in readings if x.mask),
+        "values": {mode: (min(found), max(found)) for mode, found in values.items() if found},
+        "pixels": {name: int(counts[:, index].sum()) for index, name in names},
+        "holding": {name: int((counts[:, index] > 0).sum()) for index, name in names},
+    }
+
+
+def _check_images(name: str, read: Mapping[Entry, _Reading]) -> Iterator[Problem]:
+    """Name images of a list of which something is read otherwise than it may be meant."""
+    turned = [x.image for x, reading in read.items() if reading.turned and reading.counts and not reading.problems]
+    if turned:
+        # A label drawn on the pixels as stored has the size of the turned image for half of the orientations.
+        drawn = "make sure that these labels were drawn on the images as viewers show them"
+        yield _warning(name, f"EXIF turns {len(turned)} images with labels, {turned[0]} first; {drawn}")
+    if paged := [x.image for x, reading in read.items() if reading.pages > 1]:
+        yield _warning(name, f"{len(paged)} images have several pages, {paged[0]} first; only the first page is read")
+
+
+def _check_ranges(name: str, values: Mapping[str, tuple[float, float]]) -> Iterator[Problem]:
+    for mode, (low, high) in values.items():
+        full = 65535 if mode.startswith("I") else 255
+        if 4 * high < full:
+            levels = f"images of mode {mode} hold {low:g}..{high:g} of 0..{full}, so few gray levels are left"
+            advice = f"--data.range 0 {2 ** int(high).bit_length() - 1} (or percentiles, 1% 99%) scales them"
+            yield _warning(name, f"{levels}: {advice}")
+
+
+def _check_palettes(read: Mapping[Entry, _Reading], info: DatasetInfo) -> Iterator[Problem]:
+    """Compare the palettes of labels with each other, and name colors that meta.json's has not."""
+    uses: dict[Color, dict[int, list[str]]] = {}
+    for entry, reading in read.items():
+        for color, index in reading.colors.items():
+            meant = min(index, 1) if info.values == "nonzero" else index
+            uses.setdefault(color, {}).setdefault(meant, []).append(str(entry.label))
+    swapped: dict[str, str] = {}
+    for color, labels in uses.items():
+        usual = max(labels, key=lambda index: len(labels[index]))
+        for index in labels.keys() - {usual}:
+            message = f"its palette gives the color {list(color)} to {index}, that of {labels[usual][0]} to {usual}"
+            swapped |= dict.fromkeys(labels[index], f"{message}: one of the two has its classes swapped, draw it again")
+    yield from itertools.starmap(Problem, swapped.items())
+    known = info.label_colors().keys()
+    unknown = [entry.label for entry, reading in read.items() if not reading.colors.keys() <= known]
+    if unknown and info.palette != VOC_PALETTE:
+        message = f"palettes of {len(unknown)} labels have colors that 'palette' in meta.json lacks, {unknown[0]} first"
+        yield _warning("meta.json", f"{message}; their numbers count")
 
 
 def _check_overlaps(lists: dict[str, SegmentationDataset], labeled_only: bool) -> Iterator[Problem]:
@@ -86,7 +156,7 @@ def _check_overlaps(lists: dict[str, SegmentationDataset], labeled_only: bool) -
     for file in sorted(labeled & unlabeled if not labeled_only else ()):
         yield Problem(file, "is in both lists: remove it from one of them")
     for file in sorted(val & (labeled | unlabeled)):
-        yield Problem(file, "is trained on and also in val, which makes the score too good", is_warning=True)
+        yield _warning(file, "is trained on and also in val, which makes the score too good")
 
 
 def check_unused(root: Path) -> list[Problem]:
@@ -95,28 +165,24 @@ def check_unused(root: Path) -> list[Problem]:
     Args:
         root: folder of a dataset; if it has no images/, there is nothing to say.
     """
-    problems, used, others = list[Problem](), dict[str, dict[str, Path]](), dict[str, Path]()
-    for folder in ("images", "labels"):
-        stems = {file: stem_of(file, root / folder) for file in list_files(root / folder)}
-        used[folder] = {stem: file for file, stem in stems.items() if file.suffix.lower() in IMAGE_SUFFIXES}
-        left_out = [file for file in stems if file.suffix.lower() not in IMAGE_SUFFIXES]
-        reason = f"its suffix is none of {', '.join(IMAGE_SUFFIXES)}; convert images"
-        problems.extend(_left_out(root, folder, left_out, reason))
-        if folder == "images":
-            others = {_fold(stem): file for file, stem in stems.items()}
-    unmatched = [stem for stem in used["labels"] if stem not in used["images"]]
-    if used["images"] and unmatched:
-        likely = _likely_image(_fold(unmatched[0]), others)
-        reason = "no image has that name" if likely is None else f"{likely.relative_to(root)} is probably its image"
-        reason += "; give image and label the same name before the suffix"
-        problems.extend(_left_out(root, "labels", [used["labels"][stem] for stem in unmatched], reason))
-    return problems
-
-
-def _left_out(root: Path, folder: str, files: Sequence[Path], reason: str) -> Iterator[Problem]:
-    if files:
-        count = f"{len(files)} {'file is' if len(files) == 1 else 'files are'} left out"
-        yield Problem(folder, f"{count}, {files[0].relative_to(root).as_posix()!r} first: {reason}", is_warning=True)
+    there = {name: files.list_files(root / name) for name in ("images", "labels")}
+    suffixes = f"its suffix is none of {', '.join(files.IMAGE_SUFFIXES)}; convert images"
+    left_out = [(name, [x for x in part if not files.is_image(x)], suffixes) for name, part in there.items()]
+    stems = {file: datasets.stem_of(file, root / name) for name, part in there.items() for file in part}
+    known = {stems[file] for file in there["images"] if files.is_image(file)}
+    unmatched = [file for file in there["labels"] if files.is_image(file) and stems[file] not in known]
+    if known and unmatched:
+        folded = {_fold(stems[file]): file.relative_to(root) for file in there["images"]}
+        likely = _likely_image(_fold(stems[unmatched[0]]), folded)
+        reason = "no image has that name" if likely is None else f"{likely} is probably its image"
+        left_out.append(("labels", unmatched, f"{reason}; give image and label the same name before the suffix"))
+    return [
+        _warning(
+            name, f"{len(part)} {'file is' if len(part) == 1 else 'files are'} left out, {first!r} first: {reason}"
+        )
+        for name, part, reason in left_out
+        for first in [x.relative_to(root).as_posix() for x in part[:1]]
+    ]
 
 
 def _fold(name: str) -> str:
@@ -135,7 +201,7 @@ def _likely_image(label: str, images: Mapping[str, Path]) -> Path | None:
 
 def _check_classes(info: DatasetInfo, values: Set[int], *, all_read: bool) -> Iterator[Problem]:
     """Compare the classes with the class indices in all labels of the labeled list that were read."""
-    absent = [name for index, name in enumerate(info.classes) if index not in values]
+    absent = [one_line(name) for index, name in enumerate(info.classes) if index not in values]
     if info.values is None and IGNORE_INDEX in values and len(info.classes) > 1 and values <= {0, IGNORE_INDEX}:
         yield Problem(
             "labeled",
@@ -144,16 +210,16 @@ def _check_classes(info: DatasetInfo, values: Set[int], *, all_read: bool) -> It
             " is meant to be ignored",
         )
     elif absent and values and all_read:
-        yield Problem("labeled", f"no label holds {', '.join(absent)}, which cannot be learned", is_warning=True)
+        yield _warning("labeled", f"no label holds {', '.join(absent)}, which cannot be learned")
 
 
 def check_sources(
     sources: Sources, crop: int, *, sample: int | None = None, labeled_only: bool = False
-) -> list[Problem]:
+) -> tuple[list[Problem], Summary]:
     """Find everything that would break or spoil training on an opened dataset.
 
     Reads every file, or those of a sample; that files exist and are not empty, and how the lists fit together, is
-    checked in any case. Rendered scenes have no problems.
+    checked in any case. Of rendered scenes there is nothing to say.
 
     Args:
         sources: the opened dataset.
@@ -162,39 +228,41 @@ def check_sources(
         labeled_only: whether training does not read the unlabeled images, which may then be labeled ones as well.
 
     Returns:
-        problems in the order of the lists, then files that nothing uses.
+        problems in the order of the lists, then files that nothing uses; and what was read, for JSON: of each list,
+        images and masks by size, mode and bit depth, least and greatest value by mode, and for every class its pixels
+        and the number of masks that hold it; and the images that are "in no list".
     """
     opened = {"labeled": sources.labeled, "unlabeled": sources.unlabeled, "val": sources.val}
     lists = {name: source for name, source in opened.items() if isinstance(source, SegmentationDataset)}
     if not lists:
-        return []
-    empty = [name for name, dataset in lists.items() if not dataset.entries]
-    problems = [Problem(name, "holds no image; check its split file") for name in empty]
+        return [], {}
+    problems = [Problem(name, "holds no image; check its split file") for name, x in lists.items() if not x.entries]
     problems.extend(_check_overlaps(lists, labeled_only))
-    sizes: list[tuple[int, int]] = []
+    summary, masks, sizes = Summary(), dict[Entry, _Reading](), list[tuple[int, int]]()
     for name, dataset in lists.items():
         distinct = list({entry: index for index, entry in enumerate(dataset.entries)}.values())
         chosen = set(np.random.default_rng(0).permutation(distinct)[:sample].tolist())
-        readings = map_in_threads(partial(_read, dataset, name != "unlabeled", chosen), distinct)
+        readings = files.map_in_threads(partial(_read, dataset, name != "unlabeled", chosen), distinct)
         problems.extend(problem for reading in readings for problem in reading.problems)
-        turned = [reading.turned for reading in readings if reading.turned is not None]
-        if turned:
-            # A label drawn on the pixels as stored has the size of the turned image for half of the orientations.
-            message = (
-                f"EXIF turns {len(turned)} images with labels, {turned[0]} first; make sure that these labels were"
-                " drawn on the images as viewers show them"
-            )
-            problems.append(Problem(name, message, is_warning=True))
+        read = {dataset.entries[i]: x for i, x in zip(distinct, readings, strict=True) if i in chosen}
+        problems.extend(_check_images(name, read))
+        summary[name] = _summary(read.values(), sources.info.classes)
+        if dataset.pixel_range is None:
+            problems.extend(_check_ranges(name, summary[name]["values"]))
+        masks |= read
         if name == "labeled":
-            values = frozenset[int]().union(*(reading.values for reading in readings))
+            values = {value for reading in readings for value, count in enumerate(reading.counts) if count}
             problems.extend(_check_classes(sources.info, values, all_read=len(chosen) == len(distinct)))
         if name != "val":
             sizes.extend(reading.size for reading in readings if reading.size is not None)
+    problems.extend(_check_palettes(masks, sources.info))
     # The random resize usually goes up to twice the size.
     if sizes and all(2 * min(size) < crop for size in sizes):
         width, height = max(sizes)
         message = f"every crop holds padding, the largest image is {height}x{width}; a smaller crop wastes less"
-        problems.append(Problem(f"crop {crop}x{crop}", message, is_warning=True))
-    for root in dict.fromkeys(dataset.root for dataset in lists.values()):
-        problems.extend(check_unused(root))
-    return problems
+        problems.append(_warning(f"crop {crop}x{crop}", message))
+    problems.extend(check_unused(dataset.root))
+    listed = {posixpath.normpath(entry.image) for dataset in lists.values() for entry in dataset.entries}
+    there = [file.relative_to(dataset.root).as_posix() for file in files.list_images(dataset.root / "images")]
+    summary["in no list"] = [file for file in there if file not in listed]
+    return problems, summary

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from allspark_fast.errors import DataError
 
@@ -23,29 +23,33 @@ class DatasetInfo:
         name: short name.
         classes: class names in the order of their indices.
         palette: 256 RGB colors, one per value of a label.
-        ignore_index: value of label files that stands for no class; in batches it is always 255.
-        values: value of label files that stands for each class, None where that is its index.
+        ignore_index: value of label files that stands for no class, -1 for none; in batches it is always 255.
+        values: value of label files that stands for each class, None where that is its index; ``nonzero``: 0 is the
+            first class, and all other numbers or colors, as those of objects, are the second.
     """
 
     name: str
     classes: tuple[str, ...]
     palette: Palette
     ignore_index: int = IGNORE_INDEX
-    values: tuple[int, ...] | None = None
+    values: tuple[int, ...] | Literal["nonzero"] | None = None
+
+    def class_values(self) -> Sequence[int]:
+        """Return the value of label files that stands for each class."""
+        return self.values if isinstance(self.values, tuple) else range(len(self.classes))
 
     def class_indices(self) -> dict[int, int]:
         """Return the class index of every value that label files may hold, 255 where it is ignored."""
         ignored = {IGNORE_INDEX: IGNORE_INDEX, self.ignore_index: IGNORE_INDEX}
-        if self.values is None:
-            return {index: index for index in range(len(self.classes))} | ignored
-        return ignored | {value: index for index, value in enumerate(self.values)}
+        classes = {value: index for index, value in enumerate(self.class_values())}
+        return classes | ignored if self.values is None else ignored | classes
 
     def label_colors(self) -> dict[Color, int]:
         """Return the value that every color of an RGB label stands for, without colors that classes share.
 
         The color of ``ignore_index`` (black if the palette is shorter) is ignored, unless it is the color of a class.
         """
-        values = range(len(self.classes)) if self.values is None else self.values
+        values = self.class_values()
         colors = self.palette[: len(values)]
         count = Counter(colors)
         ignored = {} if self.ignore_index in values else {self.palette[self.ignore_index]: self.ignore_index}
@@ -62,14 +66,9 @@ def _voc_color(index: int) -> Color:
 VOC_PALETTE: Palette = tuple(_voc_color(index) for index in range(256))
 
 
-def _padded(colors: Sequence[Color]) -> Palette:
-    """Fill a list of colors up with black to the 256 entries of a palette."""
-    return tuple(colors) + ((0, 0, 0),) * (256 - len(colors))
-
-
 def hex_palette(text: str) -> Palette:
     """Parse a palette of colors written as rrggbb and separated by spaces; the rest is black."""
-    return _padded([(color[0], color[1], color[2]) for color in map(bytes.fromhex, text.split())])
+    return _parse_palette([list(color) for color in map(bytes.fromhex, text.split())], 1)
 
 
 def _expect(holds: bool, message: str) -> None:
@@ -85,21 +84,20 @@ def _parse_palette(palette: Any, classes: int) -> Palette:
     """Accept [[r, g, b], ...] and the flat [r, g, b, r, g, b, ...]."""
     _expect(isinstance(palette, list), "'palette' must be a list of colors [r, g, b]")
     is_flat = not any(isinstance(x, list) for x in palette)
+    has_alpha = is_flat and len(palette) % 4 == 0 and len(palette) >= 4 * classes and set(palette[3::4]) == {255}
+    _expect(not has_alpha, "'palette' looks like colors [r, g, b, a]; leave out the alpha, or write [[r, g, b], ...]")
     colors = [palette[i : i + 3] for i in range(0, len(palette), 3)] if is_flat else palette
     are_colors = all(isinstance(x, list) and len(x) == 3 and all(map(_is_byte, x)) for x in colors)
     _expect(are_colors, "'palette' must hold three integers in 0..255 per color")
     _expect(
         classes <= len(colors) <= 256, f"'palette' must hold a color for each of {classes} classes, found {len(colors)}"
     )
-    return _padded([(red, green, blue) for red, green, blue in colors])
+    padded = [*colors, *[[0, 0, 0]] * (256 - len(colors))]
+    return tuple((red, green, blue) for red, green, blue in padded)
 
 
 def parse_meta(meta: Any, name: str) -> DatasetInfo:
-    """Validate the object of a ``meta.json``, see ``read_info``.
-
-    Raises:
-        ValueError: it is not valid; the message says what was expected.
-    """
+    """Validate the object of a ``meta.json``, see ``read_info``; raise ValueError with what was expected."""
     _expect(isinstance(meta, dict), "expected an object with the key 'classes'")
     unknown = sorted(set(meta) - {"classes", "ignore_index", "palette", "values"})
     _expect(not unknown, f"unknown keys {unknown}; known are 'classes', 'ignore_index', 'palette', 'values'")
@@ -111,8 +109,13 @@ def parse_meta(meta: Any, name: str) -> DatasetInfo:
     _expect(_is_byte(ignore_index), f"'ignore_index' must be an integer in 0..255, found {ignore_index!r}")
     palette = _parse_palette(meta["palette"], count) if "palette" in meta else VOC_PALETTE
     values = meta.get("values", list(range(count)))
+    if values == "nonzero":
+        _expect(count == 2, f"'values' \"nonzero\" needs two classes, such as background and object, found {count}")
+        return DatasetInfo(name, tuple(classes), palette, meta.get("ignore_index", -1), "nonzero")
     are_values = isinstance(values, list) and all(map(_is_byte, values)) and len(set(values)) == len(values) == count
     _expect(are_values, f"'values' must be a list of {count} different integers in 0..255, one for each class")
+    ignores_class = "ignore_index" in meta and ignore_index in values
+    _expect(not ignores_class, f"'ignore_index' {ignore_index} is also the value of a class: change it or 'values'")
     return DatasetInfo(name, tuple(classes), palette, ignore_index, tuple(values) if "values" in meta else None)
 
 
@@ -121,25 +124,24 @@ def read_info(root: str | Path) -> DatasetInfo:
 
     ``meta.json`` is an object with the keys "classes": [name, ...] and, optionally, "ignore_index": 255, "palette":
     [[r, g, b], ...] and "values": [0, 1, ...]. "values" gives the value of each class in label files, if that is not
-    its index: [0, 255] for black-and-white masks.
-
-    Args:
-        root: folder that holds ``images/``, ``labels/`` and ``meta.json``.
+    its index: [0, 255] for black-and-white masks, or "nonzero" for masks that number their objects.
 
     Raises:
-        DataError: there is no ``meta.json``, or it is not valid.
+        DataError: there is no ``meta.json``, it is not valid, or it names one class only.
     """
     root = Path(root).resolve()
     file = root / "meta.json"
+    example = '{"classes": ["background", "object"], "values": [0, 255]} for black-and-white masks'
     if not file.is_file():
-        raise DataError(
-            f'{root}: no meta.json; write {file}, such as {{"classes": ["background", "object"]}}, with'
-            ' "values": [0, 255] for black-and-white masks'
-        )
+        raise DataError(f"{root}: no meta.json; write {file}, such as {example}")
     try:
-        return parse_meta(json.loads(file.read_text(encoding="utf-8-sig")), root.name)
+        info = parse_meta(json.loads(file.read_text(encoding="utf-8-sig")), root.name)
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
         raise DataError(f"{file}: {error}") from error
+    if len(info.classes) == 1:
+        alone = f"with the one class {info.classes[0]!r} every pixel would be right"
+        raise DataError(f"{file}: {alone}; name what is around it too, such as {example}")
+    return info
 
 
 def _known(name: str) -> DatasetInfo:

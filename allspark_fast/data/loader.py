@@ -2,14 +2,15 @@
 
 import atexit
 import logging
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
 
 from allspark_fast.data.datasets import Entry, ImageSource
 from allspark_fast.data.seeding import make_generator
@@ -22,6 +23,8 @@ logger = logging.getLogger(__name__)
 # Parts of seeds: the numbers of every run depend on them.
 _LABELED, _UNLABELED = 0, 1
 _ORDER, _AUGMENT = 0, 1
+# Seconds after which a process that waits for its workers looks up, and gives up.
+_LOOK_UP, _PATIENCE = 5, 600
 
 
 class SemiBatch(NamedTuple):
@@ -29,7 +32,7 @@ class SemiBatch(NamedTuple):
 
     Attributes:
         image: (B, 3, H, W) float32, labeled crops.
-        label: (B, H, W) int64, 255 ignored.
+        label: (B, H, W) int64, 255 ignored; labels are uint8 until ``to``, which takes less of a worker's memory.
         unlabeled_image: (B, 3, H, W) float32; (0, 3, H, W) from a loader of labeled images only.
         unlabeled_valid: (B, H, W) bool, False where the crop added padding; (0, H, W) likewise.
         unlabeled_label: (B, H, W) int64, labels that training must not see, 255 where there are none; None unless
@@ -50,7 +53,8 @@ class SemiBatch(NamedTuple):
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "SemiBatch":
         """Return the batch on another device."""
-        return SemiBatch._make(x if x is None else x.to(device, non_blocking=non_blocking) for x in self)
+        moved = [x if x is None else x.to(device, non_blocking=non_blocking) for x in self]
+        return SemiBatch._make(x.long() if x is not None and x.dtype == torch.uint8 else x for x in moved)
 
     def split(self, count: int) -> "Iterator[SemiBatch]":
         """Yield ``count`` equal micro-batches; ``count`` must divide B."""
@@ -79,18 +83,11 @@ class SemiLoader(Dataset[Sample]):
     which is the same set of crops for any ``world_size``. The global random state is never touched.
 
     Attributes:
-        labeled: images that all have a label.
-        unlabeled: images whose labels are not read unless ``hidden_labels``.
-        labeled_transform: transform of the labeled images.
-        unlabeled_transform: transform of the unlabeled images.
         batch_size: number of labeled, and of unlabeled, images per step over all ranks.
-        seed: seed of order and augmentation.
         num_workers: worker processes; they live as long as one call of ``iterate``, across epochs.
         pin_memory: return batches in page-locked memory, for asynchronous copies to a GPU.
         labeled_only: do not read the unlabeled images; order, labeled crops and number of steps stay the same.
         hidden_labels: also return the labels of unlabeled images, to measure pseudo-labels with.
-        rank: index of this process.
-        world_size: number of processes.
 
     Raises:
         DataError: a labeled entry has no label, there are no labeled images, or too few unlabeled ones.
@@ -126,16 +123,29 @@ class SemiLoader(Dataset[Sample]):
         """Number of steps in one pass over the unlabeled images."""
         return len(self.unlabeled.entries) // self.batch_size
 
-    def iterate(self, start_step: int, stop_step: int) -> Iterator[SemiBatch]:
+    def iterate(
+        self, start_step: int, stop_step: int, asked: Callable[[], bool] = lambda: False
+    ) -> Iterator[SemiBatch]:
         """Yield the batches of steps start_step, ..., stop_step - 1, counted from 0 over all epochs.
+
+        While workers keep this process waiting, ``asked`` tells whether to end early.
 
         Raises:
             DataError: while iterating, a file cannot be read; the message names it, and contains the traceback of the
                 worker if there is one.
-            RunError: while iterating, a worker died.
+            RunError: there is too little shared memory for the workers, or, while iterating, one of them died, or no
+                batch came for 10 minutes.
         """
         steps = self._steps(start_step, stop_step)
-        return _deliver(self, self.num_workers, self.pin_memory, batch_sampler=steps, collate_fn=self._collate)
+        if self.num_workers:
+            transforms = (
+                (self.labeled_transform,) if self.labeled_only else (self.labeled_transform, self.unlabeled_transform)
+            )
+            crops = [transform(Image.new("RGB", (1, 1)), None, torch.Generator()) for transform in transforms]
+            # Each worker prepares two batches, and two more are on their way.
+            batches = (2 * self.num_workers + 2) * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+            _require_shared_memory(self.batch_size // self.world_size * batches * _bytes_of(crops))
+        return _deliver(self, self.num_workers, self.pin_memory, asked, batch_sampler=steps, collate_fn=self._collate)
 
     def _steps(self, start_step: int, stop_step: int) -> Iterator[list[_Key]]:
         """Yield the keys of this rank's part of every step: labeled ones, then unlabeled ones unless labeled_only."""
@@ -190,30 +200,65 @@ def _stack(samples: Sequence[Sample]) -> Sample:
     return Sample._make(None if parts[0] is None else default_collate(list(parts)) for parts in columns)
 
 
-def _deliver(dataset: Dataset[Any], num_workers: int, pin_memory: bool, **order: Any) -> Iterator[Any]:
-    """Yield what a DataLoader reads in an order; the death of a worker raises RunError, however it shows."""
-    batches = iter(
-        DataLoader(
-            dataset,
-            num_workers=num_workers,
-            pin_memory=pin_memory,
-            # Without its own generator, every iterator draws from the global one.
-            generator=torch.Generator(),
-            worker_init_fn=ignore_stop_signals,
-            **order,
+def _bytes_of(samples: Iterable[Iterable[Any]]) -> int:
+    return sum(x.nbytes for sample in samples for x in sample if isinstance(x, Tensor))
+
+
+def _require_shared_memory(needed: int) -> None:
+    """Raise RunError if workers cannot send so many bytes: torch would lose the batch and wait for ever."""
+    try:
+        state = os.statvfs("/dev/shm")
+    except (OSError, AttributeError):  # only Linux has it
+        return
+    if needed > (free := state.f_bavail * state.f_frsize):
+        raise RunError(
+            f"batches of DataLoader workers need {needed // 2**20 + 1} MB of shared memory, but /dev/shm has"
+            f" {free // 2**20} MB free: give the container more (docker run --shm-size {needed // 2**29 + 1}g), or"
+            " use --data.workers 0 --eval.workers 0"
         )
+
+
+def _deliver(
+    dataset: Dataset[Any], num_workers: int, pin_memory: bool, asked: Callable[[], bool], **order: Any
+) -> Iterator[Any]:
+    """Yield what a DataLoader reads in an order; the death of a worker raises RunError, however it shows."""
+    loader: DataLoader[Any] = DataLoader(
+        dataset,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        generator=torch.Generator(),  # without its own, every iterator draws from the global one
+        worker_init_fn=ignore_stop_signals,
+        timeout=_LOOK_UP if num_workers else 0,
+        **order,
     )
-    # Workers ignore SIGTERM, so multiprocessing would join them forever at exit if something (a traceback, say) still
-    # holds the iterator then.
-    end_workers = getattr(batches, "_shutdown_workers", lambda: None)
+    batches: Any = iter(loader)
+    waited = 0
+
+    def end_workers() -> None:
+        if num_workers:
+            batches._shutdown_workers()
+            for worker in batches._workers:
+                worker.kill()  # they ignore SIGTERM, with which the line before ends those that wait for a file
+
+    # multiprocessing would join them forever at exit if something (a traceback, say) still holds the iterator then.
     atexit.register(end_workers)
     try:
-        yield from batches
-    except (EOFError, ConnectionError, RuntimeError) as error:
-        # A broken connection if it dies while it sends a batch, else torch's "DataLoader worker (pid ...) ...".
-        if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker (pid"):
-            raise
-        raise RunError(f"a DataLoader worker died ({error!r}), possibly out of memory: use fewer workers") from error
+        while not (waited and asked()):
+            try:
+                yield next(batches)
+                waited = 0
+            except StopIteration:
+                return
+            except (EOFError, ConnectionError, RuntimeError) as error:
+                # A broken connection if it dies while it sends a batch, else torch's "DataLoader worker (pid ...) ...".
+                if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader"):
+                    raise
+                if not str(error).startswith("DataLoader timed out"):
+                    cause = f"a DataLoader worker died ({error!r}), possibly out of memory: use fewer workers"
+                    raise RunError(cause) from error
+                waited += _LOOK_UP
+                if waited >= _PATIENCE:
+                    raise RunError(f"no batch for {waited} s: the DataLoader workers wait for files") from error
     finally:
         atexit.unregister(end_workers)
         end_workers()
@@ -222,23 +267,15 @@ def _deliver(dataset: Dataset[Any], num_workers: int, pin_memory: bool, **order:
 def _require_labels(entries: Sequence[Entry]) -> None:
     if not entries:
         raise DataError("the list of images with labels is empty; it needs at least one")
-    missing = [entry.image for entry in entries if entry.label is None]
-    if missing:
+    if missing := [entry.image for entry in entries if entry.label is None]:
         raise DataError(f"{missing[0]}: has no label, but its list needs labels, as for {len(missing) - 1} others")
 
 
 class EvalSample(NamedTuple):
-    """One whole image.
-
-    Attributes:
-        image: (1, 3, H, W) float32, normalized.
-        label: (1, H, W) int64, 255 ignored.
-        entry: where it comes from.
-    """
+    """One whole image: (1, 3, H, W) float32, normalized; and its label (1, H, W) uint8, 255 ignored."""
 
     image: Tensor
     label: Tensor
-    entry: Entry
 
 
 @dataclass(frozen=True)
@@ -250,8 +287,10 @@ class _WholeImages(Dataset[EvalSample]):
     def __getitem__(self, index: int) -> EvalSample:
         image, label = self.source[index]
         assert label is not None
-        tensor = normalize_image(image, self.mean, self.std)
-        return EvalSample(tensor[None], label_tensor(label)[None], self.source.entries[index])
+        sample = EvalSample(normalize_image(image, self.mean, self.std)[None], label_tensor(label)[None])
+        if get_worker_info() is not None:
+            _require_shared_memory(_bytes_of([sample]))
+        return sample
 
 
 def evaluation_loader(
@@ -261,26 +300,19 @@ def evaluation_loader(
     std: Sequence[float],
     num_workers: int = 0,
     pin_memory: bool = False,
+    asked: Callable[[], bool] = lambda: False,
     rank: int = 0,
     world_size: int = 1,
 ) -> Iterator[EvalSample]:
     """Return whole labeled images in order, one at a time; ``evaluate`` puts those of equal size together.
 
     Rank r of w gets the images r, r + w, ...: each image goes to one rank, none is repeated to fill up, so
-    ranks may get unequal numbers.
-
-    Args:
-        source: images that all have a label.
-        mean: mean per channel that is subtracted, for images in 0..1.
-        std: standard deviation per channel that is divided by.
-        num_workers: worker processes.
-        pin_memory: return tensors in page-locked memory, for asynchronous copies to a GPU.
-        rank: index of this process.
-        world_size: number of processes.
+    ranks may get unequal numbers. Arguments are as for ``normalize_image`` and SemiLoader.
 
     Raises:
         DataError: an entry has no label, or there is none at all.
     """
     _require_labels(source.entries)
     order = range(rank, len(source.entries), world_size)
-    return _deliver(_WholeImages(source, mean, std), num_workers, pin_memory, batch_size=None, sampler=order)
+    images = _WholeImages(source, mean, std)
+    return _deliver(images, num_workers, pin_memory, asked, batch_size=None, sampler=order)

@@ -3,7 +3,7 @@
 import functools
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -75,7 +75,7 @@ def _open(config: DataConfig, *names: str) -> tuple[DatasetInfo, list[ImageSourc
             f"data.{missing[0]} is not set: expected a split file with one `image label` per line"
             " (`python -m allspark_fast splits` writes labeled.txt and unlabeled.txt)"
         )
-    return info, [SegmentationDataset(root, lists[name], info=info) for name in names]
+    return info, [SegmentationDataset(root, lists[name], info=info, pixel_range=config.range) for name in names]
 
 
 def _root(config: DataConfig) -> Path:
@@ -99,11 +99,7 @@ def _list_problems(problems: Sequence[Problem]) -> str:
 
 
 class TrainingData:
-    """Labeled, unlabeled and validation images of a configuration; each rank gets its part of them.
-
-    Args:
-        config: of the run.
-        device: where batches are delivered.
+    """Labeled, unlabeled and validation images of a configuration, on a device; each rank gets its part of them.
 
     Attributes:
         sources: what was opened.
@@ -129,15 +125,17 @@ class TrainingData:
             DataError: some cannot be used; the first of these are listed.
         """
         labeled_only = self._config.train.method == "supervised"
-        problems = check_sources(self.sources, self._config.data.crop, sample=_CHECKED, labeled_only=labeled_only)
+        problems, _ = check_sources(self.sources, self._config.data.crop, sample=_CHECKED, labeled_only=labeled_only)
         if warnings := [problem for problem in problems if problem.is_warning]:
             logger.warning("%s", _list_problems(warnings))
         if errors := [problem for problem in problems if not problem.is_warning]:
             raise DataError(_list_problems(errors))
 
-    def batches(self, start_step: int, stop_step: int) -> Iterator[SemiBatch]:
+    def batches(
+        self, start_step: int, stop_step: int, asked: Callable[[], bool] = lambda: False
+    ) -> Iterator[SemiBatch]:
         """Yield the batches of steps, see SemiLoader.iterate."""
-        for batch in self._loader.iterate(start_step, stop_step):
+        for batch in self._loader.iterate(start_step, stop_step, asked):
             yield batch.to(self._device, non_blocking=True)
 
     @functools.cached_property
@@ -145,7 +143,7 @@ class TrainingData:
         """The crops of the first step, with the labels that training does not see."""
         return next(self._build_loader(hidden_labels=True).iterate(0, 1)).to(self._device)
 
-    def validation(self) -> Iterator[EvalSample]:
+    def validation(self, asked: Callable[[], bool] = lambda: False) -> Iterator[EvalSample]:
         """Yield the validation images, see evaluation_loader."""
         data = self._config.data
         return evaluation_loader(
@@ -154,6 +152,7 @@ class TrainingData:
             std=data.std,
             num_workers=self._config.eval.workers,
             pin_memory=self._device.type == "cuda",
+            asked=asked,
             rank=rank(),
             world_size=world_size(),
         )

@@ -1,44 +1,41 @@
-"""Splits of a list of entries into a labeled and an unlabeled part."""
+"""Splits of a list of entries into labeled, unlabeled and validation images."""
 
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from allspark_fast.data.datasets import Entry, SegmentationDataset, split_line
-from allspark_fast.data.images import map_in_threads
+from allspark_fast.data.files import map_in_threads
 from allspark_fast.data.info import IGNORE_INDEX
-from allspark_fast.data.labels import values_of
 from allspark_fast.data.seeding import mix_seed
 from allspark_fast.errors import DataError, InputError
 
-Classes = Mapping[Entry, Collection[int]]
+# Of each class, the share of the pixels of a label, (256,) float.
+Shares = Mapping[Entry, NDArray[Any]]
+# Entries that compete for the next place of an order: more spread the classes better, and take longer.
+_POOL = 32
+# Fewer validation images, or images of a class, leave scores to chance.
+_FEW_IMAGES, _FEW_OF_CLASS = 30, 5
 
 
 class Split(NamedTuple):
-    """A labeled and an unlabeled part.
+    """Entries to train on with their labels, others to train on, and labeled ones set aside for validation.
 
-    Attributes:
-        labeled: entries to train on with their labels, in the order of the list that was split.
-        unlabeled: all others, in the same order; they keep their label paths for measurements.
-        uncovered: classes that occur in the list but in no labeled entry.
+    Each list is in the order of the one that was split. Unlabeled entries keep their label paths for measurements.
     """
 
     labeled: list[Entry]
     unlabeled: list[Entry]
-    uncovered: list[int]
+    val: list[Entry]
 
 
 def parse_amount(text: str, total: int) -> int:
-    """Parse how many entries to label: a fraction like ``1/16``, a share like ``0.125``, or a count like ``100``.
+    """Parse how many of ``total`` entries to label: a fraction ``1/16``, a share ``0.125``, or a count ``100``.
 
-    Args:
-        text: what the user wrote.
-        total: number of entries that could be labeled.
-
-    Returns:
-        count in 1..total; fractions are rounded to the nearest, but at least to 1.
+    Fractions are rounded to the nearest count, but at least to 1.
 
     Raises:
         InputError: ``text`` is none of the three, zero, or more than there is.
@@ -54,69 +51,102 @@ def parse_amount(text: str, total: int) -> int:
     return int(amount) if is_count else max(round(amount * total), 1)
 
 
-def read_classes(dataset: SegmentationDataset) -> Classes:
-    """Read the classes present in the label of every entry that has one."""
+def read_shares(dataset: SegmentationDataset) -> Shares:
+    """Read the labels of all entries that have one."""
 
-    def present(index: int) -> frozenset[int]:
+    def shares(index: int) -> NDArray[Any]:
         label = dataset.label(index)
         assert label is not None
-        return frozenset(values_of(label)) - {IGNORE_INDEX}
+        counts = np.array(label.histogram(), float)
+        counts[IGNORE_INDEX] = 0
+        return counts / max(counts.sum(), 1)
 
     indices = {entry: index for index, entry in enumerate(dataset.entries) if entry.label is not None}
-    return dict(zip(indices, map_in_threads(present, indices.values()), strict=True))
+    return dict(zip(indices, map_in_threads(shares, indices.values()), strict=True))
 
 
-def _cover_first(order: Sequence[int], present: Sequence[Collection[int]]) -> list[int]:
-    """Move a greedy cover to the front of ``order``: each time the first entry that adds the most classes."""
-    rest, cover = list(order), []
-    missing = {label for position in order for label in present[position]}
-    while missing:
-        best = max(rest, key=lambda position: len(missing.intersection(present[position])))
-        rest.remove(best)
-        cover.append(best)
-        missing.difference_update(present[best])
-    return cover + rest
+def classes_of(entries: Collection[Entry], shares: Shares) -> NDArray[Any]:
+    """Return in how many labels of some entries each class occurs, (256,) int64."""
+    return sum((shares[entry] > 0 for entry in entries if entry.label is not None), np.zeros(256, np.int64))
 
 
-def make_split(entries: Sequence[Entry], count: int, seed: int, classes: Classes) -> Split:
-    """Choose the labeled part: seeded, nested, and with every class if ``count`` allows.
+def spread(entries: Sequence[Entry], seed: int, shares: Shares) -> list[int]:
+    """Order the entries that have a label, so that every part of the order has the classes of the whole.
 
-    The seed determines one order of the list, with a greedy cover of all classes first; the labeled part is its
-    beginning. So with one seed, a smaller labeled part is contained in a larger one.
+    A random order, which the seed determines, with two changes. A greedy cover of all classes comes first: each time
+    the first entry that adds the most classes. Then each place goes to the one of the next 32 that brings the pixel
+    shares of the classes, over the order so far, nearest to those of the whole (chi-square distance).
+
+    Returns:
+        positions in ``entries``.
+    """
+    labeled = [position for position, entry in enumerate(entries) if entry.label is not None]
+    rest: list[int] = np.random.default_rng(mix_seed(seed)).permutation(labeled).tolist()
+    table = np.array([shares.get(entry, np.zeros(256)) for entry in entries])
+    table = table[:, table.any(axis=0)]
+    order, missing = list[int](), table.any(axis=0)
+    while missing.any():
+        best = int(((table[rest] > 0) & missing).sum(axis=1).argmax())
+        missing &= table[rest[best]] == 0
+        order.append(rest.pop(best))
+    mean, total = table[labeled].mean(axis=0), table[order].sum(axis=0)
+    while rest:
+        sums = total + table[rest[:_POOL]]
+        best = int(((sums / (len(order) + 1) - mean) ** 2 / mean).sum(axis=1).argmin())
+        total = sums[best]
+        order.append(rest.pop(best))
+    return order
+
+
+def make_split(entries: Sequence[Entry], order: Sequence[int], val: Collection[int], count: int) -> Split:
+    """Split a list: the first ``count`` of an order that are not in ``val`` are labeled.
+
+    So, of one order, a smaller labeled part is contained in a larger one.
 
     Args:
         entries: list to split; entries without a label can only be unlabeled.
-        count: number of labeled entries, at least 1.
-        seed: seed of the choice.
-        classes: those present in the label of each entry.
+        order: positions of entries with a label, see ``spread``.
+        val: positions of those to set aside.
+        count: number of labeled entries.
 
     Raises:
         DataError: fewer than ``count`` entries have a label.
     """
-    candidates = [position for position, entry in enumerate(entries) if entry.label is not None]
-    if len(candidates) < count:
-        raise DataError(f"{count} labeled entries were requested, but only {len(candidates)} have a label")
-    present = [classes.get(entry, ()) for entry in entries]
-    order = np.random.default_rng(mix_seed(seed)).permutation(candidates).tolist()
-    chosen = set(_cover_first(order, present)[:count])
-    return Split(
-        [entry for position, entry in enumerate(entries) if position in chosen],
-        [entry for position, entry in enumerate(entries) if position not in chosen],
-        sorted({x for position in candidates for x in present[position]} - {x for i in chosen for x in present[i]}),
-    )
+    aside = set(val)
+    rest = [position for position in order if position not in aside]
+    if len(rest) < count:
+        raise DataError(f"{count} labeled entries were requested, but only {len(rest)} have a label")
+    labeled = set(rest[:count])
+    unlabeled = set(range(len(entries))) - labeled - aside
+    return Split._make([entries[i] for i in sorted(part)] for part in (labeled, unlabeled, aside))
 
 
-def write_split(folder: str | Path, split: Split, val: Sequence[Entry] = ()) -> None:
-    """Write the split files ``labeled.txt``, ``unlabeled.txt`` and, unless it is empty, ``val.txt`` into a folder.
+def doubts_about(split: Split, shares: Shares, names: Sequence[str]) -> list[str]:
+    """Say what a split cannot teach or tell; ``names`` are those of the classes."""
+    labeled, unlabeled, val = (classes_of(part, shares)[: len(names)] for part in split)
+    there, enough = labeled + unlabeled + val > 0, min(_FEW_OF_CLASS, len(split.val))
+    absent, rare = ([names[i] for i in np.flatnonzero(there & few).tolist()] for few in (labeled == 0, val < enough))
+    doubts = [f"in no labeled image: {', '.join(absent)}"] if absent else []
+    if 0 < len(split.val) < _FEW_IMAGES:
+        doubts.append(
+            f"{len(split.val)} validation images are too few to tell methods apart (aim at {_FEW_IMAGES}); label more,"
+            " or compare means over --folds 4"
+        )
+    if rare:
+        doubts.append(f"in fewer than {enough} validation images, so their IoU is mostly chance: {', '.join(rare)}")
+    return doubts
 
-    Creates the folder if it does not exist.
+
+def write_lists(lists: Mapping[Path, Sequence[Entry]], *, overwrite: bool) -> None:
+    """Write split files, and the folders for them.
 
     Raises:
         DataError: a split file cannot hold one of the paths; nothing is written.
+        InputError: one of the files is there and is not to be overwritten; nothing is written.
     """
-    folder = Path(folder)
-    lists = {"labeled": split.labeled, "unlabeled": split.unlabeled, **({"val": val} if val else {})}
-    texts = {name: "".join(f"{split_line(entry)}\n" for entry in entries) for name, entries in lists.items()}
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, text in texts.items():
-        (folder / f"{name}.txt").write_text(text, encoding="utf-8")
+    texts = {file: "".join(f"{split_line(entry)}\n" for entry in entries) for file, entries in lists.items()}
+    if not overwrite and (there := [file for file in texts if file.exists()]):
+        raise InputError(f"{there[0]} exists: --overwrite replaces the lists, --out FOLDER writes others")
+    for file, text in texts.items():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text, encoding="utf-8")

@@ -24,7 +24,7 @@ class Sample(NamedTuple):
 
     Attributes:
         image: (3, H, W) float32, normalized.
-        label: (H, W) int64, 255 ignored; all 255 where there is no label.
+        label: (H, W) uint8, 255 ignored; all 255 where there is no label.
         valid: (H, W) bool, False where the crop added padding.
         strong: (3, H, W) float32, the same crop after photometric changes; None unless requested.
         mixed: (H, W) bool, pixels that CutMix takes from another crop, or, of a labeled crop, those that are pasted
@@ -160,7 +160,7 @@ def draw_classes(label: Tensor, probability: float, generator: Generator) -> Ten
     if _chance(generator, probability):
         classes = label.flatten().bincount(minlength=256)[:IGNORE_INDEX].nonzero().flatten()
         chosen[classes[torch.randperm(len(classes), generator=generator)[: len(classes) // 2]]] = True
-    return chosen[label]
+    return chosen[label.long()]
 
 
 def normalize_image(image: Image.Image, mean: Sequence[float], std: Sequence[float]) -> Tensor:
@@ -170,8 +170,8 @@ def normalize_image(image: Image.Image, mean: Sequence[float], std: Sequence[flo
 
 
 def label_tensor(label: Image.Image) -> Tensor:
-    """Convert a label of mode L to an (H, W) int64 tensor."""
-    return torch.from_numpy(np.array(label, dtype=np.int64))
+    """Convert a label of mode L to an (H, W) uint8 tensor."""
+    return torch.from_numpy(np.array(label))
 
 
 @dataclass(frozen=True)
@@ -227,7 +227,7 @@ class CropTransform:
         crop = apply_geometry(image, geometry, self.crop_size, Image.Resampling.BILINEAR, 0)
         if self.photometric:
             crop = jitter_colors(crop, generator)
-        target = torch.full((self.crop_size, self.crop_size), IGNORE_INDEX)
+        target = torch.full((self.crop_size, self.crop_size), IGNORE_INDEX, dtype=torch.uint8)
         if label is not None:
             nearest = Image.Resampling.NEAREST
             target = label_tensor(apply_geometry(label, geometry, self.crop_size, nearest, IGNORE_INDEX))

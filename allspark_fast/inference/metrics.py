@@ -1,14 +1,15 @@
-"""Segmentation metrics from one confusion matrix, kept on the device."""
+"""Segmentation metrics from one confusion matrix, kept on the device; scores as a table and as plain values."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from allspark_fast.data.info import IGNORE_INDEX, DatasetInfo
 from allspark_fast.distributed import all_reduce_sum
 from allspark_fast.kernels.arguments import check_count
-
-_IGNORE_INDEX = 255  # of data.info, which loads Pillow
+from allspark_fast.text import columns, one_line, padded
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class ConfusionMatrix:
             raise ValueError(
                 f"prediction is {tuple(prediction.shape)}, target {tuple(target.shape)}, expected one shape"
             )
-        counted = target != _IGNORE_INDEX
+        counted = target != IGNORE_INDEX
         least, most = torch.minimum(prediction, target), torch.maximum(prediction, target)
         torch._assert_async(
             (~counted | ((least >= 0) & (most < self.num_classes))).all(),
@@ -81,3 +82,28 @@ class ConfusionMatrix:
         present = true_pixels > 0
         mean_present = iou[present].mean().item() if present.any() else 0.0
         return Scores(iou, present, iou.mean().item(), mean_present, matrix)
+
+
+def score_table(scores: Scores, info: DatasetInfo) -> str:
+    """Return a table of the IoU of every class and the means, in percent; classes that no label holds are marked."""
+    rows = [
+        (one_line(name), iou, "" if present else "  (in no label)")
+        for name, iou, present in zip(info.classes, scores.iou.tolist(), scores.present.tolist(), strict=True)
+    ]
+    rows.append(("mIoU", scores.mean_iou, ""))
+    if not scores.present.all():
+        rows.append(("present", scores.mean_iou_present, ""))
+    width = max(columns(name) for name, _, _ in rows)
+    return "\n".join(f"{padded(name, width)}  {100 * iou:5.1f}{note}" for name, iou, note in rows)
+
+
+def score_record(scores: Scores, info: DatasetInfo) -> dict[str, Any]:
+    """Return all scores as plain values, for JSON; lists are in the order of the classes."""
+    return {
+        "miou": scores.mean_iou,
+        "miou_present": scores.mean_iou_present,
+        "classes": list(info.classes),
+        "iou": scores.iou.tolist(),
+        "present": scores.present.tolist(),
+        "confusion": scores.confusion.tolist(),
+    }

@@ -16,7 +16,8 @@ import torch
 from PIL import Image
 
 from allspark_fast.config import EvalMode
-from allspark_fast.data.images import IMAGE_SUFFIXES, list_files, read_image
+from allspark_fast.data.files import IMAGE_SUFFIXES, list_files
+from allspark_fast.data.images import read_image
 from allspark_fast.data.info import DatasetInfo
 from allspark_fast.data.transforms import normalize_image
 from allspark_fast.device import DeviceName, choose_device
@@ -94,7 +95,7 @@ class Predictor:
                 raise TypeError(f"expected uint8 (H, W, 3) or (H, W), got {image.dtype} {image.shape}")
             image = Image.fromarray(image)
         elif not isinstance(image, Image.Image):
-            image = read_image(image)
+            image = read_image(image, self.spec.range)
         pixels = normalize_image(image.convert("RGB"), self.spec.mean, self.spec.std)[None].to(self.device)
         mode = self.mode or ("sliding" if image.width * image.height > MAX_WHOLE_PIXELS else self.spec.mode)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
@@ -216,7 +217,7 @@ def predict_files(predictor: Predictor, files: Mapping[Path, Path], output: Outp
     for path, name in files.items():
         error: Exception | None = None
         try:
-            image = read_image(path)
+            image = read_image(path, predictor.spec.range)
             output.write(name, image, predictor.predict(image))
         except (DataError, OSError) as failure:
             error = failure

@@ -28,8 +28,7 @@ class AllSpark(nn.Module):
         options: heads, dropout and named switches.
 
     Raises:
-        TypeError: a size is not an integer.
-        ValueError: a size is less than 1.
+        TypeError, ValueError: a size is not an integer of at least 1.
     """
 
     def __init__(
@@ -80,7 +79,16 @@ class AllSpark(nn.Module):
         if feature_map.shape[1] != channels:
             raise ValueError(f"feature_map has {feature_map.shape[1]} channels, expected {channels}")
         check_choice("kv_source", kv_source, ("batch", "image"))
-        self._check_class_logits(class_logits, feature_map)
+        if self.training and class_logits is None:
+            raise ValueError("training needs class_logits of the pseudo-label pass: give them, or call eval() first")
+        if class_logits is not None:
+            if not self.training:
+                raise ValueError("class_logits are for training only: call train() first, or leave them out")
+            check_tensor("class_logits", class_logits, "(B, K, h', w')", FLOATING, like=feature_map)
+            check_not_empty("class_logits", class_logits, {"B": 0, "h'": 2, "w'": 3})
+            images, expected = feature_map.shape[0], 2 * class_logits.shape[0]
+            if images != expected:
+                raise ValueError(f"feature_map holds {images} images, expected 2B = {expected}: B labeled, B unlabeled")
         size = map_size(feature_map)
         tokens = _pointwise(self.map_in, to_tokens(feature_map))
         normalized = self.attn_norm(tokens)
@@ -93,19 +101,6 @@ class AllSpark(nn.Module):
         # The residual is the map after the GELU, not the input.
         tokens = self.encoder_norm(attended + tokens)
         return to_map(_pointwise(self.map_out, tokens), size)
-
-    def _check_class_logits(self, class_logits: Tensor | None, feature_map: Tensor) -> None:
-        if self.training and class_logits is None:
-            raise ValueError("training needs class_logits of the pseudo-label pass: give them, or call eval() first")
-        if class_logits is None:
-            return
-        if not self.training:
-            raise ValueError("class_logits are for training only: call train() first, or leave them out")
-        check_tensor("class_logits", class_logits, "(B, K, h', w')", FLOATING, like=feature_map)
-        check_not_empty("class_logits", class_logits, {"B": 0, "h'": 2, "w'": 3})
-        images, expected = feature_map.shape[0], 2 * class_logits.shape[0]
-        if images != expected:
-            raise ValueError(f"feature_map holds {images} images, expected 2B = {expected}: B labeled, B unlabeled")
 
 
 def _pointwise(layers: nn.Sequential, tokens: Tensor) -> Tensor:

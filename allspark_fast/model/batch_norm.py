@@ -10,8 +10,8 @@ from allspark_fast.distributed import all_reduce_mean, world_size
 class FiniteBatchNorm(nn.BatchNorm2d):
     """BatchNorm whose running statistics skip non-finite batches, so that one bad image spoils one step only.
 
-    With several processes the statistics of training are those of the global batch (synchronized BatchNorm, which torch
-    has for GPUs only). The batches of all ranks must have the same shape (B, C, ...), of any number of axes.
+    Statistics of training are those of all ranks, whose batches must have one shape (B, C, ...), of any number of axes:
+    synchronized BatchNorm, which torch has for GPUs only.
     """
 
     running_mean: Tensor

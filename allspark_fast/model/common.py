@@ -4,13 +4,13 @@ A channels-last map (B, C, h, w) and its tokens (B, h·w, C) share one memory la
 """
 
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-T = TypeVar("T")
+from allspark_fast.model.batch_norm import FiniteBatchNorm
 
 
 class Backbone(nn.Module):
@@ -33,6 +33,20 @@ class Backbone(nn.Module):
         return height // self.stride, width // self.stride
 
 
+class Named(nn.Module):
+    """Layers under the names that they have in the state_dict, such as ``linear_c1.proj``."""
+
+    proj: nn.Linear
+    conv: nn.Conv2d
+    bn: FiniteBatchNorm
+    dwconv: nn.Conv2d
+
+    def __init__(self, **layers: nn.Module) -> None:
+        super().__init__()
+        for name, layer in layers.items():
+            self.add_module(name, layer)
+
+
 def to_tokens(feature_map: Tensor) -> Tensor:
     """Return the tokens (B, h·w, C) of a map (B, C, h, w); a view if the map is channels-last."""
     return feature_map.flatten(2).transpose(1, 2)
@@ -48,7 +62,7 @@ def map_size(feature_map: Tensor) -> tuple[int, int]:
     return feature_map.shape[2], feature_map.shape[3]
 
 
-def checkpointed(function: Callable[..., T], *arguments: object) -> T:
+def checkpointed(function: Callable[..., Any], *arguments: object) -> Any:
     """Return ``function(*arguments)``, computed again in backward; it must draw no random numbers."""
     if not torch.is_grad_enabled():  # checkpoint has a cost even without gradients
         return function(*arguments)

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from allspark_fast.errors import InputError
 from allspark_fast.kernels.arguments import FLOATING, check_tensor
 from allspark_fast.kernels.depthwise_gelu import depthwise_gelu
-from allspark_fast.model.common import Backbone, checkpointed, map_size, to_map, to_tokens
+from allspark_fast.model.common import Backbone, Named, checkpointed, map_size, to_map, to_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +25,6 @@ class MiTConfig:
         depths: blocks of each stage.
         num_heads: attention heads of each stage.
         sr_ratios: spatial reduction of keys and values in each stage.
-        mlp_ratio: hidden channels of the Mix-FFN as a multiple of the stage's channels.
         drop_path: stochastic depth rate of the last block; the rate grows linearly from 0.
     """
 
@@ -33,7 +32,6 @@ class MiTConfig:
     depths: tuple[int, int, int, int]
     num_heads: tuple[int, int, int, int] = (1, 2, 5, 8)
     sr_ratios: tuple[int, int, int, int] = (8, 4, 2, 1)
-    mlp_ratio: int = 4
     drop_path: float = 0.1
 
 
@@ -72,9 +70,10 @@ class MixTransformer(Backbone):
         in_channels = 3
         for stage, (channels, depth, heads, sr_ratio) in enumerate(stages, 1):
             patch, stride = (7, 4) if stage == 1 else (3, 2)
-            blocks = [Block(channels, heads, sr_ratio, config.mlp_ratio) for _ in range(depth)]
+            blocks = [Block(channels, heads, sr_ratio) for _ in range(depth)]
             # Flat names instead of a list of stages, for the released weights.
-            setattr(self, f"patch_embed{stage}", OverlapPatchEmbed(in_channels, channels, patch, stride))
+            proj = nn.Conv2d(in_channels, channels, patch, stride, padding=patch // 2)
+            setattr(self, f"patch_embed{stage}", Named(proj=proj, norm=nn.LayerNorm(channels, eps=1e-5)))
             setattr(self, f"block{stage}", nn.ModuleList(blocks))
             setattr(self, f"norm{stage}", nn.LayerNorm(channels, eps=1e-6))
             in_channels = channels
@@ -91,18 +90,18 @@ class MixTransformer(Backbone):
 
         Raises:
             TypeError: the images are not a float tensor.
-            ValueError: they do not have 3 channels, or are too small.
+            ValueError: they are too small.
         """
         check_tensor("images", images, "(B, 3, H, W)", FLOATING)
-        if images.shape[1] != 3:
-            raise ValueError(f"images have {images.shape[1]} channels, expected 3")
         height, width = map_size(images)
         if min(height, width) < self.min_size:
             raise ValueError(f"images are {height} x {width} pixels, expected at least {self.min_size} a side")
         features, feature_map = [], images
         scales = iter(self.draw_scales(images))
         for stage in range(1, 5):
-            tokens, size = getattr(self, f"patch_embed{stage}")(feature_map)
+            embed = getattr(self, f"patch_embed{stage}")  # patches overlap
+            tokens, size = _convolve(embed.proj, feature_map)
+            tokens = embed.norm(tokens)
             for block in getattr(self, f"block{stage}"):
                 arguments = tokens, size, next(scales)
                 tokens = checkpointed(block, *arguments) if self.activation_checkpointing else block(*arguments)
@@ -120,38 +119,22 @@ class MixTransformer(Backbone):
 
 
 def _convolve(conv: nn.Conv2d, feature_map: Tensor) -> tuple[Tensor, tuple[int, int]]:
-    """Convolve a map (B, C, H, W) to tokens (B, h·w, channels); returns them and (h, w).
-
-    The bias is added in its own dtype: under autocast that is what LayerNorm wants, without a cast.
-    """
+    """Convolve a map (B, C, H, W) to tokens (B, h·w, channels); returns them and (h, w)."""
     assert conv.bias is not None
     feature_map = F.conv2d(feature_map, conv.weight, None, conv.stride, conv.padding)
+    # Under autocast the sum is in the bias's float32, which LayerNorm would cast it to.
     return to_tokens(feature_map) + conv.bias, map_size(feature_map)
-
-
-class OverlapPatchEmbed(nn.Module):
-    """A strided convolution with overlapping windows, then LayerNorm."""
-
-    def __init__(self, in_channels: int, channels: int, patch: int, stride: int) -> None:
-        super().__init__()
-        self.proj = nn.Conv2d(in_channels, channels, patch, stride, padding=patch // 2)
-        self.norm = nn.LayerNorm(channels, eps=1e-5)
-
-    def forward(self, feature_map: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """Embed a map (B, in_channels, H, W) as tokens (B, h·w, channels); returns them and (h, w)."""
-        tokens, size = _convolve(self.proj, feature_map)
-        return self.norm(tokens), size
 
 
 class Block(nn.Module):
     """A pre-norm transformer block: efficient self-attention, then Mix-FFN, both with stochastic depth."""
 
-    def __init__(self, channels: int, num_heads: int, sr_ratio: int, mlp_ratio: int) -> None:
+    def __init__(self, channels: int, num_heads: int, sr_ratio: int) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(channels, eps=1e-6)
         self.attn = EfficientSelfAttention(channels, num_heads, sr_ratio)
         self.norm2 = nn.LayerNorm(channels, eps=1e-6)
-        self.mlp = MixFFN(channels, mlp_ratio * channels)
+        self.mlp = MixFFN(channels, 4 * channels)
 
     def forward(self, tokens: Tensor, size: tuple[int, int], scales: Tensor | None = None) -> Tensor:
         """Transform tokens (B, h·w, C) of a map of ``size`` = (h, w); returns the same shape.
@@ -184,14 +167,10 @@ class _ScaledAdd(torch.autograd.Function):
 
 
 def compile_blocks(model: nn.Module, backend: str | Callable[..., Any]) -> None:
-    """Compile the blocks of a model in place, with one graph for all blocks of a stage.
-
-    Args:
-        model: a model with a Mix Transformer somewhere in it.
-        backend: backend of ``torch.compile``.
+    """Compile the Mix Transformer blocks of a model in place, with one graph for all blocks of a stage.
 
     Raises:
-        InputError: the model has no Mix Transformer blocks.
+        InputError: the model has no such blocks.
     """
     blocks = [module for module in model.modules() if isinstance(module, Block)]
     if not blocks:
@@ -235,7 +214,7 @@ class MixFFN(nn.Module):
     def __init__(self, channels: int, hidden: int) -> None:
         super().__init__()
         self.fc1 = nn.Linear(channels, hidden)
-        self.dwconv = DepthwiseConv(hidden)
+        self.dwconv = Named(dwconv=nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden))
         self.fc2 = nn.Linear(hidden, channels)
 
     def forward(self, tokens: Tensor, size: tuple[int, int]) -> Tensor:
@@ -245,23 +224,11 @@ class MixFFN(nn.Module):
 
     def _mix(self, hidden: Tensor, size: tuple[int, int]) -> Tensor:
         # Decided by the device alone, which tracing and export know; the operator chooses its own implementation.
+        conv = self.dwconv.dwconv
         if hidden.is_cuda:
-            conv = self.dwconv.dwconv
             assert conv.bias is not None
             return self.fc2(depthwise_gelu(hidden, conv.weight, conv.bias, size))
-        return self.fc2(F.gelu(self.dwconv(hidden, size)))
-
-
-class DepthwiseConv(nn.Module):
-    """A depthwise 3x3 convolution of tokens, under the name ``dwconv.dwconv`` of the released weights."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.dwconv = nn.Conv2d(channels, channels, 3, padding=1, groups=channels)
-
-    def forward(self, tokens: Tensor, size: tuple[int, int]) -> Tensor:
-        """Convolve tokens (B, h·w, C) of a map of ``size`` = (h, w); returns the same shape."""
-        return to_tokens(self.dwconv(to_map(tokens, size)))
+        return self.fc2(F.gelu(to_tokens(conv(to_map(hidden, size)))))
 
 
 def _init_weights(module: nn.Module) -> None:

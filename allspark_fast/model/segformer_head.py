@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from allspark_fast.kernels.bilinear import linear_matrix
 from allspark_fast.model.batch_norm import FiniteBatchNorm
-from allspark_fast.model.common import checkpointed, map_size, to_map, to_tokens
+from allspark_fast.model.common import Named, checkpointed, map_size, to_map, to_tokens
 
 
 class SegFormerHead(nn.Module):
@@ -29,12 +29,12 @@ class SegFormerHead(nn.Module):
         self, in_channels: Sequence[int], num_classes: int, embedding_dim: int = 768, *, dropout: float = 0.1
     ) -> None:
         super().__init__()
-        self.linear_c4 = _Named(proj=nn.Linear(in_channels[3], embedding_dim))
-        self.linear_c3 = _Named(proj=nn.Linear(in_channels[2], embedding_dim))
-        self.linear_c2 = _Named(proj=nn.Linear(in_channels[1], embedding_dim))
-        self.linear_c1 = _Named(proj=nn.Linear(in_channels[0], embedding_dim))
+        self.linear_c4 = Named(proj=nn.Linear(in_channels[3], embedding_dim))
+        self.linear_c3 = Named(proj=nn.Linear(in_channels[2], embedding_dim))
+        self.linear_c2 = Named(proj=nn.Linear(in_channels[1], embedding_dim))
+        self.linear_c1 = Named(proj=nn.Linear(in_channels[0], embedding_dim))
         conv = nn.Conv2d(4 * embedding_dim, embedding_dim, 1, bias=False)
-        self.linear_fuse = _Named(conv=conv, bn=FiniteBatchNorm(embedding_dim))
+        self.linear_fuse = Named(conv=conv, bn=FiniteBatchNorm(embedding_dim))
         self.dropout = nn.Dropout2d(dropout)
         self.linear_pred = nn.Conv2d(embedding_dim, num_classes, 1)
 
@@ -70,16 +70,18 @@ class SegFormerHead(nn.Module):
             scale, shift = self.linear_fuse.bn.scale_and_shift()
             weights, bias = [scale[:, None] * weight for weight in weights], scale * bias + shift
         biases = (bias, None, None, None)
-        *coarse, finest = (
+        maps = (
             to_map(F.linear(to_tokens(x), weight, added), map_size(x))
             for x, weight, added in zip(reversed(features), weights, biases, strict=True)
         )
         # On a GPU, backward of interpolate is slow and adds atomically; on a CPU, products would take longer.
-        if finest.is_cuda:
+        if features[0].is_cuda:
+            *coarse, finest = maps
             return add_by_products(finest, coarse)
-        fused, *others = (F.interpolate(x, map_size(finest), mode="bilinear", align_corners=False) for x in coarse)
-        for x in (*others, finest):
-            fused.add_(x)
+        size = map_size(features[0])
+        fused = _resize(next(maps), size)
+        for x in maps:
+            fused.add_(_resize(x, size))
         return fused
 
     def _normalize_and_classify(self, fused: Tensor, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -101,6 +103,10 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
         return (a.to(dtype) @ b.to(dtype)).to(a.dtype)
 
 
+def _resize(feature: Tensor, size: tuple[int, int]) -> Tensor:
+    return feature if map_size(feature) == size else F.interpolate(feature, size, mode="bilinear", align_corners=False)
+
+
 def add_by_products(fused: Tensor, maps: Sequence[Tensor]) -> Tensor:
     """Add maps (B, C, h, w) to one (B, C, H, W), resized as by interpolate: by a matrix for rows and one for columns.
 
@@ -114,16 +120,3 @@ def add_by_products(fused: Tensor, maps: Sequence[Tensor]) -> Tensor:
         low = tall.view(batch * height, x.shape[3], -1)
         lines = torch.baddbmm(lines, columns.expand(batch * height, -1, -1), low)
     return lines.unflatten(0, (batch, height)).permute(0, 3, 1, 2)
-
-
-class _Named(nn.Module):
-    """Holds layers under names of the state_dict, such as ``linear_c1.proj``."""
-
-    proj: nn.Linear
-    conv: nn.Conv2d
-    bn: FiniteBatchNorm
-
-    def __init__(self, **layers: nn.Module) -> None:
-        super().__init__()
-        for name, layer in layers.items():
-            self.add_module(name, layer)

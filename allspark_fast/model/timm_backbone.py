@@ -15,9 +15,6 @@ from allspark_fast.errors import InputError, MissingPackageError
 from allspark_fast.model.batch_norm import FiniteBatchNorm
 from allspark_fast.model.common import Backbone, map_size
 
-# Constructor arguments that lift the fixed image size: of plain transformers, and of Swin in older versions of timm.
-_ANY_SIZE = {"dynamic_img_size": True, "strict_img_size": False}
-
 
 class TimmBackbone(Backbone):
     """An encoder of timm, with random weights and timm's parameter names below ``features.model``.
@@ -27,10 +24,6 @@ class TimmBackbone(Backbone):
 
     Args:
         name: as in ``timm.list_models()``.
-
-    Attributes:
-        name: name of the model in timm.
-        min_size: side in pixels of the smallest images that are not enlarged.
 
     Raises:
         InputError: timm has no such model, or it has fewer than four maps, or takes only images of one size.
@@ -51,14 +44,7 @@ class TimmBackbone(Backbone):
         self.min_size = self.stride
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """Encode images.
-
-        Args:
-            images: (B, 3, H, W); upsampled to the next multiples of ``stride``, so that all maps cover the image.
-
-        Returns:
-            four maps (B, channels[i], h_i, w_i), finest first.
-        """
+        """Encode images (B, 3, H, W), upsampled to the next multiples of ``stride`` so that all maps cover them."""
         # The layout that convolutions on a CPU and tensor cores read.
         images = images.contiguous(memory_format=torch.channels_last)
         size = tuple(side * self.stride for side in self.deepest_size(map_size(images)))
@@ -129,7 +115,9 @@ def _options(timm: ModuleType, name: str) -> dict[str, Any]:
             "out_indices": quarters if plain else list(range(depth - 4, depth)),
         }
         parameters = inspect.signature(type(model)).parameters
-        options |= {option: value for option, value in _ANY_SIZE.items() if option in parameters}
+        # They lift the fixed image size of plain transformers, and of Swin in older versions of timm.
+        any_size = {"dynamic_img_size": True, "strict_img_size": False}
+        options |= {option: value for option, value in any_size.items() if option in parameters}
         try:
             timm.create_model(name, **options).eval()(torch.empty(1, 3, 5 * max(strides), 6 * max(strides)))
         except Exception as error:  # what a model raises for such sizes is its own affair

@@ -11,7 +11,7 @@ from allspark_fast.config import Config, DataConfig, Method
 from allspark_fast.data.datasets import SegmentationDataset
 from allspark_fast.data.loader import evaluation_loader
 from allspark_fast.data.sources import open_sources, open_val
-from allspark_fast.data.splits import make_split, read_classes, write_split
+from allspark_fast.data.splits import make_split, read_shares, spread, write_lists
 from allspark_fast.device import choose_device
 from allspark_fast.errors import InputError
 from allspark_fast.files import write_atomically
@@ -103,11 +103,13 @@ def _choose_labels(
         return replace(data, scenes=(count, *data.scenes[1:]))
     sources = open_sources(data if every_label is None else replace(data, labeled=every_label))
     assert isinstance(sources.labeled, SegmentationDataset)
-    split = make_split(sources.labeled.entries, count, seed, read_classes(sources.labeled))
-    listed = {entry.image for entry in sources.labeled.entries}
+    entries = sources.labeled.entries
+    split = make_split(entries, spread(entries, seed, read_shares(sources.labeled)), (), count)
+    listed = {entry.image for entry in entries}
     others = [entry for entry in sources.unlabeled.entries if entry.image not in listed]
     place = (folder / "splits" / f"{count}_seed{seed}").absolute()
-    write_split(place, split._replace(unlabeled=[*split.unlabeled, *others]))
+    lists = {"labeled": split.labeled, "unlabeled": [*split.unlabeled, *others]}
+    write_lists({place / f"{name}.txt": part for name, part in lists.items()}, overwrite=True)
     return replace(data, labeled=place / "labeled.txt", unlabeled=place / "unlabeled.txt")
 
 

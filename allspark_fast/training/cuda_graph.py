@@ -123,7 +123,7 @@ class GraphedSteps:
         assert self._replay is not None
         self._replay()
         if self._report is not None:
-            found = _largest_difference([*copies, self._copy(torch.stack(self._losses))])
+            found = largest_difference([*copies, self._copy(torch.stack(self._losses))])
             self._report({"recorded_step": found})
             if all_reduce_any(found["error"] > found["allowed"]):
                 self._stop_recording(f"a replay is no ordinary step, or differs on another rank ({found})")
@@ -155,8 +155,15 @@ class GraphedSteps:
         logger.warning("steps are not recorded as a CUDA graph, and take longer: %s", why)
 
 
-def _largest_difference(copies: Sequence[dict[str, Any]]) -> Record:
-    """Compare the state after a replay with those before the step, after it, and after it again: the worst tensor."""
+def largest_difference(copies: Sequence[dict[str, Any]]) -> Record:
+    """Return how far a replay is from an ordinary step, in the worst tensor, and how far it may be.
+
+    Args:
+        copies: of what a step changes, in trees of tensors: before it, after it, after it again, and after the replay.
+
+    Returns:
+        name of the tensor, and norms: error, noise between ordinary steps, change by the step, what is allowed.
+    """
     figures: list[Record] = []
     for (path, start), *others in zip(*(pytree.tree_flatten_with_path(x)[0] for x in copies), strict=True):
         if isinstance(start, Tensor):

@@ -9,7 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import IO
 
-from allspark_fast.config import Config, EvalConfig, RunConfig, Schedule, TrainConfig, changed_fields
+from allspark_fast.config import Change, Config, EvalConfig, RunConfig, Schedule, TrainConfig, changed_fields
 from allspark_fast.distributed import world_size
 from allspark_fast.errors import InputError
 from allspark_fast.files import make_folder, remove_unfinished, write_atomically
@@ -48,8 +48,8 @@ def claim_folder(folder: Path, config: Config) -> IO[str] | None:
     """Lock a run folder, made if need be, and write config.json, which must agree with that of a run that is there.
 
     What does not decide the numbers may change, and a run may be given more epochs or steps. The lock is held for as
-    long as the returned file is open: the operating system drops it when the process ends, in whatever way. Windows has
-    none.
+    long as the returned file is open: the operating system drops it when the process ends, in whatever way. Windows
+    has none.
 
     Raises:
         NotADirectoryError: it is a file.
@@ -62,9 +62,7 @@ def claim_folder(folder: Path, config: Config) -> IO[str] | None:
     # Settings that led nowhere, not even to a checkpoint, may be mended in the same folder.
     if path.is_file() and list_checkpoints(folder / "checkpoints"):
         changed = changed_fields(Config.read(path), config)
-        lengths = [x for x in changed if x.name in ("train.epochs", "train.steps") and None not in (x.old, x.new)]
-        free = {*_FREE, *(x.name for x in lengths if x.new > x.old)}
-        if refused := [str(change) for change in changed if change.name not in free]:
+        if refused := [str(change) for change in changed if not _may_change(change)]:
             raise InputError(
                 f"{folder} holds a run with other settings ({'; '.join(refused)}): "
                 "give another --run.output-dir, or the settings of before"
@@ -73,6 +71,11 @@ def claim_folder(folder: Path, config: Config) -> IO[str] | None:
             logger.info("changed since the last start of this run: %s", "; ".join(map(str, changed)))
     write_atomically(path, lambda temporary: temporary.write_text(config.to_json(), encoding="utf-8"))
     return lock
+
+
+def _may_change(change: Change) -> bool:
+    longer = change.name in ("train.epochs", "train.steps") and None not in (change.old, change.new)
+    return change.name in _FREE or (longer and change.new > change.old)
 
 
 def _lock(folder: Path) -> IO[str] | None:

@@ -23,12 +23,12 @@ from allspark_fast.device import limit_threads
 from allspark_fast.distributed import all_gather_cat, all_reduce_any, failing_together, process_group, rank, world_size
 from allspark_fast.errors import RunError
 from allspark_fast.inference.evaluate import evaluate
-from allspark_fast.inference.metrics import Scores
-from allspark_fast.inference.scores import score_table
+from allspark_fast.inference.metrics import Scores, score_table
 from allspark_fast.kernels.triton_support import set_kernels
 from allspark_fast.kernels.upsample_argmax import upsample_argmax
 from allspark_fast.model import Segmentor
 from allspark_fast.signals import stop_signals
+from allspark_fast.text import one_line
 from allspark_fast.training import checkpoint, setup
 from allspark_fast.training.cuda_graph import GraphedSteps
 from allspark_fast.training.diagnostics import class_record, find_problems, memory_record, pseudo_label_record
@@ -123,23 +123,25 @@ class Trainer:
         """
         run = self.config.run
         log = MetricsLog(self.folder, self.step, evaluated=not self.evaluation_due) if rank() == 0 else None
-        batches = self.data.batches(self.step, self.total_steps)
         scores, stopping = None, False
         bar = tqdm(total=self.total_steps, initial=self.step, unit="step", dynamic_ncols=True, disable=rank() > 0)
         with stop_signals() as asked, bar:  # an error closes the bar, so that its message has a line for itself
+            # Ranks step together, so with several none may end early.
+            batches = self.data.batches(self.step, self.total_steps, asked if world_size() == 1 else lambda: False)
             started, logged = time.perf_counter(), self.step
             first_step = self.step + 1
             while not (stopping or self.finished):
                 if not self.evaluation_due:
-                    self._take_step(next(batches))
-                    stopping = all_reduce_any(asked())
-                    bar.update()
-                    if self.step == first_step:
-                        logger.info("the first step took %.1f s", time.perf_counter() - started)
-                    if self.step % run.log_every == 0 or self.step == self.total_steps:
-                        rate = (self.step - logged) / (time.perf_counter() - started)
-                        bar.set_postfix(self._log_losses(log, steps_per_s=rate))
-                        started, logged = time.perf_counter(), self.step
+                    if (batch := next(batches, None)) is not None:
+                        self._take_step(batch)
+                        bar.update()
+                        if self.step == first_step:
+                            logger.info("the first step took %.1f s", time.perf_counter() - started)
+                        if self.step % run.log_every == 0 or self.step == self.total_steps:
+                            rate = (self.step - logged) / (time.perf_counter() - started)
+                            bar.set_postfix(self._log_losses(log, steps_per_s=rate))
+                            started, logged = time.perf_counter(), self.step
+                    stopping = all_reduce_any(asked() or batch is None)
                 evaluating = self.evaluation_due and not stopping
                 if evaluating:
                     with torch.compiler.set_stance("force_eager"):  # compiling for every size of image takes longer
@@ -186,7 +188,7 @@ class Trainer:
     def _evaluate(self, log: MetricsLog | None, asked: Callable[[], bool], bar: "tqdm[Any]") -> Scores | None:
         """Score, log, draw, and keep the best weights; None if it was asked to stop meanwhile, and is still due."""
         model = self.state.evaluated_model()
-        samples = itertools.takewhile(lambda _: not asked(), self.data.validation())
+        samples = itertools.takewhile(lambda _: not asked(), self.data.validation(asked))
         scores = evaluate(
             model,
             samples,
@@ -225,7 +227,7 @@ class Trainer:
         counting = self.config.train.method != "supervised" and self.step > self.schedule.pseudo_from
         if not (counting or self.step == self.total_steps):
             return []
-        names = self.data.info.classes
+        names = [*map(one_line, self.data.info.classes)]
         problems = find_problems(measured, scores, names, best=self.best, loss=self._unlabeled_loss)
         new = [message for key, message in problems.items() if key not in self._named]
         self._named.update(problems)

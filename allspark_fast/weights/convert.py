@@ -11,8 +11,8 @@ from torch import Tensor
 from allspark_fast.config import DataConfig
 from allspark_fast.data.info import DATASETS, VOC_PALETTE, DatasetInfo, read_info
 from allspark_fast.errors import InputError
-from allspark_fast.model import MIT_CONFIGS, Segmentor
-from allspark_fast.model.mit import STRIDES
+from allspark_fast.model import Segmentor
+from allspark_fast.model.mit import MIT_CONFIGS, STRIDES
 from allspark_fast.weights.files import read_weights
 from allspark_fast.weights.spec import ModelSpec, find_weights
 

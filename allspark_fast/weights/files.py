@@ -16,7 +16,8 @@ from torch import Tensor
 
 from allspark_fast.errors import InputError, MissingPackageError
 from allspark_fast.files import reason, write_atomically
-from allspark_fast.model import Segmentor, TimmBackbone
+from allspark_fast.model import Segmentor
+from allspark_fast.model.timm_backbone import TimmBackbone
 
 _QUEUE = "decoder.allspark.attn.kv_queue"
 # What depends on the classes and on the crop, and may be reset when those change.

@@ -35,6 +35,7 @@ class ModelSpec:
         mode: how the model was validated, see predict_labels.
         mean: of each color channel in 0..1, subtracted from images.
         std: of each color channel, which images are divided by.
+        range: pixel values that became black and white, see read_image.
         info: names and colors of the classes.
     """
 
@@ -47,6 +48,7 @@ class ModelSpec:
     mode: EvalMode
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    range: tuple[str, str] | None = None
     info: DatasetInfo
 
     @classmethod
@@ -62,6 +64,7 @@ class ModelSpec:
             mode=config.eval.mode,
             mean=config.data.mean,
             std=config.data.std,
+            range=config.data.range,
             info=info,
         )
 
@@ -85,7 +88,7 @@ class ModelSpec:
                 raise InputError(f"version is {version!r}, expected {_VERSION}")
             meta = {name: fields.pop(name) for name in ("classes", "palette")}
             info = parse_meta(meta, from_plain(str, fields.pop("dataset"), "dataset"))
-            return from_plain(cls, {**fields, "info": info}, "model")
+            return from_plain(cls, {"range": None, **fields, "info": info}, "model")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             detail = f"no {error}" if isinstance(error, KeyError) else error
             raise InputError(
@@ -164,19 +167,17 @@ def save_model(model: Segmentor, spec: ModelSpec, path: str | Path) -> None:
 
 def describe_model(model: Segmentor, spec: ModelSpec) -> dict[str, str]:
     """Return what a model is, as text by property."""
-    bottleneck, memory = "none, plain SegFormer", "none"
+    bottleneck = "none, plain SegFormer"
     if model.decoder.allspark is not None:
-        queue, filled = model.decoder.allspark.attn.kv_queue, model.decoder.allspark.attn.queue_filled
-        classes, slots, tokens = queue.shape
-        bottleneck = f"AllSpark, {spec.num_heads} heads"
-        memory = (
-            f"{slots} channels of {tokens} tokens for each class, initialized {spec.memory_init}; "
-            f"{classes if filled is None else int(filled.sum())} of {classes} classes filled"
+        classes, slots, tokens = model.decoder.allspark.attn.kv_queue.shape
+        filled = model.decoder.allspark.attn.queue_filled
+        bottleneck = (
+            f"AllSpark, {spec.num_heads} heads; memory of {slots} channels of {tokens} tokens a class, initialized "
+            f"{spec.memory_init}, {classes if filled is None else int(filled.sum())} of {classes} classes filled"
         )
     return {
         "encoder": spec.backbone,
         "bottleneck": bottleneck,
-        "memory": memory,
         "head": f"{spec.embedding_dim} channels",
         "parameters": f"{sum(x.numel() for x in model.parameters()) / 1e6:.1f} M",
         "crop": f"{spec.crop} pixels, validated on {'whole images' if spec.mode == 'whole' else 'sliding windows'}",

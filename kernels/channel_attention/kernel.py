@@ -37,8 +37,7 @@ class _Samples:
         self.maps, _, columns = self.key.shape
         rows = batch * heads * channels // self.maps
         self.sizes = channels, rows, columns
-        column_mask = None if inputs.column_mask is None else inputs.column_mask.contiguous()
-        self.mask = column_mask, inputs.seed, which.start * heads * channels, drop_threshold(inputs.dropout_p)
+        self.mask = inputs.column_mask, inputs.seed, which.start * heads * channels, drop_threshold(inputs.dropout_p)
         self.keep_scale = 1 / (1 - inputs.dropout_p)
         # S is made of and stored in float16: bfloat16 has too few digits.
         dtype = torch.float32 if query.dtype == torch.float32 else torch.float16
@@ -47,7 +46,7 @@ class _Samples:
         key_unit, self.mean, self.count = query.new_empty((3, self.maps, self.tokens), dtype=torch.float32)
         self.unit, self.shift = query.new_empty((2, batch, heads, channels), dtype=torch.float32)
         row_kernels.half_key_kernel[(self.maps * self.tokens,)](
-            self.key, column_mask, self.half_key, key_unit, self.mean, self.count, columns,
+            self.key, inputs.column_mask, self.half_key, key_unit, self.mean, self.count, columns,
             BLOCK_L=ROW_COLUMNS, num_warps=WARPS,
         )  # fmt: skip
         # Sums of N products of numbers below 2 and 2 · range_factor stay within float16.

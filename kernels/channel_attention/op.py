@@ -138,9 +138,8 @@ def _channel_attention(
 
 @_channel_attention.register_fake
 def _fake_forward(query: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-    batch, heads, _tokens, channels = query.shape
-    dtype = accumulation_dtype(query.dtype)
-    return query.new_empty(query.shape), query.new_empty((2, batch, heads, channels), dtype=dtype)
+    statistics = query.new_empty((2, *query[:, :, 0].shape), dtype=accumulation_dtype(query.dtype))
+    return query.new_empty(query.shape), statistics
 
 
 @torch.library.custom_op("allspark_fast::channel_attention_backward", mutates_args=())

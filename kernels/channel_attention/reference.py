@@ -8,9 +8,9 @@ from allspark_fast.kernels.channel_attention.inputs import Inputs, accumulation_
 
 
 def channel_attention(inputs: Inputs, eps: float) -> Tensor:
-    """Return softmax(InstanceNorm(queryᵀ key)) valueᵀ (B, H, N, Cq) in the query's dtype, from float32 or float64.
+    """Return softmax(InstanceNorm(queryᵀ key)) valueᵀ (AllSpark, "Channel-wise Cross-attention"), (B, H, N, Cq).
 
-    AllSpark, "Channel-wise Cross-attention". Zeros if every column is masked.
+    Half precision is computed in float32. If every column is masked, all is zero.
     """
     query, key, value = (x.to(accumulation_dtype(x.dtype)) for x in inputs[:3])
     mask = inputs.column_mask

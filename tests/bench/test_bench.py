@@ -18,8 +18,8 @@ from allspark_fast.kernels.channel_attention import channel_attention
 from allspark_fast.training.step import Losses, compute_losses
 from bench import bench_train_step
 from bench.__main__ import main
-from bench.bench_train_step import SIZES, count_saved_bytes, fake_variant, make_variant, without_dropout
-from bench.harness import FLOP_FORMULAS, Case, cell, conditions, flop_counter, gemm_rate, run, saved_bytes, table
+from bench.bench_train_step import SIZES, fake_variant, make_variant, without_dropout
+from bench.harness import FLOP_FORMULAS, Case, cell, conditions, flop_counter, gemm_rate, report, run, saved_bytes
 from bench.naive import naive_channel_attention
 from bench.operators import attention_cases, library_attention, memory_cases, upsample_cases
 
@@ -65,15 +65,15 @@ def test_a_compiled_step_is_the_same() -> None:
         make_variant(name, copy.deepcopy(model), batch, backend="eager") for name in ("ours", "ours compiled")
     )
     with torch.no_grad():
-        torch.testing.assert_close(compiled.losses().total, eager.losses().total)
+        torch.testing.assert_close(compiled.loss(), eager.loss())
 
 
 @pytest.mark.parametrize("name", ["naive", "ours"])
 def test_saved_bytes_of_a_step_are_counted_without_running_it(name: str) -> None:
     size = SIZES["tiny"]
-    real = count_saved_bytes(make_variant(name, size.build_model(), size.random_batch()))
+    real = make_variant(name, size.build_model(), size.random_batch())
     with fake_variant("tiny", name) as fake:
-        assert count_saved_bytes(fake) == real
+        assert saved_bytes(fake.loss, beyond=fake.own) == saved_bytes(real.loss, beyond=real.own)
 
 
 def test_flops_of_our_attention_are_those_of_the_plain_one() -> None:
@@ -135,7 +135,7 @@ def test_conditions_name_the_versions() -> None:
             assert f"{name} {version(name)}" in conditions()
 
 
-def test_what_a_comparator_raises_is_its_reason() -> None:
+def test_what_a_comparator_raises_is_its_note(capsys: pytest.CaptureFixture[str]) -> None:
     def refuse() -> torch.Tensor:
         raise NotImplementedError("head dim 289\nand a trace")
 
@@ -144,8 +144,8 @@ def test_what_a_comparator_raises_is_its_reason() -> None:
     first, second = run(Case(op="op", size="size", variants=variants, comparators=["b"]), repeats=1)
     assert first["seconds_p50"] > 0
     assert second["seconds_p50"] is None
-    shown = table([first, second], ["variant", "seconds_p50", "note"])
-    assert "| b | n/a | NotImplementedError: head dim 289 |" in shown
+    report([first, second])
+    assert "| n/a | NotImplementedError: head dim 289 |" in capsys.readouterr().out
     with pytest.raises(NotImplementedError):
         run(Case(op="op", size="size", variants=variants))
 
@@ -192,5 +192,5 @@ def test_the_step_keeps_a_quarter_of_the_bytes() -> None:
     saved = {}
     for name in ("naive", "ours"):
         with fake_variant("pascal_b0", name) as fake:
-            saved[name] = count_saved_bytes(fake)
+            saved[name] = saved_bytes(fake.loss, beyond=fake.own)
     assert saved["ours"] <= saved["naive"] / 4

@@ -37,7 +37,7 @@ def test_a_dry_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pyte
     assert not any("failed" in record.get("note", "") for record in records)
     assert {record["op"] for record in records} >= {"attention_parity", "lock_step", "step", "step_kernels"}
     lock_step = next(record for record in records if record["op"] == "lock_step")
-    assert lock_step["equal"] == lock_step["compared"] > 0
+    assert (lock_step["error"], lock_step["noise"]) == (0, 0)
     assert "ordinary steps in place of recorded ones" in printed
     steps = [record["variant"] for record in records if record["op"] == "step"]
     assert steps == ["ours bfloat16 recorded", "ours bfloat16", "naive bfloat16", "validation, ours bfloat16"]
@@ -78,8 +78,9 @@ def test_wrong_recorded_steps_are_noticed(
 
     monkeypatch.setattr(gpu, "recorded_steps", recorded_steps)
     found = gpu.lock_step(SIZES["tiny"], CASE)
-    assert next(found)["wrong"] > 0
-    with pytest.raises(AssertionError, match="is off by"):
+    worst = next(found)
+    assert worst["error"] > worst["allowed"]
+    with pytest.raises(AssertionError, match="differs in a recorded step"):
         next(found)
 
 

@@ -125,7 +125,7 @@ def test_info_of_weights(tmp_path: Path, tiny_spec: ModelSpec, capsys: pytest.Ca
     assert main(["info", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     parameters = f"{sum(x.numel() for x in model.parameters()) / 1e6:.1f} M"
-    memory = "128 channels of 4 tokens for each class, initialized empty; 1 of 3 classes filled"
+    memory = "memory of 128 channels of 4 tokens a class, initialized empty, 1 of 3 classes filled"
     for part in ("mit_tiny", "AllSpark, 2 heads", "apple, pear, plum", "64 pixels", parameters, memory):
         assert part in printed
 

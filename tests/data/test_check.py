@@ -1,12 +1,16 @@
+import json
+import re
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from allspark_fast.__main__ import main
 from allspark_fast.config import DataConfig
 from allspark_fast.data.check import check_sources, check_unused
 from allspark_fast.data.datasets import Entry, SegmentationDataset, Sources
-from allspark_fast.data.info import VOC_PALETTE, DatasetInfo
+from allspark_fast.data.info import VOC_PALETTE, DatasetInfo, hex_palette
 from allspark_fast.data.sources import open_sources
 from tests.helpers.images import exif, write_folder, write_image
 
@@ -22,7 +26,7 @@ def lists(tmp_path):
 
 def check(root, lists, info=INFO, crop=32, **options):
     opened = {name: SegmentationDataset(root, entries, info=info) for name, entries in lists.items()}
-    return list(map(str, check_sources(Sources(info, **opened), crop, **options)))
+    return list(map(str, check_sources(Sources(info, **opened), crop, **options)[0]))
 
 
 def assert_starts(problems, *starts):
@@ -35,7 +39,7 @@ def assert_starts(problems, *starts):
 def test_sound_data_has_no_problems(tmp_path, lists):
     (tmp_path / "labels/04.png").unlink()  # of an unlabeled image
     assert check(tmp_path, lists) == []
-    assert check_sources(open_sources(DataConfig(scenes=(1, 1, 1))), 513) == []
+    assert check_sources(open_sources(DataConfig(scenes=(1, 1, 1))), 513) == ([], {})
 
 
 def test_files_that_cannot_be_read(tmp_path, lists):
@@ -172,3 +176,95 @@ def test_samples_are_bounded_and_the_same_again_and_hide_no_absent_file(tmp_path
     assert len(problems) == 3 + 5 + 1  # the label of the absent image
     assert problems == check(tmp_path, lists, sample=5)
     assert len(check(tmp_path, lists, sample=50)) == len(check(tmp_path, lists)) == 3 + 18 + 1
+
+
+def with_palette(path, *colors):
+    """Save the mask again with a palette; the colors change, the numbers do not."""
+    image = Image.open(path).copy()
+    image.putpalette([part for color in colors for part in color])
+    image.save(path)
+
+
+RED, GREEN, BLUE, GRAY = (255, 0, 0), (0, 255, 0), (0, 0, 255), (9, 9, 9)
+
+
+def test_palettes_that_contradict_each_other(tmp_path, lists):
+    for entry in lists["labeled"]:
+        with_palette(tmp_path / entry.label, RED, GREEN, BLUE)
+    with_palette(tmp_path / "labels/02.png", GREEN, RED, BLUE)
+    with_palette(tmp_path / "labels/06.png", RED, GRAY, GRAY)  # GRAY stands for two numbers, so for none
+    assert_starts(
+        check(tmp_path, lists),
+        "error: labels/02.png: its palette gives the color [0, 255, 0] to 0, that of labels/00.png to 1: one of the",
+    )
+
+
+def test_palettes_that_contradict_the_description(tmp_path, lists):
+    info = replace(INFO, palette=hex_palette("ff0000 00ff00 0000ff"))
+    with_palette(tmp_path / "labels/00.png", RED, GREEN, BLUE)
+    with_palette(tmp_path / "labels/01.png", RED, BLUE, GREEN)
+    with_palette(tmp_path / "labels/06.png", GRAY, GREEN, BLUE)
+    assert_starts(
+        check(tmp_path, lists, info),
+        "error: labels/01.png: its own palette gives the color [0, 0, 255] to 1, but 'palette' in meta.json",
+        "warning: meta.json: palettes of 1 labels have colors that 'palette' in meta.json lacks, labels/06.png first",
+    )
+
+
+@pytest.mark.parametrize(
+    ("values", "kind", "message"),
+    [
+        (np.full((40, 50), 4000, np.uint16), {}, "I;16, 16 bits hold 4000..4000 of 0..65535, .* --data.range 0 4095"),
+        (np.full((40, 50), 3000, ">u2"), {}, "I;16B, 16 bits hold 3000..3000 of 0..65535, .* --data.range 0 4095"),
+        (np.full((40, 50), 255, np.int32), {}, "I, 32 bits hold 255..255 of 0..65535, .* --data.range 0 255 "),
+        (BLACK + 40, {}, "RGB, 8 bits hold 40..40 of 0..255, .* --data.range 0 63 "),
+        (BLACK + 255, {"save_all": True, "append_images": [Image.new("RGB", (9, 9))]}, "3 images have several pages"),
+    ],
+)
+def test_images_of_which_little_would_be_left(tmp_path, lists, values, kind, message):
+    lists["unlabeled"] = [Entry(entry.image.replace(".png", ".tiff"), None) for entry in lists["unlabeled"]]
+    for entry in lists["unlabeled"]:
+        Image.fromarray(values).save(tmp_path / entry.image, **kind)
+        (tmp_path / entry.image).with_suffix(".png").unlink()
+    (tmp_path / "labels/04.png").unlink()
+    (problem,) = check(tmp_path, lists)
+    assert re.match(rf"warning: unlabeled: (images of mode )?{message}", problem)
+    opened = {
+        name: SegmentationDataset(tmp_path, entries, info=INFO, pixel_range=("1%", "99%"))
+        for name, entries in lists.items()
+    }
+    assert len(check_sources(Sources(INFO, **opened), 32)[0]) == ("pages" in message)
+
+
+def test_what_the_command_prints(tmp_path, lists, capsys):
+    write_image(tmp_path / "images/04.jpg", BLACK[:20] + 200)
+    (tmp_path / "images/04.png").rename(tmp_path / "images/more.png")
+    write_image(tmp_path / "labels/00.png", np.full((40, 50), 255, np.uint8))
+    (tmp_path / "meta.json").write_text('{"classes": ["sea", "land", "ice"]}')
+    for name, entries in lists.items():
+        lines = [f"{x.image} {x.label}" if name != "unlabeled" else x.image for x in entries]
+        (tmp_path / f"{name}.txt").write_text("\n".join(lines).replace("04.png", "04.jpg"))
+    arguments = ["check", "folder", "--data.root", str(tmp_path), "--data.crop", "64"]
+    arguments += [word for name in lists for word in (f"--data.{name}", f"{name}.txt")]
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out
+    for line in (
+        "labeled         3 images of 50x40, RGB, 8 bits",
+        "unlabeled       2 images of 50x40, RGB, 8 bits",
+        "unlabeled       1 images of 50x20, RGB, 8 bits",
+        "val             3 masks of 50x40, L, 8 bits",
+        "val        values of RGB, 8 bits: 0..255",
+        "class     labeled pixels         masks       val pixels         masks",
+        "ignored           33.33%     1 of    3            0.00%     0 of    3",
+        "in no list: 1 images, images/more.png first",
+        "0 errors, 0 warnings",
+    ):
+        assert f"{line}\n" in printed
+    assert re.search(r"^land +2\d\.\d\d% +2 of +3 +3\d\.\d\d% +3 of +3$", printed, re.MULTILINE)
+    (tmp_path / "labels/04.png").rename(tmp_path / "labels/lone.png")
+    assert main([*arguments, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["unlabeled"]["images"] == {"50x40, RGB, 8 bits": 2, "50x20, RGB, 8 bits": 1}
+    assert report["labeled"]["pixels"]["ignored"] == 2000
+    assert report["in no list"] == ["images/more.png"]
+    assert [problem["file"] for problem in report["problems"]] == ["labels"]

@@ -1,11 +1,17 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageOps
 
-from allspark_fast.data.images import decode, list_images, orientation_of, read_image, resolve_path
+from allspark_fast.__main__ import main
+from allspark_fast.config import DataConfig
+from allspark_fast.data.files import list_images, resolve_path
+from allspark_fast.data.images import decode, orientation_of, read_image, read_label
 from allspark_fast.data.info import DatasetInfo
-from allspark_fast.data.labels import read_label
-from allspark_fast.errors import DataError
+from allspark_fast.errors import DataError, InputError
+from allspark_fast.weights.spec import save_model
 from tests.helpers.images import exif, write_image
 
 GRADIENT = np.arange(48, dtype=np.uint8).reshape(6, 8) * 5
@@ -70,31 +76,53 @@ def test_exif_orientation(tmp_path, kind, orientation):
         read_label(path, info)
 
 
-def test_labels_give_indices(tmp_path):
-    indices = np.array([[0, 7], [255, 3]], np.uint8)
-    image = Image.fromarray(indices).convert("P")
-    image.putpalette(list(range(255, -1, -1)) * 3)
-    image.putdata(indices.ravel().tolist())
-    image.save(tmp_path / "palette.png")
-    write_image(tmp_path / "wide.png", indices.astype(np.uint16))
-    for name in ("palette", "wide"):
-        label = read_label(tmp_path / f"{name}.png")
-        assert label.mode == "L"
-        np.testing.assert_array_equal(np.asarray(label), indices)
+@pytest.mark.parametrize(
+    ("values", "pixel_range", "expected"),
+    [
+        (np.array([[0, 2048, 4095]], np.uint16), ("0", "4095"), [0, 128, 255]),  # 12 bits in 16
+        (np.array([[0, 100, 255]], np.int32), ("0", "255"), [0, 100, 255]),  # 8 bits in 32
+        (np.array([[-1000, 0, 3000]], np.int32), ("-1000", "1000"), [0, 128, 255]),  # clipped
+        (np.array([[0.0, 0.5, 1.0]], np.float32), ("0%", "100%"), [0, 128, 255]),
+        (np.array([[7.0, 7.0, 7.0]], np.float32), ("1%", "99%"), [0, 0, 0]),
+        (np.array([[0, 20, 40]], np.uint8), ("0", "40"), [0, 128, 255]),
+    ],
+)
+def test_a_range_of_values_becomes_black_to_white(tmp_path, values, pixel_range, expected):
+    image = read_image(write_image(tmp_path / "a.tiff", values), pixel_range)
+    np.testing.assert_array_equal(np.asarray(image), in_gray(expected))
 
 
 @pytest.mark.parametrize(
-    ("read", "name", "values", "message"),
+    ("values", "pixel_range", "message"),
     [
-        (read_image, "a.tiff", GRADIENT.astype(np.float32), "floating point"),
-        (read_label, "a.png", GRADIENT.astype(np.uint16) * 4, r"0\.\.255, found 0\.\.940"),
-        (read_label, "a.png", GRAY, "mode RGB; convert it to class indices.*'palette'"),
-        (read_label, "a.jpg", GRADIENT, "save labels as PNG"),
+        ([[0.0, 255.0]], None, r"floating point pixels, here 0\.\.255, have no fixed range.*--data\.range 1% 99%"),
+        ([[0, 70_000]], None, r"outside 0\.\.65535, here 0\.\.70000, have no fixed range"),
+        ([[0.0, np.nan]], ("0", "1"), "values that are not finite"),
     ],
 )
-def test_files_that_are_refused(tmp_path, read, name, values, message):
-    with pytest.raises(DataError, match=rf"{name}: .*{message}"):
-        read(write_image(tmp_path / name, values))
+def test_images_that_are_refused(tmp_path, values, pixel_range, message):
+    array = np.array(values, np.float32 if isinstance(values[0][0], float) else np.int32)
+    with pytest.raises(DataError, match=rf"a\.tiff: .*{message}"):
+        read_image(write_image(tmp_path / "a.tiff", array), pixel_range)
+
+
+@pytest.mark.parametrize("given", [("4095", "0"), ("1", "99%"), ("-1%", "99%"), ("a", "b"), ("0", "inf"), ("0", "nan")])
+def test_ranges_that_are_refused(given):
+    with pytest.raises(InputError, match=r"data\.range is .*two numbers, or two percentiles such as 1% 99%"):
+        DataConfig(range=given)
+
+
+def test_predictions_take_the_range_of_the_run(tmp_path, tiny_spec):
+    deep = np.random.default_rng(0).integers(0, 4096, (64, 64), np.uint16)
+    write_image(tmp_path / "deep.tiff", deep)
+    write_image(tmp_path / "flat.tiff", np.rint(deep / 4095 * 255).astype(np.uint8))
+    for name, pixel_range in (("deep", ("0", "4095")), ("flat", None)):
+        torch.manual_seed(0)
+        save_model(tiny_spec.build(), replace(tiny_spec, range=pixel_range), tmp_path / f"{name}.safetensors")
+        files = [str(tmp_path / f"{name}.{suffix}") for suffix in ("safetensors", "tiff")]
+        assert main(["predict", *files, "--out", str(tmp_path / name)]) == 0
+    first, second = (next((tmp_path / name).rglob(f"*{name}.png")).read_bytes() for name in ("deep", "flat"))
+    assert first == second
 
 
 @pytest.mark.parametrize("relative", ["/etc/a.png", "../a.png", "x/../../a.png", "x/../..", ".."])

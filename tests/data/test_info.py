@@ -29,12 +29,12 @@ def test_voc_palette():
 def test_meta_file(tmp_path, palette):
     meta = {"classes": ["sea", "land"]}
     if palette is not None:
-        meta |= {"ignore_index": 0, "palette": palette}
+        meta |= {"ignore_index": 9, "palette": palette}
     # Editors on Windows put a byte order mark in front.
     (tmp_path / "meta.json").write_text(json.dumps(meta), encoding="utf-8" if palette else "utf-8-sig")
     info = read_info(tmp_path)
     assert (info.name, info.classes) == (tmp_path.name, ("sea", "land"))
-    assert info.ignore_index == (255 if palette is None else 0)
+    assert info.ignore_index == (255 if palette is None else 9)
     assert info.palette[:3] == (VOC_PALETTE[:3] if palette is None else ((1, 2, 3), (4, 5, 6), (0, 0, 0)))
 
 
@@ -54,12 +54,26 @@ def test_meta_file(tmp_path, palette):
         ('{"classes": ["a", "b"], "values": [7, 7]}', "list of 2 different integers in 0..255"),
         ('{"classes": ["a"], "values": [256]}', "list of 1 different integers in 0..255"),
         ('{"classes": ["a", "b"], "palette": [[1, 2, 3]]}', "each of 2 classes, found 1"),
+        ('{"classes": ["a", "b"], "palette": [[1, 2, 3, 255], [4, 5, 6, 255]]}', "three integers"),
+        ('{"classes": ["a", "b"], "palette": [1, 2, 3, 255, 4, 5, 6, 255]}', "looks like colors \\[r, g, b, a\\]"),
+        ('{"classes": ["a", "b", "c"], "palette": [0, 0, 0, 255, 1, 1, 1, 255, 2, 2, 2, 255]}', "leave out the alpha"),
+        ('{"classes": ["a"]}', 'one class \'a\' every pixel would be right; .*"classes": \\["background", "object"\\]'),
+        ('{"classes": ["a"], "values": [255]}', "one class 'a' every pixel would be right"),
+        ('{"classes": ["a", "b", "c"], "values": "nonzero"}', "needs two classes"),
+        ('{"classes": ["a", "b"], "ignore_index": 1}', "'ignore_index' 1 is also the value of a class"),
+        ('{"classes": ["a", "b"], "values": [0, 255], "ignore_index": 255}', "'ignore_index' 255 is also the value"),
     ],
 )
 def test_faulty_meta_file_is_named(tmp_path, text, message):
     (tmp_path / "meta.json").write_text(text)
     with pytest.raises(DataError, match=rf"meta\.json: .*{message}"):
         read_info(tmp_path)
+
+
+@pytest.mark.parametrize(("more", "ignored"), [({}, -1), ({"ignore_index": 255}, 255), ({"ignore_index": 7}, 7)])
+def test_nonzero_ignores_only_what_is_named(tmp_path, more, ignored):
+    (tmp_path / "meta.json").write_text(json.dumps({"classes": ["sea", "land"], "values": "nonzero", **more}))
+    assert read_info(tmp_path).ignore_index == ignored
 
 
 def test_the_classes_must_be_named(tmp_path):

@@ -1,12 +1,15 @@
 import os
 import signal
+import time
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from allspark_fast.data import loader
 from allspark_fast.data.datasets import Entry, SegmentationDataset
 from allspark_fast.data.loader import SemiLoader, evaluation_loader
 from allspark_fast.data.transforms import CropTransform
@@ -89,7 +92,8 @@ def test_shapes_and_dtypes():
     images, masks = [batch.image, batch.unlabeled_image, batch.unlabeled_strong], [batch.mixed, batch.pasted]
     assert {(*x.shape, x.dtype) for x in images} == {(4, 3, 18, 18, torch.float32)}
     assert {(*x.shape, x.dtype) for x in [batch.unlabeled_valid, *masks]} == {(4, 18, 18, torch.bool)}
-    assert {(*x.shape, x.dtype) for x in [batch.label, batch.unlabeled_label]} == {(4, 18, 18, torch.int64)}
+    assert {(*x.shape, x.dtype) for x in [batch.label, batch.unlabeled_label]} == {(4, 18, 18, torch.uint8)}
+    assert batch.to("cpu").label.dtype == batch.to("cpu").unlabeled_label.dtype == torch.int64
     assert (batch.unlabeled_label[~batch.unlabeled_valid] == 255).all()
     assert (batch.unlabeled_label[batch.unlabeled_valid] < 5).all()
 
@@ -192,6 +196,51 @@ def test_the_death_of_a_worker_is_told():
         next(plain_loader(Killed(2), Numbered(2), batch_size=2, num_workers=1).iterate(0, 1))
 
 
+def shared_memory(monkeypatch, megabytes):
+    """As if /dev/shm had so much room."""
+    monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_bavail=megabytes, f_frsize=2**20))
+
+
+@pytest.mark.parametrize(("options", "enough"), [({}, 133), ({"labeled_only": True}, 67)])
+def test_shared_memory_is_checked_before_the_first_batch(monkeypatch, options, enough):
+    """Crops of 321 in batches of 8 with 2 workers, in the 64 MB of a container."""
+    crops = CropTransform(321, photometric=False, scale_range=(1.0, 1.0))
+    arguments = (Numbered(1), Numbered(8), crops, crops)
+    shared_memory(monkeypatch, enough - 1)
+    advice = rf"need {enough} MB .* /dev/shm has {enough - 1} MB free: .*--shm-size 1g.*--data\.workers 0"
+    with pytest.raises(RunError, match=advice):
+        SemiLoader(*arguments, batch_size=8, seed=0, num_workers=2, **options).iterate(0, 1)
+    next(SemiLoader(*arguments, batch_size=8, seed=0, num_workers=0, **options).iterate(0, 1))
+    shared_memory(monkeypatch, enough)
+    SemiLoader(*arguments, batch_size=8, seed=0, num_workers=2, **options).iterate(0, 1)
+
+
+def test_shared_memory_is_checked_for_every_image_of_an_evaluation(monkeypatch):
+    shared_memory(monkeypatch, 0)
+    with pytest.raises(RunError, match=r"MB of shared memory, .*--eval\.workers 0"):
+        list(evaluation_loader(Noise(2), **PLAIN, num_workers=1))
+    assert len(list(evaluation_loader(Noise(2), **PLAIN))) == 2
+
+
+class Stuck(Numbered):
+    """Images on a disk that does not answer."""
+
+    def image(self, index):
+        time.sleep(60)
+
+
+def test_who_waits_for_workers_hears_that_it_is_to_stop(monkeypatch):
+    monkeypatch.setattr(loader, "_LOOK_UP", 1)
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.2)  # for the end of a worker
+    plain = plain_loader(Stuck(2), Numbered(2), batch_size=2, num_workers=1)
+    calls = iter([False, True])
+    assert list(plain.iterate(0, 1, lambda: next(calls))) == []
+    assert list(calls) == []
+    monkeypatch.setattr(loader, "_PATIENCE", 2)
+    with pytest.raises(RunError, match="no batch for 2 s: the DataLoader workers wait for files"):
+        next(plain.iterate(0, 1))
+
+
 @pytest.mark.gpu
 def test_pinned_batches():
     for num_workers in (0, 1):
@@ -217,21 +266,20 @@ def test_refused_arguments(labeled, unlabeled, options, message):
 def test_evaluation_shows_whole_images_in_order(num_workers):
     source = Noise(5)
     samples = list(evaluation_loader(source, **PLAIN, num_workers=num_workers))
-    assert [sample.entry for sample in samples] == source.entries
     for index, sample in enumerate(samples):
         image, label = source[index]
         pixels = (sample.image[0].permute(1, 2, 0) * 255).round().byte().numpy()
         np.testing.assert_array_equal(pixels, np.asarray(image))
         np.testing.assert_array_equal(sample.label[0].numpy(), np.asarray(label))
-        assert sample.label.dtype == torch.int64
+        assert sample.label.dtype == torch.uint8
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7])
 def test_ranks_evaluate_every_image_once(world_size):
     source = Numbered(5)
     loaders = [evaluation_loader(source, **PLAIN, rank=r, world_size=world_size) for r in range(world_size)]
-    seen = [sample.entry.image for loader in loaders for sample in loader]
-    assert sorted(seen) == sorted(entry.image for entry in source.entries)
+    seen = [int(sample.label[0, 0, 0]) for loader in loaders for sample in loader]
+    assert sorted(seen) == list(range(5))
 
 
 def test_evaluation_needs_labels():

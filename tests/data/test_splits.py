@@ -1,5 +1,6 @@
 import itertools
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -7,19 +8,28 @@ import pytest
 from allspark_fast.cli.splits import run
 from allspark_fast.data.datasets import Entry, SegmentationDataset, read_split
 from allspark_fast.data.info import VOC_PALETTE, DatasetInfo
-from allspark_fast.data.splits import Split, make_split, parse_amount, read_classes, write_split
+from allspark_fast.data.splits import (
+    Split,
+    classes_of,
+    doubts_about,
+    make_split,
+    parse_amount,
+    read_shares,
+    spread,
+    write_lists,
+)
 from allspark_fast.errors import DataError, InputError
 from tests.helpers.images import write_folder, write_image
 
 ENTRIES = [Entry(f"{index}.jpg", f"{index}.png") for index in range(40)]
 # Class 0 is everywhere, class 1 in every second entry, classes 2 to 5 in one entry each.
-CLASSES = {
-    entry: {0, index % 2, *({2 + index // 10} if index % 10 == 3 else ())} for index, entry in enumerate(ENTRIES)
-}
+SHARES = {entry: np.zeros(256) for entry in ENTRIES}
+for number, shares in enumerate(SHARES.values()):
+    shares[[0, number % 2, *({2 + number // 10} if number % 10 == 3 else ())]] = 1 / 3
 
 
 def split(count, seed=0, entries=ENTRIES):
-    return make_split(entries, count, seed, CLASSES)
+    return make_split(entries, spread(entries, seed, SHARES), (), count)
 
 
 @pytest.mark.parametrize(
@@ -42,8 +52,7 @@ def test_parts_are_a_partition_in_order_that_covers_all_classes():
         assert len(part.labeled) == 6
         assert sorted(part.labeled + part.unlabeled, key=ENTRIES.index) == ENTRIES
         assert part.labeled == sorted(part.labeled, key=ENTRIES.index)
-        assert set().union(*(CLASSES[entry] for entry in part.labeled)) == set(range(6))
-        assert part.uncovered == []
+        assert (classes_of(part.labeled, SHARES)[:6] > 0).all()
 
 
 def test_parts_are_nested_and_seeded():
@@ -53,20 +62,27 @@ def test_parts_are_nested_and_seeded():
     assert len({tuple(split(10, seed=seed).labeled) for seed in range(8)}) > 1
 
 
-def test_beyond_the_cover_the_choice_is_uniform():
-    chosen = np.zeros(len(ENTRIES))
-    for seed in range(200):
-        chosen[[ENTRIES.index(entry) for entry in split(14, seed).labeled]] += 1
-    rest = np.array([index for index in range(40) if index % 10 != 3])
-    expected = 200 * 10 / 36
-    assert np.abs(chosen[rest] - expected).max() < 5 * expected**0.5
+def test_every_part_of_the_order_has_the_classes_of_the_whole():
+    """Half of the images hold class 1; a random choice of 20 would hold 6 to 14 of them."""
+    rng = np.random.default_rng(0)
+    entries = [Entry(f"{index}.jpg", f"{index}.png") for index in range(200)]
+    halves = {entry: np.eye(256)[rng.integers(2)] for entry in entries}
+    whole = classes_of(entries, halves)[1] / 200
+    for seed in range(5):
+        order = spread(entries, seed, halves)
+        assert sorted(order) == list(range(200))
+        for part in (order[:20], order[90:110], order[-20:], order[2::10]):
+            assert abs(classes_of([entries[i] for i in part], halves)[1] / 20 - whole) <= 0.1
 
 
-def test_classes_that_do_not_fit_are_named():
-    part = split(2)
-    found = set().union(*(CLASSES[entry] for entry in part.labeled))
-    assert len(part.uncovered) == 2
-    assert part.uncovered == sorted(set(range(6)) - found)
+def test_doubts_are_told():
+    names = [f"class {index}" for index in range(255)]
+    part = Split(ENTRIES[4:6], ENTRIES[6:20], ENTRIES[20:])
+    absent, few, rare = doubts_about(part, SHARES, names)
+    assert absent == "in no labeled image: class 3, class 4, class 5"
+    assert few.startswith("20 validation images are too few to tell methods apart (aim at 30)")
+    assert rare.endswith("so their IoU is mostly chance: class 3, class 4, class 5")
+    assert doubts_about(Split(ENTRIES, [], []), SHARES, names) == []
 
 
 def test_entries_without_a_label_stay_unlabeled():
@@ -84,8 +100,14 @@ def test_repeated_lines_count_one_by_one():
 @pytest.mark.parametrize("name", ["b\udce4r.png", "two\nlines.png", "next\x85line.png", " blank.png", "a.png b.png"])
 def test_names_that_no_split_file_can_hold_are_refused_before_anything_is_written(tmp_path, name):
     with pytest.raises(DataError, match="rename the file"):
-        write_split(tmp_path / "splits", Split([Entry("a.png", "b.png")], [Entry(name, None)], []))
-    assert not (tmp_path / "splits").exists()
+        write_lists(
+            {tmp_path / "splits/a": [Entry("a.png", "b.png")], tmp_path / "b": [Entry(name, None)]}, overwrite=True
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
+def read_lists(folder: Path):
+    return {file.stem: read_split(file) for file in folder.glob("*.txt")}
 
 
 def test_validation_is_set_aside_and_training_keeps_rare_classes(tmp_path, capsys):
@@ -94,7 +116,7 @@ def test_validation_is_set_aside_and_training_keeps_rare_classes(tmp_path, capsy
     (tmp_path / entries[7].label).unlink()
     assert run([str(tmp_path), "--val", "3"]) == 0
     assert "splits: 4 labeled, 1 unlabeled, 3 for validation\n" in capsys.readouterr().out
-    lists = {name: read_split(tmp_path / "splits" / f"{name}.txt") for name in ("labeled", "unlabeled", "val")}
+    lists = read_lists(tmp_path / "splits")
     assert entries[5] in lists["labeled"]
     assert lists["unlabeled"] == [Entry(entries[7].image, None)]
     assert sorted(entry.image for part in lists.values() for entry in part) == [entry.image for entry in entries]
@@ -106,20 +128,54 @@ def test_validation_is_set_aside_and_training_keeps_rare_classes(tmp_path, capsy
         printed = capsys.readouterr().out
         assert f"{tmp_path / 'splits/val.txt'}: 3 images stay aside for validation" in printed
         assert ("'images/photo.heic' first" in printed) == (not options)
-        trained_on = [read_split(tmp_path / "splits" / amount / f"{name}.txt") for name in ("labeled", "unlabeled")]
-        assert not aside & {entry.image for part in trained_on for entry in part}
-    assert run([str(tmp_path), "1/2", "--val", "3"]) == 0
-    assert len(read_split(tmp_path / "splits/1_2/labeled.txt")) == 2
-    with pytest.raises(ValueError, match="--val 7 leaves no label to train on: 7 images have one"):
-        run([str(tmp_path), "--val", "7"])
+        later = read_lists(tmp_path / "splits" / amount)
+        assert not aside & {entry.image for part in later.values() for entry in part}
+    with pytest.raises(InputError, match="--val 7 leaves no label to train on: 7 images have one"):
+        run([str(tmp_path), "--val", "7", "--overwrite"])
     shutil.rmtree(tmp_path / "labels")
     with pytest.raises(DataError, match="no image has a label"):
         run([str(tmp_path)])
 
 
-def test_classes_are_read_from_labels(tmp_path):
+def test_lists_are_replaced_only_on_request(tmp_path):
+    write_folder(tmp_path, 8)
+    run([str(tmp_path), "--val", "3"])
+    before = read_lists(tmp_path / "splits")
+    for again in ([], ["--val", "2", "--seed", "1"]):
+        with pytest.raises(InputError, match=r"labeled\.txt exists: --overwrite replaces the lists, --out FOLDER"):
+            run([str(tmp_path), *again])
+    assert read_lists(tmp_path / "splits") == before
+    with pytest.raises(InputError, match=r"splits/val\.txt exists"):  # one set of validation images a folder
+        run([str(tmp_path), "1/2", "--val", "2"])
+    run([str(tmp_path), "1/2", "--val", "2", "--out", str(tmp_path / "splits/elsewhere")])
+    run([str(tmp_path), "--val", "2", "--overwrite"])
+    assert len(read_lists(tmp_path / "splits")["val"]) == 2
+    # Later lists beside another val.txt keep its images out too.
+    run([str(tmp_path), "2", "--out", str(tmp_path / "splits/elsewhere"), "--overwrite"])
+    later = read_lists(tmp_path / "splits/elsewhere")
+    assert not set(later["val"]) & set(later["labeled"] + later["unlabeled"])
+
+
+def test_folds_validate_on_every_labeled_image_once(tmp_path, capsys):
+    entries = write_folder(tmp_path, 9)
+    (tmp_path / entries[8].label).unlink()
+    run([str(tmp_path), "2", "--folds", "4", "--out", str(tmp_path / "folds")])
+    assert capsys.readouterr().out.count("2 labeled, 5 unlabeled, 2 for validation") == 4
+    folds = [read_lists(tmp_path / f"folds/fold{number}") for number in (1, 2, 3, 4)]
+    assert sorted((entry for fold in folds for entry in fold["val"]), key=entries.index) == entries[:8]
+    for fold in folds:
+        assert sorted(entry.image for part in fold.values() for entry in part) == [entry.image for entry in entries]
+    with pytest.raises(InputError, match="--folds 9 needs as many labels, but 8 images have one"):
+        run([str(tmp_path), "--folds", "9"])
+    for wrong in (["--folds", "1"], ["--folds", "3", "--val", "2"]):
+        with pytest.raises(SystemExit):
+            run([str(tmp_path), *wrong])
+
+
+def test_shares_are_read_from_labels(tmp_path):
     write_image(tmp_path / "a.png", np.array([[1, 4], [255, 4]], np.uint8))
     entry = Entry("a.jpg", "a.png")
-    assert read_classes(SegmentationDataset(tmp_path, [entry])) == {entry: {1, 4}}
     info = DatasetInfo("toy", ("a", "b"), VOC_PALETTE, ignore_index=4)
-    assert read_classes(SegmentationDataset(tmp_path, [entry], info=info)) == {entry: {1}}
+    for described, expected in ((None, {1: 1 / 3, 4: 2 / 3}), (info, {1: 1.0})):
+        shares = read_shares(SegmentationDataset(tmp_path, [entry], info=described))[entry]
+        assert {int(i): shares[i] for i in np.flatnonzero(shares)} == expected

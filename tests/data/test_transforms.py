@@ -92,7 +92,7 @@ def test_image_and_label_agree(width, height, seed, vertical):
     sample = transform(image, Image.fromarray(coordinate), generator(seed))
     assert sample.image.shape == (3, 60, 60)
     assert sample.label.shape == sample.valid.shape == (60, 60)
-    assert (sample.image.dtype, sample.label.dtype) == (torch.float32, torch.int64)
+    assert (sample.image.dtype, sample.label.dtype) == (torch.float32, torch.uint8)
     difference = (sample.image[0] * 255 - sample.label)[sample.valid]
     assert difference.abs().max() <= 1.5
 
@@ -120,7 +120,7 @@ def test_unlabeled_crops_keep_their_colors_and_ignore_every_pixel():
         sample = transform(Image.new("RGB", (16, 16), COLOR), None, generator(seed))
         shown = (sample.image * 255).round().permute(1, 2, 0)[sample.valid]
         assert {tuple(color) for color in shown.tolist()} == {COLOR}
-        assert sample.label.dtype == torch.int64
+        assert sample.label.dtype == torch.uint8
         assert (sample.label == 255).all()
 
 
@@ -225,7 +225,7 @@ def test_half_of_the_classes_are_pasted():
         assert chosen == [mask[of_class].any().item() for mask in drawn]
         assert_share(sum(chosen), len(chosen), 0.5)
     assert not torch.stack(masks)[:, 1, 2].any()
-    assert not draw_classes(torch.zeros(3, 3, dtype=torch.int64), 1.0, source).any()  # half of one class
+    assert not draw_classes(torch.zeros(3, 3, dtype=torch.uint8), 1.0, source).any()  # half of one class
 
 
 def test_the_other_view_is_the_same_crop():

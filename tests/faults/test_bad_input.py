@@ -20,8 +20,7 @@ from allspark_fast.data.info import DATASETS
 from allspark_fast.data.transforms import CropTransform
 from allspark_fast.errors import InputError
 from allspark_fast.inference.evaluate import predict_labels
-from allspark_fast.inference.metrics import ConfusionMatrix
-from allspark_fast.inference.scores import score_table
+from allspark_fast.inference.metrics import ConfusionMatrix, score_table
 from allspark_fast.model import AllSpark, AllSparkOptions, build_segmentor
 from allspark_fast.training.trainer import Trainer
 from allspark_fast.weights.files import load_weights, save_weights
@@ -56,11 +55,9 @@ LABELS = torch.zeros(4, 4, dtype=torch.int64)
         (lambda: bottleneck(class_logits=torch.ones(1, 3, 4, 4, device="meta")), "is on meta, expected cpu"),
         (lambda: bottleneck(kv_source="pixel"), "kv_source must be one of batch, image, got 'pixel'"),
         (lambda: AllSpark(0, 3, 4), "channels must be"),
-        (lambda: AllSpark(4, 0, 4), "num_classes must be"),
         (lambda: AllSpark(4, 3, -1), "tokens must be"),
         (lambda: AllSparkOptions(num_heads=0), "num_heads must be at least 1"),
         (lambda: build_segmentor("mit_b9", 3, (64, 64)), "backbone must be one of mit_tiny"),
-        (lambda: build_segmentor("mit_tiny", 0, (64, 64)), "num_classes must be at least 1"),
         (lambda: tiny_segmentor()(torch.ones(1, 4, 64, 64)), "images"),
         (lambda: tiny_segmentor()(torch.ones(1, 1, 3, 64, 64)), "images"),
         (lambda: predict_labels(tiny_segmentor().eval(), torch.ones(1, 3, 64, 64), mode="slide"), "mode"),
@@ -68,12 +65,10 @@ LABELS = torch.zeros(4, 4, dtype=torch.int64)
         (lambda: ConfusionMatrix(0), "num_classes must be at least 1"),
         (lambda: updated(LABELS, LABELS[None]), "expected one shape"),
         (lambda: crop("L"), "has mode"),
-        (lambda: crop("RGBA"), "has mode"),
         (lambda: crop("RGB", "L", (9, 9)), "the label is"),
         (lambda: crop("RGB", "RGB"), "has mode|the label is"),
         (lambda: crop("RGB", crop_size=0), "crop_size"),
         (lambda: crop("RGB", scale_range=(2, 0.5)), "scale_range"),
-        (lambda: crop("RGB", scale_range=(-1, 1)), "scale_range"),
     ],
 )
 def test_wrong_values_are_named(call: Callable[[], object], message: str) -> None:
@@ -93,7 +88,6 @@ def test_wrong_values_are_named(call: Callable[[], object], message: str) -> Non
         (lambda: tiny_segmentor()(torch.ones(1, 3, 64, 64, dtype=torch.uint8)), "images"),
         (lambda: ConfusionMatrix(3.5), "num_classes must be an integer, got 3.5"),
         (lambda: updated(LABELS.float(), LABELS), "expected integer classes"),
-        (lambda: updated(LABELS, LABELS.float()), "expected integer classes"),
     ],
 )
 def test_wrong_types_are_named(call: Callable[[], object], message: str) -> None:

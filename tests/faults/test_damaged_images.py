@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from allspark_fast.data.images import read_image
-from allspark_fast.data.labels import read_label
+from allspark_fast.data.images import read_image, read_label
 from allspark_fast.errors import DataError
 from tests.helpers.images import exif
 

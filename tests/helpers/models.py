@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from allspark_fast.data.datasets import Entry
 from allspark_fast.data.loader import EvalSample
 from allspark_fast.model import Segmentor, build_segmentor
 
@@ -49,4 +48,4 @@ class Threshold(nn.Module):
 def sample(height: int, width: int) -> EvalSample:
     """An image of noise whose label has three classes."""
     label = torch.randint(3, (1, height, width))
-    return EvalSample(torch.randn(1, 3, height, width), label, Entry("image.png", "label.png"))
+    return EvalSample(torch.randn(1, 3, height, width), label)

@@ -6,12 +6,7 @@ from torch.nn import functional as F
 
 from allspark_fast.inference.evaluate import batches_of_equal_size, evaluate, predict_labels
 from allspark_fast.inference.metrics import ConfusionMatrix
-from allspark_fast.model import Segmentor, build_segmentor
-from tests.helpers.models import Threshold, sample
-
-
-def tiny(dtype: torch.dtype = torch.float32) -> Segmentor:
-    return build_segmentor("mit_tiny", 3, (64, 64), embedding_dim=16).eval().to(dtype)
+from tests.helpers.models import Threshold, sample, tiny_segmentor
 
 
 def test_images_of_equal_size_are_evaluated_together() -> None:
@@ -26,7 +21,7 @@ def test_images_of_equal_size_are_evaluated_together() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_batches_score_as_single_images_do(mode: str, dtype: torch.dtype) -> None:
     """Images smaller than the model takes included: what pads one is never seen by another."""
-    model = tiny(dtype)
+    model = tiny_segmentor().eval().to(dtype)
     sizes = [(70, 100), (20, 90), (70, 100), (5, 6), (20, 90), (70, 100), (5, 6)]
     samples = [x._replace(image=x.image.to(dtype)) for x in (sample(*size) for size in sizes)]
     confusion = ConfusionMatrix(3)
@@ -51,13 +46,13 @@ def test_batches_hold_every_item_once_and_few_items_wait() -> None:
 
 
 def test_autocast_is_for_gpus() -> None:
-    model, samples = tiny(), [sample(40, 50)]
+    model, samples = tiny_segmentor(), [sample(40, 50)]
     assert torch.equal(evaluate(model, samples, 3, amp=True).confusion, evaluate(model, samples, 3).confusion)
 
 
 @pytest.mark.gpu
 def test_autocast_changes_few_labels() -> None:
-    model, samples = tiny().cuda(), [sample(70, 100) for _ in range(3)]
+    model, samples = tiny_segmentor().cuda(), [sample(70, 100) for _ in range(3)]
     exact, fast = (evaluate(model, samples, 3, device="cuda", amp=amp).confusion for amp in (False, True))
     assert (exact - fast).abs().sum() < 0.05 * exact.sum()
 
@@ -87,7 +82,7 @@ def test_sliding_windows_are_those_of_the_reference_implementation(classes: int)
 def test_small_images_are_padded_and_cut(backbone: str, mode: str) -> None:
     if backbone.startswith("timm"):
         pytest.importorskip("timm", reason="needs the extra timm")
-    model = build_segmentor(backbone, 3, (64, 64), embedding_dim=16).eval()
+    model = tiny_segmentor(backbone).eval()
     image = torch.randn(1, 3, 5, 40)
     padded = F.pad(image, (0, 0, 0, model.min_size - 5), mode="replicate")
     for whole, part in zip(*(predict_labels(model, x, mode=mode, crop=64) for x in (padded, image)), strict=True):

@@ -1,29 +1,28 @@
 """The Triton kernels of channel attention, interpreted: parity with the float64 reference, memory, registration."""
 
 import weakref
+from collections import defaultdict
 from collections.abc import Iterator
+from typing import Any
 from unittest.mock import patch
 
 import pytest
 import torch
 from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from allspark_fast.kernels.channel_attention import channel_attention
 from tests.helpers.triton_checks import checked_memory, exact_bfloat16, uninitialized_memory_is_nan
 from tests.kernels.test_channel_attention import (
-    DEGENERATE,
     SEED,
+    SHAPES,
+    BackendTests,
     assert_equal_to_reference,
-    assert_parity_with_grad,
-    degenerate_inputs,
+    assert_parity_on_shape,
     inputs,
     output_and_grads,
-    saturated_inputs,
 )
 
 # isort: split
@@ -33,7 +32,7 @@ from allspark_fast.kernels.channel_attention.inputs import Inputs
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 GROUP_MASK = torch.tensor([True, False, True])
 DTYPES = [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)]
-SLOW_TOKENS = [(9, 0.0), (81, 0.0), (289, 0.0), (289, 0.2)]
+SLOW_TOKENS = [(9, 0.0), (81, 0.0), (289, 0.0), (289, 0.2), (325, 0.1)]
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # how numpy announces a NaN
@@ -66,81 +65,22 @@ class TestParity:
     )
     @pytest.mark.parametrize("dtype", TOLERANCE)
     def test_tokens(self, tokens: int, dtype: torch.dtype, dropout_p: float) -> None:
-        tensors = inputs(2, 1, tokens, 17, 57, dtype=dtype)
-        assert_parity(tensors, group_mask=GROUP_MASK, dropout_p=dropout_p)
-
-    @pytest.mark.parametrize("tokens", [27, pytest.param(325, marks=pytest.mark.slow)])
-    @pytest.mark.parametrize("dtype", TOLERANCE)
-    def test_odd_sizes_that_stand_for_cityscapes_and_vit(self, tokens: int, dtype: torch.dtype) -> None:
-        """Tokens modulo the tiles as of 676 and 1369."""
-        assert_parity(inputs(1, 1, tokens, 33, 70, dtype=dtype), dropout_p=0.1)
+        assert_parity(inputs(2, 1, tokens, 17, 57, dtype=dtype), group_mask=GROUP_MASK, dropout_p=dropout_p)
 
     @pytest.mark.usefixtures("small_workspace")
-    @pytest.mark.parametrize("shared", [True, False])
+    @pytest.mark.parametrize(("shared", "columns"), [(True, 192), (False, 192), (True, 105)])
     @pytest.mark.parametrize("dtype", DTYPES)
-    def test_several_parts_and_pieces(self, dtype: torch.dtype, shared: bool) -> None:
-        tensors = inputs(2, 1, 17, 9, 192, shared=shared, dtype=dtype)
+    def test_several_parts_and_pieces(self, dtype: torch.dtype, shared: bool, columns: int) -> None:
+        """Columns of an odd number make one piece."""
+        tensors = inputs(2, 1, 17, 9, columns, shared=shared, dtype=dtype)
         assert_parity(tensors, group_mask=GROUP_MASK, dropout_p=0.2)
-
-    @pytest.mark.usefixtures("small_workspace")
-    def test_columns_that_do_not_divide(self) -> None:
-        assert_parity(inputs(2, 1, 9, 11, 105, dtype=torch.float32), group_mask=GROUP_MASK)
-
-    @pytest.mark.parametrize("dtype", TOLERANCE)
-    @pytest.mark.parametrize("tokens", [64, pytest.param(289, marks=pytest.mark.slow)])
-    def test_saturated_maps(self, tokens: int, dtype: torch.dtype) -> None:
-        assert_parity_with_grad(*saturated_inputs(tokens, dtype), dropout_p=0.1, seed=SEED, backend="triton")
-
-    @pytest.mark.parametrize(
-        ("kind", "dtype"),
-        [
-            *((kind, torch.bfloat16) for kind in DEGENERATE),
-            *((kind, torch.float16) for kind in ("small value", "large gradient", "no gradient")),
-            *(pytest.param(kind, torch.float32, marks=pytest.mark.slow) for kind in DEGENERATE),
-        ],
-    )
-    def test_degenerate_inputs(self, kind: str, dtype: torch.dtype) -> None:
-        assert_parity_with_grad(*degenerate_inputs(kind, dtype), dropout_p=0.1, seed=SEED, backend="triton")
 
     @pytest.mark.slow
     @settings(max_examples=20, deadline=None)
-    @given(
-        batch=st.integers(1, 3),
-        heads=st.integers(1, 2),
-        tokens=st.integers(1, 40),
-        channels=st.integers(1, 40),
-        groups=st.integers(1, 4),
-        group=st.integers(2, 30),  # what a map of one column gives is rounding alone
-        shared=st.booleans(),
-        dropout_p=st.sampled_from([0.0, 0.3]),
-        masked=st.integers(0, 15),
-    )
-    def test_any_shape(
-        self,
-        batch: int,
-        heads: int,
-        tokens: int,
-        channels: int,
-        groups: int,
-        group: int,
-        shared: bool,
-        dropout_p: float,
-        masked: int,
-    ) -> None:
-        tensors = inputs(batch, heads, tokens, channels, groups * group, shared=shared, dtype=torch.float32)
-        mask = torch.tensor([masked >> i & 1 == 0 for i in range(groups)])
-        # Gradients of maps of a few numbers are small differences.
-        assert_equal_to_reference(tensors, 1e-4, backend="triton", seed=SEED, group_mask=mask, dropout_p=dropout_p)
-
-    @pytest.mark.parametrize("strides", ["tokens last", "padded", "heads inside"])
-    def test_strides(self, strides: str) -> None:
-        query, key, value = (x.detach() for x in inputs(2, 3, 9, 5, 7, shared=False, dtype=torch.float32))
-        layout = {
-            "tokens last": lambda x: x.mT.contiguous().mT,
-            "padded": lambda x: torch.nn.functional.pad(x, (1, 2))[..., 1:-2],
-            "heads inside": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
-        }[strides]
-        assert_parity([layout(x).requires_grad_() for x in (query, key, value)])
+    @given(SHAPES)
+    def test_any_shape(self, shape: dict[str, Any]) -> None:
+        """Gradients of maps of a few numbers are small differences."""
+        assert_parity_on_shape(shape, torch.float32, 1e-4, "triton")
 
     @pytest.mark.slow
     @pytest.mark.parametrize("tokens", [676, 1369])
@@ -149,44 +89,11 @@ class TestParity:
         assert_parity(inputs(1, 1, tokens, 192, 3 * 192, dtype=dtype), group_mask=GROUP_MASK, dropout_p=0.1)
 
 
-class TestEdges:
-    """Inputs at the edge of what is sensible."""
+@pytest.mark.usefixtures("small_workspace")
+class TestTriton(BackendTests):
+    """In several parts and tiles."""
 
-    @pytest.mark.parametrize("shared", [True, False])
-    def test_empty_batch(self, shared: bool) -> None:
-        tensors = inputs(0, 2, 9, 5, 7, shared=shared, dtype=torch.float32)
-        for result, x in zip(output_and_grads(tensors, backend="triton"), [tensors[0], *tensors], strict=True):
-            assert torch.equal(result, torch.zeros_like(x))
-
-    @pytest.mark.usefixtures("small_workspace")
-    @pytest.mark.parametrize("dtype", TOLERANCE)
-    def test_all_groups_masked_gives_zeros_and_zero_gradients(self, dtype: torch.dtype) -> None:
-        tensors = inputs(2, 1, 7, 5, 300, dtype=dtype)
-        for x in output_and_grads(tensors, group_mask=torch.zeros(3, dtype=torch.bool), backend="triton"):
-            assert torch.equal(x, torch.zeros_like(x))
-
-    @pytest.mark.parametrize("mean", [10.0, 100.0])
-    def test_large_means(self, mean: float) -> None:
-        """The mean is a shift that the norm takes out: the error is that of the inputs, relative to their spread."""
-        tensors = inputs(2, 1, 25, 17, 57, dtype=torch.float32, mean=mean)
-        assert_equal_to_reference(tensors, 1e-5 * mean, backend="triton")
-
-    def test_constant_inputs_attend_evenly(self) -> None:
-        query, key = torch.full((1, 1, 9, 5), 2.0), torch.full((1, 1, 9, 7), 3.0)
-        value = torch.randn(1, 1, 9, 7)
-        output = channel_attention(query, key, value, backend="triton")
-        torch.testing.assert_close(output, value.mean(-1, keepdim=True).expand(-1, -1, -1, 5))
-
-    def test_huge_outlier(self) -> None:
-        query, key, value = (x.detach() for x in inputs(2, 1, 25, 17, 57, dtype=torch.float32))
-        key[0, 0, 3, 11] = 1e4
-        assert_parity([x.requires_grad_() for x in (query, key, value)])
-
-    @pytest.mark.parametrize("which", [0, 1, 2])
-    def test_non_finite_inputs_show(self, which: int) -> None:
-        tensors = [x.detach() for x in inputs(1, 1, 9, 5, 7, dtype=torch.float32)]
-        tensors[which][0, 0, 0, 0] = torch.inf
-        assert not channel_attention(*tensors, backend="triton").isfinite().all()
+    backend = "triton"
 
 
 class TestDropoutMask:
@@ -237,8 +144,11 @@ class TestMemory:
         one_map = columns * 1024 * 2
         keys, query = columns * tokens * 2, rows * tokens * 2
         forward_live, backward_live = _LiveBytes(), _LiveBytes()
-        launchers = {name: _NoKernel() for name in dir(row_kernels) if name.endswith("_kernel")}
-        with FakeTensorMode(), patch.multiple(row_kernels, **launchers), patch.object(kernel, "_product", _no_product):
+        # Unlike mocks they do not keep their arguments.
+        launcher = defaultdict(lambda: lambda *_, **__: None)
+        launchers = {name: launcher for name in dir(row_kernels) if name.endswith("_kernel")}
+        product = patch.object(kernel, "_product", lambda _a, _b, out, **_: out)
+        with FakeTensorMode(), patch.multiple(row_kernels, **launchers), product:
             tensors = torch.empty(batch, 1, tokens, 1024).bfloat16(), *torch.empty(2, 1, 1, tokens, columns).bfloat16()
             inputs = Inputs(*tensors, None, 0.0, None)
             with forward_live:
@@ -250,16 +160,6 @@ class TestMemory:
         assert forward_live.peak <= max(kernel.WORKSPACE_BYTES, one_map) + keys + small
         # The last: one copy of the keys, and gradients of keys and values that may be float32.
         assert backward_live.peak <= max(kernel.WORKSPACE_BYTES, 2 * one_map) + keys + 6 * keys + small
-
-
-def _no_product(_a: Tensor, _b: Tensor, out: Tensor, **_: object) -> Tensor:
-    """Unlike a mock it does not keep its arguments."""
-    return out
-
-
-class _NoKernel:
-    def __getitem__(self, grid: tuple[int, ...]) -> object:
-        return lambda *args, **kwargs: None
 
 
 class _LiveBytes(TorchDispatchMode):
@@ -304,22 +204,6 @@ class TestRegistration:
         for x, like in zip((output, *grads), (query, query, key, key), strict=True):
             assert (x.shape, x.dtype, x.device) == (like.shape, like.dtype, like.device)
 
-    @pytest.mark.parametrize("shared", [True, pytest.param(False, marks=pytest.mark.slow)])
-    def test_opcheck(self, shared: bool) -> None:
-        tensors = inputs(2, 1, 3, 5, 12, shared=shared, dtype=torch.float32)
-        mask = torch.arange(12) % 3 > 0
-        ops = torch.ops.allspark_fast
-        opcheck(ops.channel_attention.default, (*tensors, mask, 1e-5, 0.2, SEED, "triton"))
-        tensors = [x.detach() for x in tensors]
-        output, statistics = ops.channel_attention(*tensors, mask, 1e-5, 0.2, SEED, "triton")
-        opcheck(ops.channel_attention_backward.default, (output, *tensors, statistics, mask, 0.2, SEED, "triton"))
-
-    def test_compiles_without_a_graph_break(self) -> None:
-        tensors = inputs(2, 1, 7, 5, 12, dtype=torch.float32)
-        compiled = torch.compile(channel_attention, backend="aot_eager", fullgraph=True, dynamic=True)
-        options = {"group_mask": GROUP_MASK, "dropout_p": 0.1, "seed": SEED, "backend": "triton"}
-        torch.testing.assert_close(compiled(*tensors, **options), channel_attention(*tensors, **options))
-
     def test_statistics_are_those_of_chunked(self) -> None:
         """A backward pass may run where the forward pass did not."""
         tensors = [x.detach() for x in inputs(2, 2, 9, 5, 70, dtype=torch.float32)]
@@ -328,16 +212,18 @@ class TestRegistration:
         triton, chunked = (op(*tensors, mask, 1e-5, 0.0, None, backend)[1] for backend in ("triton", "chunked"))
         torch.testing.assert_close(triton, chunked)
 
-    def test_cpu_tensors_need_the_interpreter(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("allspark_fast.kernels.triton_support._INTERPRETED", False)
-        with pytest.raises(ValueError, match=r"needs CUDA tensors .* query is on cpu"):
-            channel_attention(*inputs(1, 1, 3, 4, 5, dtype=torch.float32), backend="triton")
-
-    def test_missing_triton_is_named(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("allspark_fast.kernels.triton_support._INSTALLED", False)
-        with pytest.raises(ValueError, match="triton, which is not installed"):
-            channel_attention(*inputs(1, 1, 3, 4, 5, dtype=torch.float32), backend="triton")
-
-    def test_float64_is_refused(self) -> None:
-        with pytest.raises(ValueError, match=r"no kernels for .*float64"):
-            channel_attention(*inputs(1, 1, 3, 4, 5), backend="triton")
+    @pytest.mark.parametrize(
+        ("missing", "dtype", "message"),
+        [
+            ("_INTERPRETED", torch.float32, r"needs CUDA tensors .* query is on cpu"),
+            ("_INSTALLED", torch.float32, "triton, which is not installed"),
+            (None, torch.float64, r"no kernels for .*float64"),
+        ],
+    )
+    def test_what_cannot_run_is_named(
+        self, missing: str | None, dtype: torch.dtype, message: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        if missing:
+            monkeypatch.setattr(f"allspark_fast.kernels.triton_support.{missing}", False)
+        with pytest.raises(ValueError, match=message):
+            channel_attention(*inputs(1, 1, 3, 4, 5, dtype=dtype), backend="triton")

@@ -71,23 +71,20 @@ class TestLoss:
         with use_kernels(kernels):
             assert_right(logits, target, reduction)
 
-    def test_no_images(self, kernels: str) -> None:
-        logits, target = example(0)
-        function = functools.partial(upsample_cross_entropy, target=target, reduction="none")
-        loss, grad = output_and_grads(function, [logits])
-        assert (loss.shape, grad.shape) == (target.shape, logits.shape)
-
-    # One class, many, more than one block of pixels and of cells, downsampling.
     @pytest.mark.parametrize(
-        ("classes", "small", "large"),
-        [(1, (1, 2), (2, 3)), (171, (1, 2), (2, 3)), (3, (2, 40), (3, 150)), (11, (6, 14), (4, 9))],
+        "sizes",
+        [
+            {"batch": 0},
+            {"classes": 1, "small": (1, 2), "large": (2, 3)},
+            {"classes": 171, "small": (1, 2), "large": (2, 3)},
+            {"classes": 3, "small": (2, 40), "large": (3, 150)},  # several blocks of pixels and of cells
+            {"classes": 11, "small": (6, 14), "large": (4, 9)},  # downsampling
+            {"dtype": torch.float16},
+            {"dtype": torch.bfloat16},
+        ],
     )
-    def test_edges(self, kernels: str, classes: int, small: tuple[int, int], large: tuple[int, int]) -> None:
-        assert_right(*example(1, classes, small, large))
-
-    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-    def test_half_precision_is_computed_in_float32(self, kernels: str, dtype: torch.dtype) -> None:
-        assert_right(*example(dtype=dtype))
+    def test_edges(self, kernels: str, sizes: dict[str, Any]) -> None:
+        assert_right(*example(**{"batch": 1, **sizes}))
 
     def test_large_logits_neither_overflow_nor_round(self, kernels: str) -> None:
         logits, target = example()

@@ -85,6 +85,15 @@ class TestMemory:
 class TestSwitches:
     """memory_init, class_map, kv_source."""
 
+    def test_class_map_softmax_changes_the_grouping(self) -> None:
+        received = []
+        for kind in ("logits", "softmax"):
+            torch.manual_seed(0)
+            module = bottleneck(class_map=kind)
+            module(torch.randn(32, C, SIDE, SIDE), 3 * torch.randn(16, K, 5, 5))
+            received.append(module.attn.received)
+        assert not torch.equal(*received)
+
     def test_empty_leaves_out_classes_without_a_channel(self) -> None:
         features, class_logits = batch()
         class_logits[:, 2:] = 0  # two classes cannot win
@@ -115,16 +124,6 @@ class TestSwitches:
         torch.testing.assert_close(token_class_map(logits, (3, 4), crop_size=crop_size), expected)
         softmax = token_class_map(logits, (3, 4), crop_size=crop_size, kind="softmax")
         torch.testing.assert_close(softmax, expected.softmax(1))
-
-    def test_class_map_softmax_changes_the_grouping(self) -> None:
-        features, class_logits = batch(16)
-        received = []
-        for kind in ("logits", "softmax"):
-            torch.manual_seed(0)
-            module = bottleneck(class_map=kind)
-            module(features, class_logits * 3)
-            received.append(module.attn.received)
-        assert not torch.equal(*received)
 
 
 class TestMistakes:
@@ -162,38 +161,32 @@ class TestMistakes:
             bottleneck(**{name: value})
 
 
-def step_on_own_images(module: AllSpark, step: int, index: int) -> None:
-    """Train a step on rank ``index``'s labeled and unlabeled image, the same whichever process asks."""
-    torch.manual_seed(1)
-    features, class_logits = batch(2)
-    labeled, unlabeled = (features + step).chunk(2)
-    module(torch.stack([labeled[index], unlabeled[index]]), class_logits[index : index + 1])
-
-
 def seeded_bottleneck() -> AllSpark:
     torch.manual_seed(0)
     return bottleneck(memory_init="empty", memory_sync="rank0")
 
 
-def memory_after_steps() -> list[dict[str, Tensor]]:
-    """This rank's state after each of two steps."""
+def state_after_step(module: AllSpark, step: int, index: int) -> dict[str, Tensor]:
+    """Train on rank ``index``'s labeled and unlabeled image, the same whichever process asks."""
+    torch.manual_seed(1)
+    features, class_logits = batch(2)
+    module((features + step)[index::2], class_logits[index : index + 1])
+    return copy.deepcopy(module.state_dict())
+
+
+def states_of_this_rank() -> list[dict[str, Tensor]]:
     module = seeded_bottleneck()
-    states = []
-    for step in range(2):
-        step_on_own_images(module, step, rank())
-        states.append(copy.deepcopy(module.state_dict()))
-    return states
+    return [state_after_step(module, step, rank()) for step in range(2)]
 
 
 @pytest.mark.slow
 def test_memory_sync_rank0_starts_each_step_from_rank_0(tmp_path: Path) -> None:
     """``all`` is tested in tests/training/test_distributed.py."""
-    states = run_on_ranks(memory_after_steps, 2, tmp_path)
+    states = run_on_ranks(states_of_this_rank, 2, tmp_path)
     start = seeded_bottleneck()
     for step in range(2):
         for index in (1, 0):  # rank 0 last: its memory is what the next step starts from
             module = copy.deepcopy(start)
-            step_on_own_images(module, step, index)
-            for name, value in module.state_dict().items():
-                assert torch.equal(states[index][step][name], value), name
+            expected = state_after_step(module, step, index)
+            assert all(torch.equal(x, expected[name]) for name, x in states[index][step].items())
         start = module

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from allspark_fast.model.half_weights import HalfWeights
 
 from allspark_fast.training import cuda_graph, step
 from allspark_fast.training.cuda_graph import GraphedSteps
-from allspark_fast.training.half_weights import HalfWeights
 from allspark_fast.training.log import Record, read_metrics
 from allspark_fast.training.step import Losses, TrainState, train_step
 from allspark_fast.training.trainer import Trainer
@@ -61,7 +61,7 @@ def test_replays_equal_ordinary_steps(options: dict[str, Any]) -> None:
 
 def test_weights_are_cast_in_each_replay(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU, whose mixed precision has copies of them."""
-    monkeypatch.setattr(step, "HalfWeights", lambda *models, enabled: HalfWeights(*models, enabled=True))
+    monkeypatch.setattr(step, "HalfWeights", lambda model, enabled: HalfWeights(model, enabled=True))
     monkeypatch.setattr(torch, "autocast", autocast_as_on_a_gpu)
     assert differences_of_replays(**BEYOND) == []
 

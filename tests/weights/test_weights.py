@@ -1,5 +1,6 @@
 """Loading and saving weights; those of Hugging Face are in test_convert.py, those of timm in tests/model."""
 
+import copy
 import pickle
 import re
 from collections.abc import Callable
@@ -10,34 +11,23 @@ import torch
 from PIL import Image
 
 from allspark_fast.errors import InputError
-from allspark_fast.model import AllSparkOptions, Segmentor, build_segmentor
+from allspark_fast.model import AllSparkOptions, Segmentor
 from allspark_fast.weights.files import load_weights, read_weights, save_weights
 from tests.helpers.malicious import Malicious
+from tests.helpers.models import tiny_segmentor
 from tests.helpers.public_code import save_public_checkpoint
-
-
-def tiny(classes: int = 3, crop: int = 64, *, width: int = 16, allspark: bool = True, **options: object) -> Segmentor:
-    bottleneck = AllSparkOptions(**options) if allspark else None
-    return build_segmentor("mit_tiny", classes, (crop, crop), allspark=bottleneck, embedding_dim=width)
-
-
-def copies(model: Segmentor) -> dict[str, torch.Tensor]:
-    return {name: x.clone() for name, x in model.state_dict().items()}
-
-
-def assert_same(state: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
-    assert all(torch.equal(x, other[name]) for name, x in state.items())
+from tests.helpers.runs import differences
 
 
 @pytest.mark.parametrize(
     ("save", "suffix"), [(save_public_checkpoint, ".pth"), (save_weights, ".pth"), (save_weights, ".safetensors")]
 )
 def test_round_trip_is_bit_equal(tmp_path: Path, save: Callable[[Segmentor, Path], object], suffix: str) -> None:
-    source, target = tiny(), tiny()
+    source, target = tiny_segmentor(), tiny_segmentor()
     save(source, tmp_path / f"a{suffix}")
     report = load_weights(target, tmp_path / f"a{suffix}")
     assert report.dropped == report.fresh == ()
-    assert_same(source.state_dict(), target.state_dict())
+    assert differences(source.state_dict(), target.state_dict()) == []
     # The memory keeps the layout that makes its projection a key matrix.
     assert target.decoder.allspark.attn.kv_queue.stride() == source.decoder.allspark.attn.kv_queue.stride()
     # Others may read the file.
@@ -47,7 +37,7 @@ def test_round_trip_is_bit_equal(tmp_path: Path, save: Callable[[Segmentor, Path
 
 def test_the_layout_of_the_public_code(tmp_path: Path) -> None:
     """It has no place for what says which classes of the memory are empty, so all of them count as filled."""
-    source, target = tiny(memory_init="empty"), tiny(memory_init="empty")
+    source, target = (tiny_segmentor(allspark=AllSparkOptions(memory_init="empty")) for _ in range(2))
     save_weights(source, tmp_path / "a.pth")
     saved = torch.load(tmp_path / "a.pth", weights_only=True)["model"]
     assert {f"module.{name}" for name in source.state_dict()} - set(saved) == {
@@ -58,34 +48,34 @@ def test_the_layout_of_the_public_code(tmp_path: Path) -> None:
 
 
 def test_imagenet_encoder_drops_its_classifier(tmp_path: Path) -> None:
-    source, target = tiny(), tiny()
+    source, target = tiny_segmentor(), tiny_segmentor()
     head = {"head.weight": torch.zeros(1000, 128), "head.bias": torch.zeros(1000)}
     torch.save({**source.backbone.state_dict(), **head}, tmp_path / "mit.pth")
-    decoder = {name: x for name, x in copies(target).items() if name.startswith("decoder.")}
+    decoder = copy.deepcopy(target.decoder.state_dict())
     report = load_weights(target, tmp_path / "mit.pth")
     assert report.dropped == ("backbone.head.weight", "backbone.head.bias")
     assert all(name.startswith("decoder.") for name in report.fresh)
-    assert_same(source.backbone.state_dict(), target.backbone.state_dict())
-    assert_same(decoder, target.state_dict())
+    assert differences(source.backbone.state_dict(), target.backbone.state_dict()) == []
+    assert differences(decoder, target.decoder.state_dict()) == []
 
 
 @pytest.mark.parametrize(
     ("source", "part", "kept"),
     [
-        (lambda: tiny(classes=5), "classifier", "backbone.norm1.weight"),
-        (lambda: tiny(crop=96), "Semantic Memory", "decoder.decoder.linear_pred.weight"),
-        (lambda: tiny(allspark=False), "AllSpark bottleneck", "decoder.decoder.linear_pred.weight"),
+        (lambda: tiny_segmentor(classes=5), "classifier", "backbone.norm1.weight"),
+        (lambda: tiny_segmentor(crop=(96, 96)), "Semantic Memory", "decoder.decoder.linear_pred.weight"),
+        (lambda: tiny_segmentor(allspark=None), "AllSpark bottleneck", "decoder.decoder.linear_pred.weight"),
     ],
 )
 def test_what_does_not_fit_is_named_and_reset_on_request(
     tmp_path: Path, source: Callable[[], Segmentor], part: str, kept: str
 ) -> None:
-    saved, target = source(), tiny()
-    before = copies(target)
+    saved, target = source(), tiny_segmentor()
+    before = copy.deepcopy(target.state_dict())
     save_weights(saved, tmp_path / "a.pth")
     with pytest.raises(InputError, match=rf"{part}.*--model.reset True"):
         load_weights(target, tmp_path / "a.pth")
-    assert_same(before, target.state_dict())
+    assert differences(before, target.state_dict()) == []
     report = load_weights(target, tmp_path / "a.pth", reset=True)
     assert torch.equal(target.state_dict()[kept], saved.state_dict()[kept])
     for name in report.fresh:
@@ -95,14 +85,9 @@ def test_what_does_not_fit_is_named_and_reset_on_request(
 
 
 def test_another_architecture_is_refused_even_with_reset(tmp_path: Path) -> None:
-    save_weights(tiny(width=32), tmp_path / "a.pth")
+    save_weights(tiny_segmentor(embedding_dim=32), tmp_path / "a.pth")
     with pytest.raises(InputError, match=r"another model.*linear_"):
-        load_weights(tiny(), tmp_path / "a.pth", reset=True)
-
-
-def write_truncated(path: Path) -> None:
-    save_weights(tiny(), path)
-    path.write_bytes(path.read_bytes()[:1000])
+        load_weights(tiny_segmentor(), tmp_path / "a.pth", reset=True)
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
@@ -110,7 +95,7 @@ def write_truncated(path: Path) -> None:
     "write",
     [
         lambda path: torch.save({"model": Malicious()}, path),
-        write_truncated,
+        lambda path: save_weights(tiny_segmentor(), path) or path.write_bytes(path.read_bytes()[:1000]),
         lambda path: path.write_bytes(b""),
         lambda path: path.write_bytes(pickle.dumps([1, 2], protocol=2)),
         lambda path: torch.save({"epoch": 3}, path),

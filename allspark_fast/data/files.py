@@ -1,0 +1,84 @@
+"""Files of a dataset: paths of split files, and what lies in a folder."""
+
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TypeVar
+
+from allspark_fast.device import available_cpus
+from allspark_fast.errors import DataError
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+
+
+def resolve_path(root: str | Path, relative: str) -> Path:
+    """Resolve a path of a split file; every listed path passes through here.
+
+    Symbolic links inside ``root`` may point anywhere: only the owner of the folder can create them, not a split file.
+    But ``..`` are resolved as text, so none climbs out through a link.
+
+    Raises:
+        DataError: the path leaves ``root``.
+    """
+    inside = Path(os.path.normpath(relative))
+    if inside.is_absolute() or inside.parts[:1] == ("..",):
+        raise DataError(
+            f"{relative}: this path leaves the data root {root}; make it relative to the root, without a leading slash"
+            " or '..', or create a symbolic link to the folder inside the root"
+        )
+    return Path(root) / inside
+
+
+def require_bytes(path: Path) -> None:
+    """Raise DataError unless a file exists and is not empty, without reading it."""
+    if not path.is_file():
+        raise DataError(f"{path}: no such file; check the data root and the split file that lists it")
+    if path.stat().st_size == 0:
+        raise DataError(f"{path}: the file is empty (0 bytes); download it again")
+
+
+def is_image(path: str | Path) -> bool:
+    """Return whether a path has the suffix of a format that can be read."""
+    return str(path).lower().endswith(IMAGE_SUFFIXES)
+
+
+def list_images(folder: Path) -> list[Path]:
+    """List the image files below a folder in alphabetical order, see ``list_files``."""
+    return list(filter(is_image, list_files(folder)))
+
+
+def list_files(folder: Path) -> list[Path]:
+    """List the files below a folder in alphabetical order.
+
+    Hidden files and folders are left out. Links to folders are followed, but for those that lead back to a folder in
+    which they lie. A folder is entered once, and of several ways to it one without links is taken.
+    """
+    found: list[Path] = []
+    entered: set[str] = set()
+    folders, links = [folder] * folder.is_dir(), list[Path]()
+    while folders or links:
+        current = folders.pop() if folders else links.pop(0)
+        real = os.path.realpath(current)
+        is_loop = current != folder and Path(os.path.realpath(current.parent)).is_relative_to(real)
+        if real in entered or is_loop:
+            continue
+        entered.add(real)
+        for path in sorted(current.iterdir()):
+            if path.name.startswith("."):
+                continue
+            if path.is_dir():
+                (links if path.is_symlink() else folders).append(path)
+            else:
+                found.append(path)
+    return sorted(found)
+
+
+def map_in_threads(function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
+    """Call a function that reads files on every item, in threads, and return the results in order."""
+    # More threads than CPUs, as some wait for the disk.
+    with ThreadPoolExecutor(available_cpus() + 4) as pool:
+        return list(pool.map(function, items))
