@@ -35,10 +35,10 @@ NOT_RUN = {
     "python train.py --train.method": "takes minutes; tests/training/test_trainer.py trains every method",
 }
 # Commands that would take minutes are run with these settings.
-TINY = "--data.crop 65 --data.workers 0 --train.batch-size 2 --train.epochs 1"
+TINY = "--data.crop 65 --data.workers 0 --train.batch-size 2"
 SMALLER = {
-    "python train.py": f"{TINY} --data.scenes 3 4 2",
-    "python -m allspark_fast train folder --data.root my_data": TINY,
+    "python train.py": f"{TINY} --data.scenes 3 4 2 --train.epochs 1",
+    "python -m allspark_fast train folder --data.root my_data": f"{TINY} --train.steps 1",
 }
 
 
