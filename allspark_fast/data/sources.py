@@ -60,7 +60,7 @@ def _open(config: DataConfig, *names: str) -> tuple[DatasetInfo, list[ImageSourc
             "test": range(_FIRST_TEST_SCENE, _FIRST_TEST_SCENE + val),
         }
         return SCENES, [ScenesDataset(scenes[name], round(_SCENE_SCALE * config.crop), _SCENE_SEED) for name in names]
-    root = _root(config)
+    root = data_root(config)
     info = DATASETS[config.dataset] if config.dataset in DATASETS else read_info(root)
     files = {name: getattr(config, name) for name in names}
     lists = {name: find_split(root, file) for name, file in files.items() if file is not None}
@@ -78,7 +78,8 @@ def _open(config: DataConfig, *names: str) -> tuple[DatasetInfo, list[ImageSourc
     return info, [SegmentationDataset(root, lists[name], info=info, pixel_range=config.range) for name in names]
 
 
-def _root(config: DataConfig) -> Path:
+def data_root(config: DataConfig) -> Path:
+    """Return the folder of a configuration's data set; raises InputError if there is none."""
     root = config.root
     if root is None:
         if "ALLSPARK_DATA_DIR" not in os.environ:
@@ -88,7 +89,7 @@ def _root(config: DataConfig) -> Path:
         folder = Path(os.environ["ALLSPARK_DATA_DIR"])
         root = folder / config.dataset if (folder / config.dataset).is_dir() else folder
     if not root.is_dir():
-        raise DataError(f"data.root: there is no folder {root}")
+        raise DataError(f"data.root: there is no folder {root.absolute()}")
     return root
 
 
