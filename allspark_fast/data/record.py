@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from allspark_fast.config import DataConfig
-from allspark_fast.data.datasets import SegmentationDataset, Sources, split_file
+from allspark_fast.data.datasets import Sources, split_file
 from allspark_fast.data.sources import data_root
 from allspark_fast.errors import DataError, InputError
 from allspark_fast.files import write_atomically
@@ -20,27 +20,16 @@ from allspark_fast.files import write_atomically
 logger = logging.getLogger(__name__)
 
 _LISTS = ("labeled", "unlabeled", "val")
-# Of each setting of a path that was found, the absolute path; and all of the data but pixels that decides the numbers.
-_PATHS, _CONTENTS = "paths", "contents"
-Record = dict[str, dict[str, Any]]
+# The working directory in which the run started; and classes and lists by name, which decide its numbers.
+Record = dict[str, Any]
 
 
-def record_data(config: DataConfig, sources: Sources) -> Record:
+def record_data(sources: Sources) -> Record:
     """Return what is recorded of the data of a run, as JSON would give it back."""
-    info = sources.info
-    paths: dict[str, Path | None] = {}
-    if isinstance(sources.val, SegmentationDataset):
-        root = paths["root"] = sources.val.root
-        paths |= {name: split_file(root, file) for name in _LISTS if (file := getattr(config, name)) is not None}
-    lists = {
-        f"data.{name}": [_line(entry.image, entry.label) for entry in getattr(sources, name).entries] for name in _LISTS
-    }
-    contents = {name: getattr(info, name) for name in ("classes", "values", "ignore_index", "palette")} | lists
-    record = {
-        _PATHS: {name: os.path.abspath(path) for name, path in paths.items() if path is not None},
-        _CONTENTS: contents,
-    }
-    return json.loads(json.dumps(record))
+    info, *lists = sources
+    meaning = {name: getattr(info, name) for name in ("classes", "values", "ignore_index", "palette")}
+    lines = {name: [_line(x.image, x.label) for x in part.entries] for name, part in zip(_LISTS, lists, strict=True)}
+    return json.loads(json.dumps({"start": os.getcwd(), **meaning, **lines}))
 
 
 def _line(image: str, label: str | None) -> str:
@@ -48,68 +37,56 @@ def _line(image: str, label: str | None) -> str:
 
 
 def write_record(folder: Path, record: Record) -> None:
-    """Write it into the folder of the run."""
+    """Write it into the folder of a run."""
     write_atomically(folder / "data.json", lambda temporary: temporary.write_text(json.dumps(record), encoding="utf-8"))
 
 
 def read_record(folder: Path) -> Record | None:
-    """Read what ``write_record`` wrote; None if there is nothing, as in runs of earlier versions.
-
-    Raises:
-        InputError: the file is damaged.
-    """
+    """Return what is in the folder of a run: nothing, if an earlier version began it; InputError if it is damaged."""
     path = folder / "data.json"
     if not path.is_file():
         return None
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        if not all(isinstance(record[part], dict) for part in (_PATHS, _CONTENTS)):
-            raise ValueError(f"expected objects {_PATHS!r} and {_CONTENTS!r}")
-        return record
+        return {**record, "start": Path(record["start"])}
     except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} is no record of a run's data ({error}); put it back or remove it") from error
+        raise InputError(f"{path} is no record of a run's data ({error!r}); put it back or remove it") from error
 
 
 def find_data(config: DataConfig, folder: Path) -> DataConfig:
-    """Return the settings of a run, with relative paths that lead nowhere from here replaced by where they led to.
+    """Return the settings of a run, with relative paths that lead nowhere from here taken from where it started.
 
     Raises:
-        DataError: the root is not there either; the message names both places.
-        InputError: see ``read_record``.
+        DataError: there is no root there either; the message names both.
     """
-    record = read_record(folder)
-    if config.dataset == "scenes" or record is None:
+    if config.dataset == "scenes" or (record := read_record(folder)) is None:
         return config
-    before = {name: Path(path) for name, path in record[_PATHS].items()}
-    found: dict[str, Any] = {}
-    try:
-        root = data_root(config)
-    except InputError as error:
-        if "root" not in before or (config.root is not None and config.root.is_absolute()):
-            raise
-        root = found["root"] = before["root"]
-        if not root.is_dir():
+    found, root = {}, config.root
+    if root is not None and not (root.is_absolute() or root.is_dir()):
+        found["root"] = record["start"] / root
+        if not found["root"].is_dir():
             raise DataError(
-                f"{error}, nor is there {root}, where the run found it; give another --data.root"
-            ) from error
+                f"data.root: there is no folder {root.absolute()}, nor, where the run started, {found['root']}: give "
+                "another --data.root"
+            )
+    root = data_root(replace(config, **found))
     for name in _LISTS:
         file = getattr(config, name)
-        is_lost = file is not None and not file.is_absolute() and split_file(root, file) is None
-        if is_lost and name in before and before[name].is_file():
-            found[name] = before[name]
+        if file is not None and split_file(root, file) is None and (record["start"] / file).is_file():
+            found[name] = record["start"] / file
     for name, path in found.items():
-        logger.info("data.%s: taken from where the run found it, %s", name, path)
+        logger.info("data.%s: taken from where the run started, %s", name, path)
     return replace(config, **found)
 
 
 def differences(old: Record, new: Record) -> Iterator[str]:
-    """Name what decides the numbers and differs between two records."""
-    for name, now in new[_CONTENTS].items():
-        before = old[_CONTENTS].get(name)
-        if before == now:
+    """Name the classes and lists that differ between two records."""
+    for name, now in new.items():
+        before = old.get(name)
+        if name == "start" or before == now:
             continue
-        if name.startswith("data."):
-            yield f"the list {name} has {_list_difference(before, now)}"
+        if name in _LISTS:
+            yield f"the list data.{name} has {_list_difference(before, now)}"
         elif isinstance(before, list) and isinstance(now, list):
             pairs = enumerate(zip_longest(before, now))
             yield next(f"{name}[{index}]: {a} -> {b}" for index, (a, b) in pairs if a != b)
@@ -118,8 +95,7 @@ def differences(old: Record, new: Record) -> Iterator[str]:
 
 
 def _list_difference(before: Any, now: Any) -> str:
-    counts = [Counter(map(str, lines or ())) for lines in (before, now)]
-    removed, added = counts[0] - counts[1], counts[1] - counts[0]
+    removed, added = (Counter(a) - Counter(b) for a, b in ((before, now), (now, before)))
     if not (added or removed):
         return "its entries in another order"
     return f"other entries: {added.total()} added, {removed.total()} removed, first {next(iter(added + removed))}"

@@ -63,7 +63,7 @@ def claim_folder(folder: Path, config: Config, sources: Sources) -> IO[str] | No
     lock = _lock(folder)
     remove_unfinished(folder)
     path = folder / "config.json"
-    record = record_data(config.data, sources)
+    record = record_data(sources)
     # Settings that led nowhere, not even to a checkpoint, may be mended in the same folder.
     if path.is_file() and list_checkpoints(folder / "checkpoints"):
         before = read_record(folder)

@@ -61,7 +61,8 @@ class Trainer:
     """
 
     def __init__(self, config: Config, folder: Path, device: torch.device = CPU) -> None:
-        config = replace(config, data=find_data(config.data, folder))
+        with failing_together():  # before rank 0 writes what others read here
+            config = replace(config, data=find_data(config.data, folder))
         self.config = config
         self.folder = folder
         self.checkpoints = folder / "checkpoints"

@@ -77,13 +77,17 @@ def test_the_same_data_written_otherwise(run: Path, monkeypatch: pytest.MonkeyPa
     for root in (str(data), "link/", "run/../data"):
         assert Trainer(config(root, labeled="again.txt", val=f"{data}/val.txt"), run).finished
     monkeypatch.chdir("/")
-    assert Trainer(config("data"), run).finished
-    data.rename(data.with_name("moved"))
-    with pytest.raises(InputError, match=rf"no folder /data, nor is there {data}, where the run found it"):
+    moved = data.rename(data.with_name("moved"))
+    with pytest.raises(InputError, match=f"no folder /data, nor, where the run started, {data}:"):
         Trainer(config("data"), run)
     with pytest.raises(InputError, match=r"no folder /nowhere$"):
         Trainer(config("/nowhere"), run)
-    assert Trainer(config(str(data.with_name("moved"))), run).finished
+    assert Trainer(config(str(moved)), run).finished
+    moved.rename(data)
+    monkeypatch.chdir(run.parent)
+    assert Trainer(config("data"), run).finished
+    monkeypatch.chdir("/")
+    assert Trainer(config("data"), run).finished
 
 
 def test_evaluation_finds_the_data_of_a_run(
