@@ -137,7 +137,7 @@ def read_info(root: str | Path) -> DatasetInfo:
     if not file.is_file():
         raise DataError(f"{root}: no meta.json; write {file}, such as {example}")
     try:
-        info = parse_meta(json.loads(file.read_text(encoding="utf-8-sig")), root.name)
+        info = parse_meta(json.loads(file.read_bytes()), root.name)  # of UTF-8 or 16, with or without mark
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
         raise DataError(f"{file}: {error}") from error
     if len(info.classes) == 1:

@@ -12,7 +12,7 @@ from allspark_fast.config import Config, DataConfig
 from allspark_fast.data.check import Problem, check_sources
 from allspark_fast.data.datasets import ImageSource, SegmentationDataset, Sources, find_split, scan_folder
 from allspark_fast.data.info import DATASETS, DatasetInfo, read_info
-from allspark_fast.data.loader import EvalSample, SemiBatch, SemiLoader, evaluation_loader
+from allspark_fast.data.loader import EvalSample, SemiBatch, SemiLoader, evaluation_loader, require_shared_memory
 from allspark_fast.data.scenes import SCENES, ScenesDataset
 from allspark_fast.data.transforms import CropTransform
 from allspark_fast.distributed import rank, world_size
@@ -124,6 +124,7 @@ class TrainingData:
 
         Raises:
             DataError: some cannot be used; the first of these are listed.
+            RunError: there is too little shared memory to validate.
         """
         labeled_only = self._config.train.method == "supervised"
         problems, _ = check_sources(self.sources, self._config.data.crop, sample=_CHECKED, labeled_only=labeled_only)
@@ -131,6 +132,11 @@ class TrainingData:
             logger.warning("%s", _list_problems(warnings))
         if errors := [problem for problem in problems if not problem.is_warning]:
             raise DataError(_list_problems(errors))
+        if (
+            workers := self._config.eval.workers
+        ):  # each reads two images ahead, of 12 bytes a pixel and one of the label
+            width, height = self.sources.val.image(0).size
+            require_shared_memory(2 * workers * 13 * width * height)
 
     def batches(
         self, start_step: int, stop_step: int, asked: Callable[[], bool] = lambda: False

@@ -78,8 +78,8 @@ def claim_folder(folder: Path, config: Config, sources: Sources) -> IO[str] | No
         refused += differences(before, record) if before is not None else ()
         if refused:
             raise InputError(
-                f"{folder} holds a run with other settings ({'; '.join(refused)}): give another --run.output-dir, or "
-                "what was there before"
+                f"{folder} holds a run with other settings or data ({'; '.join(refused)}): give another "
+                "--run.output-dir, or what was there before"
             )
         if changed:
             logger.info("changed since the last start of this run: %s", "; ".join(map(str, changed)))

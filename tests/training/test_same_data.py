@@ -66,7 +66,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_pictures: None) -> P
 )
 def test_other_classes_or_lists_are_refused_by_name(run: Path, change: Callable, message: str) -> None:
     change()
-    with pytest.raises(InputError, match=f"{run.name} holds a run with other settings .*{message}"):
+    with pytest.raises(InputError, match=f"{run.name} holds a run with other settings or data .*{message}"):
         Trainer(config("data"), run)
 
 

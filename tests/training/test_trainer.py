@@ -197,7 +197,7 @@ class TestResume:
     ) -> None:
         short, long = ({name: length * factor} for factor in (1, 2))
         assert train(tiny_config(**short), tmp_path)
-        with pytest.raises(InputError, match=r"other settings \(train.lr: 0.01 -> 0.02\)"):
+        with pytest.raises(InputError, match=r"other settings or data \(train.lr: 0.01 -> 0.02\)"):
             Trainer(tiny_config(**short, lr=0.02), tmp_path)
         with pytest.raises(InputError, match=r"train.gradient_accumulation_steps: 1 -> 2"):
             Trainer(tiny_config(**short, gradient_accumulation_steps=2), tmp_path)
