@@ -110,7 +110,12 @@ def _self_attention(attention: EfficientSelfAttention, tokens: Tensor, size: tup
 
 
 def _bottleneck(
-    bottleneck: AllSpark, feature_map: Tensor, class_logits: Tensor | None = None, *, use_memory: bool, **_: object
+    bottleneck: AllSpark,
+    feature_map: Tensor,
+    class_logits: Tensor | None = None,
+    *,
+    use_memory: bool = False,
+    **_: object,
 ) -> Tensor:
     """Double the batch in eval mode, compute the unlabeled branch and discard it."""
     if not bottleneck.training:
