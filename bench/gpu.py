@@ -51,9 +51,10 @@ ATTENTION_CONSTANTS: dict[str, dict[str, int]] = {
     "one sample at a time": {"WORKSPACE_BYTES": 0},
     "rows by 8192": {"ROW_COLUMNS": 8192},
     "tiles 4 x 512": {"TILE_ROWS": 4},
-    "tiles 4 x 512, 4 warps": {"TILE_ROWS": 4, "WARPS": 4},
+    "tiles 16 x 512": {"TILE_ROWS": 16},
+    "tiles 8 x 512, 4 warps": {"WARPS": 4},
     "tiles 4 x 1024": {"TILE_ROWS": 4, "TILE_COLUMNS": 1024},
-    "tiles 8 x 1024": {"TILE_COLUMNS": 1024},
+    "tiles 4 x 1024, 4 warps": {"TILE_ROWS": 4, "TILE_COLUMNS": 1024, "WARPS": 4},
 }
 
 
@@ -209,7 +210,7 @@ def kernels(op: str, size: str, make: Callable[[], Callable[[], object]], count:
         for _ in range(count):
             harness.timed(function)
     time_of = "self_device_time_total" if DEVICE == "cuda" else "self_cpu_time_total"
-    events = [event for event in profiler.key_averages() if event.device_type.name == DEVICE.upper()]
+    events = [x for x in profiler.key_averages() if x.device_type.name == DEVICE.upper() and not x.is_user_annotation]
     found = sorted(((getattr(event, time_of), event.count, event.key) for event in events), reverse=True)
     everything = sum(kernel[0] for kernel in found), sum(kernel[1] for kernel in found), "all"
     for microseconds, launches, name in [everything, *found[:25]]:

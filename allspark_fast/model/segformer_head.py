@@ -25,9 +25,7 @@ class SegFormerHead(nn.Module):
         dropout: probability that a channel of the fused map is dropped in training.
     """
 
-    def __init__(
-        self, in_channels: Sequence[int], num_classes: int, embedding_dim: int = 768, *, dropout: float = 0.1
-    ) -> None:
+    def __init__(self, in_channels: Sequence[int], num_classes: int, embedding_dim: int, dropout: float = 0.1) -> None:
         super().__init__()
         self.linear_c4 = Named(proj=nn.Linear(in_channels[3], embedding_dim))
         self.linear_c3 = Named(proj=nn.Linear(in_channels[2], embedding_dim))

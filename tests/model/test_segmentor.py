@@ -148,7 +148,7 @@ class TestEncoder:
         assert encoder.eval().draw_scales(images) == 8 * [None]
 
     def test_scales_drop_a_branch_of_a_sample(self) -> None:
-        block, tokens = Block(8, 2, 1, 4), torch.randn(3, 6, 8)
+        block, tokens = Block(8, 2, 1), torch.randn(3, 6, 8)
         attended = tokens + block.attn(block.norm1(tokens), (2, 3))
         branch = block.mlp(block.norm2(attended), (2, 3))
         scales = torch.tensor([[1.0, 1.0, 0.0], [1.0, 0.5, 0.0]])[..., None, None]
