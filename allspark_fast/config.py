@@ -336,6 +336,26 @@ def _is_range(low: str, high: str) -> bool:
     )
 
 
+# Lengths in epochs, and the settings in whose place they have no effect.
+_IN_PLACE = {
+    "train.epochs": "train.steps",
+    "train.warmup_epochs": "train.warmup",
+    "train.pseudo_from_epoch": "train.pseudo_from",
+    "eval.every": "eval.times",
+}
+
+
+def refuse_without_effect(recipe: Config, config: Config) -> None:
+    """Raise InputError for a length in epochs that differs from the recipe's, but that another setting replaces."""
+    for change in changed_fields(recipe, config):
+        group, _, name = _IN_PLACE.get(change.name, "").partition(".")
+        if name and (value := getattr(getattr(config, group), name)) is not None:
+            raise InputError(
+                f"{change.name} = {change.new} has no effect beside {group}.{name} = {value}: change that instead, or "
+                f"set {group}.{name} to None"
+            )
+
+
 def _within(settings: object, group: str, **ranges: tuple[float, float]) -> None:
     """Refuse numbers, alone or in tuples, outside of ranges that include both ends; NaN is in none."""
     for name, (low, high) in ranges.items():

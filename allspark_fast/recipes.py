@@ -93,7 +93,8 @@ def folder() -> Config:
             scale=(0.5, 2.0),
             workers=2,
         ),
-        train=replace(recipe.train, epochs=40, warmup_epochs=4, pseudo_from_epoch=20),
+        train=replace(recipe.train, steps=2000, warmup=0.1, pseudo_from=0.5),
+        eval=EvalConfig(times=10),
     )
 
 

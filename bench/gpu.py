@@ -50,10 +50,10 @@ ATTENTION_CONSTANTS: dict[str, dict[str, int]] = {
     "pieces of 8192 columns": {"PIECE_COLUMNS": 8192},
     "one sample at a time": {"WORKSPACE_BYTES": 0},
     "rows by 8192": {"ROW_COLUMNS": 8192},
-    "tiles 16 x 512": {"TILE_COLUMNS": 512},
-    "tiles 4 x 2048": {"TILE_COLUMNS": 2048},
-    "tiles 4 x 1024": {"TILE_ENTRIES": 4096},
-    "tiles 4 x 1024, 4 warps": {"TILE_ENTRIES": 4096, "WARPS": 4},
+    "tiles 16 x 512": {"TILE_ROWS": 16},
+    "tiles 4 x 2048": {"TILE_ROWS": 4, "TILE_COLUMNS": 2048},
+    "tiles 4 x 1024": {"TILE_ROWS": 4, "TILE_COLUMNS": 1024},
+    "tiles 4 x 1024, 4 warps": {"TILE_ROWS": 4, "TILE_COLUMNS": 1024, "WARPS": 4},
 }
 
 

@@ -138,6 +138,17 @@ def test_settings_without_what_they_need_are_refused(options: dict, message: str
         TrainConfig(**options)
 
 
+def test_lengths_without_effect_are_refused() -> None:
+    message = (
+        "train.epochs = 3 has no effect beside train.steps = 2000: change that instead, or set train.steps to None"
+    )
+    with pytest.raises(InputError, match=re.escape(message)):
+        parse_config(["folder", "--train.epochs", "3"], "train")
+    _, config = parse_config(["folder", "--train.epochs", "3", "--train.steps", "None"], "train")
+    assert config.schedule(10).total == 30
+    assert parse_config(["folder", "--train.steps", "9"], "train")[1].schedule(10) == (9, 1, 4, 1)
+
+
 def test_the_papers_hyper_parameters() -> None:
     pascal, cityscapes, coco = (RECIPES[name]() for name in ("pascal", "cityscapes", "coco"))
     for config in (pascal, cityscapes, coco):

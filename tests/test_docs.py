@@ -32,13 +32,14 @@ NOT_RUN = {
     "pip install": "needs the network; .ci/run installs",
     "python train.py pascal": "needs Pascal VOC and weights",
     "python -m allspark_fast evaluate pascal.safetensors": "needs Pascal VOC",
+    "python -m allspark_fast compare": "takes minutes; tests/cli/test_compare.py runs it",
     "python train.py --train.method": "takes minutes; tests/training/test_trainer.py trains every method",
 }
 # Commands that would take minutes are run with these settings.
-TINY = "--data.crop 65 --data.workers 0 --train.batch-size 2 --train.epochs 1"
+TINY = "--data.crop 65 --data.workers 0 --train.batch-size 2"
 SMALLER = {
-    "python train.py": f"{TINY} --data.scenes 3 4 2",
-    "python -m allspark_fast train folder --data.root my_data": TINY,
+    "python train.py": f"{TINY} --data.scenes 3 4 2 --train.epochs 1",
+    "python -m allspark_fast train folder --data.root my_data": f"{TINY} --train.steps 1",
 }
 
 

@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import tyro
 
-from allspark_fast.config import Config, refuse_old_setting
+from allspark_fast.config import Config, refuse_old_setting, refuse_without_effect
 from allspark_fast.errors import InputError
 from allspark_fast.recipes import RECIPES
 
@@ -18,7 +18,7 @@ def parse_config(arguments: list[str], command: str) -> tuple[str, Config]:
         command: its name, for the help.
 
     Raises:
-        InputError: there is no such recipe, or a setting was renamed or removed.
+        InputError: there is no such recipe, or a setting was renamed or removed, or has no effect.
     """
     named = bool(arguments) and not arguments[0].startswith("-")
     recipe = arguments[0] if named else "scenes"
@@ -29,12 +29,14 @@ def parse_config(arguments: list[str], command: str) -> tuple[str, Config]:
         if name.startswith("--"):
             refuse_old_setting(name.removeprefix("--").replace("-", "_"), value if equals else following)
     about = inspect.cleandoc(RECIPES[recipe].__doc__ or "").replace("``", "")
+    default = RECIPES[recipe]()
     config = tyro.cli(
         Config,
         prog=f"python -m allspark_fast {command} [RECIPE]",
         description=f"Recipes: {', '.join(RECIPES)}; defaults below are those of {recipe}:\n\n{about}",
         args=arguments[named:],
-        default=RECIPES[recipe](),
+        default=default,
         config=(tyro.conf.FlagConversionOff,),
     )
+    refuse_without_effect(default, config)
     return recipe, config

@@ -1,5 +1,6 @@
 """``splits``."""
 
+import posixpath
 from pathlib import Path
 
 from allspark_fast.cli import command_parser
@@ -21,7 +22,8 @@ PARSER.add_argument(
 PARSER.add_argument(
     "--val",
     metavar="AMOUNT",
-    help="first set so many labeled images aside for validation, in val.txt; default: those of ROOT/splits/val.txt",
+    help="first set so many labeled images aside for validation, in val.txt of ROOT/splits or FOLDER; default: those"
+    " that stand there",
 )
 PARSER.add_argument(
     "--folds",
@@ -73,9 +75,9 @@ def run(arguments: list[str]) -> int:
     kept = {folder: total - len(val) for folder, val in parts.items()}
     if min(kept.values()) == 0:
         raise InputError(f"--val {options.val} leaves no label to train on: {total} images have one")
+    amount = "1/1" if options.amount is None else options.amount
     splits = {
-        folder: make_split(entries, order, val, parse_amount(options.amount or "1/1", kept[folder]))
-        for folder, val in parts.items()
+        folder: make_split(entries, order, val, parse_amount(amount, kept[folder])) for folder, val in parts.items()
     }
     lists = {folder / f"{name}.txt": part for folder, split in splits.items() for name, part in split._asdict().items()}
     if options.folds is None:
@@ -95,8 +97,8 @@ def run(arguments: list[str]) -> int:
 def _without_val(files: set[Path], entries: list[Entry]) -> list[Entry]:
     """Leave out what an earlier ``--val`` set aside."""
     for file in sorted(filter(Path.is_file, files)):
-        aside = {entry.image for entry in read_split(file)}
-        kept = [entry for entry in entries if entry.image not in aside]
+        aside = {posixpath.normpath(entry.image) for entry in read_split(file)}
+        kept = [entry for entry in entries if posixpath.normpath(entry.image) not in aside]
         if len(kept) < len(entries):
             print(
                 f"{file}: {len(entries) - len(kept)} images stay aside for validation; remove the file to split them"

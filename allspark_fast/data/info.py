@@ -88,7 +88,7 @@ def _parse_palette(palette: Any, classes: int) -> Palette:
     _expect(not has_alpha, "'palette' looks like colors [r, g, b, a]; leave out the alpha, or write [[r, g, b], ...]")
     colors = [palette[i : i + 3] for i in range(0, len(palette), 3)] if is_flat else palette
     are_colors = all(isinstance(x, list) and len(x) == 3 and all(map(_is_byte, x)) for x in colors)
-    _expect(are_colors, "'palette' must hold three integers in 0..255 per color")
+    _expect(are_colors, "'palette' must hold three integers in 0..255 per color, [r, g, b] without alpha")
     _expect(
         classes <= len(colors) <= 256, f"'palette' must hold a color for each of {classes} classes, found {len(colors)}"
     )

@@ -90,13 +90,15 @@ class MixTransformer(Backbone):
 
         Raises:
             TypeError: the images are not a float tensor.
-            ValueError: they are too small.
+            ValueError: they do not have 3 channels, or are too small.
         """
         check_tensor("images", images, "(B, 3, H, W)", FLOATING)
         height, width = map_size(images)
         if min(height, width) < self.min_size:
             raise ValueError(f"images are {height} x {width} pixels, expected at least {self.min_size} a side")
         features, feature_map = [], images
+        if images.shape[1] != 3:
+            raise ValueError(f"images have {images.shape[1]} channels, expected 3")
         scales = iter(self.draw_scales(images))
         for stage in range(1, 5):
             embed = getattr(self, f"patch_embed{stage}")  # patches overlap

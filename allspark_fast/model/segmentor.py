@@ -9,6 +9,7 @@ from allspark_fast.errors import InputError
 from allspark_fast.kernels.arguments import check_count, check_size
 from allspark_fast.model.allspark import AllSpark
 from allspark_fast.model.common import Backbone, map_size
+from allspark_fast.model.cross_attention import KVSource
 from allspark_fast.model.mit import MIT_CONFIGS, MixTransformer
 from allspark_fast.model.options import AllSparkOptions
 from allspark_fast.model.segformer_head import SegFormerHead
@@ -32,7 +33,12 @@ class Decoder(nn.Module):
 
 
 class Segmentor(nn.Module):
-    """An encoder and a decoder; images must be of at least ``min_size`` pixels a side."""
+    """An encoder and a decoder.
+
+    Args:
+        backbone: maps images (B, 3, H, W) to four feature maps, finest first; its ``min_size`` is the model's too.
+        decoder: maps those to logits.
+    """
 
     def __init__(self, backbone: Backbone, decoder: Decoder) -> None:
         super().__init__()
@@ -40,19 +46,28 @@ class Segmentor(nn.Module):
         self.decoder = decoder
         self.min_size = backbone.min_size
 
-    def forward(self, images: Tensor, class_logits: Tensor | None = None, **options: Any) -> Tensor:
+    def forward(
+        self,
+        images: Tensor,
+        class_logits: Tensor | None = None,
+        *,
+        use_memory: bool = False,
+        kv_source: KVSource = "image",
+    ) -> Tensor:
         """Segment images at the size of the finest map; upsample_cross_entropy and upsample_argmax upsample further.
 
         Args:
             images: (B, 3, H, W); in training with AllSpark (2B, 3, H, W), labeled images first.
             class_logits: (B, K, h', w'), training with AllSpark only: what this model, in eval mode and without
                 gradient, returned for the unlabeled images.
-            options: ``use_memory`` in training, ``kv_source`` in eval mode: those of AllSpark.forward.
+            use_memory: training with AllSpark only: whether warm-up is over.
+            kv_source: eval mode with AllSpark only; see AllSpark.forward.
 
         Returns:
             logits (B or 2B, K, h, w) of the finest map's size, (⌈H / 4⌉, ⌈W / 4⌉) for a Mix Transformer.
         """
-        return self.decoder(self.backbone(images), class_logits, crop_size=map_size(images), **options)
+        options = {"crop_size": map_size(images), "use_memory": use_memory, "kv_source": kv_source}
+        return self.decoder(self.backbone(images), class_logits, **options)
 
 
 def build_segmentor(

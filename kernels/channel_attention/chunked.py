@@ -35,7 +35,8 @@ class _Maps:
         (batch, heads, _, channels), columns = query.shape, key.shape[3]
         dtype = accumulation_dtype(key.dtype)
         self.query, self.value = query.mT.to(dtype).contiguous(), value.to(dtype)  # (B, H, Cq, N), (B or 1, H, N, L)
-        self.key = key.to(dtype, copy=True, memory_format=torch.contiguous_format)  # (B or 1, H, N, L)
+        # (B or 1, H, N, L), contiguous: its gradient is laid out alike, and added to in flattened views.
+        self.key = key.to(dtype, copy=True, memory_format=torch.contiguous_format)
         self.bias: Tensor | None = None  # (L,)
         self.count: Tensor | int = columns  # a tensor if there is a mask, so that nothing waits for the device
         if column_mask is not None:

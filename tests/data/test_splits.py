@@ -123,13 +123,13 @@ def test_validation_is_set_aside_and_training_keeps_rare_classes(tmp_path, capsy
     (tmp_path / "images/photo.heic").write_bytes(b"")
     aside = {entry.image for entry in lists["val"]}
     for amount, options in ("2", []), ("3", ["--list", "all.txt"]):
-        (tmp_path / "all.txt").write_text("".join(f"{entry.image} {entry.label}\n" for entry in entries[:7]))
+        (tmp_path / "all.txt").write_text("".join(f"./{entry.image} {entry.label}\n" for entry in entries[:7]))
         assert run([str(tmp_path), amount, *options]) == 0
         printed = capsys.readouterr().out
         assert f"{tmp_path / 'splits/val.txt'}: 3 images stay aside for validation" in printed
         assert ("'images/photo.heic' first" in printed) == (not options)
         later = read_lists(tmp_path / "splits" / amount)
-        assert not aside & {entry.image for part in later.values() for entry in part}
+        assert not aside & {entry.image.removeprefix("./") for part in later.values() for entry in part}
     with pytest.raises(InputError, match="--val 7 leaves no label to train on: 7 images have one"):
         run([str(tmp_path), "--val", "7", "--overwrite"])
     shutil.rmtree(tmp_path / "labels")
@@ -167,6 +167,8 @@ def test_folds_validate_on_every_labeled_image_once(tmp_path, capsys):
         assert sorted(entry.image for part in fold.values() for entry in part) == [entry.image for entry in entries]
     with pytest.raises(InputError, match="--folds 9 needs as many labels, but 8 images have one"):
         run([str(tmp_path), "--folds", "9"])
+    with pytest.raises(InputError, match="'': expected a fraction"):  # of a shell variable that is not set, say
+        run([str(tmp_path), ""])
     for wrong in (["--folds", "1"], ["--folds", "3", "--val", "2"]):
         with pytest.raises(SystemExit):
             run([str(tmp_path), *wrong])

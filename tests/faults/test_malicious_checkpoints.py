@@ -26,6 +26,7 @@ def test_resuming_passes_over_a_malicious_checkpoint(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "checkpoints").mkdir()
     whole = save_checkpoint(tmp_path / "checkpoints", 3, {"step": 3, "model": {}}, keep_last=2)
     write({**torch.load(whole), "model": Malicious()}, whole.with_name("step_00000009.pt"))
     assert load_latest_checkpoint(tmp_path / "checkpoints")["step"] == 3
