@@ -56,7 +56,7 @@ class ClassStatistics(NamedTuple):
 _LOGGED = ("loss", "loss_labeled", "loss_unlabeled")
 _COUNTERS = ("step", "skipped", "loss_sums", "received")
 # Of BatchNorm: unlike the memory, the other buffers, they belong to the weights. An average that labels takes them from
-# the crops it labels: averages of the student's, which sees other views, cost up to 11 points (docs/results.md).
+# the crops it labels, since the student sees other views (docs/results.md).
 _STATISTICS = ("running_mean", "running_var")
 # Weight of one batch in the running mean confidence of a class.
 _CONFIDENCE_RATE = 0.02
