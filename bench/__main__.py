@@ -56,7 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("benchmark", nargs="?", default="all", choices=[*BENCHMARKS, "all"])
     parser.add_argument("--size", choices=sizes, help="default: the benchmark's own; `all` skips those without it")
     parser.add_argument("--repeats", type=int, default=7, help="rounds, at least 5 for figures to quote")
-    parser.add_argument("--budget", type=float, default=480, help="seconds that `gpu` may take, which `all` leaves out")
+    parser.add_argument("--budget", type=float, default=460, help="seconds that `gpu` may take; `all` leaves it out")
     parser.add_argument(
         "--json", type=Path, help="write the records to this file as they come, to a .jsonl file one a line"
     )

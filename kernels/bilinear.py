@@ -38,6 +38,13 @@ def linear_matrix(source: int, target: int, like: Tensor) -> Tensor:
     return interpolate(identity[None], target, mode="linear", align_corners=False)[0].mT
 
 
+def resize_matrices(source: tuple[int, int], target: tuple[int, int], like: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the matrices of rows and columns that resize a map (h, w) to (H, W), the same one if both are square."""
+    rows = linear_matrix(source[0], target[0], like)
+    square = source[0] == source[1] and target[0] == target[1]
+    return rows, rows if square else linear_matrix(source[1], target[1], like)
+
+
 class _SparseRows:
     """A sparse matrix that multiplies every image row of a band, by embedding_bag.
 

@@ -26,14 +26,6 @@ def _alike() -> None:
     torch.set_num_threads(1)
 
 
-@pytest.fixture(scope="session")
-def data_dir() -> Path:
-    """The folder of $ALLSPARK_DATA_DIR, which holds real images."""
-    if "ALLSPARK_DATA_DIR" not in os.environ:
-        pytest.skip("needs real images: set ALLSPARK_DATA_DIR")
-    return Path(os.environ["ALLSPARK_DATA_DIR"])
-
-
 @pytest.fixture
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs in this process draw nothing: most of the time of a tiny run goes there."""

@@ -1,23 +1,10 @@
 """The device that work runs on, and the CPUs that there are for it."""
 
-import os
-
 import pytest
 import torch
 
-from allspark_fast.device import available_cpus, choose_device, limit_threads
+from allspark_fast.device import choose_device, limit_threads
 from allspark_fast.errors import InputError
-
-
-@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the system has no affinity")
-def test_only_cpus_that_this_process_may_use_count() -> None:
-    before = os.sched_getaffinity(0)
-    assert available_cpus() == len(before)
-    try:
-        os.sched_setaffinity(0, {min(before)})
-        assert available_cpus() == 1
-    finally:
-        os.sched_setaffinity(0, before)
 
 
 @pytest.mark.parametrize(("processes", "workers", "threads"), [(1, 0, 4), (1, 3, 3), (2, 1, 2), (8, 1, 1)])

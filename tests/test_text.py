@@ -1,4 +1,4 @@
-"""Names of classes in any script and with any sign, in tables and pictures."""
+"""Names of classes in any script and with any sign, in tables and pictures; what else pictures must bear."""
 
 import logging
 import warnings
@@ -72,3 +72,15 @@ def test_pictures_are_drawn_and_say_once_what_they_cannot_show(
     drawn = drawable(names)
     assert len(drawn) == len(names)
     assert drawn[0] == {"road": "road", "two\nlines": r"0 two\nlines", "道路": "0 ??"}[names[0]]
+
+
+def test_pictures_show_the_memory_and_bear_numbers_that_are_not_finite(tmp_path: Path) -> None:
+    info, pictures = DatasetInfo("any", ("a", "b", "c"), VOC_PALETTE), []
+    for received in ([4, 0, 0], [1, 1, 1]):
+        record = {"miou": torch.nan, "memory_filled": 3, "memory_received": received}
+        draw_curves(tmp_path, [{"step": 1, **record}, {"step": 2, **record}], info)
+        pictures.append((tmp_path / "curves.png").read_bytes())
+    assert pictures[0] != pictures[1]
+    images, labels = torch.full((1, 3, 8, 8), torch.nan), {"truth": torch.full((1, 8, 8), 255)}
+    draw_predictions(tmp_path / "p.png", images, labels, info, (0, 0, 0), (1, 1, 1))
+    assert Image.open(tmp_path / "p.png").width > 100

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from allspark_fast.kernels.bilinear import linear_matrix
+from allspark_fast.kernels.bilinear import resize_matrices
 from allspark_fast.model.batch_norm import FiniteBatchNorm
 from allspark_fast.model.common import Named, checkpointed, map_size, to_map, to_tokens
 
@@ -113,7 +113,7 @@ def add_by_products(fused: Tensor, maps: Sequence[Tensor]) -> Tensor:
     batch, _, height, width = fused.shape
     lines = fused.permute(0, 2, 3, 1).flatten(0, 1)  # (B·H, W, C)
     for x in maps:
-        rows, columns = linear_matrix(x.shape[2], height, x), linear_matrix(x.shape[3], width, x)
+        rows, columns = resize_matrices(map_size(x), (height, width), x)
         tall = rows.expand(batch, -1, -1) @ x.permute(0, 2, 3, 1).flatten(2)  # (B, H, w·C)
         low = tall.view(batch * height, x.shape[3], -1)
         lines = torch.baddbmm(lines, columns.expand(batch * height, -1, -1), low)

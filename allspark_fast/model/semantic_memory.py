@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from allspark_fast.distributed import start_all_gather_cat, start_broadcast
-from allspark_fast.kernels.bilinear import linear_matrix
+from allspark_fast.kernels.bilinear import resize_matrices
 from allspark_fast.kernels.semantic_memory import channel_semantic_grouping, semantic_memory_enqueue
 from allspark_fast.model.options import AllSparkOptions, ClassMap
 
@@ -93,10 +93,10 @@ def token_class_map(
     align_corners=False. A resize is a matrix on each axis, so one product of two small matrices replaces both. The
     softmax is taken after the resize. The result is at least float32.
     """
-    crop_height, crop_width = crop_size or size
     with torch.autocast(logits.device.type, enabled=False):
         logits = logits.detach().to(torch.promote_types(logits.dtype, torch.float32))
-        rows = linear_matrix(crop_height, size[0], logits) @ linear_matrix(logits.shape[2], crop_height, logits)
-        columns = linear_matrix(crop_width, size[1], logits) @ linear_matrix(logits.shape[3], crop_width, logits)
+        to_crop = resize_matrices((logits.shape[2], logits.shape[3]), crop_size or size, logits)
+        to_tokens = resize_matrices(crop_size or size, size, logits)
+        rows, columns = (second @ first for first, second in zip(to_crop, to_tokens, strict=True))
         scores = (rows @ logits @ columns.mT).flatten(2)
         return scores.softmax(1) if kind == "softmax" else scores

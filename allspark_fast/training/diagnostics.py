@@ -90,7 +90,7 @@ def find_problems(
         if pseudo_label < _RARE * label:
             problems[f"labels {name}"] = (
                 f"{name} gets almost no pseudo labels: {pseudo_label:.2%} of them, but {label:.2%} of the labels; "
-                "training on them unlearns it"
+                "training on them unlearns it; let them count later (train.pseudo_from)"
             )
     true, predicted = (scores.confusion.sum(axis).tolist() for axis in (1, 0))
     for name, pixels, predictions in zip(classes, true, predicted, strict=True):

@@ -5,18 +5,16 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torch.nn.utils import get_total_norm
 
 from allspark_fast.config import TrainConfig
 from allspark_fast.data.info import IGNORE_INDEX
 from allspark_fast.data.loader import SemiBatch
-from allspark_fast.distributed import all_reduce_mean, all_reduce_sum, world_size
-from allspark_fast.kernels.upsample_argmax import upsample_argmax
+from allspark_fast.distributed import all_reduce_mean, world_size
 from allspark_fast.kernels.upsample_cross_entropy import upsample_cross_entropy
 from allspark_fast.model import Segmentor
-from allspark_fast.model.batch_norm import FiniteBatchNorm
 from allspark_fast.training.half_weights import HalfWeights
+from allspark_fast.training.pseudo_labels import ClassStatistics, confident, mix, pseudo_pass, update_statistics
 from allspark_fast.training.sharding import (
     average_gradients,
     from_local_like,
@@ -35,31 +33,11 @@ class Losses(NamedTuple):
     unlabeled: Tensor
 
 
-class ClassStatistics(NamedTuple):
-    """What training knows of each class: on the device, over all ranks, from every 16th pixel of its crops.
-
-    Attributes:
-        confidence: (K,) float32, running mean of the teacher's confidence in pseudo labels; 0 for a class without any.
-        pixels: (3, K) float64, pixels since they were last read: with this label, with this pseudo label, and those of
-            the latter that counted.
-    """
-
-    confidence: Tensor
-    pixels: Tensor
-
-    @classmethod
-    def start(cls, classes: int, device: torch.device) -> "ClassStatistics":
-        """Return those of no pixel."""
-        return cls(torch.zeros(classes, device=device), torch.zeros(3, classes, dtype=torch.float64, device=device))
-
-
 _LOGGED = ("loss", "loss_labeled", "loss_unlabeled")
 _COUNTERS = ("step", "skipped", "loss_sums", "received")
 # Of BatchNorm: unlike the memory, the other buffers, they belong to the weights. An average that labels takes them from
-# the crops it labels: averages of the student's, which sees other views, cost up to 11 points (docs/results.md).
+# the crops it labels, since the student sees other views (docs/results.md).
 _STATISTICS = ("running_mean", "running_var")
-# Weight of one batch in the running mean confidence of a class.
-_CONFIDENCE_RATE = 0.02
 
 
 class TrainState:
@@ -279,7 +257,7 @@ def compute_losses(
     class_logits, pseudo_label, confidence = pseudo_pass(labeling, batch, config, adapt=config.teacher == "ema")
     classes = classes or ClassStatistics.start(class_logits.shape[1], class_logits.device)
     counts = confident(pseudo_label, confidence, classes, config)
-    _update_statistics(classes, batch.label, pseudo_label, counts, confidence)
+    update_statistics(classes, batch.label, pseudo_label, counts, confidence)
     unlabeled = batch.unlabeled_image if batch.unlabeled_strong is None else batch.unlabeled_strong
     valid, target = pseudo_label != IGNORE_INDEX, pseudo_label.where(counts, IGNORE_INDEX)
     unlabeled, class_logits, target, valid = mix(batch, unlabeled, class_logits, target, valid)
@@ -295,98 +273,6 @@ def compute_losses(
     labeled_loss, unlabeled_loss = _weigh_ranks(losses, [batch.label != IGNORE_INDEX, valid], config)
     total = (labeled_loss + config.unlabeled_weight * unlabeled_loss) / 2 if use_pseudo else labeled_loss
     return Losses(total, labeled_loss, unlabeled_loss)
-
-
-@torch.no_grad()
-def pseudo_pass(
-    model: Segmentor, batch: SemiBatch, config: TrainConfig, *, adapt: bool = False
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Label the unlabeled images; leaves the model in eval mode.
-
-    Args:
-        model: what labels them.
-        batch: the images.
-        config: the optimization.
-        adapt: whether BatchNorm normalizes by the statistics of these images, and its running statistics follow them.
-
-    Returns:
-        logits (B, K, h, w); pseudo labels (B, H, W), 255 in padding that does not count; their confidence (B, H, W).
-    """
-    model.eval()
-    for module in model.modules() if adapt else ():
-        if isinstance(module, FiniteBatchNorm):
-            module.train()
-    class_logits = model(batch.unlabeled_image, kv_source=config.kv_source)
-    model.eval()
-    size = (batch.unlabeled_image.shape[2], batch.unlabeled_image.shape[3])
-    pseudo_label, confidence = upsample_argmax(class_logits, size)
-    if not config.pseudo_padding:
-        pseudo_label = pseudo_label.where(batch.unlabeled_valid, IGNORE_INDEX)
-    return class_logits, pseudo_label, confidence
-
-
-def confident(pseudo_label: Tensor, confidence: Tensor, classes: ClassStatistics, config: TrainConfig) -> Tensor:
-    """Return which pseudo labels count, (B, H, W) bool: those of at least the threshold (of FixMatch, or of AEL)."""
-    least: float | Tensor = config.conf_thresh
-    if config.conf_mode == "class":
-        bounded = classes.confidence.clamp(max=config.conf_thresh)
-        least = bounded[pseudo_label.clamp(max=len(bounded) - 1)]
-    # Not >=: a confidence that is NaN counts, so that the step is skipped.
-    return (pseudo_label != IGNORE_INDEX) & ~(confidence < least)
-
-
-@torch.no_grad()
-def _update_statistics(
-    classes: ClassStatistics, label: Tensor, pseudo_label: Tensor, counts: Tensor, confidence: Tensor
-) -> None:
-    running, pixels = classes
-    label, pseudo_label, counts, confidence = (x[:, ::4, ::4, None] for x in (label, pseudo_label, counts, confidence))
-    index = torch.arange(len(running), device=label.device)
-    of_class = pseudo_label == index
-    of_each = (label == index, of_class, of_class & counts, confidence.float().where(of_class, 0))
-    *sums, confidences = all_reduce_sum(torch.stack([x.sum((0, 1, 2)).double() for x in of_each]))
-    pixels += torch.stack(sums)
-    mean = (confidences / sums[1].clamp(min=1)).float()
-    moved = running.lerp(mean, _CONFIDENCE_RATE).where(running > 0, mean)
-    running.copy_(moved.where((sums[1] > 0) & mean.isfinite(), running))
-
-
-@torch.no_grad()
-def mix(batch: SemiBatch, unlabeled: Tensor, class_logits: Tensor, target: Tensor, valid: Tensor) -> list[Tensor]:
-    """Mix unlabeled crops and all that belongs to them, as the loader drew it.
-
-    Args:
-        batch: pairs of crops, of which one gives the other its pixels in ``mixed``; then come the labeled ``pasted``.
-        unlabeled: (B, 3, H, W) images.
-        class_logits: (B, K, h, w); those of a pasted pixel are certain of its label.
-        target: (B, H, W) int64 pseudo labels, 255 ignored.
-        valid: (B, H, W) bool, pixels that the loss is divided by.
-
-    Returns:
-        all four, mixed.
-    """
-    mixed = [unlabeled, class_logits, target, valid]
-    if batch.mixed is not None:
-        mixed = [x.unflatten(0, (-1, 2)).flip(1).flatten(0, 1).where(_like(batch.mixed, x), x) for x in mixed]
-    if batch.pasted is not None:
-        unlabeled, class_logits, target, valid = mixed
-        label = _like(batch.label.where(batch.pasted, IGNORE_INDEX), class_logits)
-        is_label = label == torch.arange(class_logits.shape[1], device=label.device)[:, None, None]
-        most, least = (bound((1, 2, 3), keepdim=True) for bound in (class_logits.amax, class_logits.amin))
-        mixed = [
-            batch.image.where(batch.pasted[:, None], unlabeled),
-            class_logits.where(label == IGNORE_INDEX, most.where(is_label, least)),
-            batch.label.where(batch.pasted, target),
-            valid | batch.pasted,
-        ]
-    return mixed
-
-
-def _like(mask: Tensor, x: Tensor) -> Tensor:
-    """Resize (B, H, W) to a map of another resolution, each pixel to the nearest one, and make it broadcast."""
-    if mask.shape[1:] != x.shape[-2:]:
-        mask = F.interpolate(mask[:, None].float(), x.shape[-2:], mode="nearest-exact")[:, 0].to(mask.dtype)
-    return mask if x.ndim == 3 else mask[:, None]
 
 
 def _labeled_loss(logits: Tensor, label: Tensor, config: TrainConfig) -> Tensor:

@@ -36,8 +36,9 @@ from allspark_fast.training.cuda_graph import GraphedSteps
 from allspark_fast.training.diagnostics import class_record, find_problems, memory_record, pseudo_label_record
 from allspark_fast.training.log import MetricsLog, Record
 from allspark_fast.training.pictures import draw_curves, draw_predictions
+from allspark_fast.training.pseudo_labels import pseudo_pass
 from allspark_fast.training.sharding import gather_state
-from allspark_fast.training.step import pseudo_pass, train_step
+from allspark_fast.training.step import train_step
 from allspark_fast.weights.spec import ModelSpec, save_model
 
 logger = logging.getLogger(__name__)

@@ -8,8 +8,6 @@ softmax need only sums over rows, which are there at once; docs/kernels.md has t
     backward    S = qᵀk, dP = dOᵀv     row sums, dS                     dV = dO P, dK = q dS, dQ = k dSᵀ
 """
 
-import math
-
 import torch
 import triton
 from torch import Tensor
@@ -157,8 +155,8 @@ def _differentiate(
     grad_output = pack_rows(grad_output, maps)
     grad_unit, half_grad = None, grad_output
     if grad_output.dtype == torch.float16:  # the gradient of a scaled loss can be so large that dP overflows
-        largest = (torch.linalg.vector_norm(x, math.inf, dtype=torch.float32) for x in (grad_output, samples.value))
-        grad_unit = (math.prod(largest) * tokens / 2**15).clamp_min(1e-30)
+        peak, value_peak = (x.abs().amax().float() for x in (grad_output, samples.value))
+        grad_unit = (peak * (value_peak * tokens).clamp_min(1) / 2**15).clamp_min(1e-30)
         half_grad = (grad_output.float() / grad_unit).half()
     _product(half_grad.mT, samples.value, grad_logits)
 

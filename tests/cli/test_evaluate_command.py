@@ -36,9 +36,15 @@ def data(tmp_path: Path) -> Path:
 def weights(tmp_path: Path, tiny_spec: ModelSpec) -> Path:
     """Normalized otherwise than the recipe says."""
     spec = replace(tiny_spec, mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2))
-    (tmp_path / "weights").mkdir()
-    save_model(spec.build(), spec, tmp_path / "weights" / "best.safetensors")
-    return tmp_path / "weights" / "best.safetensors"
+    path = tmp_path / "weights" / "best.safetensors"
+    path.parent.mkdir()
+    save_model(spec.build(), spec, path)
+    return path
+
+
+def evaluate(weights: Path, data: Path, *options: str) -> int:
+    recipe = ["folder", "--data.root", str(data), "--data.val", "val.txt", "--eval.workers", "0"]
+    return main(["evaluate", str(weights), *options, *recipe])
 
 
 def expected_confusion(weights: Path, data: Path, names: list[str]) -> np.ndarray:
@@ -54,16 +60,15 @@ def expected_confusion(weights: Path, data: Path, names: list[str]) -> np.ndarra
 
 @pytest.mark.parametrize(("split", "names"), [([], ["00", "01"]), (["--split", "test.txt"], ["02"])])
 def test_the_images_of_a_recipe(weights: Path, data: Path, tmp_path: Path, split: list[str], names: list[str]) -> None:
-    scores = tmp_path / "scores.json"
-    recipe = ["folder", "--data.root", str(data), "--data.val", "val.txt", "--eval.workers", "0"]
-    assert main(["evaluate", str(weights), *split, "--json", str(scores), *recipe]) == 0
-    assert json.loads(scores.read_text())["confusion"] == expected_confusion(weights, data, names).tolist()
+    assert evaluate(weights, data, *split, "--json", str(tmp_path / "scores.json")) == 0
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert scores["confusion"] == expected_confusion(weights, data, names).tolist()
 
 
 def test_the_images_of_a_run(weights: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = Config(data=DataConfig(dataset="folder", root=data, val=Path("val.txt")), eval=EvalConfig(workers=1))
     (weights.parent / "config.json").write_text(config.to_json())
-    assert main(["evaluate", str(weights), "folder", "--data.root", str(data), "--data.val", "val.txt"]) == 0
+    assert evaluate(weights, data) == 0
     of_recipe = capsys.readouterr().out
     assert main(["evaluate", str(weights.parent)]) == 0
     assert capsys.readouterr().out == of_recipe
@@ -74,35 +79,27 @@ def test_what_cannot_be_scored(weights: Path, data: Path, capsys: pytest.Capture
     assert "not a run folder (no config.json); for other weights name a RECIPE" in capsys.readouterr().err
     assert main(["evaluate", str(weights), "--data.root", str(data)]) == 1
     assert "for other weights name a RECIPE" in capsys.readouterr().err
-    recipe = ["folder", "--data.root", str(data), "--data.val"]
-    assert main(["evaluate", str(weights), *recipe, "nowhere.txt"]) == 1
-    assert "split file nowhere.txt: not found" in capsys.readouterr().err
-    assert main(["evaluate", str(weights), "--json", str(data / "new" / "file"), *recipe, "val.txt"]) == 1
-    assert "there is no folder" in capsys.readouterr().err
+    for option, message in (("--split", "split file nowhere/a: not found"), ("--json", "there is no folder nowhere")):
+        assert evaluate(weights, data, option, "nowhere/a") == 1
+        assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("names", [("apple", "pear", "plum"), ("plum", "apple", "pear"), ("pear", "plum", "äpple")])
 def test_labels_are_matched_by_the_names_of_their_classes(
-    weights: Path,
-    data: Path,
-    tmp_path: Path,
-    tiny_spec: ModelSpec,
-    names: tuple[str, ...],
-    capsys: pytest.CaptureFixture,
+    weights: Path, data: Path, tiny_spec: ModelSpec, names: tuple[str, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Whatever their order, and however accents are composed."""
     ours = tuple(sorted(names))
     spec = replace(tiny_spec, info=replace(tiny_spec.info, classes=ours))
     save_model(spec.build(), spec, weights)
-    recipe = ["folder", "--data.root", str(data), "--data.val", "val.txt", "--eval.workers", "0"]
-    scores = []
+    file, scores = data / "scores.json", []
     for classes in (ours, tuple(unicodedata.normalize("NFD", name) for name in names)):
         # The same masks: their values stay, and so do the names of these.
         meta = {"classes": classes, "values": [ours.index(unicodedata.normalize("NFC", name)) for name in classes]}
         (data / "meta.json").write_text(json.dumps(meta))
-        assert main(["evaluate", str(weights), "--json", str(tmp_path / "scores.json"), *recipe]) == 0
+        assert evaluate(weights, data, "--json", str(file)) == 0
         assert ("matched by name" in capsys.readouterr().out) == (classes != ours)
-        scores.append(json.loads((tmp_path / "scores.json").read_text()))
+        scores.append(json.loads(file.read_text()))
     assert scores[0] == scores[1]
     assert scores[0]["classes"] == list(ours)
 
@@ -115,12 +112,10 @@ def test_other_names_of_classes_are_refused(
     save_model(spec.build(), spec, weights)
     found = CLASSES if len(set(names)) == len(names) else names[::-1]  # equal names say nothing about the order
     (data / "meta.json").write_text(json.dumps({"classes": found}))
-    recipe = ["folder", "--data.root", str(data), "--data.val", "val.txt", "--eval.workers", "0"]
-    assert main(["evaluate", str(weights), *recipe]) == 1
+    assert evaluate(weights, data) == 1
     message = f"weights are {', '.join(names)}, but those of the labels of data are {', '.join(found)}: "
     assert message in (error := capsys.readouterr().err)
-    renamed = str(weights.with_name("renamed.safetensors"))
-    fits = len(names) == len(found)
+    renamed, fits = weights.with_name("renamed.safetensors"), len(names) == len(found)
     assert ("name the classes of the weights by `convert --classes`" in error) == fits
-    assert main(["convert", str(weights), renamed, "--classes", str(data / "meta.json")]) == (0 if fits else 1)
-    assert not fits or main(["evaluate", renamed, *recipe]) == 0
+    assert main(["convert", str(weights), str(renamed), "--classes", str(data / "meta.json")]) == (0 if fits else 1)
+    assert not fits or evaluate(renamed, data) == 0

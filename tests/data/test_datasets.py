@@ -10,11 +10,6 @@ from allspark_fast.errors import DataError
 from tests.helpers.images import exif, write_folder, write_image
 
 
-def write(path, text):
-    path.write_bytes(text.encode())
-    return path
-
-
 @pytest.mark.parametrize(
     ("text", "entries"),
     [
@@ -29,22 +24,24 @@ def write(path, text):
     ],
 )
 def test_split_files(tmp_path, text, entries):
-    assert read_split(write(tmp_path / "s.txt", text)) == [Entry(*entry) for entry in entries]
+    (tmp_path / "s.txt").write_bytes(text.encode())
+    assert read_split(tmp_path / "s.txt") == [Entry(*entry) for entry in entries]
 
 
 @pytest.mark.parametrize(
-    ("line", "message"), [("a.jpg b", "expected `image_path"), ("a.jpg b.png c.png", "more than two image paths")]
+    ("content", "message"),
+    [
+        (b"a.jpg b.png\n\na.jpg b\n", r", line 3: expected `image_path"),
+        (b"a.jpg b.png\n\na.jpg b.png c.png\n", ", line 3: more than two image paths"),
+        (b"\xff\xfe\x81", ": cannot be read"),
+        (None, ": cannot be read"),
+    ],
 )
-def test_faulty_lines_are_named(tmp_path, line, message):
-    with pytest.raises(DataError, match=rf"s\.txt, line 3: {message}"):
-        read_split(write(tmp_path / "s.txt", f"a.jpg b.png\n\n{line}\n"))
-
-
-def test_absent_and_binary_split_files_are_named(tmp_path):
-    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x81")
-    for name in ("absent", "binary"):
-        with pytest.raises(DataError, match=rf"{name}\.txt: cannot be read"):
-            read_split(tmp_path / f"{name}.txt")
+def test_faulty_and_absent_split_files_are_named(tmp_path, content, message):
+    if content is not None:
+        (tmp_path / "s.txt").write_bytes(content)
+    with pytest.raises(DataError, match=rf"s\.txt{message}"):
+        read_split(tmp_path / "s.txt")
 
 
 def touch(root, *names):

@@ -32,13 +32,6 @@ class Numbered:
         return self.image(index), Image.new("L", (8, 8), index) if self.entries[index].label else None
 
 
-class Killed(Numbered):
-    """Images that end the process that reads them, as the kernel does when memory is short."""
-
-    def image(self, index):
-        os.kill(os.getpid(), signal.SIGKILL)
-
-
 class Noise(Numbered):
     """Images and labels of noise, on which every augmentation leaves its trace."""
 
@@ -47,11 +40,6 @@ class Noise(Numbered):
 
     def __getitem__(self, index):
         return self.image(index), Image.fromarray(np.random.default_rng(index).integers(0, 5, (20, 24), np.uint8))
-
-
-class Unreadable(Noise):
-    def image(self, index):
-        raise AssertionError("an unlabeled image was read")
 
 
 def plain_loader(labeled, unlabeled, batch_size=4, **options):
@@ -108,16 +96,13 @@ def test_an_epoch_repeats_labeled_images_and_shows_unlabeled_ones_once():
         assert len(set(unlabeled)) == len(unlabeled) == 12
 
 
-def test_more_labeled_than_unlabeled_images_are_all_used_in_time():
-    epochs = [labeled for labeled, _ in ids_by_epoch(plain_loader(Numbered(20), Numbered(8)), 20)]
-    assert all(len(set(epoch)) == 8 for epoch in epochs)
-    assert {i for epoch in epochs for i in epoch} == set(range(20))
-
-
-def test_orders_differ_between_epochs_and_streams():
+def test_orders_differ_and_more_labeled_than_unlabeled_images_are_all_used_in_time():
     orders = [order for epoch in ids_by_epoch(plain_loader(Numbered(12), Numbered(12)), 2) for order in epoch]
     assert len({tuple(order) for order in orders}) == 4
     assert all(sorted(order) == list(range(12)) for order in orders)
+    epochs = [labeled for labeled, _ in ids_by_epoch(plain_loader(Numbered(20), Numbered(8)), 20)]
+    assert all(len(set(epoch)) == 8 for epoch in epochs)
+    assert {i for epoch in epochs for i in epoch} == set(range(20))
 
 
 def test_labels_belong_to_their_images():
@@ -175,6 +160,9 @@ def test_labels_of_unlabeled_images_are_read_on_request(tmp_path, caplog):
 
 
 def test_labeled_only_reads_no_unlabeled_image_and_changes_nothing_else():
+    class Unreadable(Noise):
+        image = None
+
     for start in (0, 3):
         batches, both = list(noise_loader(Unreadable, labeled_only=True).iterate(start, 6)), noise_loader()
         assert_equal([batch[:2] for batch in batches], [batch[:2] for batch in both.iterate(start, 6)])
@@ -191,48 +179,43 @@ def test_an_unreadable_file_is_named(tmp_path, num_workers):
         list(plain_loader(data, data, num_workers=num_workers).iterate(0, 1))
 
 
-def test_the_death_of_a_worker_is_told():
+def test_the_death_of_a_worker_is_told(monkeypatch):
+    """As the kernel ends one when memory is short."""
+    monkeypatch.setattr(Numbered, "image", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
     with pytest.raises(RunError, match=r"a DataLoader worker died .* fewer workers"):
-        next(plain_loader(Killed(2), Numbered(2), batch_size=2, num_workers=1).iterate(0, 1))
-
-
-def shared_memory(monkeypatch, megabytes):
-    """As if /dev/shm had so much room."""
-    monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_bavail=megabytes, f_frsize=2**20))
+        next(plain_loader(Numbered(2), Numbered(2), batch_size=2, num_workers=1).iterate(0, 1))
 
 
 @pytest.mark.parametrize(("options", "enough"), [({}, 133), ({"labeled_only": True}, 67)])
 def test_shared_memory_is_checked_before_the_first_batch(monkeypatch, options, enough):
     """Crops of 321 in batches of 8 with 2 workers, in the 64 MB of a container."""
     crops = CropTransform(321, photometric=False, scale_range=(1.0, 1.0))
-    arguments = (Numbered(1), Numbered(8), crops, crops)
-    shared_memory(monkeypatch, enough - 1)
     advice = rf"need {enough} MB .* /dev/shm has {enough - 1} MB free: .*--shm-size 1g.*--data\.workers 0"
+
+    def load(free, workers=2):
+        monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_bavail=free, f_frsize=2**20))
+        data = Numbered(1), Numbered(8), crops, crops
+        SemiLoader(*data, batch_size=8, seed=0, num_workers=workers, **options).iterate(0, 1)
+
     with pytest.raises(RunError, match=advice):
-        SemiLoader(*arguments, batch_size=8, seed=0, num_workers=2, **options).iterate(0, 1)
-    next(SemiLoader(*arguments, batch_size=8, seed=0, num_workers=0, **options).iterate(0, 1))
-    shared_memory(monkeypatch, enough)
-    SemiLoader(*arguments, batch_size=8, seed=0, num_workers=2, **options).iterate(0, 1)
+        load(enough - 1)
+    load(enough - 1, workers=0)
+    load(enough)
 
 
 def test_shared_memory_is_checked_for_every_image_of_an_evaluation(monkeypatch):
-    shared_memory(monkeypatch, 0)
+    monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_bavail=0, f_frsize=2**20))
     with pytest.raises(RunError, match=r"MB of shared memory, .*--eval\.workers 0"):
         list(evaluation_loader(Noise(2), **PLAIN, num_workers=1))
     assert len(list(evaluation_loader(Noise(2), **PLAIN))) == 2
 
 
-class Stuck(Numbered):
-    """Images on a disk that does not answer."""
-
-    def image(self, index):
-        time.sleep(60)
-
-
 def test_who_waits_for_workers_hears_that_it_is_to_stop(monkeypatch):
+    """Images on a disk that does not answer."""
+    monkeypatch.setattr(Numbered, "image", lambda *_: time.sleep(60))
     monkeypatch.setattr(loader, "_LOOK_UP", 1)
     monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.2)  # for the end of a worker
-    plain = plain_loader(Stuck(2), Numbered(2), batch_size=2, num_workers=1)
+    plain = plain_loader(Numbered(2), Numbered(2), batch_size=2, num_workers=1)
     calls = iter([False, True])
     assert list(plain.iterate(0, 1, lambda: next(calls))) == []
     assert list(calls) == []
@@ -280,8 +263,5 @@ def test_ranks_evaluate_every_image_once(world_size):
     loaders = [evaluation_loader(source, **PLAIN, rank=r, world_size=world_size) for r in range(world_size)]
     seen = [int(sample.label[0, 0, 0]) for loader in loaders for sample in loader]
     assert sorted(seen) == list(range(5))
-
-
-def test_evaluation_needs_labels():
     with pytest.raises(DataError, match=r"0\.png: has no label"):
         evaluation_loader(Numbered(2, labels=False), **PLAIN)

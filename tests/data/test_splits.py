@@ -46,20 +46,17 @@ def test_faulty_amounts(text):
         parse_amount(text, 100)
 
 
-def test_parts_are_a_partition_in_order_that_covers_all_classes():
+def test_parts_are_partitions_in_order_that_cover_all_classes_and_are_nested():
     for seed in range(5):
         part = split(6, seed)
+        assert part == split(6, seed)
         assert len(part.labeled) == 6
         assert sorted(part.labeled + part.unlabeled, key=ENTRIES.index) == ENTRIES
         assert part.labeled == sorted(part.labeled, key=ENTRIES.index)
         assert (classes_of(part.labeled, SHARES)[:6] > 0).all()
-
-
-def test_parts_are_nested_and_seeded():
-    parts = [set(split(count, seed=2).labeled) for count in (1, 3, 6, 10, 40)]
-    assert all(small < large for small, large in itertools.pairwise(parts))
-    assert split(10, seed=2) == split(10, seed=2)
-    assert len({tuple(split(10, seed=seed).labeled) for seed in range(8)}) > 1
+        parts = [set(split(count, seed).labeled) for count in (1, 3, 6, 10, 40)]
+        assert all(small < large for small, large in itertools.pairwise(parts))
+    assert len({tuple(split(10, seed).labeled) for seed in range(8)}) > 1
 
 
 def test_every_part_of_the_order_has_the_classes_of_the_whole():
@@ -90,19 +87,15 @@ def test_entries_without_a_label_stay_unlabeled():
     assert split(5, entries=entries).unlabeled == [entries[0]]
     with pytest.raises(DataError, match="6 labeled entries were requested, but only 5 have a label"):
         split(6, entries=entries)
-
-
-def test_repeated_lines_count_one_by_one():
-    part = split(3, entries=ENTRIES[:2] * 4)
-    assert (len(part.labeled), len(part.unlabeled)) == (3, 5)
+    repeated = split(3, entries=ENTRIES[:2] * 4)  # lines count one by one
+    assert (len(repeated.labeled), len(repeated.unlabeled)) == (3, 5)
 
 
 @pytest.mark.parametrize("name", ["b\udce4r.png", "two\nlines.png", "next\x85line.png", " blank.png", "a.png b.png"])
 def test_names_that_no_split_file_can_hold_are_refused_before_anything_is_written(tmp_path, name):
+    lists = {tmp_path / "splits/a": [Entry("a.png", "b.png")], tmp_path / "b": [Entry(name, None)]}
     with pytest.raises(DataError, match="rename the file"):
-        write_lists(
-            {tmp_path / "splits/a": [Entry("a.png", "b.png")], tmp_path / "b": [Entry(name, None)]}, overwrite=True
-        )
+        write_lists(lists, overwrite=True)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -14,10 +14,7 @@ from allspark_fast.weights.spec import ModelSpec, save_model
 
 # Right arguments of each command, and some of its options.
 ARGUMENTS = {
-    "train": (
-        "scenes",
-        "--data.crop --train.lr --run.output-dir --model.weights --train.method --no.such",
-    ),
+    "train": ("scenes", "--data.crop --train.lr --run.output-dir --model.weights --train.method --no.such"),
     "check": ("folder --data.root data", "--data.root --data.val --data.labeled --data.std --eval.mode"),
     "evaluate": ("model.safetensors folder --data.root data", "--split --json --data.root --data.crop"),
     "predict": ("model.safetensors photo.png", "--out --confidence --overwrite --whole --window --half"),

@@ -9,25 +9,19 @@ from typing import get_args, get_origin, get_type_hints
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
-from allspark_fast.__main__ import main
 from allspark_fast.config import Config
-from allspark_fast.data.info import DATASETS
 from allspark_fast.data.transforms import CropTransform
 from allspark_fast.errors import InputError
 from allspark_fast.inference.evaluate import predict_labels
-from allspark_fast.inference.metrics import ConfusionMatrix, score_table
+from allspark_fast.inference.metrics import ConfusionMatrix
 from allspark_fast.model import AllSpark, AllSparkOptions, build_segmentor
 from allspark_fast.training.trainer import Trainer
 from allspark_fast.weights.files import load_weights, save_weights
 from tests.helpers.models import tiny_segmentor
 from tests.helpers.runs import changed, tiny_config
-
-SIZES = st.integers(0, 5)
 
 
 def bottleneck(**change: object) -> Tensor:
@@ -95,29 +89,6 @@ def test_wrong_types_are_named(call: Callable[[], object], message: str) -> None
         call()
 
 
-@settings(max_examples=60, deadline=None)
-@given(
-    shape=st.lists(SIZES, min_size=3, max_size=5),
-    logits=st.one_of(st.none(), st.lists(SIZES, min_size=3, max_size=5)),
-    training=st.booleans(),
-    dtype=st.sampled_from([torch.float32, torch.int64]),
-)
-def test_bottleneck_on_any_shape(
-    shape: list[int], logits: list[int] | None, training: bool, dtype: torch.dtype
-) -> None:
-    bottleneck = AllSpark(4, 3, 4).train(training)
-    feature_map = torch.ones(shape, dtype=dtype)
-    class_logits = None if logits is None else torch.ones(logits)
-    try:
-        result = bottleneck(feature_map, class_logits)
-    except (TypeError, ValueError):
-        return
-    assert (feature_map.ndim, shape[1], dtype, training) == (4, 4, torch.float32, logits is not None)
-    assert result.shape == feature_map.shape
-    if training:
-        assert (logits[0] * 2, logits[1], shape[2] * shape[3]) == (shape[0], 3, 4)
-
-
 def test_numbers_of_numpy() -> None:
     options = AllSparkOptions(dropout=np.float32(0.1))
     assert AllSpark(np.int64(4), np.int64(3), 4, options).eval()(torch.ones(1, 4, 2, 2)).shape == (1, 4, 2, 2)
@@ -140,12 +111,6 @@ def test_classes_that_there_are_not(prediction: int, target: int) -> None:
     with pytest.raises(RuntimeError, match=r"a class outside \[0, 2\)"):
         updated(torch.tensor([0, prediction]), torch.tensor([0, target]))
     updated(torch.tensor([prediction]), torch.tensor([255]))
-
-
-def test_scores_of_nothing() -> None:
-    info = DATASETS["camvid"]
-    table = score_table(ConfusionMatrix(len(info.classes)).compute(), info)
-    assert table.count("(in no label)") == len(info.classes)
 
 
 NUMBERS = [
@@ -175,40 +140,3 @@ def test_any_number_of_the_settings(tmp_path: Path, group: str, name: str, hint:
         trainer = Trainer(config, tmp_path / str(number))
         trainer.train_step(next(trainer.data.batches(0, 1)), use_memory=True)
         assert trainer.state.read_metrics()["skipped_steps"] == 0
-
-
-@pytest.mark.parametrize("words", [["data.scale", "2", "0.5"], ["run.keep_last", "0"]])
-def test_settings_are_refused_before_anything_is_made(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str]
-) -> None:
-    with pytest.raises(SystemExit):
-        main(["train", f"--{words[0]}", *words[1:], "--run.output-dir", str(tmp_path / "run")])
-    assert words[0] in capsys.readouterr().err.replace("\n", "")
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize(
-    ("command", "message"),
-    [
-        ("train --run.output-dir file", "file: expected a folder"),
-        ("train --run.output-dir file/run", "file/run: expected a folder"),
-        ("predict model.safetensors photo.png --out file", ": expected a folder"),
-        ("convert model.safetensors nowhere/a.safetensors", "there is no folder nowhere"),
-        ("export model.safetensors nowhere/a.onnx", "there is no folder nowhere"),
-    ],
-)
-def test_files_that_cannot_be_where_they_are_meant(
-    command: str, message: str, weights: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(weights.parent)
-    Image.new("RGB", (64, 64)).save("photo.png")
-    Path("file").touch()
-    assert main(command.split()) == 1
-    assert message in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b'{"data": 1}', b"[]"])
-def test_damaged_settings_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes) -> None:
-    (tmp_path / "config.json").write_bytes(content)
-    assert main(["evaluate", str(tmp_path)]) == 1
-    assert "config.json holds no settings of a run" in capsys.readouterr().err

@@ -1,7 +1,8 @@
-"""Files of tensors that are cut, flipped, empty or foreign, and disks that are full."""
+"""Files of tensors that are cut, flipped, empty, foreign or malicious, and disks that are full."""
 
 import functools
 import logging
+import pickle
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import nn
 from allspark_fast.errors import InputError
 from allspark_fast.training.checkpoint import load_latest_checkpoint, require_space, save_checkpoint
 from allspark_fast.weights.files import read_weights, save_weights
+from tests.helpers.malicious import Malicious
 from tests.helpers.runs import differences
 
 # Bits flipped in each kind of file; a small file has about 70,000.
@@ -47,8 +49,8 @@ def test_no_flipped_bit_changes_what_a_file_gives(tmp_path: Path, name: str) -> 
     assert refused > FLIPS / 3
 
 
-def legacy(path: Path) -> None:
-    torch.save({"weight": torch.arange(50.0)}, path, _use_new_zipfile_serialization=False)
+def legacy(path: Path, state: object = STATE) -> None:
+    torch.save(state, path, _use_new_zipfile_serialization=False)
 
 
 @pytest.mark.parametrize(
@@ -64,12 +66,19 @@ def legacy(path: Path) -> None:
         legacy,
         lambda path: zipfile.ZipFile(path, "w").close(),
         lambda path: (path.unlink(), path.mkdir()),
+        lambda path: torch.save({**torch.load(path), "model": Malicious()}, path),
+        lambda path: legacy(path, {**torch.load(path), "model": Malicious()}),
+        lambda path: path.write_bytes(pickle.dumps({**torch.load(path), "model": Malicious()}, protocol=2)),
     ],
-    ids=["empty", "cut by a byte", "cut in half", "zeros", "text", "foreign", "a list", "legacy", "zip", "folder"],
-)
+    ids=[
+        "empty", "cut by a byte", "cut in half", "zeros", "text", "foreign", "a list", "legacy", "zip", "folder",
+        "malicious", "malicious legacy", "malicious pickle",
+    ],
+)  # fmt: skip
 def test_the_one_before_is_used_and_said_so(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, write: Callable[[Path], object]
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, write: Callable[[Path], object]
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     save_checkpoint(tmp_path, 3, STATE, keep_last=2)
     newest = save_checkpoint(tmp_path, 9, {**STATE, "step": 9}, keep_last=2)
     write(newest)
@@ -80,6 +89,7 @@ def test_the_one_before_is_used_and_said_so(
     (tmp_path / "step_00000003.pt").write_bytes(b"")
     with pytest.raises(InputError, match="none of 2 checkpoints can be read"):
         load_latest_checkpoint(tmp_path)
+    assert not Path("pwned").exists()
 
 
 def test_a_checkpoint_of_another_model_is_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -98,25 +108,6 @@ def test_cut_legacy_files_are_refused(tmp_path: Path, cut: int) -> None:
     (tmp_path / "mit.pth").write_bytes(whole[: min(cut, len(whole) - 1)])
     with pytest.raises(ValueError, match=r"mit\.pth"):
         read_weights(tmp_path / "mit.pth")
-
-
-@pytest.mark.parametrize(
-    "state",
-    [
-        {0: torch.ones(2)},
-        {"model": {"a": [1.0]}},
-        {},
-        {
-            f"encoder.{name}.weight": torch.ones(2)
-            for name in ("patch_embeddings.0.proj", "block.0.0.attention.self.key")
-        },
-    ],
-    ids=["a name that is no text", "no tensor", "nothing", "half a model"],
-)
-def test_what_is_no_state_dict_is_refused(tmp_path: Path, state: dict) -> None:
-    torch.save(state, tmp_path / "a.pth")
-    with pytest.raises(ValueError, match=r"state_dict|no whole SegFormer"):
-        read_weights(tmp_path / "a.pth")
 
 
 def test_too_full_a_disk_is_told_before_work_starts(tmp_path: Path) -> None:

@@ -140,13 +140,6 @@ def test_recorded_and_repeated_without_a_host_sync(cuda: torch.device, dtype: to
         assert all(torch.equal(x, y) for x, y in zip(results, first, strict=True))
 
 
-@pytest.mark.parametrize("name", LARGE)
-def test_compiles_as_one_graph(cuda: torch.device, dtype: torch.dtype, name: str) -> None:
-    run, inputs = example(LARGE[name], cuda, dtype)
-    compiled, _ = example(LARGE[name]._replace(op=torch.compile(LARGE[name].op, fullgraph=True)), cuda, dtype)
-    assert_close(compiled(inputs), run(inputs), TOLERANCE[dtype])
-
-
 @pytest.mark.parametrize("slots", [16, 100, 512])
 def test_enqueue_equals_the_loop_every_time(device: torch.device, dtype: torch.dtype, slots: int) -> None:
     features = torch.randn(2, 289, 512, device=device).to(dtype)
@@ -160,10 +153,10 @@ def test_enqueue_equals_the_loop_every_time(device: torch.device, dtype: torch.d
         assert all(torch.equal(x.cpu(), y) for x, y in zip(actual, expected, strict=True))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32])
-def test_pseudo_labels_on_pascal(device: torch.device, dtype: torch.dtype) -> None:
-    logits = torch.randn(2, 21, *((129, 129) if device.type == "cuda" else (9, 9)), device=device, dtype=dtype)
-    labels, confidence = upsample_argmax(logits, (513, 513) if device.type == "cuda" else (33, 33))
+def test_pseudo_labels_on_pascal(device: torch.device) -> None:
+    small, large = (129, 513) if device.type == "cuda" else (9, 33)
+    logits = torch.randn(2, 21, small, small, device=device)
+    labels, confidence = upsample_argmax(logits, (large, large))
     expected, probability = upsample_argmax(logits.double(), tuple(labels.shape[1:]))
     assert (labels != expected).sum() <= 1e-4 * labels.numel()  # up to ties
     assert_close([confidence], [probability])

@@ -61,14 +61,6 @@ class TestEnqueue:
     def test_more_channels_than_one_block(self, kernels: str) -> None:
         assert_equals_the_loop(*example(3, 2, 700, 2, 700))
 
-    def test_wraps_around_and_keeps_the_last(self, kernels: str) -> None:
-        queue, pointer = torch.zeros(2, 3, 1), torch.tensor([2, 0])
-        features = torch.arange(1.0, 8.0).view(1, 1, 7)
-        semantic_memory_enqueue(queue, pointer, features, torch.tensor([[0, 0, 1, 0, 0, 0, -1]]))
-        # Class 0 receives 1 2 4 5 6 from slot 2 on: 5 and 6 overwrite 1 and 2.
-        assert queue[..., 0].tolist() == [[6.0, 4.0, 5.0], [3.0, 0.0, 0.0]]
-        assert pointer.tolist() == [1, 1]
-
     @pytest.mark.parametrize("queue_dtype", DTYPES)
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_casts_as_torch_does(self, kernels: str, dtype: torch.dtype, queue_dtype: torch.dtype) -> None:

@@ -19,21 +19,17 @@ from tests.helpers.kernels import MOSTLY_TORCH, use_kernels
 @settings(max_examples=40, deadline=None)
 @given(
     kernels=MOSTLY_TORCH,
-    batch=st.integers(0, 2),
-    classes=st.integers(1, 20),
-    small=st.tuples(st.integers(1, 6), st.integers(1, 6)),
+    sizes=st.tuples(st.integers(0, 2), st.integers(1, 20), st.integers(1, 6), st.integers(1, 6)),
     size=st.tuples(st.integers(1, 13), st.integers(1, 19)),
     seed=st.integers(0, 2**31),
 )
-def test_any_size(
-    kernels: str, batch: int, classes: int, small: tuple[int, int], size: tuple[int, int], seed: int
-) -> None:
+def test_any_size(kernels: str, sizes: tuple[int, ...], size: tuple[int, int], seed: int) -> None:
     torch.manual_seed(seed)
-    logits = torch.randn(batch, classes, *small)
+    logits = torch.randn(sizes)
     with use_kernels(kernels):
         labels, confidence = upsample_argmax(logits, size)
-    assert labels.shape == confidence.shape == (batch, *size)
-    if batch:
+    assert labels.shape == confidence.shape == (len(logits), *size)
+    if len(logits):
         probability = interpolate(logits.double(), size, mode="bilinear", align_corners=False).softmax(1)
         assert_close([confidence, probability.gather(1, labels[:, None])[:, 0].float()], 2 * [probability.amax(1)])
 

@@ -8,37 +8,23 @@ from allspark_fast.inference.metrics import ConfusionMatrix, Scores
 from allspark_fast.training.diagnostics import class_record, find_problems, memory_record, pseudo_label_record
 
 
-def crops(truth: torch.Tensor | None, valid: torch.Tensor) -> SemiBatch:
-    image = torch.zeros(len(valid), 3, *valid.shape[1:])
-    return SemiBatch(image, valid.long(), image, valid, truth)
-
-
-class TestPseudoLabels:
-    """Accuracy and coverage of six crops of 2 x 4 pixels, of which the last column is padding."""
-
-    valid = torch.ones(6, 2, 4, dtype=torch.bool)
-    valid[:, :, 3] = False
-    # Certain, except in the last crop.
-    confidence = torch.ones(6, 2, 4)
+@pytest.mark.parametrize("hidden", [True, False])
+def test_accuracy_and_coverage_of_pseudo_labels(hidden: bool) -> None:
+    """Of six crops of 2 x 4 pixels, of which the last column is padding; certain, except in the last crop."""
+    confidence, valid = torch.ones(6, 2, 4), torch.ones(6, 2, 4, dtype=torch.bool)
     confidence[5] = 0.5
-    pseudo_label = torch.ones(6, 2, 4, dtype=torch.int64)
-
-    def test_all_crops_count(self) -> None:
-        truth = torch.ones(6, 2, 4, dtype=torch.int64)
-        truth[4:] = 0  # beyond the four that are pictured
-        truth[~self.valid] = 255
-        truth[0, 0, 0] = 255
-        record = pseudo_label_record(self.pseudo_label, self.confidence, 3, crops(truth, self.valid))
-        assert record == {
-            "pseudo_label_accuracy": pytest.approx((4 * 6 - 1) / (6 * 6 - 1)),
-            "pseudo_label_coverage": pytest.approx(5 / 6),
-            "pseudo_label_recall": [0, 1, None],
-        }
-
-    @pytest.mark.parametrize("truth", [None, torch.full((6, 2, 4), 255)])
-    def test_without_hidden_labels_there_is_no_accuracy(self, truth: torch.Tensor | None) -> None:
-        record = pseudo_label_record(self.pseudo_label, self.confidence, 3, crops(truth, self.valid))
-        assert record == {"pseudo_label_coverage": pytest.approx(5 / 6)}
+    valid[:, :, 3] = False
+    image, pseudo_label = torch.zeros(6, 3, 2, 4), torch.ones(6, 2, 4, dtype=torch.int64)
+    truth = pseudo_label.clone()
+    truth[4:] = 0  # beyond the four that are pictured
+    truth[~valid] = truth[0, 0, 0] = 255
+    for known in (truth,) if hidden else (None, torch.full_like(truth, 255)):
+        batch = SemiBatch(image, valid.long(), image, valid, known)
+        expected = {"pseudo_label_coverage": pytest.approx(5 / 6)}
+        if hidden:
+            expected["pseudo_label_accuracy"] = pytest.approx((4 * 6 - 1) / (6 * 6 - 1))
+            expected["pseudo_label_recall"] = [0, 1, None]
+        assert pseudo_label_record(pseudo_label, confidence, 3, batch) == expected
 
 
 def test_shares_of_classes_since_they_were_last_read() -> None:
@@ -70,18 +56,11 @@ class TestProblems:
         assert self.find(scores, best=0.9, loss=0.1, **shares) == {}
 
     def test_a_collapse_to_one_class(self) -> None:
-        problems = self.find(
-            self.score((0, 0, 950), (1, 0, 49), (1, 1, 1)),
-            best=0.8,
-            loss=0.001,
-            label_share=[0.95, 0.05],
-            pseudo_label_share=[0.999, 0.001],
-            pseudo_label_coverage=1.0,
-        )
+        scores = self.score((0, 0, 950), (1, 0, 49), (1, 1, 1))
+        shares = {"label_share": [0.95, 0.05], "pseudo_label_share": [0.999, 0.001], "pseudo_label_coverage": 1.0}
+        problems = self.find(scores, best=0.8, loss=0.001, **shares)
         assert list(problems) == ["labels object", "predictions object", "certain", "below"]
-        assert (
-            "object gets almost no pseudo labels: 0.10% of them, but 5.00% of the labels" in problems["labels object"]
-        )
+        assert "almost no pseudo labels: 0.10% of them, but 5.00% of the labels" in problems["labels object"]
         assert "object is almost never predicted" in problems["predictions object"]
         assert "vanishes (0.0010)" in problems["certain"]
         assert problems["below"].endswith("the best was 80.0")

@@ -25,9 +25,10 @@ from allspark_fast.model.options import AllSparkOptions
 from allspark_fast.training import cuda_graph
 from allspark_fast.training import setup as prepare
 from allspark_fast.training.log import Record
+from allspark_fast.training.pseudo_labels import pseudo_pass
 from allspark_fast.training.setup import build_state, check_batch
 from allspark_fast.training.sharding import gather_state
-from allspark_fast.training.step import Losses, TrainState, pseudo_pass, train_step
+from allspark_fast.training.step import Losses, TrainState, train_step
 from bench.bench_train_step import without_dropout
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.runs import differences

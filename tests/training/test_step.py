@@ -13,16 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from allspark_fast.config import TrainConfig
 from allspark_fast.kernels.semantic_memory import op as semantic_memory
 from allspark_fast.kernels.upsample_cross_entropy import op as upsample_cross_entropy
-from allspark_fast.training.step import (
-    ClassStatistics,
-    TrainState,
-    compute_losses,
-    confident,
-    mix,
-    poly_lr,
-    pseudo_pass,
-    train_step,
-)
+from allspark_fast.training.pseudo_labels import ClassStatistics, confident, mix, pseudo_pass
+from allspark_fast.training.step import TrainState, compute_losses, poly_lr, train_step
 from bench.bench_train_step import without_dropout
 from tests.helpers.forbid_sync import forbid_sync
 from tests.helpers.runs import differences

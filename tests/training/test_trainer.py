@@ -241,27 +241,36 @@ def test_a_picture_that_cannot_be_drawn_does_not_end_a_run(
     assert (tmp_path / "best.safetensors").exists()
 
 
+@pytest.mark.usefixtures("no_pictures")
+def test_deterministic_operations_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # so that it is put back
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    try:
+        assert train(tiny_config(epochs=1, deterministic=True), tmp_path)
+        assert torch.are_deterministic_algorithms_enabled()
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def test_recording_where_it_cannot_be_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     Trainer(changed(tiny_config(cuda_graph="on"), run={"device": "cpu"}), tmp_path)
     assert "train.cuda_graph on: no step is recorded, because nothing on the device cpu is" in caplog.text
 
 
 @pytest.mark.usefixtures("no_pictures")
-class TestSkippedSteps:
-    """Losses that are not finite."""
-
-    @pytest.mark.parametrize(
-        ("max_skipped", "stopped_at", "limit"), [(2, 3, r"train\.max_skipped .*, 2"), (50, 9, "half of the run, 6")]
-    )
-    def test_too_many_stop_the_run(self, tmp_path: Path, max_skipped: int, stopped_at: int, limit: str) -> None:
-        """A run of 12 steps, fewer than the default of max_skipped."""
-        trainer = Trainer(tiny_config(max_skipped=max_skipped), tmp_path)
-        trainer.state.model.backbone.norm4.weight.data.fill_(float("nan"))
-        with pytest.raises(RunError, match=rf"^{stopped_at} steps .* by step {stopped_at}, more than .*{limit}: .*lr"):
-            trainer.run()
-        record = read_metrics(tmp_path)[-1]
-        assert record["skipped_steps"] == stopped_at
-        assert "loss" not in record
+@pytest.mark.parametrize(
+    ("max_skipped", "stopped_at", "limit"), [(2, 3, r"train\.max_skipped .*, 2"), (50, 9, "half of the run, 6")]
+)
+def test_too_many_skipped_steps_stop_the_run(tmp_path: Path, max_skipped: int, stopped_at: int, limit: str) -> None:
+    """A run of 12 steps, fewer than the default of max_skipped."""
+    trainer = Trainer(tiny_config(max_skipped=max_skipped), tmp_path)
+    trainer.state.model.backbone.norm4.weight.data.fill_(float("nan"))
+    with pytest.raises(RunError, match=rf"^{stopped_at} steps .* by step {stopped_at}, more than .*{limit}: .*lr"):
+        trainer.run()
+    record = read_metrics(tmp_path)[-1]
+    assert record["skipped_steps"] == stopped_at
+    assert "loss" not in record
 
 
 @pytest.fixture
@@ -274,33 +283,31 @@ def root(tmp_path: Path) -> Path:
     return tmp_path
 
 
-class TestOnesOwnData:
-    """A folder; tests/test_docs.py gives it to all commands."""
+def test_needs_no_split_files_but_for_validation_and_no_hidden_labels(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pictured = []
+    monkeypatch.setattr(trainer_module, "draw_predictions", lambda *args: pictured.extend(args[2]))
+    folder = {"dataset": "folder", "root": root, "val": Path("val.txt")}
+    trainer = Trainer(changed(tiny_config(epochs=1), data=folder), tmp_path / "run")
+    assert [entry.image for entry in trainer.data.sources.labeled.entries] == [f"images/0{i}.png" for i in range(3)]
+    assert [entry.image for entry in trainer.data.sources.unlabeled.entries] == ["images/04.png", "images/05.png"]
+    trainer.run()
+    assert pictured == ["pseudo label", "prediction"]
+    assert "pseudo_label_accuracy" not in read_metrics(tmp_path / "run")[-1]
 
-    def test_needs_no_split_files_but_for_validation_and_no_hidden_labels(
-        self, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        pictured = []
-        monkeypatch.setattr(trainer_module, "draw_predictions", lambda *args: pictured.extend(args[2]))
-        folder = {"dataset": "folder", "root": root, "val": Path("val.txt")}
-        trainer = Trainer(changed(tiny_config(epochs=1), data=folder), tmp_path / "run")
-        assert [entry.image for entry in trainer.data.sources.labeled.entries] == [f"images/0{i}.png" for i in range(3)]
-        assert [entry.image for entry in trainer.data.sources.unlabeled.entries] == ["images/04.png", "images/05.png"]
-        trainer.run()
-        assert pictured == ["pseudo label", "prediction"]
-        assert "pseudo_label_accuracy" not in read_metrics(tmp_path / "run")[-1]
 
-    def test_bad_data_is_listed_before_training(
-        self, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
-    ) -> None:
-        (root / "images/01.png").write_bytes(b"")
-        Image.new("L", (50, 40), 7).save(root / "labels/02.png")
-        (root / "labeled.txt").write_text("".join(f"images/0{i}.png labels/0{i}.png\n" for i in range(4)))
-        lists = {"data.dataset": "folder", "data.root": root, "data.val": "val.txt", "data.labeled": "labeled.txt"}
-        arguments = tiny_arguments(tmp_path / "run", lists)
-        assert main(["train", *arguments]) == 1
-        message = capsys.readouterr().err
-        assert "images/01.png" in message
-        assert "labels/02.png" in message
-        assert "warning: images/03.png: is trained on and also in val" in caplog.text
-        assert main(["check", *arguments]) == 1
+def test_bad_data_is_listed_before_training(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    (root / "images/01.png").write_bytes(b"")
+    Image.new("L", (50, 40), 7).save(root / "labels/02.png")
+    (root / "labeled.txt").write_text("".join(f"images/0{i}.png labels/0{i}.png\n" for i in range(4)))
+    lists = {"data.dataset": "folder", "data.root": root, "data.val": "val.txt", "data.labeled": "labeled.txt"}
+    arguments = tiny_arguments(tmp_path / "run", lists)
+    assert main(["train", *arguments]) == 1
+    message = capsys.readouterr().err
+    assert "images/01.png" in message
+    assert "labels/02.png" in message
+    assert "warning: images/03.png: is trained on and also in val" in caplog.text
+    assert main(["check", *arguments]) == 1

@@ -12,18 +12,9 @@ from allspark_fast.cli import export
 from allspark_fast.errors import InputError
 from allspark_fast.training.trainer import Trainer
 from allspark_fast.weights.convert import read_model
-from allspark_fast.weights.files import load_weights, read_weights, save_weights
+from allspark_fast.weights.files import load_weights, save_weights
 from allspark_fast.weights.spec import ModelSpec, load_model, save_model
 from tests.helpers.runs import changed, differences, tiny_config
-
-
-def test_round_trip(weights: Path, tiny_spec: ModelSpec) -> None:
-    model, spec = load_model(weights)
-    assert spec == tiny_spec
-    assert not model.training
-    again = weights.with_name("again.safetensors")
-    save_model(model, spec, again)
-    assert differences(read_weights(again), read_weights(weights)) == []
 
 
 def test_weights_without_it_are_refused_with_the_remedy(tmp_path: Path, tiny_spec: ModelSpec) -> None:
@@ -46,13 +37,10 @@ def test_weights_of_part_of_the_model_are_refused(tmp_path: Path, tiny_spec: Mod
     [
         ({"version": 2}, "of another version of allspark-fast.*version is 2, expected 1"),
         ({"allspark": "no"}, "model.allspark is 'no', expected bool"),
-        ({"crop": "64"}, "model.crop is '64', expected int"),
         ({"crop": True}, "model.crop is True, expected int"),
         ({"crop": -1}, "no such model: .* must be at least 1, got -1"),
-        ({"backbone": None}, "model.backbone is None, expected str"),
         ({"backbone": "mit_b9"}, "no such model: backbone must be one of"),
         ({"classes": []}, "list of names"),
-        ({"dataset": 3}, "dataset is 3, expected str"),
         ({"palette": [[1, 2]]}, "three integers"),
         ({"mode": "tiled"}, "model.mode is tiled, expected one of whole, sliding"),
         ({"mean": [1, 2]}, r"model.mean is \[1, 2\], expected a list of 3"),

@@ -40,9 +40,8 @@ def test_the_layout_of_the_public_code(tmp_path: Path) -> None:
     source, target = (tiny_segmentor(allspark=AllSparkOptions(memory_init="empty")) for _ in range(2))
     save_weights(source, tmp_path / "a.pth")
     saved = torch.load(tmp_path / "a.pth", weights_only=True)["model"]
-    assert {f"module.{name}" for name in source.state_dict()} - set(saved) == {
-        "module.decoder.allspark.attn.queue_filled"
-    }
+    lacking = {f"module.{name}" for name in source.state_dict()} - set(saved)
+    assert lacking == {"module.decoder.allspark.attn.queue_filled"}
     load_weights(target, tmp_path / "a.pth")
     assert target.decoder.allspark.attn.queue_filled.all()
 
@@ -90,6 +89,9 @@ def test_another_architecture_is_refused_even_with_reset(tmp_path: Path) -> None
         load_weights(tiny_segmentor(), tmp_path / "a.pth", reset=True)
 
 
+HALF_A_SEGFORMER = ("patch_embeddings.0.proj", "block.0.0.attention.self.key")
+
+
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 @pytest.mark.parametrize(
     "write",
@@ -99,9 +101,16 @@ def test_another_architecture_is_refused_even_with_reset(tmp_path: Path) -> None
         lambda path: path.write_bytes(b""),
         lambda path: path.write_bytes(pickle.dumps([1, 2], protocol=2)),
         lambda path: torch.save({"epoch": 3}, path),
+        lambda path: torch.save({0: torch.ones(2)}, path),
+        lambda path: torch.save({"model": {"a": [1.0]}}, path),
+        lambda path: torch.save({}, path),
+        lambda path: torch.save({f"encoder.{name}.weight": torch.ones(2) for name in HALF_A_SEGFORMER}, path),
     ],
-    ids=["malicious", "truncated", "empty", "pickle", "no weights"],
-)
+    ids=[
+        "malicious", "truncated", "empty", "pickle", "no weights", "a name that is no text", "no tensor", "nothing",
+        "half a model",
+    ],
+)  # fmt: skip
 def test_bad_files_are_refused_by_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Callable[[Path], None], suffix: str
 ) -> None:
