@@ -79,6 +79,7 @@ TWO = '"classes": ["ground", "cell"]'
 ADVICE = [
     (TRAIN, f"{TRAIN} --train.lr 0.5", r"give another (--run\.output-dir)", r"\1 other"),
     (damage("run/config.json"), TRAIN, r"(\S+) holds no .* put it back or remove it", remove),
+    (damage("run/data.json"), TRAIN, r"(\S+) is no record .* put it back or remove it", remove),
     (damage("run/checkpoints/*"), TRAIN, r"(\S+): none of .* remove the folder", remove),
     ("", f"{TRAIN} --train.epochs 1", r"set (train\.steps) to (None)", r"--\1 \2"),
     ("", f"{TRAIN} --train.cutmix 1 --train.batch-size 1", r"set (train\.batch_size) to .* of (2)", r"--\1 \2"),
