@@ -27,7 +27,8 @@ Record = dict[str, Any]
 def record_data(sources: Sources) -> Record:
     """Return what is recorded of the data of a run, as JSON would give it back."""
     info, *lists = sources
-    meaning = {name: getattr(info, name) for name in ("classes", "values", "ignore_index", "palette")}
+    meaning = {name: getattr(info, name) for name in ("classes", "ignore_index", "palette")}
+    meaning["values"] = info.values or list(info.class_values())
     lines = {
         name: [" ".join(posixpath.normpath(path) for path in (x.image, x.label) if path) for x in source.entries]
         for name, source in zip(_LISTS, lists, strict=True)
