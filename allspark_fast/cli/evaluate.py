@@ -4,26 +4,29 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 from allspark_fast.cli import command_parser
 from allspark_fast.cli.recipe import parse_config
 from allspark_fast.config import Config
+from allspark_fast.data.info import IGNORE_INDEX, match_classes
 from allspark_fast.data.loader import evaluation_loader
+from allspark_fast.data.record import find_data
 from allspark_fast.data.sources import open_val
 from allspark_fast.device import choose_device
 from allspark_fast.errors import InputError
 from allspark_fast.files import require_parent, write_atomically
-from allspark_fast.inference.evaluate import evaluate, match_classes
+from allspark_fast.inference.evaluate import evaluate
 from allspark_fast.inference.metrics import score_record, score_table
 from allspark_fast.recipes import RECIPES
 from allspark_fast.weights.spec import load_model
 
 PARSER = command_parser("evaluate")
-PARSER.usage = "%(prog)s WEIGHTS [--split FILE] [--json FILE] [RECIPE [--group.field value ...]]"
+PARSER.usage = "%(prog)s WEIGHTS [--split FILE] [--json FILE] [RECIPE] [--group.field value ...]"
 PARSER.epilog = (
     f"RECIPE ({', '.join(RECIPES)}) and its settings, as `check` takes them, say where the images are and how they "
-    "are evaluated; without it, WEIGHTS must be a run folder or a file of it, and the settings are those of the run. "
+    "are evaluated; without it, WEIGHTS must be a run folder or a file of it, and other settings are those of the run. "
     "Crop, normalization and classes are those of the weights; labels are matched to them by name."
 )
 PARSER.add_argument("weights", metavar="WEIGHTS", type=Path, help="a run folder, or a file; a file needs a RECIPE")
@@ -34,14 +37,14 @@ PARSER.add_argument("--json", type=Path, metavar="FILE", help="write all scores 
 def run(arguments: list[str]) -> int:
     """Score weights on the validation images of their run, or of a recipe."""
     options, settings = PARSER.parse_known_args(arguments)
-    if settings and settings[0].startswith("-"):
-        PARSER.error(f"unrecognized arguments: {' '.join(settings)} (settings come after a RECIPE)")
-    # Of a run folder, or of a file in it, such as checkpoints/step_00000012.pt.
-    files = [folder / "config.json" for folder in (options.weights, *options.weights.parents[:2])]
-    if settings:
+    # A run folder, or that of a file in it, such as checkpoints/step_00000012.pt.
+    folders = (options.weights, *options.weights.parents[:2])
+    run = next((folder for folder in folders if (folder / "config.json").is_file()), None)
+    if settings and not settings[0].startswith("-"):
         _, config = parse_config(settings, "evaluate WEIGHTS")
-    elif found := [file for file in files if file.is_file()]:
-        config = Config.read(found[0])
+    elif run is not None:
+        _, config = parse_config(settings, "evaluate WEIGHTS", Config.read(run / "config.json"))
+        config = replace(config, data=find_data(config.data, run))
     else:
         raise FileNotFoundError(
             f"{options.weights}: not a run folder (no config.json); for other weights name a RECIPE"
@@ -55,7 +58,8 @@ def run(arguments: list[str]) -> int:
     device = choose_device(config.run.device)
     model, spec = load_model(options.weights)
     info, images = open_val(replace(config.data, range=spec.range))
-    indices = match_classes(spec.info, info)
+    order = match_classes(spec.info.classes, info)
+    indices = torch.tensor([*order, *[IGNORE_INDEX] * (256 - len(order))])  # by value of a label
     workers, pin_memory = config.eval.workers, device.type == "cuda"
     loader = evaluation_loader(images, mean=spec.mean, std=spec.std, num_workers=workers, pin_memory=pin_memory)
     bar = tqdm(loader, total=len(images.entries), unit="image", dynamic_ncols=True)

@@ -10,12 +10,13 @@ from allspark_fast.errors import InputError
 from allspark_fast.recipes import RECIPES
 
 
-def parse_config(arguments: list[str], command: str) -> tuple[str, Config]:
+def parse_config(arguments: list[str], command: str, run: Config | None = None) -> tuple[str, Config]:
     """Return the recipe's name, and its settings with those of the command line.
 
     Args:
         arguments: of the command: ``[RECIPE] [--group.field value ...]``.
         command: its name, for the help.
+        run: what takes the place of the recipe, if none is named.
 
     Raises:
         InputError: there is no such recipe, or a setting was renamed or removed, or has no effect.
@@ -29,7 +30,7 @@ def parse_config(arguments: list[str], command: str) -> tuple[str, Config]:
         if name.startswith("--"):
             refuse_old_setting(name.removeprefix("--").replace("-", "_"), value if equals else following)
     about = inspect.cleandoc(RECIPES[recipe].__doc__ or "").replace("``", "")
-    default = RECIPES[recipe]()
+    default = RECIPES[recipe]() if named or run is None else run
     config = tyro.cli(
         Config,
         prog=f"python -m allspark_fast {command} [RECIPE]",

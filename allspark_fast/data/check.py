@@ -1,6 +1,7 @@
 """Check a dataset before training: files, sizes, label values, and how the lists fit together."""
 
 import itertools
+import os
 import posixpath
 import re
 import unicodedata
@@ -152,11 +153,17 @@ def _check_palettes(read: Mapping[Entry, _Reading], info: DatasetInfo) -> Iterat
 
 
 def _check_overlaps(lists: dict[str, SegmentationDataset], labeled_only: bool) -> Iterator[Problem]:
-    labeled, unlabeled, val = ({posixpath.normpath(entry.image) for entry in x.entries} for x in lists.values())
+    labeled, unlabeled, val = ({_target(x.root, entry.image) for entry in x.entries} for x in lists.values())
     for file in sorted(labeled & unlabeled if not labeled_only else ()):
         yield Problem(file, "is in both lists: remove it from one of them")
     for file in sorted(val & (labeled | unlabeled)):
         yield _warning(file, "is trained on and also in val, which makes the score too good")
+
+
+def _target(root: Path, file: str) -> str:
+    """The path below the root that a file has, or that it links to."""
+    path = root / file
+    return os.path.relpath(path.resolve(), root.resolve()) if path.is_symlink() else posixpath.normpath(file)
 
 
 def check_unused(root: Path) -> list[Problem]:
@@ -191,12 +198,9 @@ def _fold(name: str) -> str:
 
 
 def _likely_image(label: str, images: Mapping[str, Path]) -> Path | None:
-    """Find the image whose name a label's begins with: a.jpg for a_mask and a.jpg.png."""
-    while label:
-        if label in images:
-            return images[label]
-        label = re.sub(r"[^._-]*$", "", label)[:-1]
-    return None
+    """Find the image whose name is a part of a label's: a for a_mask, mask_a and a.jpg."""
+    parts = [x for x in images if re.search(rf"(?<![^\W_]){re.escape(posixpath.basename(x))}(?![^\W_])", label)]
+    return images[max(parts, key=len)] if parts else None
 
 
 def _check_classes(info: DatasetInfo, values: Set[int], *, all_read: bool) -> Iterator[Problem]:

@@ -66,15 +66,15 @@ def read_split(path: str | Path) -> list[Entry]:
     return [_parse_line(line.strip(), f"{path}, line {i}") for i, line in enumerate(lines, start=1) if line.strip()]
 
 
-def find_split(root: Path, file: Path) -> list[Entry]:
-    """Read a split file whose path is relative to the data root or to the working directory, or absolute.
+def split_file(root: Path, file: Path) -> Path | None:
+    """Find a split file, whose path is relative to the data root or to the working directory, or absolute."""
+    return next(filter(Path.is_file, (root / file, file)), None)
 
-    Raises:
-        DataError: the file is in neither place, or malformed.
-    """
-    for candidate in (root / file, file):
-        if candidate.is_file():
-            return read_split(candidate)
+
+def find_split(root: Path, file: Path) -> list[Entry]:
+    """Read a split file; raises DataError if ``split_file`` does not find it, or it is malformed."""
+    if (path := split_file(root, file)) is not None:
+        return read_split(path)
     raise DataError(
         f"split file {file}: not found below {root} nor in the working directory; check both paths"
         " (`python -m allspark_fast splits` writes split files for a folder)"

@@ -55,7 +55,7 @@ def list_files(folder: Path) -> list[Path]:
     """List the files below a folder in alphabetical order.
 
     Hidden files and folders are left out. Links to folders are followed, but for those that lead back to a folder in
-    which they lie. A folder is entered once, and of several ways to it one without links is taken.
+    which they or ``folder`` lie. A folder is entered once, and of several ways to it one without links is taken.
     """
     found: list[Path] = []
     entered: set[str] = set()
@@ -63,7 +63,8 @@ def list_files(folder: Path) -> list[Path]:
     while folders or links:
         current = folders.pop() if folders else links.pop(0)
         real = os.path.realpath(current)
-        is_loop = current != folder and Path(os.path.realpath(current.parent)).is_relative_to(real)
+        inside = () if current == folder else (folder, current.parent)
+        is_loop = any(Path(os.path.realpath(x)).is_relative_to(real) for x in inside)
         if real in entered or is_loop:
             continue
         entered.add(real)

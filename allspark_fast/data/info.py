@@ -1,13 +1,15 @@
 """Metadata of datasets: class names, colors, label values, the ignored index."""
 
 import json
+import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from allspark_fast.errors import DataError
+from allspark_fast.errors import DataError, InputError
+from allspark_fast.text import one_line
 
 Color = tuple[int, int, int]
 Palette = tuple[Color, ...]
@@ -135,13 +137,30 @@ def read_info(root: str | Path) -> DatasetInfo:
     if not file.is_file():
         raise DataError(f"{root}: no meta.json; write {file}, such as {example}")
     try:
-        info = parse_meta(json.loads(file.read_text(encoding="utf-8-sig")), root.name)
+        info = parse_meta(json.loads(file.read_bytes()), root.name)  # of UTF-8 or 16, with or without mark
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
         raise DataError(f"{file}: {error}") from error
     if len(info.classes) == 1:
         alone = f"with the one class {info.classes[0]!r} every pixel would be right"
         raise DataError(f"{file}: {alone}; name what is around it too, such as {example}")
     return info
+
+
+def match_classes(weights: Sequence[str], labels: DatasetInfo) -> list[int]:
+    """Return the index that each class of the labels has among the classes of the weights, matched by name.
+
+    Raises:
+        InputError: their classes have other names; the message lists both.
+    """
+    ours, theirs = ([unicodedata.normalize("NFC", name) for name in names] for names in (weights, labels.classes))
+    if ours != theirs and (sorted(ours) != sorted(theirs) or len(set(ours)) < len(ours)):
+        known, found = (", ".join(map(one_line, names)) for names in (ours, theirs))
+        rename = ", or name the classes of the weights by `convert --classes`" if len(ours) == len(theirs) else ""
+        raise InputError(
+            f"the classes of the weights are {known}, but those of the labels of {labels.name} are {found}: correct "
+            f"meta.json{rename}"
+        )
+    return list(range(len(ours))) if ours == theirs else [ours.index(name) for name in theirs]
 
 
 def _known(name: str) -> DatasetInfo:

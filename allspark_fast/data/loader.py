@@ -144,7 +144,7 @@ class SemiLoader(Dataset[Sample]):
             crops = [transform(Image.new("RGB", (1, 1)), None, torch.Generator()) for transform in transforms]
             # Each worker prepares two batches, and two more are on their way.
             batches = (2 * self.num_workers + 2) * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-            _require_shared_memory(self.batch_size // self.world_size * batches * _bytes_of(crops))
+            require_shared_memory(self.batch_size // self.world_size * batches * _bytes_of(crops))
         return _deliver(self, self.num_workers, self.pin_memory, asked, batch_sampler=steps, collate_fn=self._collate)
 
     def _steps(self, start_step: int, stop_step: int) -> Iterator[list[_Key]]:
@@ -204,7 +204,7 @@ def _bytes_of(samples: Iterable[Iterable[Any]]) -> int:
     return sum(x.nbytes for sample in samples for x in sample if isinstance(x, Tensor))
 
 
-def _require_shared_memory(needed: int) -> None:
+def require_shared_memory(needed: int) -> None:
     """Raise RunError if workers cannot send so many bytes: torch would lose the batch and wait for ever."""
     try:
         state = os.statvfs("/dev/shm")
@@ -289,7 +289,7 @@ class _WholeImages(Dataset[EvalSample]):
         assert label is not None
         sample = EvalSample(normalize_image(image, self.mean, self.std)[None], label_tensor(label)[None])
         if get_worker_info() is not None:
-            _require_shared_memory(_bytes_of([sample]))
+            require_shared_memory(_bytes_of([sample]))
         return sample
 
 

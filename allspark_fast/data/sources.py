@@ -12,7 +12,7 @@ from allspark_fast.config import Config, DataConfig
 from allspark_fast.data.check import Problem, check_sources
 from allspark_fast.data.datasets import ImageSource, SegmentationDataset, Sources, find_split, scan_folder
 from allspark_fast.data.info import DATASETS, DatasetInfo, read_info
-from allspark_fast.data.loader import EvalSample, SemiBatch, SemiLoader, evaluation_loader
+from allspark_fast.data.loader import EvalSample, SemiBatch, SemiLoader, evaluation_loader, require_shared_memory
 from allspark_fast.data.scenes import SCENES, ScenesDataset
 from allspark_fast.data.transforms import CropTransform
 from allspark_fast.distributed import rank, world_size
@@ -60,7 +60,7 @@ def _open(config: DataConfig, *names: str) -> tuple[DatasetInfo, list[ImageSourc
             "test": range(_FIRST_TEST_SCENE, _FIRST_TEST_SCENE + val),
         }
         return SCENES, [ScenesDataset(scenes[name], round(_SCENE_SCALE * config.crop), _SCENE_SEED) for name in names]
-    root = _root(config)
+    root = data_root(config)
     info = DATASETS[config.dataset] if config.dataset in DATASETS else read_info(root)
     files = {name: getattr(config, name) for name in names}
     lists = {name: find_split(root, file) for name, file in files.items() if file is not None}
@@ -78,7 +78,8 @@ def _open(config: DataConfig, *names: str) -> tuple[DatasetInfo, list[ImageSourc
     return info, [SegmentationDataset(root, lists[name], info=info, pixel_range=config.range) for name in names]
 
 
-def _root(config: DataConfig) -> Path:
+def data_root(config: DataConfig) -> Path:
+    """Return the folder of a configuration's data set; raises InputError if there is none."""
     root = config.root
     if root is None:
         if "ALLSPARK_DATA_DIR" not in os.environ:
@@ -88,7 +89,7 @@ def _root(config: DataConfig) -> Path:
         folder = Path(os.environ["ALLSPARK_DATA_DIR"])
         root = folder / config.dataset if (folder / config.dataset).is_dir() else folder
     if not root.is_dir():
-        raise DataError(f"data.root: there is no folder {root}")
+        raise DataError(f"data.root: there is no folder {root.absolute()}")
     return root
 
 
@@ -123,6 +124,7 @@ class TrainingData:
 
         Raises:
             DataError: some cannot be used; the first of these are listed.
+            RunError: there is too little shared memory to validate.
         """
         labeled_only = self._config.train.method == "supervised"
         problems, _ = check_sources(self.sources, self._config.data.crop, sample=_CHECKED, labeled_only=labeled_only)
@@ -130,6 +132,11 @@ class TrainingData:
             logger.warning("%s", _list_problems(warnings))
         if errors := [problem for problem in problems if not problem.is_warning]:
             raise DataError(_list_problems(errors))
+        if (
+            workers := self._config.eval.workers
+        ):  # each reads two images ahead, of 12 bytes a pixel and one of the label
+            width, height = self.sources.val.image(0).size
+            require_shared_memory(2 * workers * 13 * width * height)
 
     def batches(
         self, start_step: int, stop_step: int, asked: Callable[[], bool] = lambda: False

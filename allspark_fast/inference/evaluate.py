@@ -1,6 +1,5 @@
 """Evaluation by the reference implementation's protocols: whole images, or sliding windows."""
 
-import unicodedata
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import TypeVar, get_args
 
@@ -9,14 +8,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from allspark_fast.config import EvalMode
-from allspark_fast.data.info import IGNORE_INDEX, DatasetInfo
 from allspark_fast.data.loader import EvalSample
-from allspark_fast.errors import InputError
 from allspark_fast.inference.metrics import ConfusionMatrix, Scores
 from allspark_fast.kernels.arguments import check_choice
 from allspark_fast.kernels.upsample_argmax import upsample_argmax
 from allspark_fast.model import Segmentor
-from allspark_fast.text import one_line
 
 Item = TypeVar("Item")
 # Images that wait for others of their size, at most, in batches.
@@ -61,23 +57,6 @@ def evaluate(
             labels, _ = predict_labels(model, images, mode=mode, crop=crop)
             confusion.update(labels, target)
     return confusion.compute()
-
-
-def match_classes(weights: DatasetInfo, labels: DatasetInfo) -> Tensor:
-    """Return the index that each value (256,) of the labels has among the classes of the weights, matched by name.
-
-    Raises:
-        InputError: their classes have other names; the message lists both.
-    """
-    ours, theirs = ([unicodedata.normalize("NFC", name) for name in info.classes] for info in (weights, labels))
-    if ours != theirs and (sorted(ours) != sorted(theirs) or len(set(ours)) < len(ours)):
-        known, found = (", ".join(map(one_line, names)) for names in (ours, theirs))
-        raise InputError(
-            f"the classes of the weights are {known}, but those of the labels of {labels.name} are {found}: correct "
-            "meta.json, or name the classes of the weights by `convert --classes`"
-        )
-    order = range(len(ours)) if ours == theirs else [ours.index(name) for name in theirs]
-    return torch.tensor([*order, *[IGNORE_INDEX] * (256 - len(order))])
 
 
 def batches_of_equal_size(

@@ -125,8 +125,8 @@ class OutputFolder:
         files = [file for name in images.values() for file in self._files(name).values()]
         existing = list(filter(os.path.exists, files))  # False for a name that is too long
         if existing and not overwrite:
-            more = f"{existing[0]} exists, as do {len(existing) - 1} others"
-            raise InputError(f"{more}: pass --overwrite, or write to another folder (--out)")
+            there = f"{existing[0]} exists ({len(existing)} files in all)"
+            raise InputError(f"{there}: pass --overwrite, or write to another folder (--out)")
         for file in self._files(Path("name")).values():
             make_folder(file.parent)
 

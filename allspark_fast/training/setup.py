@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import IO
 
 from allspark_fast.config import Change, Config, EvalConfig, RunConfig, Schedule, TrainConfig, changed_fields
+from allspark_fast.data.datasets import Sources
+from allspark_fast.data.info import DatasetInfo
+from allspark_fast.data.record import differences, read_record, record_data, write_record
 from allspark_fast.distributed import world_size
 from allspark_fast.errors import InputError
 from allspark_fast.files import make_folder, remove_unfinished, write_atomically
@@ -44,8 +47,8 @@ _FREE = {
 }
 
 
-def claim_folder(folder: Path, config: Config) -> IO[str] | None:
-    """Lock a run folder, made if need be, and write config.json, which must agree with that of a run that is there.
+def claim_folder(folder: Path, config: Config, sources: Sources) -> IO[str] | None:
+    """Lock a run folder, made if need be, and write its settings and data, which must be those of a run that is there.
 
     What does not decide the numbers may change, and a run may be given more epochs or steps. The lock is held for as
     long as the returned file is open: the operating system drops it when the process ends, in whatever way. Windows
@@ -53,29 +56,43 @@ def claim_folder(folder: Path, config: Config) -> IO[str] | None:
 
     Raises:
         NotADirectoryError: it is a file.
-        InputError: another process trains there, or the folder holds a run with other settings; they are listed.
+        InputError: another process trains there, or the folder holds a run with other settings, classes or lists; the
+            differences are listed.
     """
     make_folder(folder)
     lock = _lock(folder)
     remove_unfinished(folder)
     path = folder / "config.json"
+    record = record_data(sources)
     # Settings that led nowhere, not even to a checkpoint, may be mended in the same folder.
     if path.is_file() and list_checkpoints(folder / "checkpoints"):
+        before = read_record(folder)
+        if before is None:
+            logger.warning(
+                "%s: this run of an earlier version did not record its classes and lists, so whether they are the same "
+                "is unknown; from now on they are recorded",
+                folder,
+            )
         changed = changed_fields(Config.read(path), config)
-        if refused := [str(change) for change in changed if not _may_change(change)]:
+        refused = [str(change) for change in changed if not _may_change(change, lists_recorded=before is not None)]
+        refused += differences(before, record) if before is not None else ()
+        if refused:
             raise InputError(
-                f"{folder} holds a run with other settings ({'; '.join(refused)}): "
-                "give another --run.output-dir, or the settings of before"
+                f"{folder} holds a run with other settings or data ({'; '.join(refused)}): give another "
+                "--run.output-dir, or what was there before"
             )
         if changed:
             logger.info("changed since the last start of this run: %s", "; ".join(map(str, changed)))
     write_atomically(path, lambda temporary: temporary.write_text(config.to_json(), encoding="utf-8"))
+    write_record(folder, record)
     return lock
 
 
-def _may_change(change: Change) -> bool:
+def _may_change(change: Change, *, lists_recorded: bool) -> bool:
     longer = change.name in ("train.epochs", "train.steps") and None not in (change.old, change.new)
-    return change.name in _FREE or (longer and change.new > change.old)
+    # Of lists that are recorded the contents count, not the names of their files.
+    is_list = change.name in ("data.labeled", "data.unlabeled", "data.val")
+    return change.name in _FREE or (is_list and lists_recorded) or (longer and change.new > change.old)
 
 
 def _lock(folder: Path) -> IO[str] | None:
@@ -137,21 +154,21 @@ def check_batch(config: TrainConfig) -> None:
         )
 
 
-def build_model(config: Config, num_classes: int, *, resumed: bool = False) -> Segmentor:
+def build_model(config: Config, info: DatasetInfo, *, resumed: bool = False) -> Segmentor:
     """Build the model of a configuration, with its starting weights unless a checkpoint overwrites them."""
     model = config.model
     names = ("num_heads", "memory_init", "memory_sync", "class_map")
     options = AllSparkOptions(**{name: getattr(model, name) for name in names})
     segmentor = build_segmentor(
         model.backbone,
-        num_classes,
+        len(info.classes),
         (config.data.crop, config.data.crop),
         allspark=options if config.train.method == "allspark" else None,
         embedding_dim=model.embedding_dim,
         activation_checkpointing=model.activation_checkpointing,
     )
     if model.weights is not None and not resumed:
-        report = load_weights(segmentor, model.weights, reset=model.reset)
+        report = load_weights(segmentor, model.weights, reset=model.reset, info=info)
         unused, fresh = len(report.dropped), len(report.fresh)
         logger.info(f"{model.weights}: loaded; {unused} of its tensors not used, {fresh} of the model start afresh")
     return segmentor

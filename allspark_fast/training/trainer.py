@@ -19,10 +19,11 @@ from tqdm import tqdm
 from allspark_fast.config import Config
 from allspark_fast.data.info import IGNORE_INDEX
 from allspark_fast.data.loader import SemiBatch
+from allspark_fast.data.record import find_data
 from allspark_fast.data.sources import TrainingData
 from allspark_fast.device import limit_threads
 from allspark_fast.distributed import all_gather_cat, all_reduce_any, failing_together, process_group, rank, world_size
-from allspark_fast.errors import RunError
+from allspark_fast.errors import InputError, RunError
 from allspark_fast.inference.evaluate import evaluate
 from allspark_fast.inference.metrics import Scores, score_table
 from allspark_fast.kernels.triton_support import set_kernels
@@ -55,12 +56,14 @@ class Trainer:
         device: where to train.
 
     Raises:
-        InputError: something is wrong with the data, the folder holds a run with other settings, or the weights do not
-            fit.
+        InputError: something is wrong with the data, the folder holds a run with other settings or data, or the weights
+            do not fit.
         OSError: the folder cannot be written, or its disk is too full for the checkpoints.
     """
 
     def __init__(self, config: Config, folder: Path, device: torch.device = CPU) -> None:
+        with failing_together():  # before rank 0 writes what others read here
+            config = replace(config, data=find_data(config.data, folder))
         self.config = config
         self.folder = folder
         self.checkpoints = folder / "checkpoints"
@@ -77,10 +80,10 @@ class Trainer:
             if rank() == 0:
                 self.data.check()
                 setup.check_schedule(config.train, self.schedule)
-                self._lock = setup.claim_folder(folder, config)
+                self._lock = setup.claim_folder(folder, config, self.data.sources)
         torch.manual_seed(config.train.seed)
         resumed = bool(checkpoint.list_checkpoints(self.checkpoints))
-        model = setup.build_model(config, len(self.data.info.classes), resumed=resumed).to(device)
+        model = setup.build_model(config, self.data.info, resumed=resumed).to(device)
         self.spec = ModelSpec.of_run(config, self.data.info)
         if rank() > 0:  # weights are the same on all ranks, what is dropped is not
             torch.manual_seed(config.train.seed + rank())
@@ -282,6 +285,11 @@ class Trainer:
         self.state.load_state_dict(state)
         self.step, self.best, self.evaluation_due = int(state["step"]), state["best"], state["evaluation_due"]
         self.best_step = state.get("best_step", 0)  # earlier versions did not say
+        if self.step > self.total_steps:  # nor did they record the lists
+            raise InputError(
+                f"{self.folder}: the run is at step {self.step}, but with these lists would end at {self.total_steps}: "
+                "give another --run.output-dir, or the lists of before"
+            )
         own, ranks = checkpoint.random_states(self.device), world_size()
         if (saved := state["rng"].numel() // own["rng"].numel()) == ranks:
             checkpoint.set_random_states(

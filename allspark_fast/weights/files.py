@@ -1,6 +1,8 @@
 """Files of weights: read without running code from them, check, load into a model, save."""
 
 import hashlib
+import json
+import logging
 import pickle
 import re
 import zipfile
@@ -14,10 +16,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from allspark_fast.data.info import DatasetInfo, match_classes
 from allspark_fast.errors import InputError, MissingPackageError
 from allspark_fast.files import reason, write_atomically
 from allspark_fast.model import Segmentor
 from allspark_fast.model.timm_backbone import TimmBackbone
+
+logger = logging.getLogger(__name__)
 
 _QUEUE = "decoder.allspark.attn.kv_queue"
 # What depends on the classes and on the crop, and may be reset when those change.
@@ -27,6 +32,7 @@ _RESETTABLE = {
     "Semantic Memory's channels": _QUEUE,
     "AllSpark bottleneck": "decoder.allspark.",
 }
+_OF_CLASSES = tuple(_RESETTABLE.values())[:3]
 # The public code stores its best mIoU as a numpy scalar, which weights_only refuses unless told that it is harmless.
 _NUMPY_SCALAR: list[Any] = [np.float64(0).__reduce__()[0], np.dtype, np.dtypes.Float64DType]
 # Of a SegFormer's encoder at Hugging Face: layer, stage, the rest of the name; and what differs, by their names.
@@ -51,7 +57,9 @@ class LoadReport(NamedTuple):
     fresh: tuple[str, ...]
 
 
-def load_weights(model: Segmentor, path: str | Path, *, reset: bool = False) -> LoadReport:
+def load_weights(
+    model: Segmentor, path: str | Path, *, reset: bool = False, info: DatasetInfo | None = None
+) -> LoadReport:
     """Load a file of weights into a model.
 
     A file that holds only an encoder (``mit_b*.pth``, Hugging Face SegFormer, timm) leaves the decoder as it is.
@@ -61,14 +69,41 @@ def load_weights(model: Segmentor, path: str | Path, *, reset: bool = False) -> 
         path: ``.safetensors``, or anything that ``torch.save`` wrote: a state_dict, or a checkpoint of the public code;
             or ``imagenet`` for a model whose backbone is ``timm/tf_efficientnet_lite0``.
         reset: go on where classifier, memory or bottleneck do not fit, and leave them as they are in the model.
+        info: classes of the model; a file that names its own is matched to them by name. None takes them as they are.
 
     Raises:
         FileNotFoundError: there is no such file.
-        InputError: the file is damaged, holds something else, or does not fit the model.
+        InputError: the file is damaged, holds something else, or does not fit the model or its classes.
         MissingPackageError: the package that holds the weights ``imagenet`` is not installed.
     """
-    state = _read_imagenet(model) if str(path) == "imagenet" else read_weights(path)[0]
+    state, description = (_read_imagenet(model), None) if str(path) == "imagenet" else read_weights(path)
+    if info is not None and "decoder.decoder.linear_pred.weight" in state:
+        state = _match_classes(state, description, info, path, reset=reset)
     return load_state_dict(model, state, path, reset=reset)
+
+
+def _match_classes(
+    state: dict[str, Tensor], description: str | None, info: DatasetInfo, path: str | Path, *, reset: bool
+) -> dict[str, Tensor]:
+    """Bring classifier and memory into the order of other classes, or leave them out, and say so."""
+    try:
+        names = json.loads(description or "{}").get("classes")
+    except (ValueError, AttributeError) as error:
+        raise InputError(f"{path}: damaged description of the model ({error})") from error
+    of_classes = [name for name in state if name.startswith(_OF_CLASSES)]
+    if names is None:
+        logger.info("%s does not name its classes: they count as those of the data, in the same order", path)
+        return state
+    try:
+        order = match_classes(names, info)
+    except InputError as error:
+        if not reset:
+            raise InputError(f"{path}: {error}; --model.reset True starts classifier and memory afresh") from error
+        logger.info("%s: classifier and memory start afresh, because its classes are others", path)
+        return {name: x for name, x in state.items() if name not in of_classes}
+    if order != sorted(order):
+        logger.info("%s: its classes have another order, and are matched by name", path)
+    return {name: x[order] if name in of_classes else x for name, x in state.items()}
 
 
 def load_state_dict(

@@ -73,7 +73,8 @@ def test_files_that_cannot_be_read(tmp_path, lists):
         ("cafe\u0301.jpg", "caf\u00e9.png", "images/cafe\u0301.jpg is probably its image"),
         ("00.jpg", "00_mask.png", "images/00.jpg is probably its image"),
         ("00.jpg", "00.jpg.png", "images/00.jpg is probably its image"),
-        ("00.jpg", "seg-00.png", "no image has that name"),
+        ("00.jpg", "seg-00.png", "images/00.jpg is probably its image"),
+        ("00.jpg", "100.png", "no image has that name"),
     ],
 )
 def test_labels_that_match_no_image_are_told(tmp_path, image, label, reason):
@@ -130,7 +131,8 @@ def test_black_and_white_masks_without_values(tmp_path, lists):
 
 def test_how_lists_fit_together(tmp_path, lists):
     lists["labeled"][0] = Entry("images/00.png", None)
-    lists["unlabeled"] += [Entry("images/03.png", None), Entry("images/../images/02.png", None)]
+    (tmp_path / "images/link.png").symlink_to(tmp_path / "images/02.png")
+    lists["unlabeled"] += [Entry("images/03.png", None), Entry("images/../images/link.png", None)]
     lists["val"].append(lists["labeled"][1])
     expected = [
         "error: images/02.png: is in both lists: remove it from one of them",

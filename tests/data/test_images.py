@@ -156,6 +156,7 @@ def test_images_of_a_folder_are_found_once_and_without_hidden_ones(tmp_path):
         "a": root / "b",  # comes before b, whose own path is the one to take
         "b/self": root / "b",
         "b/up": tmp_path,
+        "../elsewhere/back": tmp_path,
         "linked": elsewhere,
         "linked_again": elsewhere,
         "z.png": root / "b/x.png",

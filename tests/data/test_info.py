@@ -30,8 +30,9 @@ def test_meta_file(tmp_path, palette):
     meta = {"classes": ["sea", "land"]}
     if palette is not None:
         meta |= {"ignore_index": 9, "palette": palette}
-    # Editors on Windows put a byte order mark in front.
-    (tmp_path / "meta.json").write_text(json.dumps(meta), encoding="utf-8" if palette else "utf-8-sig")
+    # Editors on Windows put a byte order mark in front, and PowerShell writes UTF-16.
+    encoding = "utf-8-sig" if palette is None else "utf-8" if len(palette) == 2 else "utf-16"
+    (tmp_path / "meta.json").write_text(json.dumps(meta), encoding=encoding)
     info = read_info(tmp_path)
     assert (info.name, info.classes) == (tmp_path.name, ("sea", "land"))
     assert info.ignore_index == (255 if palette is None else 9)

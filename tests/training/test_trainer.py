@@ -17,6 +17,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from allspark_fast.__main__ import main
 from allspark_fast.data.scenes import SCENES
+from allspark_fast.data.sources import open_sources
 from allspark_fast.errors import InputError, RunError
 from allspark_fast.model.mit import compile_blocks
 from allspark_fast.training import setup as prepare
@@ -188,7 +189,7 @@ class TestResume:
             Trainer(tiny_config(), tmp_path)
         process.kill()
         process.join()
-        assert claim_folder(tmp_path, tiny_config()) is not None
+        assert claim_folder(tmp_path, tiny_config(), open_sources(tiny_config().data)) is not None
 
     @pytest.mark.parametrize(("name", "length"), [("epochs", 1), ("steps", 4)])
     def test_a_finished_run_is_extended_and_other_settings_are_refused_by_name(
@@ -196,7 +197,7 @@ class TestResume:
     ) -> None:
         short, long = ({name: length * factor} for factor in (1, 2))
         assert train(tiny_config(**short), tmp_path)
-        with pytest.raises(InputError, match=r"other settings \(train.lr: 0.01 -> 0.02\)"):
+        with pytest.raises(InputError, match=r"other settings or data \(train.lr: 0.01 -> 0.02\)"):
             Trainer(tiny_config(**short, lr=0.02), tmp_path)
         with pytest.raises(InputError, match=r"train.gradient_accumulation_steps: 1 -> 2"):
             Trainer(tiny_config(**short, gradient_accumulation_steps=2), tmp_path)
@@ -207,7 +208,7 @@ class TestResume:
 
     def test_starting_weights_may_be_gone(self, tmp_path: Path) -> None:
         config, weights = tiny_config(epochs=1), tmp_path / "start.safetensors"
-        save_weights(build_model(config, len(SCENES.classes)), weights)
+        save_weights(build_model(config, SCENES), weights)
         config = changed(config, model={"weights": weights})
         train(config, tmp_path / "run")
         weights.unlink()
@@ -225,7 +226,7 @@ class TestResume:
 
 
 def hold_lock(folder: Path, locked: Event) -> None:
-    lock = claim_folder(folder, tiny_config())
+    lock = claim_folder(folder, tiny_config(), open_sources(tiny_config().data))
     assert lock is not None
     locked.set()
     signal.pause()

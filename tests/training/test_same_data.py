@@ -1,0 +1,119 @@
+"""A run goes on with the data that it began with, wherever that lies by now, and with no other."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from allspark_fast.__main__ import main
+from allspark_fast.config import Config
+from allspark_fast.errors import InputError
+from allspark_fast.training.trainer import Trainer
+from tests.helpers.images import write_folder
+from tests.helpers.runs import changed, tiny_config
+
+META = {"classes": ["apple", "pear", "plum"], "values": [0, 1, 2]}
+LISTS = {"labeled": range(2), "unlabeled": range(2, 6), "val": range(6, 8)}
+
+
+def meta(**changes: object) -> Callable[[], object]:
+    return lambda: Path("data/meta.json").write_text(json.dumps(META | changes))
+
+
+def lines(name: str, *texts: str) -> Callable[[], object]:
+    """Write a list of these lines, of numbered images if they are digits."""
+    written = [f"images/0{x}.png labels/0{x}.png" if x.isdecimal() else x for x in texts]
+    return lambda: Path(f"data/{name}.txt").write_text("\n".join(written))
+
+
+def config(root: str, **lists: str) -> Config:
+    paths = {name: Path(f"{name}.txt") for name in LISTS} | {name: Path(path) for name, path in lists.items()}
+    return changed(tiny_config(epochs=1), data={"dataset": "folder", "root": Path(root), **paths})
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_pictures: None) -> Path:
+    """A finished run, on data/ in the working directory."""
+    monkeypatch.chdir(tmp_path)
+    Path("data").mkdir()
+    write_folder(Path("data"), 9)
+    meta()()
+    for name, numbers in LISTS.items():
+        lines(name, *map(str, numbers))()
+    Trainer(config("data"), Path("run")).run()
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (meta(classes=["apple", "plum", "pear"], values=[0, 2, 1]), r"classes\[1\]: pear -> plum"),
+        (meta(classes=["apple", "pear", "grape"]), r"classes\[2\]: plum -> grape"),
+        (meta(classes=[*META["classes"], "fig"], values=[0, 1, 2, 3]), r"classes\[3\]: None -> fig"),
+        (meta(values=[0, 2, 1]), r"values\[1\]: 1 -> 2"),
+        (meta(ignore_index=7), "ignore_index: 255 -> 7"),
+        (meta(palette=[[9, 9, 9], [0, 0, 1], [0, 0, 2]]), r"palette\[0\]: \[0, 0, 0\] -> \[9, 9, 9\]"),
+        (
+            lines("labeled", "0", "1", "8"),
+            r"list data\.labeled has other entries: 1 added, 0 removed, first images/08\.png",
+        ),
+        (lines("labeled", "0", "images/01.png labels/00.png"), "data.labeled .*: 1 added, 1 removed"),
+        (lines("unlabeled", "2", "3"), r"data\.unlabeled .*: 0 added, 2 removed, first images/04\.png"),
+        (lines("val", "7", "6"), "data.val has its entries in another order"),
+    ],
+)
+def test_other_classes_or_lists_are_refused_by_name(run: Path, change: Callable, message: str) -> None:
+    change()
+    with pytest.raises(InputError, match=f"{run.name} holds a run with other settings or data .*{message}"):
+        Trainer(config("data"), run)
+
+
+def test_the_same_data_written_otherwise(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = run.parent / "data"
+    os.symlink(data, "link")
+    lines("again", "./images/00.png labels//00.png", "1")()
+    for root in (str(data), "link/", "run/../data"):
+        assert Trainer(config(root, labeled="again.txt", val=f"{data}/val.txt"), run).finished
+    monkeypatch.chdir("/")
+    moved = data.rename(data.with_name("moved"))
+    with pytest.raises(InputError, match=f"no folder /data, nor, where the run started, {data}:"):
+        Trainer(config("data"), run)
+    with pytest.raises(InputError, match=r"no folder /nowhere$"):
+        Trainer(config("/nowhere"), run)
+    assert Trainer(config(str(moved)), run).finished
+    moved.rename(data)
+    monkeypatch.chdir(run.parent)
+    assert Trainer(config("data"), run).finished
+    monkeypatch.chdir("/")
+    assert Trainer(config("data"), run).finished
+
+
+def test_evaluation_finds_the_data_of_a_run(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("val.txt").write_text(Path("data/val.txt").read_text())
+    Path("data/val.txt").unlink()
+    assert Trainer(config("data"), run).finished
+    monkeypatch.chdir("/")
+    assert main(["evaluate", str(run)]) == 0
+    data = run.parent / "data"
+    data.rename(data.with_name("moved"))
+    assert main(["evaluate", str(run)]) == 1
+    assert "give another --data.root" in capsys.readouterr().err
+    assert main(["evaluate", str(run), "--data.root", str(data.with_name("moved"))]) == 0
+
+
+def test_runs_of_earlier_versions_go_on_and_say_so(run: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (run / "data.json").unlink()
+    lines("unlabeled", "2", "3")()
+    with pytest.raises(InputError, match="is at step 2, but with these lists would end at 1"):
+        Trainer(config("data"), run)
+    (run / "data.json").unlink()
+    lines("unlabeled", *map(str, LISTS["unlabeled"]))()
+    assert Trainer(config("data"), run).finished
+    assert "did not record its classes and lists" in caplog.text
+    (run / "data.json").write_text("{}")
+    with pytest.raises(InputError, match=r"data\.json is no record of a run's data"):
+        Trainer(config("data"), run)
