@@ -61,7 +61,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_pictures: None) -> P
         ),
         (lines("labeled", "0", "images/01.png labels/00.png"), "data.labeled .*: 1 added, 1 removed"),
         (lines("unlabeled", "2", "3"), r"data\.unlabeled .*: 0 added, 2 removed, first images/04\.png"),
-        (lines("val", "7", "6"), "data.val has its entries in another order"),
+        (lines("val", "7", "6"), "data.val .*: 0 added, 0 removed, first none: their order differs"),
     ],
 )
 def test_other_classes_or_lists_are_refused_by_name(run: Path, change: Callable, message: str) -> None:
