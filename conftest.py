@@ -1,4 +1,4 @@
-"""Puts the repository root on the import path, so that tests run without an installation and can import bench.
+"""Settings that count only before torch and triton are imported.
 
 Where there is no GPU, Triton kernels run in its interpreter; the variable counts only before triton is imported. With
 a GPU it stays unset: a process either interprets or compiles. Tests run side by side and start processes of their own:

@@ -1,7 +1,7 @@
 import numpy as np
 from PIL import Image
 
-from allspark_fast.data.scenes import SCENES, ScenesDataset, render_scene
+from allspark_fast.data.scenes import SCENES, render_scene
 
 
 def test_a_scene_is_a_function_of_seed_and_index():
@@ -31,11 +31,3 @@ def test_the_composition_does_not_depend_on_the_size():
         other = render_scene(1, index + 1, (64, 64))[0]
         difference = np.abs(shrunk - small[0]).mean()
         assert difference < min(12, 0.5 * np.abs(shrunk - other).mean())
-
-
-def test_dataset_takes_the_place_of_files():
-    labeled, unlabeled = ScenesDataset(range(4), 48, seed=0), ScenesDataset(range(4, 10), 48, seed=0)
-    assert len({entry.image for entry in (*labeled.entries, *unlabeled.entries)}) == 10
-    for part, expected in zip(unlabeled[2], render_scene(0, 6, (48, 48)), strict=True):
-        np.testing.assert_array_equal(np.asarray(part), expected)
-    assert unlabeled.image(2) == unlabeled[2][0]

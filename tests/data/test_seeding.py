@@ -1,8 +1,6 @@
 import itertools
 
-import torch
-
-from allspark_fast.data.seeding import make_generator, mix_seed
+from allspark_fast.data.seeding import mix_seed
 
 
 def test_one_part_is_splitmix64():
@@ -16,9 +14,3 @@ def test_one_part_is_splitmix64():
 def test_order_and_number_of_parts_matter():
     keys = [key for length in (1, 2, 3, 4) for key in itertools.product(range(5), repeat=length)]
     assert len({mix_seed(*key) for key in keys}) == len(keys)
-
-
-def test_generator_repeats():
-    first, second = (torch.rand(4, generator=make_generator(3, 1, 4)) for _ in range(2))
-    assert torch.equal(first, second)
-    assert not torch.equal(first, torch.rand(4, generator=make_generator(3, 1, 5)))

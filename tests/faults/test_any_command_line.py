@@ -10,11 +10,13 @@ from PIL import Image
 
 from allspark_fast.__main__ import main
 from allspark_fast.cli import COMMANDS, selftest, train
+from allspark_fast.training import compare
 from allspark_fast.weights.spec import ModelSpec, save_model
 
 # Right arguments of each command, and some of its options.
 ARGUMENTS = {
     "train": ("scenes", "--data.crop --train.lr --run.output-dir --model.weights --train.method --no.such"),
+    "compare": ("scenes --seeds 0", "--methods --seeds --labels --every-label --test --out --equal-time --data.scenes"),
     "check": ("folder --data.root data", "--data.root --data.val --data.labeled --data.std --eval.mode"),
     "evaluate": ("model.safetensors folder --data.root data", "--split --json --data.root --data.crop"),
     "predict": ("model.safetensors photo.png", "--out --confidence --overwrite --whole --window --half"),
@@ -54,6 +56,7 @@ def folder(tmp_path: Path, tiny_spec: ModelSpec, monkeypatch: pytest.MonkeyPatch
     (tmp_path / "given" / "data" / "meta.json").write_text('{"classes": ["one", "two"]}')
     monkeypatch.delenv("ALLSPARK_DATA_DIR", raising=False)
     monkeypatch.setattr(train, "train", lambda *_: True)
+    monkeypatch.setattr(compare, "compare", lambda *_, **__: [])
     monkeypatch.setattr(selftest, "check_kernels", lambda _: [])
     return tmp_path
 

@@ -103,6 +103,7 @@ next(batches)
 """
 
 
+@pytest.mark.slow
 def test_workers_end_with_the_process_that_holds_them() -> None:
     """They ignore SIGTERM, with which Python ends children at exit, and for which it then waits without a limit."""
     run_python("-c", HOLDS_BATCHES)

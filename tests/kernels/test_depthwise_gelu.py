@@ -48,7 +48,7 @@ class TestNumbers:
     @settings(max_examples=20, deadline=None)
     @given(
         kernels=MOSTLY_TORCH,
-        sizes=st.tuples(st.integers(0, 2), st.tuples(st.integers(1, 5), st.integers(1, 9)), st.integers(1, 20)),
+        sizes=st.tuples(st.integers(1, 2), st.tuples(st.integers(1, 5), st.integers(1, 9)), st.integers(1, 20)),
         dtype=st.sampled_from(DTYPES),
         seed=st.integers(0, 2**31),
     )
@@ -64,8 +64,9 @@ class TestNumbers:
     def test_edges_of_maps_and_tiles(self, kernels: str, size: tuple[int, int], channels: int) -> None:
         assert_right(example(1, size, channels), size)
 
-    def test_no_channels(self, kernels: str) -> None:
-        inputs = example(channels=0)
+    @pytest.mark.parametrize(("batch", "channels"), [(0, 4), (2, 0)])
+    def test_empty(self, kernels: str, batch: int, channels: int) -> None:
+        inputs = example(batch, channels=channels)
         output, *grads = output_and_grads(functools.partial(depthwise_gelu, size=(3, 5)), inputs)
         assert [x.shape for x in (output, *grads)] == [x.shape for x in (inputs[0], *inputs)]
         assert not any(x.any() for x in grads)

@@ -18,7 +18,7 @@ from tests.helpers.steps import build_state, random_batch
         {"method": "allspark", "ema": 0.9},
         {"method": "allspark", "optimizer": "adamw", "gradient_accumulation_steps": 2},
         {"method": "semi", "ema": 0.9, "teacher": "ema", "activation_checkpointing": True},
-        {"method": "supervised", "compiled": True},
+        pytest.param({"method": "supervised", "compiled": True}, marks=pytest.mark.slow),
     ],
     ids=str,
 )
