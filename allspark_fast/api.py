@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from allspark_fast.config import Config, from_plain, refuse_old_setting, refuse_without_effect
+from allspark_fast.config import Config, from_plain, prefer_given_lengths, refuse_old_setting
 from allspark_fast.device import DeviceName
 from allspark_fast.errors import InputError
 from allspark_fast.inference.predict import Predictor
@@ -40,16 +40,15 @@ def train(recipe: str = "scenes", **settings: Any) -> Run:
     """
     if recipe not in RECIPES:
         raise InputError(f"there is no recipe {recipe!r}; recipes are {', '.join(RECIPES)}")
-    default = RECIPES[recipe]()
-    plain = json.loads(default.to_json())
+    plain = json.loads(RECIPES[recipe]().to_json())
+    given = [name.replace("_", ".", 1) for name in settings]
     for name, value in settings.items():
         group, _, field = name.partition("_")
         refuse_old_setting(f"{group}.{field}", value)
         if field not in plain.get(group, {}):
             raise InputError(f"there is no setting {name!r}: expected group_field, such as train_epochs or data_root")
         plain[group][field] = json.loads(json.dumps(value, default=str))
-    config = from_plain(Config, plain, "config")
-    refuse_without_effect(default, config)
+    config = prefer_given_lengths(from_plain(Config, plain, "config"), given)
     folder = config.run.output_dir or Path("runs") / recipe
     return Run(folder, train_in_folder(config, folder))
 

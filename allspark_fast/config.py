@@ -3,7 +3,8 @@
 import dataclasses
 import json
 import math
-from dataclasses import MISSING, dataclass, field
+from collections.abc import Collection
+from dataclasses import MISSING, dataclass, field, replace
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
@@ -341,7 +342,7 @@ def _is_range(low: str, high: str) -> bool:
     )
 
 
-# Lengths in epochs, and the settings in whose place they have no effect.
+# Lengths in epochs, and the settings that take their place where these are not None.
 _IN_PLACE = {
     "train.epochs": "train.steps",
     "train.warmup_epochs": "train.warmup",
@@ -350,15 +351,25 @@ _IN_PLACE = {
 }
 
 
-def refuse_without_effect(recipe: Config, config: Config) -> None:
-    """Raise InputError for a length in epochs that differs from the recipe's, but that another setting replaces."""
-    for change in changed_fields(recipe, config):
-        group, _, name = _IN_PLACE.get(change.name, "").partition(".")
-        if name and (value := getattr(getattr(config, group), name)) is not None:
-            raise InputError(
-                f"{change.name} = {change.new} has no effect beside {group}.{name} = {value}: change that instead, or "
-                f"set {group}.{name} to None"
-            )
+def prefer_given_lengths(config: Config, given: Collection[str]) -> Config:
+    """Return the settings with what a recipe has in place of lengths in epochs left out, where these are given.
+
+    Args:
+        config: the settings.
+        given: names ``group.field`` of those that somebody chose.
+
+    Raises:
+        InputError: both kinds of a length were chosen.
+    """
+    for name, other in _IN_PLACE.items():
+        group, _, field_name = other.partition(".")
+        settings = getattr(config, group)
+        if name not in given or getattr(settings, field_name) is None:
+            continue
+        if other in given:
+            raise InputError(f"{name} has no effect beside {other} = {getattr(settings, field_name)}: give one of them")
+        config = replace(config, **{group: replace(settings, **{field_name: None})})
+    return config
 
 
 def _within(settings: object, group: str, **ranges: tuple[float, float]) -> None:

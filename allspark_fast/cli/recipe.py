@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import tyro
 
-from allspark_fast.config import Config, refuse_old_setting, refuse_without_effect
+from allspark_fast.config import Config, prefer_given_lengths, refuse_old_setting
 from allspark_fast.errors import InputError
 from allspark_fast.recipes import RECIPES
 
@@ -19,16 +19,18 @@ def parse_config(arguments: list[str], command: str, run: Config | None = None) 
         run: what takes the place of the recipe, if none is named.
 
     Raises:
-        InputError: there is no such recipe, or a setting was renamed or removed, or has no effect.
+        InputError: there is no such recipe, a setting was renamed or removed, or a length is given twice.
     """
     named = bool(arguments) and not arguments[0].startswith("-")
     recipe = arguments[0] if named else "scenes"
     if recipe not in RECIPES:
         raise InputError(f"there is no recipe {recipe!r}; recipes are {', '.join(RECIPES)}")
+    given = []
     for argument, following in pairwise([*arguments, ""]):
         name, equals, value = argument.partition("=")
         if name.startswith("--"):
-            refuse_old_setting(name.removeprefix("--").replace("-", "_"), value if equals else following)
+            given.append(name.removeprefix("--").replace("-", "_"))
+            refuse_old_setting(given[-1], value if equals else following)
     about = inspect.cleandoc(RECIPES[recipe].__doc__ or "").replace("``", "")
     default = RECIPES[recipe]() if named or run is None else run
     config = tyro.cli(
@@ -39,5 +41,4 @@ def parse_config(arguments: list[str], command: str, run: Config | None = None) 
         default=default,
         config=(tyro.conf.FlagConversionOff,),
     )
-    refuse_without_effect(default, config)
-    return recipe, config
+    return recipe, prefer_given_lengths(config, given)
