@@ -116,6 +116,8 @@ class TrainConfig:
         strong: show the student unlabeled crops after color jitter, gray and blur; the teacher labels them as they are.
         cutmix: probability that an unlabeled crop gets a box of another one, with its pseudo labels.
         copy_paste: probability that an unlabeled crop gets half of the classes of a labeled one, with their labels.
+        dist_align: largest factor, at least 1, by which distribution alignment multiplies the probability of a class
+            that the teacher predicts less often than labels hold it, before pseudo labels are chosen; 0 for none.
         loss: of the labeled images: ce (cross-entropy), or ohem, which keeps the hard pixels.
         loss_mean: with several processes, over the valid pixels of all of them (global), or of each one (rank, the
             reference implementation), which weights pixels more on ranks that have fewer. OHEM always mines per rank.
@@ -161,6 +163,7 @@ class TrainConfig:
     strong: bool = False
     cutmix: float = 0.0
     copy_paste: float = 0.0
+    dist_align: float = 0.0
     loss: Literal["ce", "ohem"] = "ce"
     loss_mean: Literal["global", "rank"] = "global"
     ohem_threshold: float = 0.7
@@ -185,6 +188,8 @@ class TrainConfig:
         # At 1 the average would never move.
         _within(self, "train", ohem_threshold=(0, 1), ohem_min_kept=(0, 10**9), ema=(0, 0.999999))
         _within(self, "train", unlabeled_weight=(0, 1000), conf_thresh=(0, 1), cutmix=(0, 1), copy_paste=(0, 1))
+        _within(self, "train", dist_align=(0, 1000))
+        _expect(self.dist_align == 0 or self.dist_align >= 1, "train.dist_align", self.dist_align, "0, or 1 to 1000")
         if self.teacher == "ema":
             _expect(
                 self.ema > 0, "train.ema", self.ema, "the decay of the average that train.teacher=ema needs, say 0.99"

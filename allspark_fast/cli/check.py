@@ -42,7 +42,7 @@ def _lines(summary: Summary) -> Iterator[str]:
         yield f"{'class':{width}}" + "".join(f"{f'{name} pixels':>17}{'masks':>14}" for name in masked)
         for label in labels:
             figures = (
-                f"{found['pixels'][label] / sum(found['pixels'].values()):17.2%}"
+                f"{found['pixels'][label] / max(sum(found['pixels'].values()), 1):17.2%}"
                 f"{found['holding'][label]:6} of {found['masks'].total():4}"
                 for found in masked.values()
             )

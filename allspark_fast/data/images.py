@@ -139,11 +139,6 @@ def read_label(path: str | Path, info: DatasetInfo | None = None) -> Image.Image
     return decode(Path(path), lambda image: to_classes(image, info))
 
 
-def values_of(label: Image.Image) -> list[int]:
-    """Return the distinct values of a label (mode L), ascending."""
-    return [value for value, count in enumerate(label.histogram()) if count]
-
-
 def colors_of(image: Image.Image, values: npt.NDArray[np.integer]) -> dict[Color, int]:
     """Return the index that each color has in a palette image, of the indices that occur and colors that do once."""
     palette = image.getpalette() or [] if image.mode == "P" else []
@@ -184,7 +179,7 @@ def to_classes(image: ImageFile, info: DatasetInfo | None) -> Image.Image:
     if info is None:
         return label
     indices = info.class_indices()
-    if wrong := [value for value in values_of(label) if value not in indices]:
+    if wrong := [value for value, count in enumerate(label.histogram()) if count and value not in indices]:
         expected = f"the values {list(info.values)}" if info.values else f"the indices 0..{len(info.classes) - 1}"
         raise DataError(
             f"holds {wrong}, but the {len(info.classes)} classes of {info.name} have {expected}; convert the label, or"

@@ -83,7 +83,7 @@ class SemiLoader(Dataset[Sample]):
     which is the same set of crops for any ``world_size``. The global random state is never touched.
 
     Attributes:
-        batch_size: number of labeled, and of unlabeled, images per step over all ranks.
+        batch_size: number of labeled, and of unlabeled, images per step over all ranks, which share it equally.
         num_workers: worker processes; they live as long as one call of ``iterate``, across epochs.
         pin_memory: return batches in page-locked memory, for asynchronous copies to a GPU.
         labeled_only: do not read the unlabeled images; order, labeled crops and number of steps stay the same.
@@ -91,7 +91,6 @@ class SemiLoader(Dataset[Sample]):
 
     Raises:
         DataError: a labeled entry has no label, there are no labeled images, or too few unlabeled ones.
-        ValueError: ``batch_size`` is not divisible by ``world_size``.
     """
 
     labeled: ImageSource
@@ -115,8 +114,6 @@ class SemiLoader(Dataset[Sample]):
                 f"{len(self.unlabeled.entries)} unlabeled images do not fill a batch of {self.batch_size}; add images"
                 " or lower train.batch_size"
             )
-        if self.batch_size % self.world_size:
-            raise ValueError(f"batch_size {self.batch_size} is not divisible by world_size {self.world_size}")
 
     @property
     def steps_per_epoch(self) -> int:

@@ -15,10 +15,10 @@ from allspark_fast.config import DataConfig
 from allspark_fast.data.datasets import Sources, split_file
 from allspark_fast.data.sources import data_root
 from allspark_fast.errors import DataError, InputError
-from allspark_fast.files import write_atomically
 
 logger = logging.getLogger(__name__)
 
+RECORD_FILE = "data.json"
 _LISTS = ("labeled", "unlabeled", "val")
 # The working directory in which the run started; and classes and lists by name, which decide its numbers.
 Record = dict[str, Any]
@@ -27,23 +27,18 @@ Record = dict[str, Any]
 def record_data(sources: Sources) -> Record:
     """Return what is recorded of the data of a run, as JSON would give it back."""
     info, *lists = sources
-    meaning = {name: getattr(info, name) for name in ("classes", "values", "ignore_index", "palette")}
-    lines = {name: [_line(x.image, x.label) for x in part.entries] for name, part in zip(_LISTS, lists, strict=True)}
+    meaning = {name: getattr(info, name) for name in ("classes", "ignore_index", "palette")}
+    meaning["values"] = info.values or list(info.class_values())
+    lines = {
+        name: [" ".join(posixpath.normpath(path) for path in (x.image, x.label) if path) for x in source.entries]
+        for name, source in zip(_LISTS, lists, strict=True)
+    }
     return json.loads(json.dumps({"start": os.getcwd(), **meaning, **lines}))
 
 
-def _line(image: str, label: str | None) -> str:
-    return " ".join(posixpath.normpath(path) for path in (image, label) if path is not None)
-
-
-def write_record(folder: Path, record: Record) -> None:
-    """Write it into the folder of a run."""
-    write_atomically(folder / "data.json", lambda temporary: temporary.write_text(json.dumps(record), encoding="utf-8"))
-
-
 def read_record(folder: Path) -> Record | None:
-    """Return what is in the folder of a run: nothing, if an earlier version began it; InputError if it is damaged."""
-    path = folder / "data.json"
+    """Return what lies in the folder of a run: nothing, if an earlier version began it; InputError if it is damaged."""
+    path = folder / RECORD_FILE
     if not path.is_file():
         return None
     try:
@@ -86,16 +81,13 @@ def differences(old: Record, new: Record) -> Iterator[str]:
         if name == "start" or before == now:
             continue
         if name in _LISTS:
-            yield f"the list data.{name} has {_list_difference(before, now)}"
+            counts: list[Counter[str]] = [Counter(before), Counter(now)]
+            removed, added = counts[0] - counts[1], counts[1] - counts[0]
+            count = f"{added.total()} added, {removed.total()} removed"
+            first = next(iter(added + removed), "none: their order differs")
+            yield f"the list data.{name} has other entries: {count}, first {first}"
         elif isinstance(before, list) and isinstance(now, list):
             pairs = enumerate(zip_longest(before, now))
             yield next(f"{name}[{index}]: {a} -> {b}" for index, (a, b) in pairs if a != b)
         else:
             yield f"{name}: {before} -> {now}"
-
-
-def _list_difference(before: Any, now: Any) -> str:
-    removed, added = (Counter(a) - Counter(b) for a, b in ((before, now), (now, before)))
-    if not (added or removed):
-        return "its entries in another order"
-    return f"other entries: {added.total()} added, {removed.total()} removed, first {next(iter(added + removed))}"

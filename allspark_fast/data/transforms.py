@@ -187,9 +187,6 @@ class CropTransform:
         strong: whether to return the crop after photometric changes too.
         cutmix: probability of a box that CutMix takes from another crop.
         copy_paste: probability that half of the classes of the label are pasted into another crop.
-
-    Raises:
-        ValueError: ``crop_size`` or ``scale_range`` is not positive, or the latter not ascending.
     """
 
     crop_size: int
@@ -202,12 +199,6 @@ class CropTransform:
     cutmix: float = 0.0
     copy_paste: float = 0.0
 
-    def __post_init__(self) -> None:
-        if self.crop_size < 1:
-            raise ValueError(f"crop_size is {self.crop_size}, expected at least 1 pixel")
-        if not 0 < self.scale_range[0] <= self.scale_range[1]:
-            raise ValueError(f"scale_range is {self.scale_range}, expected 0 < least <= greatest")
-
     def __call__(self, image: Image.Image, label: Image.Image | None, generator: Generator) -> Sample:
         """Transform one image.
 
@@ -215,14 +206,7 @@ class CropTransform:
             image: RGB image.
             label: class indices (mode L) of the size of ``image``, or None.
             generator: source of all randomness.
-
-        Raises:
-            ValueError: the image is not RGB, or the label is not of mode L and of its size.
         """
-        if image.mode != "RGB":
-            raise ValueError(f"image has mode {image.mode}, expected RGB (`read_image` converts)")
-        if label is not None and (label.mode, label.size) != ("L", image.size):
-            raise ValueError(f"the label is {label.size} of mode {label.mode}, expected {image.size} of mode L")
         geometry = draw_geometry(image.size, self.crop_size, self.scale_range, generator)
         crop = apply_geometry(image, geometry, self.crop_size, Image.Resampling.BILINEAR, 0)
         if self.photometric:

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from allspark_fast.config import EvalMode
-from allspark_fast.data.files import IMAGE_SUFFIXES, list_files
+from allspark_fast.data.files import is_image, list_files
 from allspark_fast.data.images import read_image
 from allspark_fast.data.info import DatasetInfo
 from allspark_fast.data.transforms import normalize_image
@@ -179,16 +179,12 @@ def find_images(arguments: Iterable[str], *, skip: Path) -> tuple[dict[Path, Pat
             continue
         base, listed = _search(argument)
         files = [path for path in listed if not path.resolve().is_relative_to(predictions)]
-        if not any(map(_is_image, files)):
+        if not any(map(is_image, files)):
             raise FileNotFoundError(f"{argument!r}: no image, no folder with images, and no pattern that matches any")
-        for path in filter(_is_image, files):
+        for path in filter(is_image, files):
             found.setdefault(path, path.relative_to(base).with_suffix(""))
-        others |= set(itertools.filterfalse(_is_image, files))
+        others |= set(itertools.filterfalse(is_image, files))
     return found, sorted(others - found.keys())
-
-
-def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in IMAGE_SUFFIXES
 
 
 def _search(argument: str) -> tuple[Path, list[Path]]:

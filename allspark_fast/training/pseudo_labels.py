@@ -14,8 +14,8 @@ from allspark_fast.kernels.upsample_argmax import upsample_argmax
 from allspark_fast.model import Segmentor
 from allspark_fast.model.batch_norm import FiniteBatchNorm
 
-# Weight of one batch in the running mean confidence of a class.
-_CONFIDENCE_RATE = 0.02
+# Weights of one batch in the running means of a class: its confidence, its shares.
+_CONFIDENCE_RATE, _SHARE_RATE = 0.02, 0.05
 
 
 class ClassStatistics(NamedTuple):
@@ -25,20 +25,36 @@ class ClassStatistics(NamedTuple):
         confidence: (K,) float32, running mean of the teacher's confidence in pseudo labels; 0 for a class without any.
         pixels: (3, K) float64, pixels since they were last read: with this label, with this pseudo label, and those of
             the latter that counted.
+        shares: (2, K) float32, running means of the share of the class in labels, and in the teacher's probabilities; 0
+            before the first step, and without ``train.dist_align``.
     """
 
     confidence: Tensor
     pixels: Tensor
+    shares: Tensor
 
     @classmethod
     def start(cls, classes: int, device: torch.device) -> "ClassStatistics":
         """Return those of no pixel."""
-        return cls(torch.zeros(classes, device=device), torch.zeros(3, classes, dtype=torch.float64, device=device))
+        confidence, *shares = torch.zeros(3, classes, device=device)
+        return cls(confidence, torch.zeros(3, classes, dtype=torch.float64, device=device), torch.stack(shares))
+
+    def alignment(self, most: float) -> Tensor | None:
+        """Return what distribution alignment (ReMixMatch) adds to logits, (K, 1, 1); None if ``most`` is 0.
+
+        Probabilities are multiplied by the share of the class in labels over that in predictions, at most by ``most``
+        and at least by its inverse, so that a class that the teacher does not know yet is not unlearned.
+        """
+        if most == 0:
+            return None
+        label, predicted = self.shares
+        ratio = (label / predicted).clamp(1 / most, most)
+        return ratio.log().where(predicted > 0, 0)[:, None, None]
 
 
 @torch.no_grad()
 def pseudo_pass(
-    model: Segmentor, batch: SemiBatch, config: TrainConfig, *, adapt: bool = False
+    model: Segmentor, batch: SemiBatch, config: TrainConfig, *, alignment: Tensor | None = None, adapt: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Label the unlabeled images; leaves the model in eval mode.
 
@@ -46,6 +62,7 @@ def pseudo_pass(
         model: what labels them.
         batch: the images.
         config: the optimization.
+        alignment: of ClassStatistics.
         adapt: whether BatchNorm normalizes by the statistics of these images, and its running statistics follow them.
 
     Returns:
@@ -58,7 +75,8 @@ def pseudo_pass(
     class_logits = model(batch.unlabeled_image, kv_source=config.kv_source)
     model.eval()
     size = (batch.unlabeled_image.shape[2], batch.unlabeled_image.shape[3])
-    pseudo_label, confidence = upsample_argmax(class_logits, size)
+    aligned = class_logits if alignment is None else class_logits + alignment
+    pseudo_label, confidence = upsample_argmax(aligned, size)
     if not config.pseudo_padding:
         pseudo_label = pseudo_label.where(batch.unlabeled_valid, IGNORE_INDEX)
     return class_logits, pseudo_label, confidence
@@ -75,11 +93,24 @@ def confident(pseudo_label: Tensor, confidence: Tensor, classes: ClassStatistics
 
 
 @torch.no_grad()
+def update_shares(classes: ClassStatistics, batch: SemiBatch, class_logits: Tensor) -> None:
+    """Move the shares of the classes in place."""
+    index = torch.arange(class_logits.shape[1], device=class_logits.device)
+    label = (batch.label[:, ::4, ::4, None] == index).sum((0, 1, 2))
+    valid = _like(batch.unlabeled_valid, class_logits)
+    predicted = class_logits.float().softmax(1).where(valid, 0).sum((0, 2, 3))
+    pixels = all_reduce_sum(torch.stack([label.float(), predicted]))
+    now = pixels / pixels.sum(1, keepdim=True)
+    moved = classes.shares.lerp(now, _SHARE_RATE).where(classes.shares[1] > 0, now)
+    classes.shares.copy_(moved.where(now.isfinite().all(), classes.shares))
+
+
+@torch.no_grad()
 def update_statistics(
     classes: ClassStatistics, label: Tensor, pseudo_label: Tensor, counts: Tensor, confidence: Tensor
 ) -> None:
     """Count the pixels of a step's labels and pseudo labels, and move the mean confidences, in place."""
-    running, pixels = classes
+    running, pixels, _ = classes
     label, pseudo_label, counts, confidence = (x[:, ::4, ::4, None] for x in (label, pseudo_label, counts, confidence))
     index = torch.arange(len(running), device=label.device)
     of_class = pseudo_label == index

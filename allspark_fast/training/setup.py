@@ -1,6 +1,7 @@
 """What is settled before a run takes its first step: its folder, its batch, its model and state."""
 
 import copy
+import json
 import logging
 import os
 import socket
@@ -12,7 +13,7 @@ from typing import IO
 from allspark_fast.config import Change, Config, EvalConfig, RunConfig, Schedule, TrainConfig, changed_fields
 from allspark_fast.data.datasets import Sources
 from allspark_fast.data.info import DatasetInfo
-from allspark_fast.data.record import differences, read_record, record_data, write_record
+from allspark_fast.data.record import RECORD_FILE, differences, read_record, record_data
 from allspark_fast.distributed import world_size
 from allspark_fast.errors import InputError
 from allspark_fast.files import make_folder, remove_unfinished, write_atomically
@@ -33,7 +34,7 @@ logger = logging.getLogger(__name__)
 _REPAY_COMPILING = 5000
 # What may change between two sittings of a run, because it does not decide the numbers.
 _FREE = {
-    "data.root",
+    *(f"data.{name}" for name in ("root", "labeled", "unlabeled", "val")),  # what they hold is compared
     "data.workers",
     "model.activation_checkpointing",
     "model.weights",  # the checkpoint holds what became of them
@@ -74,7 +75,7 @@ def claim_folder(folder: Path, config: Config, sources: Sources) -> IO[str] | No
                 folder,
             )
         changed = changed_fields(Config.read(path), config)
-        refused = [str(change) for change in changed if not _may_change(change, lists_recorded=before is not None)]
+        refused = [str(change) for change in changed if not _may_change(change)]
         refused += differences(before, record) if before is not None else ()
         if refused:
             raise InputError(
@@ -84,15 +85,13 @@ def claim_folder(folder: Path, config: Config, sources: Sources) -> IO[str] | No
         if changed:
             logger.info("changed since the last start of this run: %s", "; ".join(map(str, changed)))
     write_atomically(path, lambda temporary: temporary.write_text(config.to_json(), encoding="utf-8"))
-    write_record(folder, record)
+    write_atomically(folder / RECORD_FILE, lambda temporary: temporary.write_text(json.dumps(record), encoding="utf-8"))
     return lock
 
 
-def _may_change(change: Change, *, lists_recorded: bool) -> bool:
+def _may_change(change: Change) -> bool:
     longer = change.name in ("train.epochs", "train.steps") and None not in (change.old, change.new)
-    # Of lists that are recorded the contents count, not the names of their files.
-    is_list = change.name in ("data.labeled", "data.unlabeled", "data.val")
-    return change.name in _FREE or (is_list and lists_recorded) or (longer and change.new > change.old)
+    return change.name in _FREE or (longer and change.new > change.old)
 
 
 def _lock(folder: Path) -> IO[str] | None:

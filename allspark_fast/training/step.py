@@ -14,7 +14,14 @@ from allspark_fast.distributed import all_reduce_mean, world_size
 from allspark_fast.kernels.upsample_cross_entropy import upsample_cross_entropy
 from allspark_fast.model import Segmentor
 from allspark_fast.training.half_weights import HalfWeights
-from allspark_fast.training.pseudo_labels import ClassStatistics, confident, mix, pseudo_pass, update_statistics
+from allspark_fast.training.pseudo_labels import (
+    ClassStatistics,
+    confident,
+    mix,
+    pseudo_pass,
+    update_shares,
+    update_statistics,
+)
 from allspark_fast.training.sharding import (
     average_gradients,
     from_local_like,
@@ -253,9 +260,16 @@ def compute_losses(
         loss = _labeled_loss(model.train()(batch.image), batch.label, config)
         (loss,) = _weigh_ranks([loss], [batch.label != IGNORE_INDEX], config)
         return Losses(loss, loss, torch.zeros_like(loss))
-    labeling = model if teacher is None else teacher
-    class_logits, pseudo_label, confidence = pseudo_pass(labeling, batch, config, adapt=config.teacher == "ema")
-    classes = classes or ClassStatistics.start(class_logits.shape[1], class_logits.device)
+    classes = classes or ClassStatistics.start(model.decoder.decoder.linear_pred.out_channels, batch.image.device)
+    class_logits, pseudo_label, confidence = pseudo_pass(
+        model if teacher is None else teacher,
+        batch,
+        config,
+        alignment=classes.alignment(config.dist_align),
+        adapt=config.teacher == "ema",
+    )
+    if config.dist_align > 0:
+        update_shares(classes, batch, class_logits)
     counts = confident(pseudo_label, confidence, classes, config)
     update_statistics(classes, batch.label, pseudo_label, counts, confidence)
     unlabeled = batch.unlabeled_image if batch.unlabeled_strong is None else batch.unlabeled_strong

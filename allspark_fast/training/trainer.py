@@ -255,7 +255,8 @@ class Trainer:
     def _pseudo_labels(self, model: Segmentor) -> tuple[Tensor, dict[str, Tensor], Record]:
         """Label the unlabeled crops of the first step; return some of them to draw, and what all measure."""
         batch = self.data.first_batch
-        _, pseudo_label, confidence = pseudo_pass(self.state.teacher, batch, self.config.train)
+        alignment = self.state.classes.alignment(self.config.train.dist_align)
+        _, pseudo_label, confidence = pseudo_pass(self.state.teacher, batch, self.config.train, alignment=alignment)
         logits = model.eval()(batch.unlabeled_image)
         prediction, _ = upsample_argmax(logits, (pseudo_label.shape[1], pseudo_label.shape[2]))
         measured = pseudo_label_record(pseudo_label, confidence, len(self.data.info.classes), batch)

@@ -232,17 +232,16 @@ def test_pinned_batches():
 
 
 @pytest.mark.parametrize(
-    ("labeled", "unlabeled", "options", "message"),
+    ("labeled", "unlabeled", "message"),
     [
-        (Numbered(5), Numbered(3), {}, "3 unlabeled images do not fill a batch of 4"),
-        (Numbered(0), Numbered(4), {}, "list of images with labels is empty"),
-        (Numbered(4, labels=False), Numbered(4), {}, r"0\.png: has no label"),
-        (Numbered(5), Numbered(4), {"world_size": 3}, "batch_size 4 is not divisible by world_size 3"),
+        (Numbered(5), Numbered(3), "3 unlabeled images do not fill a batch of 4"),
+        (Numbered(0), Numbered(4), "list of images with labels is empty"),
+        (Numbered(4, labels=False), Numbered(4), r"0\.png: has no label"),
     ],
 )
-def test_refused_arguments(labeled, unlabeled, options, message):
+def test_refused_arguments(labeled, unlabeled, message):
     with pytest.raises(ValueError, match=message):
-        plain_loader(labeled, unlabeled, **options)
+        plain_loader(labeled, unlabeled)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

@@ -9,11 +9,9 @@ from typing import get_args, get_origin, get_type_hints
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch import Tensor
 
 from allspark_fast.config import Config
-from allspark_fast.data.transforms import CropTransform
 from allspark_fast.errors import InputError
 from allspark_fast.inference.evaluate import predict_labels
 from allspark_fast.inference.metrics import ConfusionMatrix
@@ -31,11 +29,6 @@ def bottleneck(**change: object) -> Tensor:
 
 def updated(prediction: Tensor, target: Tensor) -> None:
     ConfusionMatrix(2).update(prediction, target)
-
-
-def crop(image: str, label: str | None = None, size: tuple[int, int] = (40, 30), **options: object) -> object:
-    transform = CropTransform(**{"crop_size": 32, "photometric": False, **options})
-    return transform(Image.new(image, (40, 30)), label and Image.new(label, size), torch.Generator())
 
 
 LABELS = torch.zeros(4, 4, dtype=torch.int64)
@@ -58,11 +51,6 @@ LABELS = torch.zeros(4, 4, dtype=torch.int64)
         (lambda: predict_labels(tiny_segmentor().eval(), torch.ones(1, 3, 64, 64), mode="sliding", crop=1), "crop"),
         (lambda: ConfusionMatrix(0), "num_classes must be at least 1"),
         (lambda: updated(LABELS, LABELS[None]), "expected one shape"),
-        (lambda: crop("L"), "has mode"),
-        (lambda: crop("RGB", "L", (9, 9)), "the label is"),
-        (lambda: crop("RGB", "RGB"), "has mode|the label is"),
-        (lambda: crop("RGB", crop_size=0), "crop_size"),
-        (lambda: crop("RGB", scale_range=(2, 0.5)), "scale_range"),
     ],
 )
 def test_wrong_values_are_named(call: Callable[[], object], message: str) -> None:

@@ -22,7 +22,7 @@ def build_state(total_steps: int = 100, lr: float = 0.01, **options: object) -> 
 # Everything beyond the paper that a step may do; its batches are those of ``mixing=True``.
 BEYOND = {
     "teacher": "ema", "ema": 0.9, "conf_thresh": 0.95, "conf_mode": "class", "strong": True, "cutmix": 1.0,
-    "copy_paste": 1.0, "pseudo_padding": False, "unlabeled_weight": 0.5,
+    "copy_paste": 1.0, "dist_align": 10.0, "pseudo_padding": False, "unlabeled_weight": 0.5,
 }  # fmt: skip
 
 

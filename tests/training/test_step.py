@@ -141,7 +141,7 @@ class TestBeyondThePaper:
     def test_thresholds(self) -> None:
         label = torch.tensor([[[0, 0, 1], [1, 2, 255]]])
         confidence = torch.tensor([[[0.99, 0.9, 0.7], [0.5, 0.4, 1.0]]])
-        classes = ClassStatistics(torch.tensor([0.97, 0.6, 0.0]), torch.zeros(3, 3))
+        classes = ClassStatistics.start(3, torch.device("cpu"))._replace(confidence=torch.tensor([0.97, 0.6, 0.0]))
         for mode, expected in (
             ("threshold", [[True, False, False], [False, False, False]]),
             ("class", [[True, False, True], [False, True, False]]),  # at 0.95, 0.6 and 0
@@ -154,7 +154,10 @@ class TestBeyondThePaper:
         state = build_state(**{**BEYOND, "method": "semi"})
         for _ in range(3):
             data, before = random_batch(mixing=True), copy.deepcopy(state.classes)
-            _, label, confidence = pseudo_pass(copy.deepcopy(state.teacher), data, state.config, adapt=True)
+            alignment = before.alignment(state.config.dist_align)
+            _, label, confidence = pseudo_pass(
+                copy.deepcopy(state.teacher), data, state.config, alignment=alignment, adapt=True
+            )
             kept = confident(label, confidence, before, state.config)[:, ::4, ::4]
             label, confidence, labeled = (x[:, ::4, ::4] for x in (label, confidence, data.label))
             train_step(state, data, use_memory=False)
@@ -163,6 +166,28 @@ class TestBeyondThePaper:
                 assert (state.classes.pixels - before.pixels)[:, i].tolist() == counted
                 mean = confidence[label == i].mean() if counted[1] else old
                 torch.testing.assert_close(new, torch.lerp(old, mean, 0.02) if old > 0 else mean)
+
+    def test_classes_that_are_predicted_too_rarely_are_labeled_more_often(self) -> None:
+        classes = ClassStatistics.start(3, torch.device("cpu"))
+        assert classes.alignment(0) is None
+        assert classes.alignment(10).tolist() == [[[0.0]]] * 3
+        classes.shares.copy_(torch.tensor([[0.0, 0.5, 0.5], [0.2, 0.75, 0.05]]))
+        factors = classes.alignment(4).flatten().exp()
+        torch.testing.assert_close(factors, torch.tensor([0.25, 2 / 3, 4.0]))
+        state = build_state(**{**BEYOND, "method": "semi", "dist_align": 100.0})
+        data = random_batch(mixing=True)._replace(label=torch.full((2, 64, 64), 1))
+        for step in range(4):
+            alignment = state.classes.alignment(100)
+            logits, label, _ = pseudo_pass(
+                copy.deepcopy(state.teacher), data, state.config, alignment=alignment, adapt=True
+            )
+            predicted = logits.softmax(1)[:, :, :10].mean((0, 2, 3))  # padding begins at row 40 of 64
+            train_step(state, data, use_memory=False)
+            if step == 0:
+                expected = torch.stack([torch.eye(3)[1], predicted])
+                torch.testing.assert_close(state.classes.shares, expected)
+            else:  # two of three classes have no label
+                assert set(label[:, :40].unique().tolist()) == {1}
 
     def test_a_mixed_batch_by_hand(self) -> None:
         """Two crops of 4 x 4: a box of the other one, then a pasted corner; the logits have half the resolution."""

@@ -22,6 +22,9 @@ def test_another_order_is_matched_by_name(
     assert not caplog.text
     load_weights(target, weights, info=replace(tiny_spec.info, classes=("plum", "apple", "pear")))
     assert "another order, and are matched by name" in caplog.text
+    save_weights(known, weights.with_name("a.pth"))
+    load_weights(tiny_spec.build(), weights.with_name("a.pth"), info=tiny_spec.info)
+    assert "a.pth does not name its classes: they count as those of the data, in the same order" in caplog.text
     torch.testing.assert_close(target(images), known(images)[:, [2, 0, 1]])
     queue, expected = (model.decoder.allspark.attn.kv_queue for model in (target, known))
     assert torch.equal(queue, expected[[2, 0, 1]])
@@ -40,10 +43,3 @@ def test_other_names_are_refused_or_start_afresh(
     assert {BIAS, POINTERS} <= {*load_weights(target, weights, info=info, reset=True).fresh}
     assert torch.equal(target.decoder.decoder.linear_pred.bias, before)
     assert "start afresh, because its classes are others" in caplog.text
-
-
-def test_a_file_without_names_says_so(tmp_path: Path, tiny_spec: ModelSpec, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level("INFO")
-    save_weights(tiny_spec.build(), tmp_path / "a.pth")
-    load_weights(tiny_spec.build(), tmp_path / "a.pth", info=tiny_spec.info)
-    assert "does not name its classes: they count as those of the data, in the same order" in caplog.text
