@@ -33,7 +33,6 @@ NOT_RUN = {
     "python train.py pascal": "needs Pascal VOC and weights",
     "python -m allspark_fast evaluate pascal.safetensors": "needs Pascal VOC",
     "python -m allspark_fast compare": "takes minutes; tests/cli/test_compare.py runs it",
-    "python train.py --train.method": "takes minutes; tests/training/test_trainer.py trains every method",
 }
 # Commands that would take minutes are run with these settings.
 TINY = "--data.crop 65 --data.workers 0 --train.batch-size 2"
