@@ -103,8 +103,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize("number", range(len(PYTHON)))
 @pytest.mark.usefixtures("place")
 def test_python_block_runs(number: int) -> None:
-    smaller = "train_epochs=1, train_batch_size=2, data_scenes=(3, 4, 2), data_crop=65, data_workers=0"
-    code = PYTHON[number].replace("train_epochs=8", smaller)
+    smaller = "train_steps=1, train_batch_size=2, data_scenes=(3, 4, 2), data_crop=65, data_workers=0"
+    code = PYTHON[number].replace("train_steps=1000", smaller)
     exec(compile(code, f"Python block {number}", "exec"), {})
 
 
@@ -112,7 +112,7 @@ def test_there_are_blocks_and_commands() -> None:
     """The patterns above still match, and nothing is left out in vain."""
     commands = [command for page in TO_RUN for command in TO_RUN[page]]
     assert len(PYTHON) == 2
-    assert sum("train_epochs=8" in code for code in PYTHON) == 1
+    assert sum("train_steps=1000" in code for code in PYTHON) == 1
     assert len(commands) >= 25
     assert set(SMALLER) < set(commands)
     assert all(any(command.startswith(start) for command in commands) for start in NOT_RUN)

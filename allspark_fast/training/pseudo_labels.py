@@ -127,7 +127,8 @@ def mix(batch: SemiBatch, unlabeled: Tensor, class_logits: Tensor, target: Tenso
     """Mix unlabeled crops and all that belongs to them, as the loader drew it.
 
     Args:
-        batch: pairs of crops, of which one gives the other its pixels in ``mixed``; then come the labeled ``pasted``.
+        batch: pairs of crops, of which one gives the other its pixels in ``mixed``; of an odd number the last has no
+            partner. Then come the labeled ``pasted``.
         unlabeled: (B, 3, H, W) images.
         class_logits: (B, K, h, w); those of a pasted pixel are certain of its label.
         target: (B, H, W) int64 pseudo labels, 255 ignored.
@@ -138,7 +139,9 @@ def mix(batch: SemiBatch, unlabeled: Tensor, class_logits: Tensor, target: Tenso
     """
     mixed = [unlabeled, class_logits, target, valid]
     if batch.mixed is not None:
-        mixed = [x.unflatten(0, (-1, 2)).flip(1).flatten(0, 1).where(_like(batch.mixed, x), x) for x in mixed]
+        order = torch.arange(len(unlabeled), device=unlabeled.device)
+        partner = (order ^ 1).clamp(max=len(order) - 1)  # of an odd number the last one is its own
+        mixed = [x[partner].where(_like(batch.mixed, x), x) for x in mixed]
     if batch.pasted is not None:
         unlabeled, class_logits, target, valid = mixed
         label = _like(batch.label.where(batch.pasted, IGNORE_INDEX), class_logits)

@@ -141,10 +141,11 @@ def check_batch(config: TrainConfig) -> None:
             f"train.batch_size {config.batch_size} cannot be shared equally by {ranks} processes with {micro_batches} "
             f"micro-batches (train.gradient_accumulation_steps) each: set it to a multiple of {ranks * micro_batches}"
         )
-    if config.cutmix and share % 2:
-        raise InputError(
-            f"train.cutmix mixes pairs of crops, but a micro-batch has {share}: set train.batch_size to a multiple of "
-            f"{2 * ranks * micro_batches} (it is {config.batch_size}), or train.cutmix to 0"
+    if config.cutmix and config.method != "supervised" and share % 2:
+        logger.warning(
+            "train.cutmix mixes pairs of crops, but a micro-batch has %d: the last one is not mixed; with a "
+            "train.batch_size that is a multiple of %d each has a partner",
+            *(share, 2 * ranks * micro_batches),
         )
     if ranks * micro_batches > 1:
         logger.info(

@@ -189,6 +189,13 @@ class TestBeyondThePaper:
             else:  # two of three classes have no label
                 assert set(label[:, :40].unique().tolist()) == {1}
 
+    @pytest.mark.parametrize(("size", "order"), [(1, [0]), (2, [1, 0]), (3, [1, 0, 2]), (4, [1, 0, 3, 2])])
+    def test_pairs_of_crops_are_mixed(self, size: int, order: list[int]) -> None:
+        data = random_batch(size)._replace(mixed=torch.ones(size, 64, 64, dtype=torch.bool))
+        logits, label, valid = torch.randn(size, 3, 16, 16), torch.randint(3, (size, 64, 64)), data.unlabeled_valid
+        given = [data.unlabeled_image, logits, label, valid]
+        assert all(torch.equal(x, y[order]) for x, y in zip(mix(data, *given), given, strict=True))
+
     def test_a_mixed_batch_by_hand(self) -> None:
         """Two crops of 4 x 4: a box of the other one, then a pasted corner; the logits have half the resolution."""
         images, labels = torch.arange(2.0).view(2, 1, 1, 1).expand(2, 3, 4, 4), torch.full((2, 4, 4), 2)
