@@ -88,8 +88,9 @@ class TrainState:
 
     @property
     def teacher(self) -> Segmentor:
-        """The model that labels the unlabeled images."""
-        return self.ema if self.config.teacher == "ema" and self.ema is not None else self.model
+        """The model that labels the unlabeled images; without any, the model."""
+        labels = self.config.teacher == "ema" and self.config.method != "supervised"
+        return self.ema if labels and self.ema is not None else self.model
 
     @torch.no_grad()
     def evaluated_model(self) -> Segmentor:
@@ -216,7 +217,7 @@ def _update(state: TrainState, own_losses: Tensor) -> Losses:
     state.optimizer.step()
     if state.ema is not None:
         reshard(state.ema)
-        names = () if state.config.teacher == "ema" else _STATISTICS
+        names = () if state.teacher is state.ema else _STATISTICS
         _move_average(state.ema, state.model, (1 - state.config.ema) * finite, names)
     state.step += 1
     state.skipped += finite.logical_not()

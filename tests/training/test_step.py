@@ -138,6 +138,13 @@ class TestBeyondThePaper:
         assert torch.equal(norm.running_mean, before.decoder.decoder.linear_fuse.bn.running_mean)
         assert not any(module.training for module in state.ema.modules())
 
+    def test_an_average_that_labels_nothing_follows_the_statistics_of_the_model(self) -> None:
+        state = build_state(**{**BEYOND, "method": "supervised"})
+        means = [model.decoder.decoder.linear_fuse.bn.running_mean for model in (state.ema, state.model)]
+        train_step(state, random_batch(mixing=True), use_memory=False)
+        torch.testing.assert_close(means[0], (1 - state.config.ema) * means[1])
+        assert means[0].any()
+
     def test_thresholds(self) -> None:
         label = torch.tensor([[[0, 0, 1], [1, 2, 255]]])
         confidence = torch.tensor([[[0.99, 0.9, 0.7], [0.5, 0.4, 1.0]]])
