@@ -144,7 +144,8 @@ def test_commands_exist(command: str) -> None:
 
 
 def test_settings_exist() -> None:
-    for group, field in {x for span in spans() for x in re.findall(r"^(data|model|train|eval|run)\.(?!json)(\w{3,})", span)}:
+    setting = re.compile(r"^(data|model|train|eval|run)\.(?!json)(\w{3,})")
+    for group, field in {x for span in spans() for x in setting.findall(span)}:
         assert hasattr(getattr(Config(), group), field), f"{group}.{field}"
 
 
