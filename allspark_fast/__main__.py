@@ -6,6 +6,7 @@ import io
 import logging
 import os
 import sys
+import threading
 
 from allspark_fast.cli import COMMANDS
 from allspark_fast.errors import UserError
@@ -41,6 +42,11 @@ def main(arguments: list[str] | None = None) -> int:
     prefix = f"rank {rank}: " if rank else ""
     logging.basicConfig(format=f"{prefix}%(message)s")
     logging.getLogger("allspark_fast").setLevel(logging.WARNING if rank else logging.INFO)
+    if not debug:
+        # TensorBoard's thread hands its OSError (a full disk) to the main thread, which says it.
+        threading.excepthook = lambda args: (
+            None if isinstance(args.exc_value, OSError) else threading.__excepthook__(args)
+        )
     # Before Python 3.12, argparse gives an empty list for a positional argument that is a second "--".
     if not arguments or arguments[0] not in COMMANDS or arguments.count("--") > 1:
         asked = arguments[:1] in (["-h"], ["--help"])
