@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
+from torch.utils import _pytree as pytree
 
 from allspark_fast.config import TrainConfig
 from allspark_fast.data.info import IGNORE_INDEX
@@ -101,10 +102,7 @@ class TrainState:
         return evaluated
 
     def read_metrics(self) -> dict[str, float]:
-        """Return learning rate, steps skipped so far, and mean losses since the last call unless all were skipped.
-
-        This waits for the device.
-        """
+        """Read learning rate, skipped steps, and mean losses since the last call, if any; this waits for the device."""
         lr = poly_lr(self.step - 1, self.total_steps, self.config.lr)
         rate, skipped, *sums, steps = torch.cat([torch.stack([lr, self.skipped.double()]), self.loss_sums]).tolist()
         self.loss_sums.zero_()
@@ -124,17 +122,13 @@ class TrainState:
 
         All is copied into the existing tensors, which a recorded step goes on reading and writing.
         """
-        for name, model in (("model", self.model), ("ema", self.ema)):
-            if model is not None:
-                own = model.state_dict()
-                model.load_state_dict({key: shard_like(x, own[key]) for key, x in state[name].items()})
-        for moments, saved in zip(self.moments, state["optimizer"], strict=True):
-            for name, x in saved.items():
-                moments[name].copy_(shard_like(x, moments[name]))
-        for name in _COUNTERS:
-            getattr(self, name).copy_(state[name])
-        for name, x in self.classes._asdict().items():
-            x.copy_(state["classes"][name])
+
+        def copy(own: Tensor | None, saved: Tensor | None) -> None:
+            if own is not None and saved is not None:
+                own.copy_(shard_like(saved, own))
+
+        own = self.state_dict()
+        pytree.tree_map_(copy, own, {name: state[name] for name in own})
 
 
 def train_step(state: TrainState, batch: SemiBatch, *, use_memory: bool, use_pseudo: bool = True) -> Losses:

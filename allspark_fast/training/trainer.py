@@ -108,10 +108,11 @@ class Trainer:
         return self.step >= self.total_steps and not self.evaluation_due
 
     def run(self) -> Scores | None:
-        """Train to the end, evaluating and saving on the way, and return the last scores.
+        """Train to the end, evaluating and saving on the way.
 
-        Returns None if a signal asked to stop (``stop_signals``): the step in hand was finished, an evaluation broken
-        off to be made by whoever resumes, and all was saved, on all ranks.
+        Returns:
+            the last scores, or None if a signal asked to stop (``stop_signals``): the step in hand was finished, an
+            evaluation broken off to be made by whoever resumes, and all was saved, on all ranks.
 
         Raises:
             RunError: too many steps had a loss or gradient that is not finite.
@@ -130,7 +131,7 @@ class Trainer:
                     if self.step == first[1] + 1:
                         logger.info("the first step took %.1f s", time.perf_counter() - first[0])
                     if self.step % self.config.run.log_every == 0 or self.step == self.total_steps:
-                        self._log_losses(log, bar)
+                        bar.set_postfix(self._log_losses(log))
                 stopping = all_reduce_any(asked())
                 if evaluating := self.evaluation_due and not stopping:
                     with torch.compiler.set_stance("force_eager"):  # compiling for every size of image takes longer
@@ -151,19 +152,17 @@ class Trainer:
         self.step += 1
         self.evaluation_due = self.step == self.total_steps or self.step % schedule.evaluate_every == 0
 
-    def _log_losses(self, log: MetricsLog | None, bar: "tqdm[Any]") -> None:
+    def _log_losses(self, log: MetricsLog | None) -> dict[str, str]:
         """Log the metrics since the last line; this waits for the device."""
         metrics = self.state.read_metrics()
         self._unlabeled_loss = metrics.get("loss_unlabeled", math.inf)
-        now, (before, step) = time.perf_counter(), self._logged
-        self._logged = now, self.step
+        before, step = self._logged
+        now, _ = self._logged = time.perf_counter(), self.step
         images = (1 if self.config.train.method == "supervised" else 2) * self.config.train.batch_size
         images_per_s = images * (self.step - step) / (now - before)
         if log is not None:
             log.write({**self._position(), **metrics, "images_per_s": images_per_s, **self.findings})
         self.findings.clear()
-        losses = {name.removeprefix("loss_"): f"{x:.3f}" for name, x in metrics.items() if name.startswith("loss_")}
-        bar.set_postfix({"images/s": f"{images_per_s:.0f}", **losses})
         # A run may be shorter than max_skipped.
         limit = min(self.config.train.max_skipped, self.total_steps // 2)
         if metrics["skipped_steps"] > limit:
@@ -173,6 +172,8 @@ class Trainer:
                 "lower train.lr or with train.amp False, and look at the starting weights if the first steps were "
                 "among them"
             )
+        losses = {name.removeprefix("loss_"): f"{x:.3f}" for name, x in metrics.items() if name.startswith("loss_")}
+        return {"images/s": f"{images_per_s:.0f}", **losses}
 
     def _evaluate(self, log: MetricsLog | None, asked: Callable[[], bool], bar: "tqdm[Any]") -> Scores | None:
         """Score, log, draw, and keep the best weights; None if it was asked to stop meanwhile, and is still due."""

@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -100,6 +101,8 @@ def train_with_fault(arguments: list[str], fault: Fault | None) -> int:
             yield asked
 
     def step(state: TrainState, *args: Any, **options: Any) -> Losses:
+        if fault.number == signal.SIGSTOP and state.step == fault.step:
+            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=1))  # in place of run.timeout
         if (rank(), int(state.step)) == (fault.rank, fault.step):
             os.kill(os.getpid() if fault.to == "self" else os.getppid(), fault.number)
             while fault.to == "torchrun" and not asked():
