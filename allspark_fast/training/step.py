@@ -225,12 +225,9 @@ def compute_losses(
         (loss,) = _weigh_ranks([loss], [batch.label != IGNORE_INDEX], config)
         return Losses(loss, loss, torch.zeros_like(loss))
     classes = classes or ClassStatistics.start(model.decoder.decoder.linear_pred.out_channels, batch.image.device)
+    alignment, adapt = classes.alignment(config.dist_align), config.teacher == "ema"
     class_logits, pseudo_label, confidence = pseudo_pass(
-        teacher or model,
-        batch,
-        config,
-        alignment=classes.alignment(config.dist_align),
-        adapt=config.teacher == "ema",
+        teacher or model, batch, config, alignment=alignment, adapt=adapt
     )
     if config.dist_align > 0:
         update_shares(classes, batch, class_logits)

@@ -109,4 +109,4 @@ def test_a_rank_that_is_stuck_does_not_hold_the_other_up(tmp_path: Path) -> None
     try:
         assert ANOTHER_ENDED in waits.finish(1)
     finally:
-        stuck.process.kill()
+        stuck.kill()
