@@ -64,7 +64,7 @@ class TrainState:
         replica: Segmentor | None = None,
     ) -> None:
         device = next(model.parameters()).device
-        self.amp = config.amp and device.type == "cuda"
+        self.amp = config.amp and next(model.parameters()).is_cuda
         self.model, self.ema, self.replica = model, ema, replica
         self.config, self.total_steps = config, total_steps
         # FSDP gathers the weights of a sharded model anew, and autocast casts them.
