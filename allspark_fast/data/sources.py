@@ -166,7 +166,9 @@ class TrainingData:
 
     def _build_loader(self, *, hidden_labels: bool = False) -> SemiLoader:
         data, train = self._config.data, self._config.train
-        crop = functools.partial(CropTransform, data.crop, mean=data.mean, std=data.std, scale_range=data.scale)
+        crop = functools.partial(
+            CropTransform, data.crop, augment=data.augment, mean=data.mean, std=data.std, scale_range=data.scale
+        )
         return SemiLoader(
             self.sources.labeled,
             self.sources.unlabeled,
