@@ -366,7 +366,9 @@ def _expect(holds: bool, name: str, value: object, expected: str) -> None:
 
 def require_setting(name: str) -> None:
     """Raise InputError unless there is a setting ``group.field``; the message names the nearest one."""
-    known = [f"{group.name}.{x.name}" for group in dataclasses.fields(Config) for x in dataclasses.fields(group.type)]
+    known = [
+        f"{group}.{field_name}" for group, settings in dataclasses.asdict(Config()).items() for field_name in settings
+    ]
     if name not in known:
         nearest = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {nearest[0]}?" if nearest else "names are group.field, such as data.root or train.epochs"
