@@ -241,7 +241,7 @@ class RunConfig(_Group):
     output_dir: Path | None = None
     log_every: Count = 10
     save_every: Count = 500
-    keep_last: Count = 2
+    keep_last: Annotated[int, Within(1, 10**6)] = 2
     device: Literal["auto", "cpu", "cuda"] = "auto"
     kernels: Literal["auto", "torch"] = "auto"
     timeout: Annotated[float, Within(0.001, 10**5)] = 10.0

@@ -71,8 +71,8 @@ def _read_yaml(path: Path) -> list[str]:
         # As text: YAML's own types would take 1e-3 for text, and `on` for a truth value.
         for group, fields in yaml.load(path.read_text(encoding="utf-8"), yaml.BaseLoader).items():
             for field, value in fields.items():
-                values = value if isinstance(value, list) else [value]
-                words += [f"--{group}.{field}", *(spelled[x] if x in spelled else x for x in values)]
+                values: list[str] = value if isinstance(value, list) else [value]
+                words += [f"--{group}.{field}", *(spelled.get(x, x) for x in values)]
     except (yaml.YAMLError, UnicodeDecodeError, AttributeError, TypeError) as error:
         raise InputError(f"{path}: expected groups of settings such as `train: {{lr: 1e-3}}` ({error})") from error
     return words

@@ -109,6 +109,7 @@ def build_segmentor(
         raise InputError(f"activation_checkpointing is for mit_* backbones, not for {backbone}: leave it False")
     else:
         encoder = TimmBackbone(backbone.removeprefix("timm/"))
+    encoder.name = backbone
     if min(crop_size) < encoder.min_size:
         raise InputError(f"crop_size is {crop_size}, expected at least {encoder.min_size} pixels a side")
     height, width = encoder.deepest_size(crop_size)

@@ -36,7 +36,6 @@ class TimmBackbone(Backbone):
             timm = importlib.import_module("timm")  # optional, and slow to import
         except ImportError as error:
             raise MissingPackageError("backbones timm/... need timm: pip install 'allspark-fast[timm]'") from error
-        self.name = name
         self.features = timm.create_model(name, **_options(timm, name))
         _replace_layers(self.features, timm.layers)
         self.channels = tuple(self.features.feature_info.channels())
