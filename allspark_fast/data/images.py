@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +26,7 @@ _TRANSPOSITIONS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-# Compressions of TIFF, by Pillow's names. WebP may be lossless in TIFF too, but that cannot be told.
+# Compressions of TIFF, by Pillow's names. WebP may be lossless there too, but that cannot be told.
 _LOSSY = ("jpeg", "tiff_jpeg", "webp", "tiff_sgilog", "tiff_sgilog24")
 # Stored values that become 0 and 255: numbers, or percentiles such as "1%".
 PixelRange = tuple[str, str]
@@ -52,7 +52,14 @@ def decode(path: Path, convert: Callable[[ImageFile], Result]) -> Result:
         raise DataError(f"{path}: {error}; cut it into tiles of at most {Image.MAX_IMAGE_PIXELS} pixels") from error
     # Decoders raise OSError, SyntaxError, ValueError, EOFError, struct.error and more on damaged files.
     except Exception as error:
-        raise DataError(f"{path}: cannot be read as an image ({error}); convert it or download it again") from error
+        is_system = isinstance(error, OSError) and error.errno is not None
+        advice = "check its permissions and the disk" if is_system else "convert it or download it again"
+        raise DataError(f"{path}: cannot be read as an image ({error}); {advice}") from error
+
+
+def pages_of(image: Image.Image) -> int:
+    """Return how many pages or frames a file has; of images only the first is read."""
+    return getattr(image, "n_frames", 1)
 
 
 def orientation_of(image: Image.Image) -> int:
@@ -99,6 +106,15 @@ def to_rgb(image: Image.Image, pixel_range: PixelRange | None) -> Image.Image:
     if not is_deep:
         image = image.convert("RGB")
     return _rescaled(image, pixel_range).convert("RGB") if is_deep or pixel_range else image
+
+
+def mean_color(image: Image.Image) -> npt.NDArray[np.float64]:
+    """Return the mean of red, green and blue of an opened image, (3,), in the numbers of the file."""
+    image.draft("RGB", (64, 64))  # of a JPEG, decodes a part of the resolution
+    if not image.mode.startswith(("F", "I")):
+        image = image.convert("RGBA" if image.mode == "P" else "RGB")  # Pillow warns of a P with alpha made RGB
+    mean = np.asarray(image).reshape(image.width * image.height, -1).mean(axis=0, dtype=np.float64)
+    return np.broadcast_to(np.nan_to_num(mean[:3], posinf=0, neginf=0), 3)
 
 
 def _rescaled(image: Image.Image, pixel_range: PixelRange | None) -> Image.Image:
@@ -189,11 +205,12 @@ def to_classes(image: ImageFile, info: DatasetInfo | None) -> Image.Image:
 
 
 def _refuse_what_changes_numbers(image: ImageFile, raw: str) -> None:
-    is_webp = image.format == "WEBP" and b"VP8 " in _riff_chunks(Path(str(image.filename)).read_bytes())
+    # Lossless pixels are in a chunk of this name.
+    is_webp = image.format == "WEBP" and b"VP8L" not in Path(str(image.filename)).read_bytes()
     if image.format in ("JPEG", "MPO") or is_webp or image.info.get("compression") in _LOSSY:
         name = image.info.get("compression", image.format)
         raise DataError(f"{name} compression changes class indices; save labels as PNG where they were drawn")
-    if (pages := getattr(image, "n_frames", 1)) > 1:
+    if (pages := pages_of(image)) > 1:
         raise DataError(f"holds {pages} pages, but a label is one; save the one that counts as PNG")
     if (orientation := orientation_of(image)) != 1:
         raise DataError(
@@ -202,15 +219,6 @@ def _refuse_what_changes_numbers(image: ImageFile, raw: str) -> None:
         )
     if re.search(r";\d*I", raw):
         raise DataError("stores white as 0 (WhiteIsZero), so programs disagree about its numbers; save it as PNG")
-
-
-def _riff_chunks(content: bytes) -> Iterator[bytes]:
-    """Yield the names of the chunks of a WebP file."""
-    position = 12
-    while position < len(content):
-        yield content[position : position + 4]
-        length = int.from_bytes(content[position + 4 : position + 8], "little")
-        position += 8 + length + length % 2
 
 
 def _refuse_other_palette(colors: Mapping[Color, int], info: DatasetInfo) -> None:

@@ -78,8 +78,13 @@ def _expect(holds: bool, message: str) -> None:
         raise ValueError(message)
 
 
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    _expect(len(dict(pairs)) == len(pairs), f"a key is there more than once: {[key for key, _ in pairs]}")
+    return dict(pairs)
+
+
 def _is_byte(value: Any) -> bool:
-    return isinstance(value, int) and 0 <= value <= 255
+    return type(value) is int and 0 <= value <= 255
 
 
 def _parse_palette(palette: Any, classes: int) -> Palette:
@@ -106,7 +111,9 @@ def parse_meta(meta: Any, name: str) -> DatasetInfo:
     classes, ignore_index = meta.get("classes"), meta.get("ignore_index", IGNORE_INDEX)
     are_names = isinstance(classes, list) and bool(classes) and all(isinstance(x, str) for x in classes)
     _expect(are_names, "'classes' must be a list of names, in the order of their indices")
-    count = len(classes)
+    count, names = len(classes), [unicodedata.normalize("NFC", name).strip() for name in classes]
+    equal = [one_line(name) for name, uses in Counter(names).items() if uses > 1]
+    _expect(not equal, f"'classes' holds equal names: {', '.join(equal)}; give each class a name of its own")
     _expect(count <= 255, f"at most 255 classes are possible beside the ignored index, found {count}")
     _expect(_is_byte(ignore_index), f"'ignore_index' must be an integer in 0..255, found {ignore_index!r}")
     palette = _parse_palette(meta["palette"], count) if "palette" in meta else VOC_PALETTE
@@ -137,7 +144,8 @@ def read_info(root: str | Path) -> DatasetInfo:
     if not file.is_file():
         raise DataError(f"{root}: no meta.json; write {file}, such as {example}")
     try:
-        info = parse_meta(json.loads(file.read_bytes()), root.name)  # of UTF-8 or 16, with or without mark
+        # Of UTF-8 or 16, with or without mark.
+        info = parse_meta(json.loads(file.read_bytes(), object_pairs_hook=_without_repeats), root.name)
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
         raise DataError(f"{file}: {error}") from error
     if len(info.classes) == 1:
