@@ -6,7 +6,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
-from allspark_fast.device import available_cpus
 from allspark_fast.errors import DataError
 
 Item = TypeVar("Item")
@@ -83,6 +82,5 @@ def list_files(folder: Path) -> list[Path]:
 
 def map_in_threads(function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
     """Call a function that reads files on every item, in threads, and return the results in order."""
-    # More threads than CPUs, as some wait for the disk.
-    with ThreadPoolExecutor(available_cpus() + 4) as pool:
+    with ThreadPoolExecutor() as pool:
         return list(pool.map(function, items))

@@ -111,10 +111,10 @@ def to_rgb(image: Image.Image, pixel_range: PixelRange | None) -> Image.Image:
 def mean_color(image: Image.Image) -> npt.NDArray[np.float64]:
     """Return the mean of red, green and blue of an opened image, (3,), in the numbers of the file."""
     image.draft("RGB", (64, 64))  # of a JPEG, decodes a part of the resolution
-    if not image.mode.startswith(("F", "I")):
-        image = image.convert("RGBA" if image.mode == "P" else "RGB")  # Pillow warns of a P with alpha made RGB
-    mean = np.asarray(image).reshape(image.width * image.height, -1).mean(axis=0, dtype=np.float64)
-    return np.broadcast_to(np.nan_to_num(mean[:3], posinf=0, neginf=0), 3)
+    if image.mode.startswith(("F", "I")):
+        return np.nan_to_num(np.full(3, np.asarray(image).mean(dtype=float)), posinf=0, neginf=0)
+    image = image.convert("RGBA" if image.mode == "P" else "RGB")  # Pillow warns of a P with alpha made RGB
+    return np.asarray(image.resize((1, 1), Image.Resampling.BOX), float).ravel()[:3]
 
 
 def _rescaled(image: Image.Image, pixel_range: PixelRange | None) -> Image.Image:
@@ -126,7 +126,7 @@ def _rescaled(image: Image.Image, pixel_range: PixelRange | None) -> Image.Image
         if image.mode == "F" or values.min() < 0 or values.max() > 65535:
             found = f"{values.min():g}..{values.max():g}"
             kind = "floating point pixels" if image.mode == "F" else "gray values outside 0..65535"
-            raise DataError(f"{kind}, here {found}, have no fixed range; give one, such as --data.range 1% 99%")
+            raise DataError(f"{kind}, here {found}, have no fixed range; train with one, such as --data.range 1% 99%")
     low, high = (np.percentile(values, float(x[:-1])) if x.endswith("%") else float(x) for x in pixel_range)
     scaled = (values - low) * (255 / max(high - low, 1e-30))
     return Image.fromarray(np.rint(scaled.clip(0, 255)).astype(np.uint8))

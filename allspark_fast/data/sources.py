@@ -4,6 +4,7 @@ import functools
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -112,11 +113,24 @@ class TrainingData:
     """
 
     def __init__(self, config: Config, device: torch.device) -> None:
-        self._config = config
-        self._device = device
+        self._config, self._device = config, device
         self.sources = open_sources(config.data)
         self.info = self.sources.info
-        self._loader = self._build_loader()
+        data, train = config.data, config.train
+        crop = functools.partial(CropTransform, data.crop, mean=data.mean, std=data.std, scale_range=data.scale)
+        self._loader = SemiLoader(
+            self.sources.labeled,
+            self.sources.unlabeled,
+            crop(photometric=True, copy_paste=train.copy_paste),
+            crop(photometric=False, strong=train.strong, cutmix=train.cutmix),
+            batch_size=train.batch_size,
+            seed=train.seed,
+            num_workers=data.workers,
+            pin_memory=device.type == "cuda",
+            labeled_only=train.method == "supervised",
+            rank=rank(),
+            world_size=world_size(),
+        )
         self.steps_per_epoch = self._loader.steps_per_epoch
 
     def check(self) -> None:
@@ -126,15 +140,14 @@ class TrainingData:
             DataError: some cannot be used; the first of these are listed.
             RunError: there is too little shared memory to validate.
         """
-        labeled_only = self._config.train.method == "supervised"
-        problems, _ = check_sources(self.sources, self._config.data.crop, sample=_CHECKED, labeled_only=labeled_only)
+        crop, labeled_only = self._config.data.crop, self._loader.labeled_only
+        problems, _ = check_sources(self.sources, crop, sample=_CHECKED, labeled_only=labeled_only)
         if warnings := [problem for problem in problems if problem.is_warning]:
             logger.warning("%s", _list_problems(warnings))
         if errors := [problem for problem in problems if not problem.is_warning]:
             raise DataError(_list_problems(errors))
-        if (
-            workers := self._config.eval.workers
-        ):  # each reads two images ahead, of 12 bytes a pixel and one of the label
+        if workers := self._config.eval.workers:
+            # Each reads two images ahead, of 12 bytes a pixel and one of the label.
             width, height = self.sources.val.image(0).size
             require_shared_memory(2 * workers * 13 * width * height)
 
@@ -148,7 +161,8 @@ class TrainingData:
     @functools.cached_property
     def first_batch(self) -> SemiBatch:
         """The crops of the first step, with the labels that training does not see."""
-        return next(self._build_loader(hidden_labels=True).iterate(0, 1)).to(self._device)
+        loader = replace(self._loader, num_workers=0, labeled_only=False, hidden_labels=True)
+        return next(loader.iterate(0, 1)).to(self._device)
 
     def validation(self, asked: Callable[[], bool] = lambda: False) -> Iterator[EvalSample]:
         """Yield the validation images, see evaluation_loader."""
@@ -160,24 +174,6 @@ class TrainingData:
             num_workers=self._config.eval.workers,
             pin_memory=self._device.type == "cuda",
             asked=asked,
-            rank=rank(),
-            world_size=world_size(),
-        )
-
-    def _build_loader(self, *, hidden_labels: bool = False) -> SemiLoader:
-        data, train = self._config.data, self._config.train
-        crop = functools.partial(CropTransform, data.crop, mean=data.mean, std=data.std, scale_range=data.scale)
-        return SemiLoader(
-            self.sources.labeled,
-            self.sources.unlabeled,
-            crop(photometric=True, copy_paste=train.copy_paste),
-            crop(photometric=False, strong=train.strong, cutmix=train.cutmix),
-            batch_size=train.batch_size,
-            seed=train.seed,
-            num_workers=0 if hidden_labels else data.workers,
-            pin_memory=self._device.type == "cuda",
-            labeled_only=train.method == "supervised" and not hidden_labels,
-            hidden_labels=hidden_labels,
             rank=rank(),
             world_size=world_size(),
         )

@@ -12,7 +12,6 @@ from allspark_fast.data.datasets import Entry, SegmentationDataset, read_split, 
 from allspark_fast.data.files import map_in_threads, resolve_path
 from allspark_fast.data.images import decode, mean_color
 from allspark_fast.data.info import IGNORE_INDEX
-from allspark_fast.data.seeding import mix_seed
 from allspark_fast.errors import DataError, InputError
 
 # Entries that compete for the next place of an order: more spread the classes better, and take longer.
@@ -102,7 +101,7 @@ def spread(entries: Sequence[Entry], seed: int, contents: Mapping[Entry, Content
     classes = np.array([contents[entries[position]].classes for position in labeled])
     classes = classes[:, classes.any(axis=0)]
     colors = np.array([contents[entries[position]].color for position in labeled])
-    chosen, rest = list[int](), np.random.default_rng(mix_seed(seed)).permutation(len(labeled)).tolist()
+    chosen, rest = list[int](), np.random.default_rng(seed % 2**64).permutation(len(labeled)).tolist()
     missing = np.ones(classes.shape[1], bool)
     while missing.any():
         best = int(((classes[rest] > 0) & missing).sum(axis=1).argmax())
