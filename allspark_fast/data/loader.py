@@ -28,18 +28,17 @@ _LOOK_UP, _PATIENCE = 5, 600
 
 
 class SemiBatch(NamedTuple):
-    """One rank's part of a training step.
+    """One rank's part of a training step: images (B, 3, H, W) float32, labels (B, H, W) int64, masks (B, H, W) bool.
 
     Attributes:
-        image: (B, 3, H, W) float32, labeled crops.
-        label: (B, H, W) int64, 255 ignored; labels are uint8 until ``to``, which takes less of a worker's memory.
-        unlabeled_image: (B, 3, H, W) float32; (0, 3, H, W) from a loader of labeled images only.
-        unlabeled_valid: (B, H, W) bool, False where the crop added padding; (0, H, W) likewise.
-        unlabeled_label: (B, H, W) int64, labels that training must not see, 255 where there are none; None unless
-            requested.
-        unlabeled_strong: (B, 3, H, W) float32, what the student sees in place of ``unlabeled_image``; None for that.
-        mixed: (B, H, W) bool, unlabeled pixels that CutMix takes from the other crop of a pair; None without CutMix.
-        pasted: (B, H, W) bool, labeled pixels that are pasted into the unlabeled crop; None without copy-paste.
+        image: labeled crops.
+        label: 255 ignored; labels are uint8 until ``to``, which takes less of a worker's memory.
+        unlabeled_image: unlabeled crops; none (B = 0) from a loader of labeled images only.
+        unlabeled_valid: False where the crop added padding.
+        unlabeled_label: labels that training must not see, 255 where there are none; None unless requested.
+        unlabeled_strong: what the student sees in place of ``unlabeled_image``; None for that.
+        mixed: unlabeled pixels that CutMix takes from the other crop of a pair; None without CutMix.
+        pasted: labeled pixels that are pasted into the unlabeled crop; None without copy-paste.
     """
 
     image: Tensor
@@ -76,15 +75,15 @@ class SemiLoader(Dataset[Sample]):
 
     An epoch passes once over the unlabeled images and drops the incomplete batch. The labeled images are repeated, and
     cut to the number of unlabeled ones, as in the reference implementation; where there are more labeled than unlabeled
-    images, every epoch uses another part. Both lists are shuffled independently for every epoch.
+    images, every epoch uses another part. Both lists are shuffled anew for every epoch.
 
-    The position is the number of the step, counted over epochs: ``iterate(k, n)`` yields exactly what ``iterate(0, n)``
-    yields from its k-th batch on, bit for bit, for any number of workers. The ranks of a step share its global batch,
-    which is the same set of crops for any ``world_size``. The global random state is never touched.
+    The position is the number of the step, counted over epochs: batches are the same bit for bit wherever one starts,
+    and for any number of workers. The ranks of a step share its global batch, which is the same set of crops for any
+    ``world_size``. The global random state is never touched.
 
     Attributes:
         batch_size: number of labeled, and of unlabeled, images per step over all ranks, which share it equally.
-        num_workers: worker processes; they live as long as one call of ``iterate``, across epochs.
+        num_workers: worker processes; they live as long as one call of ``iterate``.
         pin_memory: return batches in page-locked memory, for asynchronous copies to a GPU.
         labeled_only: do not read the unlabeled images; order, labeled crops and number of steps stay the same.
         hidden_labels: also return the labels of unlabeled images, to measure pseudo-labels with.
@@ -135,9 +134,7 @@ class SemiLoader(Dataset[Sample]):
         """
         steps = self._steps(start_step, stop_step)
         if self.num_workers:
-            transforms = (
-                (self.labeled_transform,) if self.labeled_only else (self.labeled_transform, self.unlabeled_transform)
-            )
+            transforms = [self.labeled_transform] + [self.unlabeled_transform] * (not self.labeled_only)
             crops = [transform(Image.new("RGB", (1, 1)), None, torch.Generator()) for transform in transforms]
             # Each worker prepares two batches, and two more are on their way.
             batches = (2 * self.num_workers + 2) * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -165,27 +162,23 @@ class SemiLoader(Dataset[Sample]):
     def __getitem__(self, key: _Key) -> Sample:
         """Read and transform a crop; workers do."""
         generator = make_generator(self.seed, _AUGMENT, key.stream, key.epoch, key.place)
-        if key.stream == _UNLABELED:
-            return self.unlabeled_transform(*self._read_unlabeled(key.place), generator)
-        # Labeled images are repeated within an epoch, so places may exceed their number.
-        return self.labeled_transform(*self.labeled[key.place % len(self.labeled.entries)], generator)
-
-    def _read_unlabeled(self, index: int) -> tuple[Image.Image, Image.Image | None]:
-        """Read an image, and its hidden label if requested and readable: training does not need these files."""
-        if self.hidden_labels:
+        if key.stream == _LABELED:
+            # Labeled images are repeated within an epoch, so places may exceed their number.
+            return self.labeled_transform(*self.labeled[key.place % len(self.labeled.entries)], generator)
+        if self.hidden_labels:  # training does not need these files
             try:
-                return self.unlabeled[index]
+                return self.unlabeled_transform(*self.unlabeled[key.place], generator)
             except DataError as error:
                 logger.warning("a hidden label is left out of the measurement: %s", error)
-        return self.unlabeled.image(index), None
+        return self.unlabeled_transform(self.unlabeled.image(key.place), None, generator)
 
     def _collate(self, samples: list[Sample]) -> SemiBatch:
         """Stack the labeled crops (all, or the first half) and the unlabeled ones (the second half)."""
-        count = len(samples) if self.labeled_only else len(samples) // 2
-        labeled = _stack(samples[:count])
         if self.labeled_only:
+            labeled = _stack(samples)
             return SemiBatch(labeled.image, labeled.label, labeled.image[:0], labeled.valid[:0], None)
-        unlabeled = _stack(samples[count:])
+        half = len(samples) // 2
+        labeled, unlabeled = _stack(samples[:half]), _stack(samples[half:])
         hidden = unlabeled.label if self.hidden_labels else None
         mixing = (unlabeled.strong, unlabeled.mixed, labeled.mixed)
         return SemiBatch(labeled.image, labeled.label, unlabeled.image, unlabeled.valid, hidden, *mixing)
