@@ -64,7 +64,8 @@ def run(arguments: list[str]) -> int:
         aside = 0 if options.val is None else splits.parse_amount(options.val, total)
         parts = {out: order[total - aside :]}
     else:
-        parts = {out / f"fold{i + 1}": order[i::folds] for i in range(folds)}
+        dealt = splits.deal(entries, order, contents, folds)
+        parts = {out / f"fold{number}": part for number, part in enumerate(dealt, start=1)}
     kept = {folder: total - len(val) for folder, val in parts.items()}
     if min(kept.values()) == 0:
         raise InputError(f"--val {options.val} leaves no label to train on: {total} images have one")

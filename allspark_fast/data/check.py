@@ -276,7 +276,7 @@ def check_sources(
         images and masks by size, mode and bit depth, least and greatest value by mode, and for every class its pixels
         and the number of masks that hold it; and the images that are "in no list".
     """
-    opened = zip(("labeled", "unlabeled", "val"), sources[1:], strict=True)
+    opened = zip(datasets.LISTS, sources[1:], strict=True)
     lists = {name: source for name, source in opened if isinstance(source, SegmentationDataset)}
     if not lists:
         return [], {}

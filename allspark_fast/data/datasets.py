@@ -144,6 +144,9 @@ class ImageSource(Protocol):
         """Read the RGB image and its label (mode L, 255 ignored), None where the entry has none."""
 
 
+LISTS = ("labeled", "unlabeled", "val")
+
+
 class Sources(NamedTuple):
     """An opened dataset: its classes, and its labeled, unlabeled and validation images."""
 

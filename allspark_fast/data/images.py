@@ -79,23 +79,23 @@ def stored_form(image: ImageFile) -> tuple[str, int]:
 
 
 def read_image(path: str | Path, pixel_range: PixelRange | None = None) -> Image.Image:
-    """Read an image as 8-bit RGB, upright; of several pages the first.
-
-    Applies the EXIF orientation, converts gray, palette and CMYK images, drops alpha, and scales values to 0..255.
-
-    Args:
-        path: image file.
-        pixel_range: values that become 0 and 255, for files of all kinds: ``("0", "4095")``, or percentiles of each
-            image, ``("1%", "99%")``. None scales gray of 16 bits from 0..65535, and refuses what has no fixed range.
-
-    Raises:
-        DataError: no such file, not an image, truncated, or without a fixed range.
-    """
+    """Read an image as 8-bit RGB, see ``to_rgb``; raises DataError, which names the file."""
     return decode(Path(path), lambda image: to_rgb(image, pixel_range))
 
 
 def to_rgb(image: Image.Image, pixel_range: PixelRange | None) -> Image.Image:
-    """Convert an opened image as ``read_image`` does."""
+    """Convert an opened image to 8-bit RGB, upright; of several pages the first.
+
+    Applies the EXIF orientation, converts gray, palette and CMYK images, drops alpha, and scales values to 0..255.
+
+    Args:
+        image: what ``decode`` opened.
+        pixel_range: values that become 0 and 255, for files of all kinds: ``("0", "4095")``, or percentiles of each
+            image, ``("1%", "99%")``. None scales gray of 16 bits from 0..65535, and refuses what has no fixed range.
+
+    Raises:
+        DataError: the image has no fixed range, or values that are not finite.
+    """
     image.load()
     # ImageOps.exif_transpose also rewrites the EXIF block, which can fail.
     if (orientation := orientation_of(image)) != 1:
@@ -133,25 +133,7 @@ def _rescaled(image: Image.Image, pixel_range: PixelRange | None) -> Image.Image
 
 
 def read_label(path: str | Path, info: DatasetInfo | None = None) -> Image.Image:
-    """Read a label as class indices, pixel by pixel.
-
-    Palette images give their indices; gray images of any depth the numbers in the file; RGB images, and RGBA images
-    without regard to alpha, the values that the palette of ``info`` assigns to their colors.
-
-    A label whose own EXIF orientation is not 1 is refused: whether its pixels match the image as stored or upright
-    cannot be known, and half of the orientations do not change the size.
-
-    Args:
-        path: label file of a lossless format.
-        info: meaning of values and colors; others are refused. None returns values as stored, and refuses colors.
-
-    Returns:
-        PIL image of mode L, 255 ignored.
-
-    Raises:
-        DataError: no such file, not an image, truncated, compressed with loss, of several pages, turned by EXIF, with
-            a palette that contradicts ``info``, or with a value or color that stands for no class; names the file.
-    """
+    """Read a lossless label as class indices, see ``to_classes``; raises DataError, which names the file."""
     return decode(Path(path), lambda image: to_classes(image, info))
 
 
@@ -165,7 +147,25 @@ def colors_of(image: Image.Image, values: npt.NDArray[np.integer]) -> dict[Color
 
 
 def to_classes(image: ImageFile, info: DatasetInfo | None) -> Image.Image:
-    """Convert an opened label as ``read_label`` does."""
+    """Convert an opened label to class indices.
+
+    Palette images give their indices; gray images of any depth the numbers in the file; RGB images, and RGBA images
+    without regard to alpha, the values that the palette of ``info`` assigns to their colors.
+
+    A label whose own EXIF orientation is not 1 is refused: whether its pixels match the image as stored or upright
+    cannot be known, and half of the orientations do not change the size.
+
+    Args:
+        image: what ``decode`` opened.
+        info: meaning of values and colors; others are refused. None returns values as stored, and refuses colors.
+
+    Returns:
+        PIL image of mode L, 255 ignored.
+
+    Raises:
+        DataError: it is compressed with loss, of several pages, turned by EXIF, has a palette that contradicts
+            ``info``, or a value or color that stands for no class.
+    """
     raw, greatest = stored_form(image)  # before the EXIF block of a PNG, which lies behind its pixels
     _refuse_what_changes_numbers(image, raw)
     is_color = image.mode in ("RGB", "RGBA") and info is not None
@@ -234,11 +234,10 @@ def _refuse_other_palette(colors: Mapping[Color, int], info: DatasetInfo) -> Non
 
 def _values_of_colors(pixels: npt.NDArray[np.uint8], colors: Mapping[Color, int]) -> npt.NDArray[np.integer]:
     codes = pixels.astype(np.int32) @ np.array([1 << 16, 1 << 8, 1], np.int32)
-    known = np.array([[(red << 16) + (green << 8) + blue, index] for (red, green, blue), index in colors.items()])
-    known = known[known[:, 0].argsort()]
+    known = np.array(sorted([(red << 16) + (green << 8) + blue, index] for (red, green, blue), index in colors.items()))
     position = known[:, 0].searchsorted(codes).clip(max=len(known) - 1)
     if unknown := np.unique(codes[codes != known[position, 0]]).tolist():
-        shown = f"{[[code >> 16, code >> 8 & 255, code & 255] for code in unknown[:5]]}"
+        shown = [[code >> 16, code >> 8 & 255, code & 255] for code in unknown[:5]]
         more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
         raise DataError(
             f"holds colors that do not stand for exactly one class: {shown}{more}; known are"

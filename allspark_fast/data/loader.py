@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
+from torchvision.transforms.v2 import functional as tvf  # type: ignore[import-untyped]
 
 from allspark_fast.data.datasets import Entry, ImageSource
-from allspark_fast.data.seeding import make_generator
-from allspark_fast.data.transforms import CropTransform, Sample, label_tensor, normalize_image
+from allspark_fast.data.transforms import CropTransform, Sample, normalize_image
 from allspark_fast.errors import DataError, RunError
 from allspark_fast.signals import ignore_stop_signals
 
@@ -23,8 +23,31 @@ logger = logging.getLogger(__name__)
 # Parts of seeds: the numbers of every run depend on them.
 _LABELED, _UNLABELED = 0, 1
 _ORDER, _AUGMENT = 0, 1
+_WORD = 2**64 - 1
 # Seconds after which a process that waits for its workers looks up, and gives up.
 _LOOK_UP, _PATIENCE = 5, 600
+
+
+def mix_seed(*parts: int) -> int:
+    """Mix integers into one 64-bit seed with the finalizer of SplitMix64.
+
+    For each part, ``state = finalize(state + part + 0x9E3779B97F4A7C15)`` modulo 2^64, starting from 0. The order of
+    the parts matters. Changing this function changes the numbers of every run.
+
+    Source: Steele, Lea and Flood, "Fast Splittable Pseudorandom Number Generators", OOPSLA 2014.
+    """
+    state = 0
+    for part in parts:
+        state = (state + part + 0x9E3779B97F4A7C15) & _WORD
+        state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 & _WORD
+        state = (state ^ state >> 27) * 0x94D049BB133111EB & _WORD
+        state ^= state >> 31
+    return state
+
+
+def make_generator(*parts: int) -> torch.Generator:
+    """Return a CPU generator seeded with ``mix_seed(*parts)``."""
+    return torch.Generator().manual_seed(mix_seed(*parts))
 
 
 class SemiBatch(NamedTuple):
@@ -277,7 +300,7 @@ class _WholeImages(Dataset[EvalSample]):
     def __getitem__(self, index: int) -> EvalSample:
         image, label = self.source[index]
         assert label is not None
-        sample = EvalSample(normalize_image(image, self.mean, self.std)[None], label_tensor(label)[None])
+        sample = EvalSample(normalize_image(image, self.mean, self.std)[None], tvf.pil_to_tensor(label))
         if get_worker_info() is not None:
             require_shared_memory(_bytes_of([sample]))
         return sample

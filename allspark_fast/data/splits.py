@@ -84,13 +84,23 @@ def classes_of(entries: Collection[Entry], contents: Mapping[Entry, Contents]) -
     return sum((contents[entry].classes > 0 for entry in entries if entry.label is not None), np.zeros(256, np.int64))
 
 
+def _features(contents: Sequence[Contents]) -> NDArray[Any]:
+    """Return what the parts of a split should have alike, (N, F): its mean is 0, classes and colors count alike."""
+    classes = np.array([x.classes for x in contents])
+    classes = classes[:, classes.any(axis=0)]
+    # Squared distances of means are then chi-square distances of the shares.
+    parts = classes / np.sqrt(classes.mean(axis=0)), np.array([x.color for x in contents])
+    table = np.hstack([part / np.sqrt(part.var(axis=0).sum() or 1) for part in parts])
+    return table - table.mean(axis=0)
+
+
 def spread(entries: Sequence[Entry], seed: int, contents: Mapping[Entry, Contents]) -> list[int]:
     """Order the entries that have a label, so that every part of the order has the classes and colors of the whole.
 
     A random order, which the seed determines, with two changes. A greedy cover of all classes comes first: each time
     the first entry that adds the most classes. Then each place goes to the one of the next 32 that brings the mean of
     the order so far nearest to that of the whole: by the pixel shares of the classes (chi-square distance) and by the
-    mean color, each over its variance, so that they count alike.
+    mean color, each over its variance.
 
     Returns:
         positions in ``entries``.
@@ -98,25 +108,35 @@ def spread(entries: Sequence[Entry], seed: int, contents: Mapping[Entry, Content
     labeled = [position for position, entry in enumerate(entries) if entry.label is not None]
     if not labeled:
         return []
-    classes = np.array([contents[entries[position]].classes for position in labeled])
-    classes = classes[:, classes.any(axis=0)]
-    colors = np.array([contents[entries[position]].color for position in labeled])
+    found = [contents[entries[position]] for position in labeled]
+    holds = np.array([x.classes > 0 for x in found])
     chosen, rest = list[int](), np.random.default_rng(seed % 2**64).permutation(len(labeled)).tolist()
-    missing = np.ones(classes.shape[1], bool)
+    missing = holds.any(axis=0)
     while missing.any():
-        best = int(((classes[rest] > 0) & missing).sum(axis=1).argmax())
-        missing &= classes[rest[best]] == 0
+        best = int((holds[rest] & missing).sum(axis=1).argmax())
+        missing &= ~holds[rest[best]]
         chosen.append(rest.pop(best))
-    parts = classes / np.sqrt(classes.mean(axis=0)), colors
-    table = np.hstack([part / np.sqrt(part.var(axis=0).sum() or 1) for part in parts])
-    table -= table.mean(axis=0)
+    table = _features(found)
     total = table[chosen].sum(axis=0)
     while rest:
-        # All means have the same denominator.
         best = int(((total + table[rest[:_POOL]]) ** 2).sum(axis=1).argmin())
         total += table[rest[best]]
         chosen.append(rest.pop(best))
     return [labeled[index] for index in chosen]
+
+
+def deal(
+    entries: Sequence[Entry], order: Sequence[int], contents: Mapping[Entry, Contents], count: int
+) -> list[list[int]]:
+    """Deal an order of ``spread`` to ``count`` folds, each to one of the smallest, which it makes most like the whole."""
+    table = _features([contents[entries[position]] for position in order])
+    folds, totals = [list[int]() for _ in range(count)], np.zeros((count, table.shape[1]))
+    for position, features in zip(order, table, strict=True):
+        smallest = [i for i, fold in enumerate(folds) if len(fold) == min(map(len, folds))]
+        best = min(smallest, key=lambda i: ((totals[i] + features) ** 2).sum())
+        folds[best].append(position)
+        totals[best] += features
+    return folds
 
 
 def make_split(entries: Sequence[Entry], order: Sequence[int], val: Collection[int], count: int) -> Split:

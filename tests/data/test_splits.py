@@ -12,6 +12,7 @@ from allspark_fast.data.splits import (
     Contents,
     Split,
     classes_of,
+    deal,
     doubts_about,
     make_split,
     parse_amount,
@@ -60,7 +61,7 @@ def test_parts_are_partitions_in_order_that_cover_all_classes_and_are_nested():
     assert len({tuple(split(10, seed).labeled) for seed in range(8)}) > 1
 
 
-def test_every_part_of_the_order_has_the_classes_and_the_look_of_the_whole():
+def test_every_part_of_the_order_and_every_fold_has_the_classes_and_the_look_of_the_whole():
     """Half of the images hold class 1, others are bright; a random choice of 20 would have 6 to 14 of each."""
     rng = np.random.default_rng(0)
     entries = [Entry(f"{index}.jpg", f"{index}.png") for index in range(200)]
@@ -69,9 +70,9 @@ def test_every_part_of_the_order_has_the_classes_and_the_look_of_the_whole():
     for seed in range(5):
         order = spread(entries, seed, contents)
         assert sorted(order) == list(range(200))
-        for part in (order[:20], order[90:110], order[-20:], order[2::10]):
+        for part in (order[:20], order[90:110], order[-20:], *deal(entries, order, contents, 10)):
             for feature in (holds, bright):
-                assert abs(feature[part].mean() - feature.mean()) <= 0.1
+                assert abs(feature[part].mean() - feature.mean()) < 0.11
 
 
 def test_doubts_are_told():
@@ -149,6 +150,25 @@ def test_lists_are_replaced_only_on_request(tmp_path):
     run([str(tmp_path), "2", "--out", str(tmp_path / "splits/elsewhere"), "--overwrite"])
     later = read_lists(tmp_path / "splits/elsewhere")
     assert not set(later["val"]) & set(later["labeled"] + later["unlabeled"])
+
+
+def test_later_splits_know_of_validation_images_elsewhere(tmp_path, capsys):
+    root, (first, second, third) = tmp_path / "data", (tmp_path / name for name in "ABC")
+    root.mkdir()
+    write_folder(root, 12)
+    run([str(root), "--val", "3", "--out", str(first)])
+    capsys.readouterr()
+    root = root.rename(tmp_path / "moved")
+    run([str(root), "4", "--out", str(second)])
+    assert f"{first / 'val.txt'}: 3 images stay aside for validation" in capsys.readouterr().out
+    aside, later = {entry.image for entry in read_lists(first)["val"]}, read_lists(second)
+    assert not aside & {entry.image for part in later.values() for entry in part}
+    run([str(root), "--val", "3", "--seed", "2", "--out", str(third)])
+    assert f"images of {first / 'val.txt'} are trained on in these lists" in capsys.readouterr().out
+    shutil.rmtree(root / "splits")
+    (root / "splits").write_text("a file, so that nothing can be noted")
+    run([str(root), "--val", "3", "--out", str(third), "--overwrite"])
+    assert f"later splits will not know of {third / 'val.txt'}" in capsys.readouterr().out
 
 
 def test_folds_validate_on_every_labeled_image_once(tmp_path, capsys):
