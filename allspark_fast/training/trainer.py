@@ -19,8 +19,7 @@ from tqdm import tqdm
 from allspark_fast.config import Config
 from allspark_fast.data.info import IGNORE_INDEX
 from allspark_fast.data.loader import SemiBatch
-from allspark_fast.data.record import find_data
-from allspark_fast.data.sources import TrainingData
+from allspark_fast.data.sources import TrainingData, find_data
 from allspark_fast.device import limit_threads
 from allspark_fast.distributed import all_gather_cat, all_reduce_any, failing_together, process_group, rank, world_size
 from allspark_fast.errors import InputError, RunError
