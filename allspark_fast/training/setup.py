@@ -14,7 +14,7 @@ from typing import IO
 from allspark_fast.config import Config, EvalConfig, RunConfig, Schedule, TrainConfig, changed_fields
 from allspark_fast.data.datasets import Sources
 from allspark_fast.data.info import DatasetInfo
-from allspark_fast.data.record import RECORD_FILE, differences, read_record, record_data
+from allspark_fast.data.sources import RECORD_FILE, differences, read_record, record_data
 from allspark_fast.distributed import world_size
 from allspark_fast.errors import InputError
 from allspark_fast.files import make_folder, remove_unfinished, write_atomically
