@@ -15,17 +15,16 @@ STOPPED = 75
 
 @contextmanager
 def stop_signals() -> Iterator[Callable[[], bool]]:
-    """Note stop signals instead of dying of them, but of a second Ctrl-C; in other threads Python lets nobody note any.
+    """Note stop signals instead of dying of them, but of a second Ctrl-C, in the main thread: no other gets any.
 
     Yields:
-        a function that returns whether one has arrived, or ``torchrun`` has died, which would end all ranks together.
+        a function that returns whether one has arrived, or ``torchrun`` has died.
     """
-    arrived = False
+    arrived: list[int] = []
     torchrun = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
 
     def note(number: int, _: object) -> None:
-        nonlocal arrived
-        arrived = True
+        arrived.append(number)
         if number == signal.SIGINT:
             signal.signal(number, signal.default_int_handler)
             with suppress(OSError):
@@ -34,11 +33,11 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
     is_main = threading.current_thread() is threading.main_thread()
     # What runs in the background of a script ignores Ctrl-C.
     noted = [x for x in STOP_SIGNALS if is_main and signal.getsignal(x) is not signal.SIG_IGN]
-    before = [signal.signal(number, note) for number in noted]
+    before = {number: signal.signal(number, note) for number in noted}
     try:
-        yield lambda: arrived or (torchrun is not None and os.getppid() != torchrun)
+        yield lambda: bool(arrived) or (torchrun is not None and os.getppid() != torchrun)
     finally:
-        for number, handler in zip(noted, before, strict=True):
+        for number, handler in before.items():
             signal.signal(number, handler)
 
 

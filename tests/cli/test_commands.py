@@ -61,7 +61,7 @@ def test_without_a_command_the_usage_is_printed(
     [
         ("train imagenet", "there is no recipe 'imagenet'; recipes are scenes, camvid, folder, pascal"),
         ("check pascl", "there is no recipe 'pascl' (did you mean pascal?); recipes are scenes"),
-        ("train --train.epoch 3", "--train.epochs"),
+        ("train --train.epoch 3", "did you mean train.epochs?"),
         ("train --train.method fixmatch", "supervised"),
         ("train pascal --data.root nowhere", "there is no folder /"),
         ("train --data.scenes 3 8 2 --train.batch-size 9", "8 unlabeled images do not fill a batch of 9"),
