@@ -17,7 +17,7 @@ from allspark_fast.recipes import RECIPES, find_recipe
 _FLAGS = (tyro.conf.FlagConversionOff,)
 # What people change first, which --help shows.
 _FIRST = {
-    "data": ("root", "crop", "workers"),
+    "data": ("root", "crop", "augment"),
     "model": ("backbone", "weights"),
     "train": ("method", "steps", "batch_size", "lr"),
     "run": ("output_dir",),

@@ -215,7 +215,7 @@ class Trainer:
                 )
                 for name in ("last", "best") if improved else ("last",):
                     save_model(model, self.spec, self.folder / f"{name}.safetensors")
-                draw_pictures(log, (images, labels), pictured, self.data.info, self.config.data)
+                draw_pictures(log, (images, labels), pictured, self.spec)
                 bar.write(f"step {self.step}: mIoU {100 * scores.mean_iou:.1f}" + improved * ", the best so far")
                 for problem in problems:
                     logger.warning("step %d: %s", self.step, problem)
@@ -295,15 +295,13 @@ def train(config: Config, folder: Path) -> bool:
             best = f"best mIoU {100 * trainer.best:.1f} (best.safetensors, step {trainer.best_step})"
             tell(f"{folder}: finished at step {trainer.step}, {best}")
             return True
-        sources, first, started = trainer.data.sources, trainer.step, time.perf_counter()
-        about = (config, sources, trainer.schedule, trainer.state.model)
-        tell(start_summary(*about, device=device, folder=folder, step=first))
+        first, started = trainer.step, time.perf_counter()
+        tell(start_summary(trainer))
         scores = trainer.run()
         if scores is None:
             tell(f"{folder}: stopped as asked at step {trainer.step}; the same command goes on from there")
             return False
-        tell(score_table(scores, sources.info))
-        reached = {"best": (trainer.best, trainer.best_step), "last": (scores.mean_iou, trainer.step)}
-        seconds = time.perf_counter() - started
-        tell(end_summary(folder, **reached, steps=trainer.step - first, seconds=seconds))
+        tell(score_table(scores, trainer.data.info))
+        steps, seconds = trainer.step - first, time.perf_counter() - started
+        tell(end_summary(trainer, scores.mean_iou, steps=steps, seconds=seconds))
         return True
