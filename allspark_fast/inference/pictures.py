@@ -49,7 +49,7 @@ def overlay(image: Image.Image, labels: Labels, info: DatasetInfo) -> Image.Imag
     colors, visible = Image.fromarray(palette[labels]), shown[labels]
     picture = image.copy()
     picture.paste(Image.blend(image, colors, _TINT), mask=Image.fromarray(visible))
-    borders, width = find_borders(torch.from_numpy(labels)), max(1, round(np.hypot(*labels.shape) / 600))
+    borders, width = find_borders(torch.from_numpy(labels)), max(1, round(np.hypot(*labels.shape) / 1000))
     for paint, reach in ((colors, 3 * width), ("white", width)):
         picture.paste(paint, mask=Image.fromarray(visible & dilate(borders, reach - 1).numpy()))
     return _stack([picture, _legend(info, np.unique(labels), image.width, max(12, round(image.height / 30)))])
