@@ -36,15 +36,9 @@ logger = logging.getLogger(__name__)
 _REPAY_COMPILING = 5000
 # What may change between two sittings of a run, because it does not decide the numbers.
 _FREE = {
-    *(f"data.{name}" for name in ("root", "labeled", "unlabeled", "val")),  # what they hold is compared
-    "data.workers",
-    "model.activation_checkpointing",
-    "model.weights",  # the checkpoint holds what became of them
-    "train.compile",
-    "train.cuda_graph",
-    "train.deterministic",
-    "train.max_skipped",
-    "train.sharding",
+    *(f"data.{name}" for name in ("root", "labeled", "unlabeled", "val", "workers")),  # what the lists hold is compared
+    *(f"model.{name}" for name in ("activation_checkpointing", "weights")),  # the checkpoint holds what became of them
+    *(f"train.{name}" for name in ("compile", "cuda_graph", "deterministic", "max_skipped", "sharding")),
     *(f"eval.{field.name}" for field in fields(EvalConfig) if field.name != "mode"),
     *(f"run.{field.name}" for field in fields(RunConfig)),
 }

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
+from torch.utils import _pytree as pytree
 
 from allspark_fast.config import TrainConfig
 from allspark_fast.data.info import IGNORE_INDEX
@@ -63,7 +64,7 @@ class TrainState:
         replica: Segmentor | None = None,
     ) -> None:
         device = next(model.parameters()).device
-        self.amp = config.amp and device.type == "cuda"
+        self.amp = config.amp and next(model.parameters()).is_cuda
         self.model, self.ema, self.replica = model, ema, replica
         self.config, self.total_steps = config, total_steps
         # FSDP gathers the weights of a sharded model anew, and autocast casts them.
@@ -101,10 +102,7 @@ class TrainState:
         return evaluated
 
     def read_metrics(self) -> dict[str, float]:
-        """Return learning rate, steps skipped so far, and mean losses since the last call unless all were skipped.
-
-        This waits for the device.
-        """
+        """Read learning rate, skipped steps, and mean losses since the last call, if any; this waits for the device."""
         lr = poly_lr(self.step - 1, self.total_steps, self.config.lr)
         rate, skipped, *sums, steps = torch.cat([torch.stack([lr, self.skipped.double()]), self.loss_sums]).tolist()
         self.loss_sums.zero_()
@@ -124,17 +122,13 @@ class TrainState:
 
         All is copied into the existing tensors, which a recorded step goes on reading and writing.
         """
-        for name, model in (("model", self.model), ("ema", self.ema)):
-            if model is not None:
-                own = model.state_dict()
-                model.load_state_dict({key: shard_like(x, own[key]) for key, x in state[name].items()})
-        for moments, saved in zip(self.moments, state["optimizer"], strict=True):
-            for name, x in saved.items():
-                moments[name].copy_(shard_like(x, moments[name]))
-        for name in _COUNTERS:
-            getattr(self, name).copy_(state[name])
-        for name, x in self.classes._asdict().items():
-            x.copy_(state["classes"][name])
+
+        def copy(own: Tensor | None, saved: Tensor | None) -> None:
+            if own is not None and saved is not None:
+                own.copy_(shard_like(saved, own))
+
+        own = self.state_dict()
+        pytree.tree_map_(copy, own, {name: state[name] for name in own})
 
 
 def train_step(state: TrainState, batch: SemiBatch, *, use_memory: bool, use_pseudo: bool = True) -> Losses:
@@ -231,12 +225,9 @@ def compute_losses(
         (loss,) = _weigh_ranks([loss], [batch.label != IGNORE_INDEX], config)
         return Losses(loss, loss, torch.zeros_like(loss))
     classes = classes or ClassStatistics.start(model.decoder.decoder.linear_pred.out_channels, batch.image.device)
+    alignment, adapt = classes.alignment(config.dist_align), config.teacher == "ema"
     class_logits, pseudo_label, confidence = pseudo_pass(
-        teacher or model,
-        batch,
-        config,
-        alignment=classes.alignment(config.dist_align),
-        adapt=config.teacher == "ema",
+        teacher or model, batch, config, alignment=alignment, adapt=adapt
     )
     if config.dist_align > 0:
         update_shares(classes, batch, class_logits)

@@ -108,10 +108,11 @@ class Trainer:
         return self.step >= self.total_steps and not self.evaluation_due
 
     def run(self) -> Scores | None:
-        """Train to the end, evaluating and saving on the way, and return the last scores.
+        """Train to the end, evaluating and saving on the way.
 
-        Returns None if a signal asked to stop (``stop_signals``): the step in hand was finished, an evaluation broken
-        off to be made by whoever resumes, and all was saved, on all ranks.
+        Returns:
+            the last scores, or None if a signal asked to stop (``stop_signals``): the step in hand was finished, an
+            evaluation broken off to be made by whoever resumes, and all was saved, on all ranks.
 
         Raises:
             RunError: too many steps had a loss or gradient that is not finite.
@@ -123,15 +124,11 @@ class Trainer:
         with stop_signals() as asked, logging_redirect_tqdm(), bar:
             # Ranks step together, so with several none may end early.
             batches = self.data.batches(self.step, self.total_steps, asked if world_size() == 1 else lambda: False)
-            self._logged = first = time.perf_counter(), self.step
+            self._logged, self._first = (time.perf_counter(), self.step), self.step + 1
             while not (self.finished or stopping):
                 if not self.evaluation_due and (batch := next(batches, None)) is not None:
                     self._take_step(batch)
-                    bar.update()
-                    if self.step == first[1] + 1:
-                        logger.info("the first step took %.1f s", time.perf_counter() - first[0])
-                    if self.step % self.config.run.log_every == 0 or self.step == self.total_steps:
-                        self._log_losses(log, bar)
+                    self._log_step(log, bar)
                 stopping = all_reduce_any(asked())
                 if evaluating := self.evaluation_due and not stopping:
                     with torch.compiler.set_stance("force_eager"):  # compiling for every size of image takes longer
@@ -152,12 +149,17 @@ class Trainer:
         self.step += 1
         self.evaluation_due = self.step == self.total_steps or self.step % schedule.evaluate_every == 0
 
-    def _log_losses(self, log: MetricsLog | None, bar: "tqdm[Any]") -> None:
-        """Log the metrics since the last line; this waits for the device."""
+    def _log_step(self, log: MetricsLog | None, bar: "tqdm[Any]") -> None:
+        """Move the bar, and log the metrics since the last line if one is due, which waits for the device."""
+        bar.update()
+        if self.step == self._first:
+            logger.info("the first step took %.1f s", time.perf_counter() - self._logged[0])
+        if self.step % self.config.run.log_every > 0 and self.step < self.total_steps:
+            return
         metrics = self.state.read_metrics()
         self._unlabeled_loss = metrics.get("loss_unlabeled", math.inf)
-        now, (before, step) = time.perf_counter(), self._logged
-        self._logged = now, self.step
+        before, step = self._logged
+        now, _ = self._logged = time.perf_counter(), self.step
         images = (1 if self.config.train.method == "supervised" else 2) * self.config.train.batch_size
         images_per_s = images * (self.step - step) / (now - before)
         if log is not None:

@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,21 +52,30 @@ class Fault(NamedTuple):
     to: str = "self"
 
 
-class Run:
+class Run(multiprocessing.get_context("forkserver").Process):
     """One rank of a run in a process of its own, without an agent that would end all ranks as soon as one has ended."""
 
-    def __init__(self, *arguments: Any) -> None:
-        self._printed = Path(tempfile.mkstemp()[1])
-        context = multiprocessing.get_context("forkserver")
-        self.process = context.Process(target=_train, args=(self._printed, *arguments), daemon=True)
-        self.process.start()
+    def __init__(self, arguments: list[str], environment: dict[str, Any], fault: Fault | None, dropout: bool) -> None:
+        super().__init__(daemon=True)
+        self.given, self.printed = (arguments, environment, fault, dropout), Path(tempfile.mkstemp()[1])
+        self.start()
+
+    def run(self) -> None:
+        """Train, in the new process."""
+        arguments, environment, fault, dropout = self.given
+        sys.stdout = sys.stderr = self.printed.open("w", buffering=1)
+        os.environ.update({name: str(value) for name, value in environment.items()})
+        if not dropout:
+            build = setup.build_model
+            setup.build_model = lambda *args, **options: without_dropout(build(*args, **options))
+        sys.exit(train_with_fault(arguments, fault))
 
     def finish(self, status: int = 0) -> str:
         """Wait until it has ended with this status, negative for a signal, and return what it printed."""
-        self.process.join()
-        printed = self._printed.read_text()
-        self._printed.unlink()
-        assert self.process.exitcode == status, printed
+        self.join()
+        printed = self.printed.read_text()
+        self.printed.unlink()
+        assert self.exitcode == status, printed
         return printed
 
 
@@ -77,15 +87,6 @@ def start_run(arguments: list[str], ranks: int, fault: Fault | None = None, *, d
     places = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
     own = [{**places, "RANK": index, "LOCAL_RANK": index} if ranks > 1 else {} for index in range(ranks)]
     return [Run(arguments, environment, fault, dropout) for environment in own]
-
-
-def _train(printed: Path, arguments: list[str], environment: dict, fault: Fault | None, dropout: bool) -> None:
-    sys.stdout = sys.stderr = printed.open("w", buffering=1)
-    os.environ.update({name: str(value) for name, value in environment.items()})
-    if not dropout:
-        build = setup.build_model
-        setup.build_model = lambda *args, **options: without_dropout(build(*args, **options))
-    sys.exit(train_with_fault(arguments, fault))
 
 
 def train_with_fault(arguments: list[str], fault: Fault | None) -> int:
@@ -100,6 +101,8 @@ def train_with_fault(arguments: list[str], fault: Fault | None) -> int:
             yield asked
 
     def step(state: TrainState, *args: Any, **options: Any) -> Losses:
+        if fault.number == signal.SIGSTOP and state.step == fault.step:
+            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=1))  # in place of run.timeout
         if (rank(), int(state.step)) == (fault.rank, fault.step):
             os.kill(os.getpid() if fault.to == "self" else os.getppid(), fault.number)
             while fault.to == "torchrun" and not asked():

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from allspark_fast.errors import RunError
 from allspark_fast.training import cuda_graph, step
 from allspark_fast.training.cuda_graph import GraphedSteps
 from allspark_fast.training.half_weights import HalfWeights
@@ -107,6 +108,16 @@ def test_steps_are_ordinary_after_a_recording_that_is_wrong_or_fails(
     monkeypatch.setattr(StepLog, name, fault)
     assert differences_of_replays(lambda _: None, optimizer="adamw") == []
     assert caplog.text.count("not recorded as a CUDA graph") == caplog.text.count(warning) == 1
+
+
+def test_a_failed_recording_of_a_sharded_model_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(StepLog, "__enter__", run_out_of_memory)
+    state = build_state()
+    state.replica = state.model
+    steps = logged_steps(state)
+    steps(random_batch(), use_memory=True)
+    with pytest.raises(RunError, match=r"recorded \(CUDA out of memory\.\): go on with --train.cuda_graph off"):
+        steps(random_batch(), use_memory=True)
 
 
 @pytest.mark.gpu

@@ -11,10 +11,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from allspark_fast.config import TrainConfig
-from allspark_fast.kernels.semantic_memory import op as semantic_memory
-from allspark_fast.kernels.upsample_cross_entropy import op as upsample_cross_entropy
+from allspark_fast.kernels.upsample_cross_entropy import upsample_cross_entropy
 from allspark_fast.training.pseudo_labels import ClassStatistics, confident, mix, pseudo_pass
-from allspark_fast.training.step import TrainState, compute_losses, poly_lr, train_step
+from allspark_fast.training.step import compute_losses, poly_lr, train_step
 from bench.bench_train_step import without_dropout
 from tests.helpers.forbid_sync import forbid_sync
 from tests.helpers.runs import differences
@@ -36,36 +35,31 @@ class TestUpdate:
         assert all(not torch.equal(x, before[name]) for name, x in state.model.state_dict().items())
 
     @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-    def test_learning_rates_of_backbone_and_rest(self, optimizer: str) -> None:
-        state = build_state(optimizer=optimizer, lr_multi=10.0, total_steps=10)
-        for step in range(4):
-            train_step(state, random_batch(), use_memory=False)
-            expected = 0.01 * (1 - max(step - 1, 0) / 10) ** 0.9
-            rates = [group["lr"].item() for group in state.optimizer.param_groups]
-            assert rates == pytest.approx([expected, 10 * expected])
-        counted = sum(p.numel() for group in state.optimizer.param_groups for p in group["params"])
-        assert counted == sum(p.numel() for p in state.model.parameters())
-
-    @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
     def test_fused_optimizers_are_those_of_the_textbook(self, optimizer: str) -> None:
-        state = build_state(optimizer=optimizer, lr_multi=1.0, weight_decay=0.1)
+        """At the learning rates of backbone and rest, of which the first two steps share the base rate."""
+        state = build_state(optimizer=optimizer, lr_multi=10.0, weight_decay=0.1, total_steps=10)
         model = copy.deepcopy(state.model)
         kind = torch.optim.AdamW if optimizer == "adamw" else lambda *x, **y: torch.optim.SGD(*x, momentum=0.9, **y)
-        plain = kind(model.parameters(), lr=0.01, weight_decay=0.1, foreach=False)
-        for _ in range(2):  # both at the base rate
+        groups = [{"params": list(x.parameters())} for x in (model.backbone, model.decoder)]
+        plain = kind(groups, lr=0.01, weight_decay=0.1, foreach=False)
+        for step in range(4):
             train_step(state, random_batch(), use_memory=True)
             for parameter, source in zip(model.parameters(), state.model.parameters(), strict=True):
                 parameter.grad = source.grad
+            for group, factor in zip(plain.param_groups, (1, 10), strict=True):
+                group["lr"] = factor * 0.01 * (1 - max(step - 1, 0) / 10) ** 0.9
             plain.step()
+            rates = [group["lr"].item() for group in state.optimizer.param_groups]
+            assert rates == pytest.approx([group["lr"] for group in plain.param_groups])
         for expected, actual in zip(model.parameters(), state.model.parameters(), strict=True):
             torch.testing.assert_close(actual, expected)
 
-    def test_the_average_follows_the_weights(self) -> None:
+    def test_the_average_follows_weights_and_statistics(self) -> None:
         state = build_state(ema=0.75)
         start = {name: x.clone() for name, x in state.model.named_parameters()}
         train_step(state, random_batch(), use_memory=True)
         average = state.evaluated_model()
-        assert average is state.ema
+        assert average is state.ema is not state.teacher
         for name, x in average.named_parameters():
             expected = 0.75 * start[name] + 0.25 * state.model.get_parameter(name)
             torch.testing.assert_close(x, expected, msg=name)
@@ -76,15 +70,20 @@ class TestUpdate:
             elif "running" not in name:
                 assert torch.equal(x, present), name
 
-    def test_metrics_are_means_since_they_were_last_read(self) -> None:
-        state = build_state(total_steps=10)
+    def test_metrics_are_means_of_what_was_not_skipped_since_they_were_last_read(self) -> None:
+        state, bad = build_state(total_steps=10), random_batch()
+        bad.image.fill_(float("inf"))
         for steps in (2, 3):
             losses = [train_step(state, random_batch(), use_memory=False) for _ in range(steps)]
+            train_step(state, bad, use_memory=False)
             metrics = state.read_metrics()
             means = torch.stack([torch.stack(x) for x in losses]).double().mean(0).tolist()
             assert [metrics[key] for key in ("loss", "loss_labeled", "loss_unlabeled")] == pytest.approx(means)
             assert metrics["lr"] == pytest.approx(poly_lr(state.step - 1, 10, 0.01).item())
-            assert metrics["skipped_steps"] == 0
+        train_step(state, bad, use_memory=True)
+        metrics = state.read_metrics()
+        assert metrics.keys() == {"lr", "skipped_steps"}
+        assert metrics["skipped_steps"] == 3
 
 
 class TestLosses:
@@ -125,8 +124,7 @@ class TestBeyondThePaper:
         with torch.no_grad():
             state.model.decoder.decoder.linear_pred.weight.neg_()
         assert torch.equal(pseudo_pass(state.teacher, data, state.config)[0], before)
-        state = build_state(ema=0.9)
-        assert state.teacher is state.model
+        assert build_state(**{**BEYOND, "method": "supervised"}).teacher is not state.ema
 
     def test_an_average_that_labels_has_the_statistics_of_what_it_labels(self) -> None:
         state, data = build_state(**BEYOND), random_batch(mixing=True)
@@ -137,13 +135,6 @@ class TestBeyondThePaper:
         assert not torch.equal(norm.running_mean, torch.zeros_like(norm.running_mean))
         assert torch.equal(norm.running_mean, before.decoder.decoder.linear_fuse.bn.running_mean)
         assert not any(module.training for module in state.ema.modules())
-
-    def test_an_average_that_labels_nothing_follows_the_statistics_of_the_model(self) -> None:
-        state = build_state(**{**BEYOND, "method": "supervised"})
-        means = [model.decoder.decoder.linear_fuse.bn.running_mean for model in (state.ema, state.model)]
-        train_step(state, random_batch(mixing=True), use_memory=False)
-        torch.testing.assert_close(means[0], (1 - state.config.ema) * means[1])
-        assert means[0].any()
 
     def test_thresholds(self) -> None:
         label = torch.tensor([[[0, 0, 1], [1, 2, 255]]])
@@ -231,7 +222,7 @@ class TestBeyondThePaper:
             for least in (0.0, 0.4)
         )
         logits = state.model.train()(torch.cat([data.image, data.unlabeled_image]))[2:]
-        loss = upsample_cross_entropy.upsample_cross_entropy(logits, label, reduction="none")
+        loss = upsample_cross_entropy(logits, label, reduction="none")
         assert 0 < (confidence < 0.4).float().mean() < 1
         torch.testing.assert_close(every.unlabeled, loss.sum() / data.unlabeled_valid.sum())
         torch.testing.assert_close(kept.unlabeled, loss[confidence >= 0.4].sum() / data.unlabeled_valid.sum())
@@ -245,9 +236,8 @@ def test_loading_copies_into_the_tensors_that_are_there(optimizer: str) -> None:
     train_step(saved, random_batch(), use_memory=True)
 
     def tensors() -> list[torch.Tensor]:
-        moments = [x for values in state.optimizer.state.values() for x in values.values()]
-        rates = [group["lr"] for group in state.optimizer.param_groups]
-        return [*state.model.state_dict().values(), *moments, *rates, *state.classes]
+        moments = [x for values in (*state.optimizer.state.values(), *state.moments) for x in values.values()]
+        return [*state.model.state_dict().values(), *moments, *state.classes]
 
     before = [x.data_ptr() for x in tensors()]
     state.load_state_dict(copy.deepcopy(saved.state_dict()))
@@ -278,140 +268,82 @@ class TestAccumulation:
         assert state.model.decoder.decoder.linear_fuse.bn.num_batches_tracked == 2
 
 
-class TestSkippedSteps:
-    """A loss or gradient that is not finite changes nothing, on the first step as on any other."""
+@pytest.mark.parametrize(
+    ("options", "steps_before"),
+    [({"optimizer": "sgd"}, 0), ({"optimizer": "adamw"}, 0), ({"gradient_accumulation_steps": 2}, 2)],
+    ids=str,
+)
+@pytest.mark.parametrize("cause", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_changes_nothing(options: dict, steps_before: int, cause: str) -> None:
+    """On the first step as on any other."""
 
-    @pytest.mark.parametrize(
-        ("options", "steps_before"),
-        [({"optimizer": "sgd"}, 0), ({"optimizer": "adamw"}, 0), ({"gradient_accumulation_steps": 2}, 2)],
-        ids=str,
-    )
-    def test_nothing_changes(self, options: dict, steps_before: int) -> None:
-        state = build_state(ema=0.9, **options)
-        for _ in range(steps_before):
-            train_step(state, random_batch(), use_memory=True)
-        before = snapshot(state)
-        data = random_batch()
+    def snapshot() -> dict[str, object]:
+        models = {name: dict(x.named_parameters()) for name, x in (("model", state.model), ("ema", state.ema))}
+        return copy.deepcopy({**models, "optimizer": state.moments})
+
+    state = build_state(ema=0.9, **options)
+    for _ in range(steps_before):
+        train_step(state, random_batch(), use_memory=True)
+    before, data = snapshot(), random_batch()
+    weight = state.model.backbone.patch_embed1.proj.weight
+    hook = weight.register_hook(lambda grad: grad * float("inf" if cause == "gradient" else 1))
+    if cause == "loss":
         data.image[1, 0, 5, 5] = float("nan")
-        losses = train_step(state, data, use_memory=True)
-        assert not losses.total.isfinite()
-        assert differences(snapshot(state), before) == []
-        assert (state.step, state.skipped) == (steps_before + 1, 1)
-        for _ in range(2):
-            assert train_step(state, random_batch(), use_memory=True).total.isfinite()
-        assert state.skipped == 1
-        assert all(x.isfinite().all() for x in state.model.state_dict().values())
-
-    def test_a_gradient_overflow_behind_a_finite_loss(self) -> None:
-        state = build_state()
-        state.model.backbone.patch_embed1.proj.weight.register_hook(lambda grad: grad * float("inf"))
-        before = snapshot(state)
+    assert train_step(state, data, use_memory=True).total.isfinite() == (cause == "gradient")
+    assert differences(snapshot(), before) == []
+    assert (state.step, state.skipped) == (steps_before + 1, 1)
+    hook.remove()
+    for _ in range(2):
         assert train_step(state, random_batch(), use_memory=True).total.isfinite()
-        assert state.skipped == 1
-        assert differences(snapshot(state), before) == []
-
-    def test_they_do_not_enter_the_mean_losses(self) -> None:
-        state = build_state()
-        bad = random_batch()
-        bad.image.fill_(float("inf"))
-        losses = train_step(state, random_batch(), use_memory=True)
-        train_step(state, bad, use_memory=True)
-        metrics = state.read_metrics()
-        assert metrics["loss"] == pytest.approx(losses.total.item())
-        assert metrics["skipped_steps"] == 1
-        train_step(state, bad, use_memory=True)
-        assert state.read_metrics().keys() == {"lr", "skipped_steps"}
+    assert state.skipped == 1
+    assert all(x.isfinite().all() for x in state.model.state_dict().values())
 
 
-def snapshot(state: TrainState) -> dict[str, object]:
-    """Copies of weights, their average and the optimizer's tensors."""
-    models = {name: dict(x.named_parameters()) for name, x in (("model", state.model), ("ema", state.ema)) if x}
-    return copy.deepcopy({**models, "optimizer": state.optimizer.state_dict()["state"]})
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_nothing_waits_for_the_device(optimizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On fake CUDA tensors; inside our operators: tests/training/test_cuda_graph.py.
 
+    All but backward, for which torch asks for a driver, and the fused kernels, which have no fake.
+    """
+    monkeypatch.setattr(torch, f"_fused_{optimizer}_", lambda *_, **__: None)
+    monkeypatch.setattr(nn.init, "trunc_normal_", lambda tensor, **_: tensor)  # looks at numbers
+    with FakeTensorMode(), torch.device("cuda"):
+        state, data = build_state(optimizer=optimizer, amp=False, **BEYOND), random_batch(mixing=True)
 
-class TestNoSync:
-    """Nothing in a step waits for the device: neither in torch nor inside our operators."""
+        def make_up_gradients(_: torch.Tensor) -> None:
+            for parameter in state.model.parameters():
+                parameter.grad = torch.empty_like(parameter)
 
-    @pytest.mark.parametrize(
-        "options",
-        [
-            {},
-            {"optimizer": "adamw", "ema": 0.9, "gradient_accumulation_steps": 2},
-            {"loss": "ohem", "pseudo_padding": False, "kv_source": "image"},
-            {"method": "supervised"},
-            BEYOND,
-        ],
-        ids=str,
-    )
-    def test_on_cpu_tensors(self, options: dict, monkeypatch: pytest.MonkeyPatch) -> None:
-        # On CPU tensors, and only there, operators look for labels that are no class and for wrong pointers.
-        monkeypatch.setattr(upsample_cross_entropy, "_check_classes", lambda *_, **__: None)
-        monkeypatch.setattr(semantic_memory, "_check_pointers", lambda *_, **__: None)
-        state, data = build_state(**options), random_batch(mixing=options is BEYOND)
-        with forbid_sync(inside_operators=True):
-            train_step(state, data, use_memory=False)
-            train_step(state, data, use_memory=True)
-        assert state.step == 2
-
-    @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-    def test_on_fake_cuda_tensors(self, optimizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        """All but backward, for which torch asks for a driver, and the fused kernels, which have no fake."""
-        monkeypatch.setattr(torch, f"_fused_{optimizer}_", lambda *_, **__: None)
-        monkeypatch.setattr(nn.init, "trunc_normal_", lambda tensor, **_: tensor)  # looks at numbers
-        with FakeTensorMode(), torch.device("cuda"):
-            state, data = build_state(optimizer=optimizer, amp=False, **BEYOND), random_batch(mixing=True)
-
-            def make_up_gradients(_: torch.Tensor) -> None:
-                for parameter in state.model.parameters():
-                    parameter.grad = torch.empty_like(parameter)
-
-            monkeypatch.setattr(torch.Tensor, "backward", make_up_gradients)
-            with forbid_sync():
-                losses = train_step(state, data, use_memory=True)
-        for x in (*losses, state.step, state.skipped, state.loss_sums, *state.model.state_dict().values()):
-            assert x.device.type == "cuda"
-
-    @pytest.mark.gpu
-    @pytest.mark.parametrize("method", METHODS)
-    def test_on_a_gpu(self, method: str) -> None:
-        with torch.device("cuda"):
-            state, data = build_state(method=method, ema=0.9), random_batch()
-        train_step(state, data, use_memory=True)  # compiles kernels
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            train_step(state, data, use_memory=True)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+        monkeypatch.setattr(torch.Tensor, "backward", make_up_gradients)
+        with forbid_sync():
+            losses = train_step(state, data, use_memory=True)
+    for x in (*losses, state.step, state.skipped, state.loss_sums, *state.model.state_dict().values()):
+        assert x.device.type == "cuda"
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-class TestCompiled:
-    """Pseudo-label pass, forward pass and losses can be one graph together; the optimizer is fused already."""
-
-    @pytest.mark.parametrize(
-        ("method", "beyond"), [("allspark", {}), ("allspark", BEYOND), ("supervised", {})], ids=str
-    )
-    def test_one_graph_and_one_more_after_warm_up(self, method: str, beyond: dict) -> None:
-        """With AOTAutograd: tests/training/test_distributed.py; with inductor: tests/model/test_allspark.py."""
-        torch._dynamo.reset()
-        counter = CompileCounterWithBackend("eager")
-        compiled, plain = (build_state(method=method, **beyond) for _ in range(2))
-        plain.load_state_dict(copy.deepcopy(compiled.state_dict()))
-        for state in (compiled, plain):
-            without_dropout(state.model)
-        functions = (torch.compile(compute_losses, fullgraph=True, dynamic=False, backend=counter), compute_losses)
-        counts = []
-        for step in range(4):
-            data, losses = random_batch(mixing=bool(beyond)), []
-            for state, function in zip((compiled, plain), functions, strict=True):
-                with patch("allspark_fast.training.step.compute_losses", function):
-                    losses.append(train_step(state, data, use_memory=step >= 2))
-            torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-5)
-            compiled.model.eval()  # as after a validation
-            counts.append(counter.frame_count)
-        # A graph break would be an error: a full graph is asked for.
-        assert counts == ([1, 1, 2, 2] if method == "allspark" else [1, 1, 1, 1])
-        states = [dict(x.model.state_dict()) for x in (compiled, plain)]
-        assert list(states[0]) == list(states[1])
-        torch.testing.assert_close(*states, rtol=1e-3, atol=1e-4)
+@pytest.mark.parametrize(("method", "beyond"), [("allspark", {}), ("allspark", BEYOND), ("supervised", {})], ids=str)
+def test_compiled_losses_are_one_graph_and_one_more_after_warm_up(method: str, beyond: dict) -> None:
+    """With AOTAutograd: tests/training/test_distributed.py; with inductor: tests/model/test_allspark.py."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("eager")
+    compiled, plain = (build_state(method=method, **beyond) for _ in range(2))
+    plain.load_state_dict(copy.deepcopy(compiled.state_dict()))
+    for state in (compiled, plain):
+        without_dropout(state.model)
+    functions = (torch.compile(compute_losses, fullgraph=True, dynamic=False, backend=counter), compute_losses)
+    counts = []
+    for step in range(4):
+        data, losses = random_batch(mixing=bool(beyond)), []
+        for state, function in zip((compiled, plain), functions, strict=True):
+            with patch("allspark_fast.training.step.compute_losses", function):
+                losses.append(train_step(state, data, use_memory=step >= 2))
+        torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-5)
+        compiled.model.eval()  # as after a validation
+        counts.append(counter.frame_count)
+    # A graph break would be an error: a full graph is asked for.
+    assert counts == ([1, 1, 2, 2] if method == "allspark" else [1, 1, 1, 1])
+    states = [dict(x.model.state_dict()) for x in (compiled, plain)]
+    assert list(states[0]) == list(states[1])
+    torch.testing.assert_close(*states, rtol=1e-3, atol=1e-4)
