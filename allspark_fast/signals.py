@@ -14,24 +14,19 @@ STOPPED = 75
 
 @contextmanager
 def stop_signals() -> Iterator[Callable[[], bool]]:
-    """Note stop signals instead of dying of them; outside of the main thread Python lets nobody note any.
+    """Note stop signals, in the main thread: Python delivers them to no other.
 
     Yields:
-        a function that returns whether one has arrived, or ``torchrun`` has died, which would end all ranks together.
+        a function that returns whether one has arrived, or ``torchrun`` has died.
     """
-    arrived = False
+    arrived: list[int] = []
     torchrun = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
-
-    def note(*_: object) -> None:
-        nonlocal arrived
-        arrived = True
-
     noted = STOP_SIGNALS if threading.current_thread() is threading.main_thread() else []
-    before = [signal.signal(number, note) for number in noted]
+    before = {number: signal.signal(number, lambda number, _: arrived.append(number)) for number in noted}
     try:
-        yield lambda: arrived or (torchrun is not None and os.getppid() != torchrun)
+        yield lambda: bool(arrived) or (torchrun is not None and os.getppid() != torchrun)
     finally:
-        for number, handler in zip(noted, before, strict=True):
+        for number, handler in before.items():
             signal.signal(number, handler)
 
 

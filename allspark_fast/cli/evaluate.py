@@ -12,8 +12,7 @@ from allspark_fast.cli.recipe import parse_config
 from allspark_fast.config import Config
 from allspark_fast.data.info import IGNORE_INDEX, match_classes
 from allspark_fast.data.loader import evaluation_loader
-from allspark_fast.data.record import find_data
-from allspark_fast.data.sources import open_val
+from allspark_fast.data.sources import find_data, open_val
 from allspark_fast.device import choose_device
 from allspark_fast.errors import InputError
 from allspark_fast.files import require_parent, write_atomically

@@ -59,12 +59,15 @@ def run(arguments: list[str]) -> int:
     failed = 0
     for error in tqdm(predict_files(predictor, images, output), total=len(images), unit="image"):
         if error is not None:
-            failed += 1
-            tqdm.write(f"error: {error}", file=sys.stderr)
+            failed += not isinstance(error, UserWarning)
+            tqdm.write(f"{'warning' if isinstance(error, UserWarning) else 'error'}: {error}", file=sys.stderr)
     print(f"{options.out}: {len(images) - failed} images labeled" + (f", {failed} failed" if failed else ""))
     left_out = [path for path in others if path.suffix.lower() in OTHER_SUFFIXES]
     for path in left_out:
-        print(f"error: {path}: left out, because of its suffix; convert it, or name it alone", file=sys.stderr)
+        reason = (
+            "because of its suffix; convert it, or name it alone" if path.is_file() else "a broken link, or no file"
+        )
+        print(f"error: {path}: left out, {reason}", file=sys.stderr)
     if rest := [str(path) for path in others if path not in left_out]:
         print(f"{len(rest)} files that are no images were left out, {rest[0]!r} first")
     return int(failed > 0 or bool(left_out))

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from PIL import Image, ImageFilter
 from torch import Generator, Tensor
@@ -204,11 +203,6 @@ def normalize_image(image: Image.Image, mean: Sequence[float], std: Sequence[flo
     return tvf.normalize(tensor, list(mean), list(std), inplace=True)
 
 
-def label_tensor(label: Image.Image) -> Tensor:
-    """Convert a label of mode L to an (H, W) uint8 tensor."""
-    return torch.from_numpy(np.array(label))
-
-
 @dataclass(frozen=True)
 class CropTransform:
     """Random resize, crop, flip and turn of image and label, and photometric changes of the image.
@@ -252,7 +246,7 @@ class CropTransform:
         target = torch.full((self.crop_size, self.crop_size), IGNORE_INDEX, dtype=torch.uint8)
         if label is not None:
             nearest = Image.Resampling.NEAREST
-            target = label_tensor(apply_geometry(label, geometry, self.crop_size, nearest, IGNORE_INDEX))
+            target = tvf.pil_to_tensor(apply_geometry(label, geometry, self.crop_size, nearest, IGNORE_INDEX))[0]
         valid = torch.zeros(self.crop_size, self.crop_size, dtype=torch.bool)
         valid[: geometry.scaled[1], : geometry.scaled[0]] = True
         # Drawn last, so that without them crops stay the same.

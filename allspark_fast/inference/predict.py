@@ -17,7 +17,7 @@ from PIL import Image
 
 from allspark_fast.config import EvalMode
 from allspark_fast.data.files import is_image, list_files
-from allspark_fast.data.images import read_image
+from allspark_fast.data.images import decode, pages_of, read_image
 from allspark_fast.data.info import DatasetInfo
 from allspark_fast.data.transforms import normalize_image
 from allspark_fast.device import DeviceName, choose_device
@@ -174,7 +174,7 @@ def find_images(arguments: Iterable[str], *, skip: Path) -> tuple[dict[Path, Pat
     others: set[Path] = set()
     predictions = skip.resolve()
     for argument in arguments:
-        if Path(argument).is_file():
+        if os.path.lexists(argument) and not os.path.isdir(argument):
             found.setdefault(Path(argument), Path(Path(argument).stem))
             continue
         base, listed = _search(argument)
@@ -209,12 +209,15 @@ def _matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:
 
 
 def predict_files(predictor: Predictor, files: Mapping[Path, Path], output: OutputFolder) -> Iterator[Exception | None]:
-    """Predict what ``find_images`` found; yields None, or what went wrong with the file, for each as it is done."""
+    """Predict what ``find_images`` found; yields for each as it is done None, what went wrong, or a UserWarning."""
     for path, name in files.items():
         error: Exception | None = None
         try:
+            pages = decode(path, pages_of)
             image = read_image(path, predictor.spec.range)
             output.write(name, image, predictor.predict(image))
+            if pages > 1:
+                error = UserWarning(f"{path}: has {pages} pages, of which only the first is labeled")
         except (DataError, OSError) as failure:
             error = failure
         except (MemoryError, torch.OutOfMemoryError):

@@ -22,6 +22,7 @@ from allspark_fast.errors import InputError, RunError
 from allspark_fast.model.mit import compile_blocks
 from allspark_fast.training import setup as prepare
 from allspark_fast.training import trainer as trainer_module
+from allspark_fast.training.checkpoint import list_checkpoints
 from allspark_fast.training.cuda_graph import GraphedSteps
 from allspark_fast.training.log import read_metrics
 from allspark_fast.training.setup import build_model, claim_folder
@@ -207,6 +208,7 @@ class TestResume:
             Trainer(tiny_config(**short), tmp_path)
 
     def test_starting_weights_may_be_gone(self, tmp_path: Path) -> None:
+        """From a run that was begun; otherwise nothing is written before that is known."""
         config, weights = tiny_config(epochs=1), tmp_path / "start.safetensors"
         save_weights(build_model(config, SCENES), weights)
         config = changed(config, model={"weights": weights})
@@ -215,6 +217,18 @@ class TestResume:
         assert Trainer(config, tmp_path / "run").finished
         with pytest.raises(FileNotFoundError, match=r"start\.safetensors"):
             Trainer(config, tmp_path / "another")
+        assert not (tmp_path / "another").exists()
+
+    def test_statistics_of_classes_that_an_earlier_version_did_not_keep(self, tmp_path: Path) -> None:
+        config = tiny_config(epochs=1)
+        train(config, tmp_path)
+        path = list_checkpoints(tmp_path / "checkpoints")[0]
+        state = torch.load(path)
+        shares = state["classes"].pop("shares")
+        torch.save(state, path)
+        resumed = Trainer(config, tmp_path)
+        assert resumed.finished
+        assert torch.equal(resumed.state.classes.shares, torch.zeros_like(shares))
 
     def test_settings_that_led_to_no_checkpoint_may_be_mended(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
