@@ -364,8 +364,19 @@ def _expect(holds: bool, name: str, value: object, expected: str) -> None:
         raise InputError(f"{name} is {value}, expected {expected}")
 
 
+RENAMED = {
+    "model.checkpointing": "model.activation_checkpointing",
+    "train.accumulate": "train.gradient_accumulation_steps",
+    "train.attend": "train.kv_source",
+    "run.folder": "run.output_dir",
+    "run.keep": "run.keep_last",
+}
+
+
 def require_setting(name: str) -> None:
-    """Raise InputError unless there is a setting ``group.field``; the message names the nearest one."""
+    """Raise InputError unless there is a setting ``group.field``; the message gives its new name or the nearest one."""
+    if name in RENAMED:
+        raise InputError(f"{name} was renamed: use {RENAMED[name]}")
     known = [
         f"{group}.{field_name}" for group, settings in dataclasses.asdict(Config()).items() for field_name in settings
     ]

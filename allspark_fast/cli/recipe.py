@@ -3,21 +3,33 @@
 import argparse
 import inspect
 import json
+from dataclasses import make_dataclass
 from pathlib import Path
+from typing import Any, get_type_hints
 
 import tyro
 import yaml
 
 from allspark_fast.config import IN_PLACE, Config, prefer_given_lengths, require_setting
 from allspark_fast.errors import InputError
-from allspark_fast.recipes import RECIPES
+from allspark_fast.recipes import RECIPES, find_recipe
+
+_FLAGS = (tyro.conf.FlagConversionOff,)
+# What people change first, which --help shows.
+_FIRST = {
+    "data": ("root", "crop", "workers"),
+    "model": ("backbone", "weights"),
+    "train": ("method", "steps", "batch_size", "lr"),
+    "run": ("output_dir",),
+}
 
 
 def parse_config(arguments: list[str], command: str, run: Config | None = None) -> tuple[str, Config]:
     """Return the recipe's name, and its settings with those of a file and, above these, of the command line.
 
     Args:
-        arguments: of the command: ``[RECIPE] [--config FILE] [--print-config] [--group.field value ...]``.
+        arguments: of the command: ``[RECIPE] [--config FILE] [--print-config] [--group.field value ...]``;
+            ``--help-all`` shows all of them.
         command: its name, for the help.
         run: what takes the place of the recipe, if none is named.
 
@@ -32,35 +44,47 @@ def parse_config(arguments: list[str], command: str, run: Config | None = None) 
     options, arguments = parser.parse_known_args(arguments)
     named = bool(arguments) and not arguments[0].startswith("-")
     recipe = arguments[0] if named else "scenes"
-    if recipe not in RECIPES:
-        raise InputError(f"there is no recipe {recipe!r}; recipes are {', '.join(RECIPES)}")
-    config = RECIPES[recipe]() if named or run is None else run
-    about = inspect.cleandoc(RECIPES[recipe].__doc__ or "").replace("``", "")
-    description = (
-        f"Recipes: {', '.join(RECIPES)}; defaults below are those of {recipe}:\n\n{about}\n\n--config FILE takes "
-        "settings from a YAML file, or all of them from the config.json of a run; flags count more. --print-config "
-        "prints the settings in such a form, and ends."
-    )
+    settings = find_recipe(recipe)
+    config = settings if named or run is None else run
     if options.config is not None and options.config.suffix == ".json":
         config = Config.read(options.config)
     elif options.config is not None:
-        config = _override(config, _read_yaml(options.config), str(options.config), description)
-    config = _override(config, arguments[named:], f"python -m allspark_fast {command} [RECIPE]", description)
+        config = _override(config, _read_yaml(options.config), str(options.config))
+    program, words = f"python -m allspark_fast {command} [RECIPE]", arguments[named:]
+    if {"-h", "--help", "--help-all"} & set(words):
+        first = "--help-all" not in words
+        shown = "What people change first (--help-all shows all settings)" if first else "All settings"
+        tyro.cli(
+            type(help_for := _first(config) if first else config),
+            prog=program,
+            description=_describe(recipe, shown),
+            args=["--help"],
+            default=help_for,
+            config=_FLAGS,
+        )
+    config = _override(config, words, program)
     if options.print_config:
         _print_yaml(config)
         raise SystemExit(0)
     return recipe, config
 
 
-def _override(config: Config, arguments: list[str], program: str, description: str) -> Config:
+def _describe(recipe: str, shown: str) -> str:
+    about = inspect.cleandoc(RECIPES[recipe].__doc__ or "").replace("``", "")
+    return (
+        f"Recipes: {', '.join(RECIPES)}.\n\n{recipe}: {about}\n\n"
+        "--config FILE takes settings from a YAML file, or all of them from the config.json of a run; flags count more. "
+        f"--print-config prints the settings in such a form, and ends.\n\n{shown}, with defaults of {recipe}:"
+    )
+
+
+def _override(config: Config, arguments: list[str], program: str) -> Config:
     """Return settings with those of arguments ``--group.field value``."""
     words = [word.partition("=")[0].removeprefix("--") for word in arguments if word.startswith("--")]
     given = [word.replace("-", "_") for word in words if "." in word]
     for name in given:
         require_setting(name)
-    flags = (tyro.conf.FlagConversionOff,)
-    config = tyro.cli(Config, prog=program, description=description, args=arguments, default=config, config=flags)
-    return prefer_given_lengths(config, given)
+    return prefer_given_lengths(tyro.cli(Config, prog=program, args=arguments, default=config, config=_FLAGS), given)
 
 
 def _read_yaml(path: Path) -> list[str]:
@@ -87,3 +111,14 @@ def _print_yaml(config: Config) -> None:
             del groups[group][name]
     for group, settings in groups.items():
         print(f"{group}:", *(f"  {name}: {json.dumps(x)}" for name, x in settings.items()), sep="\n")
+
+
+def _first(config: Config) -> Any:
+    """Return the settings that people change first, in dataclasses with the docstrings of all settings."""
+    groups = {}
+    for group, names in _FIRST.items():
+        settings = getattr(config, group)
+        fields = [(name, get_type_hints(type(settings))[name]) for name in names]
+        kind = make_dataclass(group, fields, namespace={"__doc__": type(settings).__doc__}, kw_only=True)
+        groups[group] = kind(**{name: getattr(settings, name) for name in names})
+    return make_dataclass("First", [(group, type(x)) for group, x in groups.items()])(**groups)

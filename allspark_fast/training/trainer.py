@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from allspark_fast.config import Config
 from allspark_fast.data.info import IGNORE_INDEX
-from allspark_fast.data.loader import SemiBatch
+from allspark_fast.data.loader import EvalSample, SemiBatch
 from allspark_fast.data.sources import TrainingData, find_data
 from allspark_fast.device import limit_threads
 from allspark_fast.distributed import all_gather_cat, all_reduce_any, failing_together, process_group, rank, world_size
@@ -28,12 +29,12 @@ from allspark_fast.kernels.triton_support import set_kernels
 from allspark_fast.kernels.upsample_argmax import upsample_argmax
 from allspark_fast.model import Segmentor
 from allspark_fast.signals import stop_signals
-from allspark_fast.text import drawable, one_line
+from allspark_fast.text import one_line, progress
 from allspark_fast.training import checkpoint, setup
 from allspark_fast.training.cuda_graph import GraphedSteps
 from allspark_fast.training.diagnostics import class_record, find_problems, memory_record, pseudo_label_record
-from allspark_fast.training.log import MetricsLog, Record
-from allspark_fast.training.pictures import draw_curves, draw_predictions
+from allspark_fast.training.log import MetricsLog, Record, end_summary, start_summary
+from allspark_fast.training.pictures import draw_pictures
 from allspark_fast.training.pseudo_labels import pseudo_pass
 from allspark_fast.training.sharding import gather_state
 from allspark_fast.training.step import train_step
@@ -117,8 +118,9 @@ class Trainer:
         """
         log = MetricsLog(self.folder, self.step, evaluated=not self.evaluation_due) if rank() == 0 else None
         scores, stopping = None, False
-        bar = tqdm(total=self.total_steps, initial=self.step, unit="step", dynamic_ncols=True, disable=rank() > 0)
-        with stop_signals() as asked, bar:  # an error closes the bar, so that its message has a line for itself
+        bar: tqdm[Any] = progress(total=self.total_steps, initial=self.step, unit="step", disable=rank() > 0)
+        # An error closes the bar, so that its message has a line for itself.
+        with stop_signals() as asked, logging_redirect_tqdm(), bar:
             # Ranks step together, so with several none may end early.
             batches = self.data.batches(self.step, self.total_steps, asked if world_size() == 1 else lambda: False)
             self._logged = first = time.perf_counter(), self.step
@@ -161,8 +163,8 @@ class Trainer:
         if log is not None:
             log.write({**self._position(), **metrics, "images_per_s": images_per_s, **self.findings})
         self.findings.clear()
-        losses = {name.removeprefix("loss_"): f"{x:.3f}" for name, x in metrics.items() if name.startswith("loss_")}
-        bar.set_postfix({"images/s": f"{images_per_s:.0f}", **losses})
+        loss = metrics.get("loss", math.nan)
+        bar.set_postfix_str(f"{images_per_s:.0f} images/s, loss {loss:.3f}", refresh=False)
         # A run may be shorter than max_skipped.
         limit = min(self.config.train.max_skipped, self.total_steps // 2)
         if metrics["skipped_steps"] > limit:
@@ -177,6 +179,13 @@ class Trainer:
         """Score, log, draw, and keep the best weights; None if it was asked to stop meanwhile, and is still due."""
         model = self.state.evaluated_model()
         samples = itertools.takewhile(lambda _: not asked(), self.data.validation(asked))
+        names = [entry.image for entry in self.data.sources.val.entries[rank() :: world_size()]]
+        pictured: list[tuple[str, EvalSample, Tensor]] = []
+
+        def picture(index: int, sample: EvalSample, labels: Tensor) -> None:
+            if index % -(-len(names) // _PICTURED) == 0:
+                pictured.append((names[index], sample, labels))
+
         scores = evaluate(
             model,
             samples,
@@ -186,6 +195,7 @@ class Trainer:
             device=self.device,
             batch_size=self.config.eval.batch_size,
             amp=self.config.train.amp,
+            each=picture,
         )
         if all_reduce_any(asked()):
             return None
@@ -200,11 +210,13 @@ class Trainer:
             if log is not None:
                 mean_scores = {"miou": scores.mean_iou, "miou_present": scores.mean_iou_present}
                 memory = memory_record(self.state.received)
-                log.write({**self._position(), **mean_scores, "iou": scores.iou.tolist(), **measured, **memory})
+                log.write(
+                    {**self._position(), **mean_scores, "iou": scores.by_class["iou"].tolist(), **measured, **memory}
+                )
                 for name in ("last", "best") if improved else ("last",):
                     save_model(model, self.spec, self.folder / f"{name}.safetensors")
-                self._draw(log, images, labels)
-                bar.write(f"step {self.step}: mIoU {100 * scores.mean_iou:.1f}")
+                draw_pictures(log, (images, labels), pictured, self.data.info, self.config.data)
+                bar.write(f"step {self.step}: mIoU {100 * scores.mean_iou:.1f}" + improved * ", the best so far")
                 for problem in problems:
                     logger.warning("step %d: %s", self.step, problem)
         self._logged = time.perf_counter(), self.step
@@ -223,17 +235,6 @@ class Trainer:
 
     def _position(self) -> Record:
         return {"step": self.step, "epoch": self.step / self.data.steps_per_epoch}
-
-    def _draw(self, log: MetricsLog, images: Tensor, labels: dict[str, Tensor]) -> None:
-        """Draw the pictures of the run folder; a run goes on without them."""
-        info, data, picture = self.data.info, self.config.data, self.folder / "predictions.png"
-        try:
-            info = replace(info, classes=tuple(drawable(info.classes)))
-            draw_curves(self.folder, log.records, info)
-            draw_predictions(picture, images, labels, info, data.mean, data.std)
-            log.add_picture(picture, self.step)
-        except Exception as error:
-            logger.warning("the pictures of step %d were not drawn: %r", self.step, error)
 
     @torch.no_grad()
     def _pseudo_labels(self, model: Segmentor) -> tuple[Tensor, dict[str, Tensor], Record]:
@@ -294,20 +295,15 @@ def train(config: Config, folder: Path) -> bool:
             best = f"best mIoU {100 * trainer.best:.1f} (best.safetensors, step {trainer.best_step})"
             tell(f"{folder}: finished at step {trainer.step}, {best}")
             return True
-        sources = trainer.data.sources
-        tell(
-            f"{config.train.method} on {config.data.dataset}: {len(sources.labeled.entries)} labeled, "
-            f"{len(sources.unlabeled.entries)} unlabeled, {len(sources.val.entries)} validation images; "
-            f"{sum(p.numel() for p in trainer.state.model.parameters()) / 1e6:.1f} M parameters; "
-            f"{trainer.total_steps} steps on {trainer.device}; everything goes to {folder}"
-        )
+        sources, first, started = trainer.data.sources, trainer.step, time.perf_counter()
+        about = (config, sources, trainer.schedule, trainer.state.model)
+        tell(start_summary(*about, device=device, folder=folder, step=first))
         scores = trainer.run()
         if scores is None:
             tell(f"{folder}: stopped as asked at step {trainer.step}; the same command goes on from there")
             return False
         tell(score_table(scores, sources.info))
-        tell(
-            f"mIoU {100 * trainer.best:.1f} of step {trainer.best_step} is the best (best.safetensors); "
-            f"{100 * scores.mean_iou:.1f} of step {trainer.step} the last (last.safetensors)"
-        )
+        reached = {"best": (trainer.best, trainer.best_step), "last": (scores.mean_iou, trainer.step)}
+        seconds = time.perf_counter() - started
+        tell(end_summary(folder, **reached, steps=trainer.step - first, seconds=seconds))
         return True
