@@ -38,7 +38,7 @@ NOT_RUN = {
 TINY = "--data.crop 65 --data.workers 0 --train.batch-size 2"
 SMALLER = {
     "python train.py": f"{TINY} --data.scenes 3 4 2 --train.epochs 1",
-    "python train.py folder --config mine.yaml --train.seed 1": f"{TINY} --train.steps 1 --run.output-dir runs/mine",
+    "python train.py --config mine.yaml --train.seed 1": f"{TINY} --data.scenes 3 4 2 --train.steps 1",
     "python -m allspark_fast train folder --data.root my_data": f"{TINY} --train.steps 1",
 }
 
