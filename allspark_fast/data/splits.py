@@ -128,7 +128,7 @@ def spread(entries: Sequence[Entry], seed: int, contents: Mapping[Entry, Content
 def deal(
     entries: Sequence[Entry], order: Sequence[int], contents: Mapping[Entry, Contents], count: int
 ) -> list[list[int]]:
-    """Deal an order of ``spread`` to ``count`` folds, each to one of the smallest, which it makes most like the whole."""
+    """Deal an order of ``spread`` to folds: each entry to that of the smallest which it makes most like the whole."""
     table = _features([contents[entries[position]] for position in order])
     folds, totals = [list[int]() for _ in range(count)], np.zeros((count, table.shape[1]))
     for position, features in zip(order, table, strict=True):
