@@ -87,9 +87,6 @@ def not_a_number(pixels: np.ndarray) -> np.ndarray:
     return np.where(pixels[..., 0] > 200, np.nan, pixels[..., 0] / 255).astype(np.float32)
 
 
-TWO_IMAGES = "images/00.png labels/00.png\nimages/01.png labels/00.png\n"
-
-
 def split_elsewhere() -> None:
     shutil.rmtree("data/splits")
     main(SPLITS.split())
@@ -121,7 +118,7 @@ FAULTS = {
         (partial(copy, "images/00.png", "images/00.jpg"), PREDICT, 1, r"would share one file 00\.png"),
     ],
     "what a mask means": [
-        (partial(each, "labels", with_alpha), SPLITS, 1, r"00\.png: has mode LA"),
+        (partial(each, "labels", with_alpha), SPLITS, 1, r"00\.png: mode LA"),
         (partial(each, "labels", lambda x: x.astype(np.uint16)), CHECK, 0, PLAIN),
         (partial(each, "labels", lambda x: x * np.uint16(300)), SPLITS, 1, r"found 0\.\.600"),
         (partial(each, "labels", colored, transparency=0), CHECK, 0, PLAIN),
