@@ -44,8 +44,8 @@ def run(arguments: list[str]) -> int:
     if folds is not None and (options.val is not None or folds < 2):
         PARSER.error("--folds needs at least 2, and takes the place of --val")
     entries = scan_folder(root) if options.list is None else find_split(root, options.list)
-    for problem in check_unused(root) if options.list is None else ():
-        print(problem)
+    if options.list is None:
+        print(*(f"{problem}\n" for problem in check_unused(root, entries)[0]), sep="", end="")
     out = options.out or root / "splits" / (options.amount or "").replace("/", "_")
     val_file = (options.out or root / "splits") / "val.txt"
     earlier = splits.read_val_lists(root, out)

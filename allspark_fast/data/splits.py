@@ -23,10 +23,7 @@ _NOTED = "val_lists"
 
 
 class Split(NamedTuple):
-    """Entries to train on with their labels, others to train on, and labeled ones set aside for validation.
-
-    Each list is in the order of the one that was split. Unlabeled entries keep their label paths for measurements.
-    """
+    """Entries in the order of the list that was split; unlabeled ones keep their labels, for measurements."""
 
     labeled: list[Entry]
     unlabeled: list[Entry]
@@ -34,12 +31,7 @@ class Split(NamedTuple):
 
 
 class Contents(NamedTuple):
-    """What an image with a label shows.
-
-    Attributes:
-        classes: (256,) float64, of each class, its share of the pixels that are not ignored.
-        color: (3,) float64, mean of red, green and blue.
-    """
+    """Of an image with a label, the share of each class in its valid pixels (256,), and the mean color (3,)."""
 
     classes: NDArray[Any]
     color: NDArray[Any]
@@ -140,15 +132,9 @@ def deal(
 
 
 def make_split(entries: Sequence[Entry], order: Sequence[int], val: Collection[int], count: int) -> Split:
-    """Split a list: the first ``count`` of an order that are not in ``val`` are labeled.
+    """Split a list: the first ``count`` positions of an order (``spread``) that are not in ``val`` are labeled.
 
     So, of one order, a smaller labeled part is contained in a larger one.
-
-    Args:
-        entries: list to split; entries without a label can only be unlabeled.
-        order: positions of entries with a label, see ``spread``.
-        val: positions of those to set aside.
-        count: number of labeled entries.
 
     Raises:
         DataError: fewer than ``count`` entries have a label.

@@ -118,7 +118,7 @@ FAULTS = {
         (partial(copy, "images/00.png", "images/00.jpg"), PREDICT, 1, r"would share one file 00\.png"),
     ],
     "what a mask means": [
-        (partial(each, "labels", with_alpha), SPLITS, 1, r"00\.png: mode LA"),
+        (partial(each, "labels", with_alpha), SPLITS, 1, "mode LA; convert it to class indices"),
         (partial(each, "labels", lambda x: x.astype(np.uint16)), CHECK, 0, PLAIN),
         (partial(each, "labels", lambda x: x * np.uint16(300)), SPLITS, 1, r"found 0\.\.600"),
         (partial(each, "labels", colored, transparency=0), CHECK, 0, PLAIN),
