@@ -74,10 +74,9 @@ def claim_folder(folder: Path, config: Config, sources: Sources) -> IO[str] | No
                 "is unknown; from now on they are recorded",
                 folder,
             )
+        other = [*differences(before, record)] if before is not None else []
         changed = changed_fields(Config.read(path), config)
-        refused = [str(change) for change in changed if not _may_change(change)]
-        refused += differences(before, record) if before is not None else ()
-        if refused:
+        if refused := [str(change) for change in changed if not _may_change(change)] + other:
             raise InputError(
                 f"{folder} holds a run with other settings or data ({'; '.join(refused)}): give another "
                 "--run.output-dir, or what was there before"

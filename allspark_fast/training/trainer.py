@@ -61,9 +61,6 @@ class Trainer:
     """
 
     def __init__(self, config: Config, folder: Path, device: torch.device = CPU) -> None:
-        with failing_together():  # before rank 0 writes what others read here
-            config = replace(config, data=find_data(config.data, folder))
-        self.config = config
         self.folder = folder
         self.checkpoints = folder / "checkpoints"
         self.device = device
@@ -72,12 +69,15 @@ class Trainer:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the GPU is first used
             torch.use_deterministic_algorithms(True)
         set_kernels(config.run.kernels)
+        with failing_together():  # before rank 0 writes what others read here
+            self.config = config = replace(config, data=find_data(config.data, folder))
         self.data = TrainingData(config, device)
-        self.schedule = config.schedule(self.data.steps_per_epoch)
-        self.total_steps = self.schedule.total
         with failing_together():
             if rank() == 0:
                 self.data.check()
+            self.schedule = config.schedule(self.data.steps_per_epoch)
+            self.total_steps = self.schedule.total
+            if rank() == 0:
                 setup.check_schedule(config.train, self.schedule)
                 self._lock = setup.claim_folder(folder, config, self.data.sources)
         torch.manual_seed(config.train.seed)
