@@ -52,6 +52,12 @@ def move(source: str, target: str) -> None:
     (DATA / source).rename(DATA / target)
 
 
+def rename(image: str, label: str) -> None:
+    """Give the first image and its label other names."""
+    move("images/00.png", f"images/{image}")
+    move("labels/00.png", f"labels/{label}")
+
+
 def copy(source: str, target: str) -> None:
     shutil.copy(DATA / source, DATA / target)
 
@@ -83,6 +89,10 @@ def deep(pixels: np.ndarray) -> np.ndarray:
     return pixels[..., 0] * np.int32(300)
 
 
+def big_endian(pixels: np.ndarray) -> np.ndarray:
+    return pixels[..., 0].astype(">u2")
+
+
 def not_a_number(pixels: np.ndarray) -> np.ndarray:
     return np.where(pixels[..., 0] > 200, np.nan, pixels[..., 0] / 255).astype(np.float32)
 
@@ -107,6 +117,14 @@ FAULTS = {
         (lambda: (DATA / "labels/site").symlink_to("gone"), CHECK, 0, "left out, 'labels/site' first: a broken link"),
         (lambda: (DATA / "images/a").symlink_to("gone"), PREDICT, 1, "images/a: left out, a broken link"),
         ((DATA / "images/Thumbs.db").touch, CHECK, 0, "left out, 'images/Thumbs.db' first: its suffix is"),
+        (partial(rename, "IMG_0.JPG", "img_0.png"), SPLITS, 0, r"'labels/img_0\.png' first: images/IMG_0\.JPG"),
+        (partial(rename, "e\u0301.jpg", "\u00e9.png"), SPLITS, 0, "first: images/e\u0301.jpg"),
+        (partial(rename, "0.jpg", "0_mask.png"), SPLITS, 0, r"'labels/0_mask\.png' first: images/0\.jpg"),
+        (partial(rename, "0.jpg", "0.jpg.png"), SPLITS, 0, r"'labels/0\.jpg\.png' first: images/0\.jpg"),
+        (partial(rename, "0.jpg", "seg-0.png"), SPLITS, 0, r"'labels/seg-0\.png' first: images/0\.jpg"),
+        (partial(rename, "0.jpg", "10.png"), SPLITS, 0, r"'labels/10\.png' first: no image has that name"),
+        (partial(rename, "0.HEIC", "0.png"), SPLITS, 0, r"0\.HEIC' first: its suffix.* images/0\.HEIC is"),
+        (partial(move, "images/07.png", "images/07.jfif"), PREDICT, 1, r"07\.jfif: left out, because of its suffix"),
         (partial(move, "labels/00.png", "labels/00 .png"), SPLITS, 0, r"'labels/00 \.png' first: images/00"),
         (partial(move, "labels/00.png", "labels/sub/00.png"), SPLITS, 0, r"'labels/sub/00\.png' first: images/00"),
         (partial(move, "images/07.png", "images/07.PNG"), SPLITS, 0, "4 labeled, 2 unlabeled, 2 for validation"),
@@ -134,6 +152,10 @@ FAULTS = {
         (partial(meta, values=[0, 1, "2"]), CHECK, 1, "list of 3 different integers"),
     ],
     "what a pixel means": [
+        (partial(each, "images", lambda x: x[..., 0] * np.uint16(16)), CHECK, 0, r"I;16, 16 bits hold .* 0 4095 "),
+        (partial(each, "images", big_endian, kind="TIFF"), CHECK, 0, r"I;16B, 16 bits hold .* 0 255 "),
+        (partial(each, "images", lambda x: x // 8 + 9), CHECK, 0, r"RGB, 8 bits hold 9\.\.40 .* --data\.range 0 63 "),
+        (partial(each, "images", lambda x: x[..., 0] / np.float32(9), kind="TIFF"), CHECK, 1, "floating point pixels"),
         (partial(each, "images", not_a_number, kind="TIFF"), CHECK, 1, "holds values that are not finite"),
         (partial(each, "images", not_a_number, kind="TIFF"), SPLITS, 0, "4 labeled, 2 unlabeled, 2 for"),
         (partial(each, "images", **SECOND), CHECK, 0, FIRST_PAGE),
@@ -149,10 +171,17 @@ FAULTS = {
         (lambda: lists(lambda x: x.replace("s/", "s/../images/"), name="unlabeled"), CHECK, 0, PLAIN),
     ],
     "one bad item": [
+        (lambda: os.truncate(DATA / "images/01.png", 99), CHECK, 1, r"01\.png: cannot be read"),
+        ((DATA / "images/01.png").unlink, CHECK, 1, r"images/01\.png: no such file; .* 1 errors, 0 warnings"),
+        ((DATA / "labels/02.png").unlink, CHECK, 1, r"labels/02\.png: no such file"),
+        (lambda: (DATA / "labels/02.png").write_text("text"), CHECK, 1, r"02\.png: not an image"),
+        (partial(each, "labels", lambda x: x + 2), CHECK, 1, r"holds \[3, 4\], .* the indices 0\.\.2"),
+        (partial(each, "labels", lambda x: np.stack([x + 99] * 3, -1)), CHECK, 1, "stand for exactly one class"),
         (lambda: (DATA / "images/00.png").write_bytes(b""), PREDICT, 1, "1 failed.*the file is empty"),
         (lambda: (DATA / "labels/00.png").write_bytes(b""), CHECK, 1, r"labels/00\.png: the file is empty"),
     ],
     "where it runs": [
+        (lambda: lists(lambda x: f"{x}../x.png\n", name="unlabeled"), CHECK, 1, "this path leaves the data root"),
         (lambda: lists(str, "utf-16"), CHECK, 0, PLAIN),
         (lambda: lists(lambda x: x.replace("\n", " \t\r\n"), "utf-8-sig"), CHECK, 0, PLAIN),
         (lambda: lists(lambda x: x.replace("/", "\\")), CHECK, 1, "folders are separated by /"),
