@@ -46,9 +46,7 @@ def drawable(names: tuple[str, ...]) -> Sequence[str]:
     font = font_manager.get_font(font_manager.findfont(font_manager.FontProperties()))
     lines = ["".join(x if font.get_char_index(ord(x)) else "?" for x in one_line(name)) for name in names]
     if replaced := [f"{index} {one_line(names[index])}" for index, line in enumerate(lines) if line != names[index]]:
-        listed = ", ".join(replaced[:_LISTED]) + (
-            f" and {len(replaced) - _LISTED} more" if len(replaced) > _LISTED else ""
-        )
+        listed = ", ".join([*replaced[:_LISTED], *["..."] * (len(replaced) > _LISTED)])
         logger.warning("pictures show these classes by their index, as the font cannot draw their names: %s", listed)
     # matplotlib reads formulas between dollars, and leaves out labels that start with an underscore.
     return [

@@ -181,12 +181,12 @@ def write_lists(lists: Mapping[Path, Sequence[Entry]], *, overwrite: bool) -> No
 
 def note_val_list(root: Path, file: Path) -> None:
     """Note where a list of validation images of a folder lies, for ``read_val_lists``; raises OSError if it cannot."""
-    place, noted = file.resolve(), root / "splits" / _NOTED
-    if place.is_relative_to(root.resolve()):  # both may be moved
-        place = place.relative_to(root.resolve())
-    noted.parent.mkdir(exist_ok=True)
-    lines = {str(place): None, **dict.fromkeys(_noted(root))}
-    noted.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    place, home = file.resolve(), root.resolve()
+    if place.parent != home / "splits":
+        place = place.relative_to(home) if place.is_relative_to(home) else place  # both may be moved
+        (root / "splits").mkdir(exist_ok=True)
+        text = "".join(f"{line}\n" for line in {str(place), *_noted(root)})
+        (root / "splits" / _NOTED).write_text(text, encoding="utf-8")
 
 
 def read_val_lists(root: Path, out: Path) -> dict[Path, set[str]]:
