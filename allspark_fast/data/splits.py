@@ -185,7 +185,7 @@ def note_val_list(root: Path, file: Path) -> None:
     if place.parent != home / "splits":
         place = place.relative_to(home) if place.is_relative_to(home) else place  # both may be moved
         (root / "splits").mkdir(exist_ok=True)
-        text = "".join(f"{line}\n" for line in {str(place), *_noted(root)})
+        text = "".join(f"{line}\n" for line in dict.fromkeys([*_noted(root), str(place)]))
         (root / "splits" / _NOTED).write_text(text, encoding="utf-8")
 
 
