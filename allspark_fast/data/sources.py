@@ -202,7 +202,9 @@ class TrainingData:
         self.sources = open_sources(config.data)
         self.info = self.sources.info
         data, train = config.data, config.train
-        crop = functools.partial(CropTransform, data.crop, mean=data.mean, std=data.std, scale_range=data.scale)
+        crop = functools.partial(
+            CropTransform, data.crop, augment=data.augment, mean=data.mean, std=data.std, scale_range=data.scale
+        )
         self._loader = SemiLoader(
             self.sources.labeled,
             self.sources.unlabeled,

@@ -24,6 +24,7 @@ from allspark_fast.device import DeviceName, choose_device
 from allspark_fast.errors import DataError, InputError, RunError
 from allspark_fast.files import make_folder, write_atomically
 from allspark_fast.inference.evaluate import predict_labels
+from allspark_fast.inference.pictures import label_map, overlay
 from allspark_fast.model import Segmentor
 from allspark_fast.weights.spec import ModelSpec
 
@@ -34,7 +35,6 @@ MAX_OVERLAY_SIDE = 65500
 # Files of these suffixes are images too, but read only if they are named one by one.
 OTHER_SUFFIXES: tuple[str, ...] = ("", ".arw", ".avif", ".cr2", ".cr3", ".dib", ".dng", ".heic", ".heif", ".hif")
 OTHER_SUFFIXES += (".jfif", ".jp2", ".jpe", ".jxl", ".nef", ".orf", ".pbm", ".pnm", ".psd", ".raf", ".rw2", ".tga")
-_OVERLAY = 0.5
 
 
 class Prediction(NamedTuple):
@@ -137,18 +137,19 @@ class OutputFolder:
             DataError: a side has more than MAX_OVERLAY_SIDE pixels; all but the overlay is written.
             OSError: a file cannot be written.
         """
-        labels = Image.fromarray(prediction.labels)
-        labels.putpalette([part for color in self.info.palette for part in color])
-        confidence = Image.fromarray((255 * prediction.confidence).round().astype(np.uint8))
-        overlay = Image.blend(image, labels.convert("RGB"), _OVERLAY)
+        pictures = {
+            "labels": label_map(prediction.labels, self.info),
+            "confidence": Image.fromarray((255 * prediction.confidence).round().astype(np.uint8)),
+            "overlays": overlay(image, prediction.labels, self.info),
+        }
         for kind, file in self._files(name).items():
-            if kind == "overlays" and max(image.size) > MAX_OVERLAY_SIDE:
+            if kind == "overlays" and max(pictures[kind].size) > MAX_OVERLAY_SIDE:
                 raise DataError(
                     f"{file} was not written: the image is {image.width}x{image.height} pixels, and a JPEG has at most"
                     f" {MAX_OVERLAY_SIDE} a side; its labels were written"
                 )
             make_folder(file.parent)
-            write_atomically(file, {"labels": labels, "confidence": confidence, "overlays": overlay}[kind].save)
+            write_atomically(file, pictures[kind].save)
 
     def _files(self, name: Path) -> dict[str, Path]:
         suffixes = {"labels": ".png"} | ({"confidence": ".png"} if self.confidence else {}) | {"overlays": ".jpg"}

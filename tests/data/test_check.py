@@ -141,8 +141,8 @@ def test_what_the_command_prints(tmp_path, lists, capsys):
         "class     labeled pixels         masks       val pixels         masks",
         "ignored           33.33%     1 of    3            0.00%     0 of    3",
         "in no list: 1 images, images/more.png first",
-        "warning: labeled: 1 labels hold only 0 and 255, which is ignored, labels/00.png first; if they are black-and-"
-        "white masks, save them with the numbers of the others",
+        "warning: labeled: 1 labels hold only 0 and 255, which is ignored, labels/00.png first; if they are "
+        "black-and-white masks, save them with the numbers of the others",
         "0 errors, 1 warnings",
     ):
         assert f"{line}\n" in printed
