@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from allspark_fast.kernels.arguments import FLOATING, check_shape, check_size, check_tensor
+from allspark_fast.kernels.arguments import FLOATING, check_size, check_tensor
 from allspark_fast.kernels.depthwise_gelu import reference
 from allspark_fast.kernels.triton_support import implementation
 
@@ -30,14 +30,11 @@ def depthwise_gelu(tokens: Tensor, weight: Tensor, bias: Tensor, size: tuple[int
         TypeError: an argument is not a float tensor, or ``size`` not a pair of integers.
         ValueError: a shape does not match the others, or the devices differ.
     """
-    check_tensor("tokens", tokens, "(B, h·w, C)", FLOATING)
     check_size("size", size)
-    batch, _, channels = tokens.shape
-    check_shape("tokens", tokens, "(B, h·w, C)", (batch, size[0] * size[1], channels))
-    check_tensor("weight", weight, "(C, 1, 3, 3)", FLOATING, like=tokens)
-    check_shape("weight", weight, "(C, 1, 3, 3)", (channels, 1, 3, 3))
-    check_tensor("bias", bias, "(C,)", FLOATING, like=tokens)
-    check_shape("bias", bias, "(C,)", (channels,))
+    sizes = {"h·w": size[0] * size[1]}
+    check_tensor("tokens", tokens, "(B, h·w, C)", FLOATING, sizes=sizes)
+    check_tensor("weight", weight, "(C, 1, 3, 3)", FLOATING, tokens, sizes)
+    check_tensor("bias", bias, "(C,)", FLOATING, tokens, sizes)
     return _depthwise_gelu(tokens, weight, bias, list(size))
 
 
