@@ -32,7 +32,7 @@ from allspark_fast.kernels.upsample_cross_entropy import kernel as upsample
 Launches = dict[CompiledKernel, Mapping[str, Any]]
 
 
-def report(device: str, *, full: bool) -> list[dict[str, Any]]:
+def report(device: str, *, full: bool = True) -> list[dict[str, Any]]:
     """Compile the kernels of a training step for sm_... or gfx... and describe each distinct one in a flat record.
 
     ``full`` is every dtype, 256, 289, 676 and 1369 tokens, dropout on and off; otherwise bfloat16, up to 676, dropout.
