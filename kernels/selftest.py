@@ -74,7 +74,6 @@ def _enqueue(features: Tensor, channel_class: Tensor) -> tuple[Tensor, Tensor]:
     return queue, queue_ptr
 
 
-_TARGET = torch.arange(2 * 17 * 49).view(2, 17, 49) % 22
 _CLASSES = torch.arange(2 * 64).view(2, 64) % 7 - 1  # more than a class has room for, and channels of no class
 # By name: the operator, shapes of its inputs, and options. Labels must be equal: no two classes are equally likely.
 CASES: dict[str, tuple[Callable[..., Any], list[tuple[int, ...]], dict[str, Any]]] = {
@@ -86,7 +85,7 @@ CASES: dict[str, tuple[Callable[..., Any], list[tuple[int, ...]], dict[str, Any]
     "upsample_cross_entropy": (
         partial(upsample_cross_entropy, ignore_index=21, reduction="none"),
         [(2, 21, 5, 13)],
-        {"target": _TARGET},
+        {"target": torch.arange(2 * 17 * 49).view(2, 17, 49) % 22},
     ),
     "upsample_argmax": (upsample_argmax, [(2, 21, 5, 13)], {"size": (17, 49)}),
     "depthwise_gelu": (depthwise_gelu, [(2, 19 * 11, 80), (80, 1, 3, 3), (80,)], {"size": (19, 11)}),

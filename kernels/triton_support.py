@@ -51,15 +51,8 @@ def why_no_triton(device: torch.device, dtype: torch.dtype = torch.float32) -> s
 def implementation(fallback: ModuleType, *tensors: Tensor, backend: str = "auto") -> ModuleType:
     """Return the ``kernel`` module beside ``fallback`` if an operator should use it on ``tensors``, else ``fallback``.
 
+    With ``backend`` auto, ``set_kernels`` decides; triton is a ValueError if it cannot run; any other is ``fallback``.
     Operators call it inside, where tensors are real: tracing needs no device.
-
-    Args:
-        fallback: the operator in plain torch.
-        tensors: those whose devices and dtypes decide.
-        backend: ``auto`` as ``set_kernels`` has it, ``triton``, or any other for ``fallback``.
-
-    Raises:
-        ValueError: ``backend`` is ``triton``, whose kernels cannot run on ``tensors``.
     """
     wanted = {"auto": _kernels, "triton": "triton"}.get(backend, "torch")
     if wanted == "torch" or (wanted == "auto" and not all(x.is_cuda for x in tensors)):

@@ -180,8 +180,6 @@ def backward(
     """Compute ``reference.backward`` for float16, bfloat16 and float32, with the weights in any of them."""
     channels = tokens.shape[2]
     grad_convolved = torch.empty(tokens.shape, dtype=tokens.dtype, device=tokens.device)
-    if not grad_convolved.numel():
-        return grad_convolved, torch.zeros_like(weight), torch.zeros_like(bias)
     grid = _grid(tokens, size)
     blocks = grid[2] * grid[1] * triton.cdiv(size[1], _TILE["BLOCK_X"])
     parts = torch.empty((blocks, 10, channels), dtype=torch.float32, device=tokens.device)
@@ -196,9 +194,8 @@ def backward(
 def _convolved(tokens: Tensor, weight: Tensor, bias: Tensor | None, size: tuple[int, int]) -> Tensor:
     """Convolve, with bias and GELU; or, without a bias, transposed."""
     result = torch.empty_like(tokens)
-    if result.numel():
-        sizes = *size, tokens.shape[2], bias is None
-        _depthwise_gelu_kernel[_grid(tokens, size)](tokens, weight, bias, result, *sizes, **_TILE)
+    sizes = *size, tokens.shape[2], bias is None
+    _depthwise_gelu_kernel[_grid(tokens, size)](tokens, weight, bias, result, *sizes, **_TILE)
     return result
 
 

@@ -40,6 +40,8 @@ def depthwise_gelu(tokens: Tensor, weight: Tensor, bias: Tensor, size: tuple[int
 
 @torch.library.custom_op("allspark_fast::depthwise_gelu", mutates_args=())
 def _depthwise_gelu(tokens: Tensor, weight: Tensor, bias: Tensor, size: list[int]) -> Tensor:
+    if not tokens.numel():  # convolutions and launches refuse empty tensors
+        return tokens.new_empty(tokens.shape)
     with torch.autocast(tokens.device.type, enabled=False), torch.cuda.device_of(tokens):
         return implementation(reference, tokens).forward(tokens, weight, bias, (size[0], size[1]))
 
@@ -54,13 +56,17 @@ def _depthwise_gelu_backward(
     grad: Tensor, tokens: Tensor, weight: Tensor, bias: Tensor, size: list[int]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of tokens, weight and bias."""
+    if not tokens.numel():
+        return _fake_backward(grad, tokens, weight, bias, size)
     with torch.autocast(tokens.device.type, enabled=False), torch.cuda.device_of(tokens):
         return implementation(reference, tokens).backward(grad, tokens, weight, bias, (size[0], size[1]))
 
 
 @_depthwise_gelu_backward.register_fake
-def _(grad: Tensor, tokens: Tensor, weight: Tensor, bias: Tensor, size: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-    return tokens.new_empty(tokens.shape), weight.new_empty(weight.shape), bias.new_empty(bias.shape)
+def _fake_backward(
+    grad: Tensor, tokens: Tensor, weight: Tensor, bias: Tensor, size: list[int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    return tokens.new_zeros(tokens.shape), weight.new_zeros(weight.shape), bias.new_zeros(bias.shape)
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -17,10 +17,7 @@ def _enqueue_kernel(
     features, channel_class, pointers, queue, queue_ptr, sizes, strides, queue_strides, stride_ptr,
     BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """Features (B, N, C), class (E,) of the channels of all images in order, pointers (K,), a copy of queue_ptr.
-
-    Sizes are (N, C, S, E); strides those of the features.
-    """
+    """Features (B, N, C), classes (E,) of all channels, pointers (K,), a copy of queue_ptr; sizes are (N, C, S, E)."""
     N, C, S, E = sizes
     stride_b, stride_n, stride_c = strides
     stride_k, stride_s, stride_queue_n = queue_strides

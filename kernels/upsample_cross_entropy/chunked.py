@@ -15,10 +15,7 @@ _CLASSES_LAST = 32
 
 
 class _SparseRows:
-    """A sparse matrix that multiplies every image row of a band, by embedding_bag.
-
-    Faster than torch.nn.functional.interpolate and its backward on channels-last bands, by up to 2x.
-    """
+    """A sparse matrix times every row of a band, by embedding_bag: up to twice as fast as interpolate."""
 
     def __init__(self, column: Tensor, start: Tensor, weight: Tensor, columns: int, repeats: int) -> None:
         """Take columns and weights of the entries, the first entry of every row, and the most image rows of a band."""
