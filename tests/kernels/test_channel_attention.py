@@ -1,5 +1,6 @@
 """Channel attention: every backend against the materialised reference."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 from allspark_fast.kernels.channel_attention import channel_attention, chunked
 from allspark_fast.kernels.channel_attention.dropout import hash_keys, keep_mask
 from bench.harness import saved_bytes
+from tests.helpers.compare import output_and_grads
 
 SEED = torch.tensor(0x1234_5678_9ABC_DEF0)
 
@@ -35,20 +37,15 @@ def inputs(
     return [(torch.randn(shape, dtype=torch.float64) + mean).to(dtype).requires_grad_() for shape in shapes]
 
 
-def output_and_grads(tensors: list[Tensor], **options: object) -> list[Tensor]:
-    output = channel_attention(*tensors, **options)
-    # Equal for all dtypes, as the inputs are.
-    weight = torch.linspace(-1, 1, output.numel(), dtype=torch.float64).bfloat16().to(output.dtype)
-    return [output, *torch.autograd.grad(output, tensors, weight.view(output.shape))]
-
-
 def assert_equal_to_reference(tensors: list[Tensor], tolerance: float, **options: object) -> None:
-    doubles = [x.detach().double().requires_grad_() for x in tensors]
-    expected = output_and_grads(doubles, **{**options, "backend": "reference"})
-    for actual, target in zip(output_and_grads(tensors, **options), expected, strict=True):
-        assert actual.isfinite().all()
-        scale = target.abs().max().clamp(min=1e-2)  # gradients of a single column are zero
-        assert (actual.double() - target).abs().max() <= tolerance * scale
+    actual, expected = (
+        output_and_grads(functools.partial(channel_attention, **chosen), leaves)
+        for chosen, leaves in ((options, tensors), ({**options, "backend": "reference"}, [x.double() for x in tensors]))
+    )
+    for x, y in zip(actual, expected, strict=True):
+        assert x.isfinite().all()
+        scale = y.abs().max().clamp(min=1e-2)  # gradients of a single column are zero
+        assert (x.double() - y).abs().max() <= tolerance * scale
 
 
 DEGENERATE: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], object]] = {
@@ -94,6 +91,9 @@ class BackendTests:
 
     backend: str
 
+    def run(self, tensors: list[Tensor], **options: object) -> list[Tensor]:
+        return output_and_grads(functools.partial(channel_attention, backend=self.backend, **options), tensors)
+
     def check(self, tensors: list[Tensor], dtype: torch.dtype) -> None:
         """Half precision to 1e-2 of float64, float32 to 1e-5 or what plain float32 comes to on such inputs."""
         *tensors, grad = (x.to(dtype) for x in tensors)
@@ -134,13 +134,13 @@ class BackendTests:
     @pytest.mark.parametrize("shared", [True, False])
     def test_empty_batch(self, shared: bool) -> None:
         tensors = inputs(0, 2, 9, 5, 7, shared=shared, dtype=torch.float32)
-        for result, x in zip(output_and_grads(tensors, backend=self.backend), [tensors[0], *tensors], strict=True):
+        for result, x in zip(self.run(tensors), [tensors[0], *tensors], strict=True):
             assert torch.equal(result, torch.zeros_like(x))
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
     def test_all_groups_masked_gives_zeros_and_zero_gradients(self, dtype: torch.dtype) -> None:
         tensors = inputs(2, 1, 20, 5, 300, dtype=dtype)
-        for x in output_and_grads(tensors, group_mask=torch.zeros(3, dtype=torch.bool), backend=self.backend):
+        for x in self.run(tensors, group_mask=torch.zeros(3, dtype=torch.bool)):
             assert torch.equal(x, torch.zeros_like(x))
 
     @pytest.mark.parametrize("mean", [10.0, 100.0])
