@@ -10,10 +10,11 @@ import threading
 
 from allspark_fast.cli import COMMANDS
 from allspark_fast.errors import UserError
+from allspark_fast.text import nearest, property_table
 
 _USAGE = """usage: python -m allspark_fast COMMAND ...
 
-  {}
+{}
 
 COMMAND --help tells more; --debug shows the traceback of an error."""
 # What takes less memory, by command.
@@ -50,7 +51,9 @@ def main(arguments: list[str] | None = None) -> int:
     # Before Python 3.12, argparse gives an empty list for a positional argument that is a second "--".
     if not arguments or arguments[0] not in COMMANDS or arguments.count("--") > 1:
         asked = arguments[:1] in (["-h"], ["--help"])
-        print(_USAGE.format("\n  ".join(COMMANDS.values())), file=sys.stdout if asked else sys.stderr)
+        if arguments and arguments[0] not in (*COMMANDS, "-h", "--help"):
+            print(f"error: there is no command {arguments[0]!r}{nearest(arguments[0], COMMANDS)}", file=sys.stderr)
+        print(_USAGE.format(property_table(COMMANDS)), file=sys.stdout if asked else sys.stderr)
         return 0 if asked else 2
     name, *rest = arguments
     try:

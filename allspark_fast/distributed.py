@@ -16,33 +16,28 @@ from allspark_fast.errors import InputError, RunError
 
 
 @contextmanager
-def process_group(device: DeviceName, timeout: timedelta) -> Iterator[torch.device]:
-    """Join the processes that ``torchrun`` started, if it did: NCCL between GPUs, gloo between CPUs.
+def process_group(device: DeviceName, timeout_minutes: float) -> Iterator[torch.device]:
+    """Join the processes that ``torchrun`` started, if it did, by NCCL or gloo, and yield the device of this one.
 
-    The group is left only after success: after an error the end of this process is what tells the others, who may wait
-    for it, at most until ``timeout``.
-
-    Yields:
-        the device of this process; ``cuda`` is the GPU with its local rank.
+    The group is left only after success: after an error, the end of this process is what tells the others.
 
     Raises:
-        RunError: another rank has ended, or kept this one waiting for too long.
-        InputError: this host has fewer GPUs than processes, or torchrun would restart on several hosts what cannot be.
+        RunError: another rank has ended, or kept this one waiting for longer than the timeout.
+        InputError: this host has fewer GPUs than processes, or a restart by torchrun would hang.
     """
     chosen = choose_device(device)
     if "RANK" not in os.environ:
         yield chosen
         return
-    backend = "cpu:gloo"
+    backend, timeout = "cpu:gloo", timedelta(minutes=timeout_minutes)
     if chosen.type == "cuda":
         index, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if index >= gpus:
             raise InputError(f"process {index} of this host has no GPU, there are {gpus}: lower --nproc-per-node")
         torch.cuda.set_device(index)
         backend += ",cuda:nccl"
-    attempt = _shared_store_attempt()
     store, index, size = next(rendezvous("env://", timeout=timeout))
-    store = dist.distributed_c10d.PrefixStore(f"after {attempt} restarts", store)
+    store = dist.distributed_c10d.PrefixStore(_store_prefix(), store)
     dist.init_process_group(backend, timeout=timeout, store=store, rank=index, world_size=size)
     try:
         yield chosen
@@ -56,11 +51,9 @@ def process_group(device: DeviceName, timeout: timedelta) -> Iterator[torch.devi
     dist.destroy_process_group()
 
 
-def _shared_store_attempt() -> str:
-    """Return the attempt of ``torchrun --max-restarts``, if all share a store: addresses of dead processes stay in it.
-
-    See https://github.com/pytorch/pytorch/issues/135712; on several hosts, each counts its own attempts.
-    """
+def _store_prefix() -> str:
+    """Tell the starts by ``torchrun --max-restarts`` apart: addresses of dead processes stay in its store."""
+    # https://github.com/pytorch/pytorch/issues/135712; hosts do not count restarts together.
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return "0"
     hosts, restarts = (int(os.environ.get(x, "0")) for x in ("GROUP_WORLD_SIZE", "TORCHELASTIC_MAX_RESTARTS"))
@@ -137,23 +130,16 @@ def all_reduce_sum(x: Tensor) -> Tensor:
 
 def all_reduce_any(flag: bool) -> bool:
     """Return whether a flag is set on any rank; only the CPU waits."""
-    if world_size() == 1:
-        return flag
-    return bool(all_reduce_sum(torch.tensor(int(flag))))
+    return flag if world_size() == 1 else bool(all_reduce_sum(torch.tensor(int(flag))))
 
 
 @contextmanager
 def failing_together() -> Iterator[None]:
-    """Let all ranks stop if what one of them does in this context fails; the others wait for it.
-
-    Raises:
-        RunError: it failed on another rank; where it did, the error itself is raised.
-    """
-    failed = True
+    """Wait until all ranks have left this context; if one failed, it raises its error and the others RunError."""
     try:
         yield
-        failed = False
-    finally:
-        failed_somewhere = all_reduce_any(failed)
-    if failed_somewhere:
+    except BaseException:
+        all_reduce_any(True)
+        raise
+    if all_reduce_any(False):
         raise RunError("another rank has failed, its message tells why")

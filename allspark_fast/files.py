@@ -40,11 +40,7 @@ def remove_unfinished(folder: Path) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder and its parents, unless it exists.
-
-    Raises:
-        NotADirectoryError: one of them is a file.
-    """
+    """Make a folder and its parents, unless it exists; raises NotADirectoryError if one of them is a file."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
@@ -54,11 +50,7 @@ def make_folder(path: Path) -> None:
 
 
 def require_parent(path: Path) -> None:
-    """Check that there is a folder to write a file into, before work starts.
-
-    Raises:
-        FileNotFoundError: there is none.
-    """
+    """Check that there is a folder to write a file into, before work starts; raises FileNotFoundError."""
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path}: there is no folder {path.parent}, make it first")
 
@@ -69,7 +61,6 @@ def reason(error: BaseException) -> str:
 
 
 def _flush(path: Path, flags: int) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
     descriptor = os.open(path, flags)
     try:
         os.fsync(descriptor)

@@ -8,6 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from allspark_fast.config import Config, DataConfig, EvalConfig, ModelConfig, RunConfig, TrainConfig
+from allspark_fast.errors import InputError
+from allspark_fast.text import nearest
 
 
 def scenes() -> Config:
@@ -188,3 +190,10 @@ def coco() -> Config:
 RECIPES: dict[str, Callable[[], Config]] = {
     recipe.__name__: recipe for recipe in (scenes, camvid, folder, pascal, pascal_augmented, cityscapes, coco)
 }
+
+
+def find_recipe(name: str) -> Config:
+    """Return the settings of a recipe; raises InputError if there is none of that name."""
+    if name not in RECIPES:
+        raise InputError(f"there is no recipe {name!r}{nearest(name, RECIPES)}; recipes are {', '.join(RECIPES)}")
+    return RECIPES[name]()

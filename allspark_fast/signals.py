@@ -4,34 +4,38 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
-# SIGTERM comes from schedulers and torchrun, SIGUSR1 from `sbatch --signal`; Windows has only the former.
-STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+# SIGTERM comes from schedulers and torchrun, SIGUSR1 from `sbatch --signal`, which Windows lacks, SIGINT from Ctrl-C.
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name)]
+_INTERRUPTED = b"\nCtrl-C: the step in hand is finished and all is saved; Ctrl-C again ends the run at once\n"
 # The exit status of a run that was asked to stop and can go on: EX_TEMPFAIL of sysexits.h.
 STOPPED = 75
 
 
 @contextmanager
 def stop_signals() -> Iterator[Callable[[], bool]]:
-    """Note stop signals instead of dying of them; outside of the main thread Python lets nobody note any.
+    """Note stop signals instead of dying of them, but of a second Ctrl-C, in the main thread: no other gets any.
 
     Yields:
-        a function that returns whether one has arrived, or ``torchrun`` has died, which would end all ranks together.
+        a function that returns whether one has arrived, or ``torchrun`` has died.
     """
-    arrived = False
+    arrived: list[int] = []
     torchrun = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
 
-    def note(*_: object) -> None:
-        nonlocal arrived
-        arrived = True
+    def note(number: int, _: object) -> None:
+        arrived.append(number)
+        if number == signal.SIGINT:
+            signal.signal(number, signal.default_int_handler)
+            with suppress(OSError):
+                os.write(2, _INTERRUPTED)  # sys.stderr may be in the middle of a line
 
     noted = STOP_SIGNALS if threading.current_thread() is threading.main_thread() else []
-    before = [signal.signal(number, note) for number in noted]
+    before = {number: signal.signal(number, note) for number in noted}
     try:
-        yield lambda: arrived or (torchrun is not None and os.getppid() != torchrun)
+        yield lambda: bool(arrived) or (torchrun is not None and os.getppid() != torchrun)
     finally:
-        for number, handler in zip(noted, before, strict=True):
+        for number, handler in before.items():
             signal.signal(number, handler)
 
 

@@ -1,12 +1,18 @@
-"""Text from people, such as names of classes, as terminals and pictures can show it."""
+"""Text for terminals and pictures: names that people gave, tables of properties, progress."""
 
+import difflib
 import functools
 import logging
+import sys
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TextIO, TypeVar
+
+from tqdm import tqdm
 
 logger = logging.getLogger(__name__)
 
+Item = TypeVar("Item")
 _LONGEST = 60
 _LISTED = 5
 # Invisible, but Persian, Indic scripts and emoji need them: joiners and the selectors of forms.
@@ -38,20 +44,65 @@ def columns(text: str) -> int:
     )
 
 
+def property_table(properties: Mapping[str, str]) -> str:
+    """Return a line for each property, values aligned, also those of several lines."""
+    width = max(map(len, properties))
+    indented = {name: value.replace("\n", "\n" + " " * (width + 4)) for name, value in properties.items()}
+    return "\n".join(f"  {name:<{width}}  {value}" for name, value in indented.items())
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """Return which of some names is probably meant, as a part of a message; nothing if none is near."""
+    near = difflib.get_close_matches(name, list(names), 1)
+    return f" (did you mean {near[0]}?)" if near else ""
+
+
+class _Lines:
+    """A file in which what redraws a bar becomes a line."""
+
+    def __init__(self, file: TextIO) -> None:
+        self._file = file
+
+    def write(self, text: str) -> None:
+        if line := text.strip():
+            self._file.write(f"{line}\n")
+
+    def flush(self) -> None:
+        self._file.flush()
+
+
+def progress(
+    items: Iterable[Item] = (), *, total: int, unit: str, initial: int = 0, disable: bool = False
+) -> "tqdm[Item]":
+    """Return a progress bar on stderr, which is a line a minute where that is not a terminal."""
+    text = "{n_fmt}/{total_fmt} " + unit + "s, {remaining} left{postfix}"
+    options: dict[str, Any] = {"dynamic_ncols": True, "bar_format": "{percentage:3.0f}%|{bar}| " + text}
+    if not sys.stderr.isatty():
+        seconds = dict.fromkeys(("delay", "mininterval", "maxinterval"), 60)
+        options = {"file": _Lines(sys.stderr), "miniters": 1, "bar_format": text, **seconds}
+    return tqdm(items, total=total, initial=initial, disable=disable, **options)
+
+
 @functools.cache
-def drawable(names: tuple[str, ...]) -> Sequence[str]:
-    """Return names for a picture of matplotlib: signs that its font lacks become "?", after the index; said once."""
+def font_file() -> str:
+    """Return the font of pictures, that of matplotlib."""
     from matplotlib import font_manager  # noqa: PLC0415 slow to import
 
-    font = font_manager.get_font(font_manager.findfont(font_manager.FontProperties()))
+    return font_manager.findfont(font_manager.FontProperties())
+
+
+@functools.cache
+def drawable(names: tuple[str, ...]) -> Sequence[str]:
+    """Return names for a picture: signs that its font lacks become "?", after the index; said once."""
+    from matplotlib import font_manager  # noqa: PLC0415 slow to import
+
+    font = font_manager.get_font(font_file())
     lines = ["".join(x if font.get_char_index(ord(x)) else "?" for x in one_line(name)) for name in names]
     if replaced := [f"{index} {one_line(names[index])}" for index, line in enumerate(lines) if line != names[index]]:
         listed = ", ".join(replaced[:_LISTED]) + (
             f" and {len(replaced) - _LISTED} more" if len(replaced) > _LISTED else ""
         )
         logger.warning("pictures show these classes by their index, as the font cannot draw their names: %s", listed)
-    # matplotlib reads formulas between dollars, and leaves out labels that start with an underscore.
     return [
-        (line if line == name and not name.startswith("_") else f"{index} {line}").replace("$", r"\$")
-        for index, (name, line) in enumerate(zip(names, lines, strict=True))
+        line if line == name else f"{index} {line}" for index, (name, line) in enumerate(zip(names, lines, strict=True))
     ]

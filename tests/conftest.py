@@ -29,9 +29,7 @@ def _alike() -> None:
 @pytest.fixture
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs in this process draw nothing: most of the time of a tiny run goes there."""
-    for name in ("draw_curves", "draw_predictions"):
-        monkeypatch.setattr(trainer, name, lambda *_: None)
-    monkeypatch.setattr(trainer.MetricsLog, "add_picture", lambda *_: None)
+    monkeypatch.setattr(trainer, "draw_pictures", lambda *_: None)
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ import pytest
 
 from allspark_fast.cli.recipe import parse_config
 from allspark_fast.config import (
-    OLD_SETTINGS,
     Config,
     DataConfig,
     EvalConfig,
@@ -41,7 +40,7 @@ def test_every_field_survives_json() -> None:
 @pytest.mark.parametrize(
     ("right", "wrong", "message"),
     [
-        ('"crop"', '"crop_size"', r"config\.data: fields \['crop_size'\] are missing or unknown"),
+        ('"crop"', '"crop_size"', r"there is no setting data\.crop_size: did you mean data\.crop\?"),
         ('"kernels": "auto"', '"kernels": 1', "config.run.kernels is 1, expected one of auto, torch"),
     ],
 )
@@ -77,20 +76,19 @@ def test_lengths_in_epochs_steps_and_parts_of_the_run(train: dict, evaluation: d
     assert changed(Config(), train=train, eval=evaluation).schedule(10) == expected
 
 
-@pytest.mark.parametrize("old", OLD_SETTINGS)
-@pytest.mark.parametrize("separator", [" ", "="])
-def test_settings_of_earlier_versions_are_refused_with_what_became_of_them(old: str, separator: str) -> None:
-    """On the command line, and in the config.json of a run."""
-    name, _, value = old.partition("=")
-    message = re.escape(f"{old} was {OLD_SETTINGS[old]}")
-    argument = f"--{name.replace('_', '-')}{separator}{value or 'True'}"
-    with pytest.raises(InputError, match=message):
-        parse_config(["pascal", "--train.lr", "1", *argument.split()], "train")
-    config = dataclasses.asdict(Config())
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [("train.lrr", "train.lr"), ("model.checkpointing", "model.activation_checkpointing"), ("data.crops", "data.crop")],
+)
+def test_settings_that_do_not_exist_are_refused_with_the_nearest_name(name: str, nearest: str, tmp_path: Path) -> None:
+    """On the command line, in a file of settings, and in the config.json of a run."""
+    message = re.escape(f"there is no setting {name}: did you mean {nearest}?")
     group, field = name.split(".")
-    config[group][field] = value
-    with pytest.raises(InputError, match=message):
-        from_plain(Config, json.loads(json.dumps(config, default=str)), "config")
+    (tmp_path / "a.yaml").write_text(f"{group}: {{{field}: 1}}")
+    (tmp_path / "config.json").write_text(json.dumps({group: {field: 1}}))
+    for words in (f"--{name.replace('_', '-')} 1", f"--config {tmp_path}/a.yaml", f"--config {tmp_path}/config.json"):
+        with pytest.raises(InputError, match=message):
+            parse_config(["pascal", *words.split()], "train")
 
 
 def test_changes_are_listed() -> None:
@@ -130,7 +128,7 @@ def test_numbers_that_are_just_out_of_range_are_refused(group: type, name: str, 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"teacher": "ema"}, "train.ema is 0.0, expected .* train.teacher=ema needs"),
+        ({"teacher": "ema"}, "train.ema is 0.0, expected .* train.teacher=ema"),
         ({"conf_mode": "class"}, "train.conf_thresh is 0.0, expected .* train.conf_mode=class"),
     ],
 )
@@ -146,6 +144,39 @@ def test_epochs_that_are_given_replace_the_steps_of_a_recipe() -> None:
     message = "train.epochs has no effect beside train.steps = 9: give one of them"
     with pytest.raises(InputError, match=re.escape(message)):
         parse_config(["folder", "--train.epochs", "3", "--train.steps", "9"], "train")
+
+
+def test_a_file_stands_between_the_recipe_and_the_command_line(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(
+        "data: {range: [0, 4095], root: /a b, augment: aerial}\n"
+        "train:\n  lr: 1e-3\n  compile: on\n  epochs: 4\n  warmup: null\n  amp: true\n"
+    )
+    recipe, config = parse_config(["folder", "--config", str(file), "--train.lr=0.5", "--eval.every", "2"], "train")
+    data = {"range": ("0", "4095"), "root": Path("/a b"), "augment": "aerial"}
+    train = {"lr": 0.5, "compile": "on", "epochs": 4, "steps": None, "warmup": None, "amp": True}
+    expected = changed(RECIPES["folder"](), data=data, train=train, eval={"every": 2, "times": None})
+    assert (recipe, config) == ("folder", expected)
+    # All settings of a run take the place of the recipe's.
+    (tmp_path / "config.json").write_text(expected.to_json())
+    words = ["--config", str(tmp_path / "config.json"), "--train.seed", "3"]
+    assert parse_config(words, "train") == ("scenes", changed(expected, train={"seed": 3}))
+
+
+@pytest.mark.parametrize("text", ["[1]", "train: 3", "train: {lr: {a: 1}}", "train: {lr: [", "\xff", ""])
+def test_files_that_hold_no_settings_are_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_bytes(text.encode("latin-1"))
+    with pytest.raises(InputError, match=r"a\.yaml: expected groups of settings such as"):
+        parse_config(["--config", str(tmp_path / "a.yaml")], "train")
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_printed_settings_are_a_file_of_them(recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match=r"^0$"):
+        parse_config([recipe, "--train.lr", "1e-5", "--train.compile", "off", "--print-config"], "train")
+    (tmp_path / "a.yaml").write_text(capsys.readouterr().out)
+    printed = parse_config([recipe, "--config", str(tmp_path / "a.yaml")], "train")[1]
+    assert printed == changed(RECIPES[recipe](), train={"lr": 1e-5, "compile": "off"})
 
 
 def test_the_papers_hyper_parameters() -> None:

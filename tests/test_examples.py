@@ -1,6 +1,8 @@
 """The examples run."""
 
+import os
 import runpy
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,20 @@ def test_example_runs(example: str, capsys: pytest.CaptureFixture[str]) -> None:
     # In this process: most of the time of another one would go into imports.
     runpy.run_path(str(EXAMPLES / f"{example}.py"), run_name="__main__")
     assert "labels (2, 64, 64)" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_the_notebook_runs_and_holds_no_outputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nbformat, client = (pytest.importorskip(x, reason=f"needs {x}") for x in ("nbformat", "nbclient"))
+    pytest.importorskip("onnxruntime", reason="needs the extra export")
+    notebook = nbformat.read(EXAMPLES / "tour.ipynb", as_version=4)
+    assert all(cell.get("outputs", []) == [] for cell in notebook.cells)
+    monkeypatch.setenv("PYTHONPATH", str(EXAMPLES.parent))
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    client.NotebookClient(notebook, timeout=900, resources={"metadata": {"path": tmp_path}}).execute()
+    assert (tmp_path / "runs/tour/model.onnx").is_file()
 
 
 def test_two_classes_are_drawn() -> None:

@@ -187,7 +187,9 @@ def model_results(golden: Golden) -> Results:
 def loss_and_metric_results(golden: Golden) -> Results:
     confusion = ConfusionMatrix(len(golden["iou/inter"]))
     confusion.update(golden["iou/pred"], golden["iou/target"])
-    assert torch.equal(confusion.compute().iou, golden["iou/inter"] / golden["iou/union"].clamp(min=1).double())
+    assert torch.equal(
+        confusion.compute().by_class["iou"], golden["iou/inter"] / golden["iou/union"].clamp(min=1).double()
+    )
     rates = golden.tensors["lr/backbone_by_step"]
     ours = poly_lr(torch.arange(len(rates)), len(rates), 0.001)
     torch.testing.assert_close(ours, rates.double(), rtol=1e-6, atol=0)

@@ -14,6 +14,7 @@ import pytest
 from allspark_fast.__main__ import main
 from allspark_fast.inference.evaluate import evaluate
 from allspark_fast.inference.metrics import Scores
+from allspark_fast.signals import stop_signals
 from allspark_fast.training import checkpoint
 from allspark_fast.training import trainer as trainer_module
 from allspark_fast.training.checkpoint import load_latest_checkpoint
@@ -26,10 +27,10 @@ pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
 def test_after_signals_that_ask_to_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """SIGTERM and SIGUSR1, to loading processes too: the step in hand is finished and saved."""
+    """SIGTERM, SIGUSR1 and that of Ctrl-C, to loading processes too: the step in hand is finished and saved."""
     config = changed(tiny_config(), data={"workers": 1})
     Trainer(config, tmp_path / "whole").run()
-    signals = {3: signal.SIGTERM, 5: signal.SIGUSR1}
+    signals = {3: signal.SIGTERM, 5: signal.SIGUSR1, 7: signal.SIGINT}
 
     def signaled_step(state: TrainState, *args: object, **kwargs: object) -> object:
         if (number := signals.pop(int(state.step) + 1, None)) is not None:
@@ -42,11 +43,21 @@ def test_after_signals_that_ask_to_stop(tmp_path: Path, monkeypatch: pytest.Monk
         return train_step(state, *args, **kwargs)
 
     monkeypatch.setattr(trainer_module, "train_step", signaled_step)
-    for step in (3, 5):
+    for step in (3, 5, 7):
         assert not train(config, tmp_path / "broken")
         assert load_latest_checkpoint(tmp_path / "broken" / "checkpoints")["step"] == step
     assert train(config, tmp_path / "broken")
     assert_same_run(tmp_path / "whole", tmp_path / "broken")
+
+
+def test_a_second_ctrl_c_ends_at_once(capfd: pytest.CaptureFixture[str]) -> None:
+    with stop_signals() as asked:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert asked()
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert "Ctrl-C again ends the run at once" in capfd.readouterr().err
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_after_signals_during_evaluations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

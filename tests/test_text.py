@@ -1,6 +1,8 @@
 """Names of classes in any script and with any sign, in tables and pictures; what else pictures must bear."""
 
+import io
 import logging
+import sys
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -11,8 +13,9 @@ from PIL import Image
 
 from allspark_fast.data.info import VOC_PALETTE, DatasetInfo
 from allspark_fast.inference.metrics import ConfusionMatrix, score_table
-from allspark_fast.text import columns, drawable, one_line
-from allspark_fast.training.pictures import draw_curves, draw_predictions
+from allspark_fast.inference.pictures import draw_panel, label_map
+from allspark_fast.text import columns, drawable, nearest, one_line, progress
+from allspark_fast.training.pictures import draw_curves
 from allspark_fast.weights.spec import ModelSpec, describe_model
 
 # What people give, and how it is shown in one line.
@@ -42,9 +45,9 @@ def test_names_are_shown_in_one_line(name: str) -> None:
 
 def test_tables_have_a_line_for_each_class(tiny_spec: ModelSpec) -> None:
     lines = score_table(ConfusionMatrix(len(SHOWN)).compute(), INFO).splitlines()
-    assert len(lines) == len(SHOWN) + 2
-    assert {columns(line.removesuffix("  (in no label)")) for line in lines} == {60 + 2 + 5}
-    assert [line[: len(shown)] for line, shown in zip(lines, SHOWN.values(), strict=False)] == list(SHOWN.values())
+    assert len(lines) == len(SHOWN) + 4
+    assert {columns(line.removesuffix("  (in no label)")) for line in lines[:-1]} == {60 + 3 * 13}
+    assert [line[: len(shown)] for line, shown in zip(lines[1:], SHOWN.values(), strict=False)] == list(SHOWN.values())
     rows = describe_model(tiny_spec.build(), replace(tiny_spec, info=INFO))
     assert len("".join(rows.values()).splitlines()) == 1
 
@@ -54,13 +57,12 @@ def test_pictures_are_drawn_and_say_once_what_they_cannot_show(
     names: tuple[str, ...], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     drawable.cache_clear()
+    info = DatasetInfo("any", names, VOC_PALETTE)
     with warnings.catch_warnings(), caplog.at_level(logging.WARNING):
         warnings.filterwarnings("error", "Glyph|constrained_layout")  # of signs that the font lacks, and of no room
-        info = DatasetInfo("any", tuple(drawable(names)), VOC_PALETTE)
-        records = [{"step": 1, "miou": 0.5, "memory_received": [1] * len(names), "memory_filled": 1}]
-        draw_curves(tmp_path, records, info)
-        labels = {"truth": torch.zeros(1, 40, 50, dtype=torch.int64)}
-        draw_predictions(tmp_path / "p.png", torch.zeros(1, 3, 40, 50), labels, info, (0.5,) * 3, (0.5,) * 3)
+        record = {"step": 1, "iou": [0.5] * len(names), "memory_received": [1] * len(names), "memory_filled": 1}
+        draw_curves(tmp_path, [record], info)
+        draw_panel(tmp_path / "p.png", [("", {"truth": label_map(torch.zeros(40, 50), info)})], info)
     for picture in ("curves.png", "p.png"):
         assert max(Image.open(tmp_path / picture).size) < 4000
     [message] = caplog.messages
@@ -71,13 +73,31 @@ def test_pictures_are_drawn_and_say_once_what_they_cannot_show(
     assert drawn[0] == {"road": "road", "two\nlines": r"0 two\nlines", "道路": "0 ??"}[names[0]]
 
 
-def test_pictures_show_the_memory_and_bear_numbers_that_are_not_finite(tmp_path: Path) -> None:
-    info, pictures = DatasetInfo("any", ("a", "b", "c"), VOC_PALETTE), []
+def test_curves_show_the_memory_and_bear_numbers_that_are_not_finite(tmp_path: Path) -> None:
+    info, pictures = DatasetInfo("any", ("a", "_b", "$c$"), VOC_PALETTE), []
     for received in ([4, 0, 0], [1, 1, 1]):
-        record = {"miou": torch.nan, "memory_filled": 3, "memory_received": received}
+        record = {"miou": torch.nan, "iou": [0.5, torch.nan, 0], "memory_received": received}
         draw_curves(tmp_path, [{"step": 1, **record}, {"step": 2, **record}], info)
         pictures.append((tmp_path / "curves.png").read_bytes())
     assert pictures[0] != pictures[1]
-    images, labels = torch.full((1, 3, 8, 8), torch.nan), {"truth": torch.full((1, 8, 8), 255)}
-    draw_predictions(tmp_path / "p.png", images, labels, info, (0, 0, 0), (1, 1, 1))
-    assert Image.open(tmp_path / "p.png").width > 100
+
+
+@pytest.mark.parametrize(("name", "near"), [("trian", " (did you mean train?)"), ("xyz", "")])
+def test_the_nearest_name(name: str, near: str) -> None:
+    assert nearest(name, ("train", "predict")) == near
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_progress_is_a_bar_or_a_line_a_minute(is_terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream, now = io.StringIO(), [0.0]
+    monkeypatch.setattr(stream, "isatty", lambda: is_terminal)
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setattr("tqdm.std.time", lambda: now[0])
+    for _ in (bar := progress(range(100), total=100, unit="image")):
+        bar.set_postfix_str("8 images/s, loss 0.512", refresh=False)
+        now[0] += 2.5
+    printed = stream.getvalue()
+    assert ("\r" in printed) == is_terminal
+    lines = [line.rstrip() for line in printed.replace("\r", "\n").splitlines() if line.strip()]
+    assert lines[-1].endswith("100/100 images, 00:00 left, 8 images/s, loss 0.512")
+    assert len(lines) > 100 if is_terminal else len(lines) == 5

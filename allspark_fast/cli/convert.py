@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
-from allspark_fast.cli import command_parser, property_table, require_new
+from allspark_fast.cli import command_parser, require_new
 from allspark_fast.errors import InputError
+from allspark_fast.text import property_table
 from allspark_fast.weights.convert import read_model
 from allspark_fast.weights.spec import describe_model, save_model
 

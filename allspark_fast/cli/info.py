@@ -1,6 +1,7 @@
 """``info``."""
 
-from allspark_fast.cli import command_parser, property_table
+from allspark_fast.cli import command_parser
+from allspark_fast.text import property_table
 from allspark_fast.weights.spec import describe_model, find_weights, load_model
 
 PARSER = command_parser("info")

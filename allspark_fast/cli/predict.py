@@ -14,6 +14,7 @@ from allspark_fast.inference.predict import (
     find_images,
     predict_files,
 )
+from allspark_fast.text import progress
 from allspark_fast.weights.spec import load_model
 
 PARSER = command_parser("predict")
@@ -25,8 +26,8 @@ PARSER.add_argument(
     "--out",
     type=Path,
     default=Path("predictions"),
-    help="folder for labels/NAME.png (class indices, with a palette) and overlays/NAME.jpg, where NAME is the path "
-    "below a folder IMAGE; default: %(default)s; images in it are not labeled",
+    help="folder for labels/NAME.png (class indices, with a palette) and overlays/NAME.jpg (regions outlined, with a "
+    "legend), where NAME is the path below a folder IMAGE; default: %(default)s; images in it are not labeled",
 )
 PARSER.add_argument("--confidence", action="store_true", help="also write confidence/NAME.png, 255 for certain")
 PARSER.add_argument("--overwrite", action="store_true", help="replace predictions that exist")
@@ -57,14 +58,17 @@ def run(arguments: list[str]) -> int:
     output = OutputFolder(options.out, spec.info, confidence=options.confidence)
     output.claim(images, overwrite=options.overwrite)
     failed = 0
-    for error in tqdm(predict_files(predictor, images, output), total=len(images), unit="image"):
+    for error in progress(predict_files(predictor, images, output), total=len(images), unit="image"):
         if error is not None:
-            failed += 1
-            tqdm.write(f"error: {error}", file=sys.stderr)
+            failed += not isinstance(error, UserWarning)
+            tqdm.write(f"{'warning' if isinstance(error, UserWarning) else 'error'}: {error}", file=sys.stderr)
     print(f"{options.out}: {len(images) - failed} images labeled" + (f", {failed} failed" if failed else ""))
     left_out = [path for path in others if path.suffix.lower() in OTHER_SUFFIXES]
     for path in left_out:
-        print(f"error: {path}: left out, because of its suffix; convert it, or name it alone", file=sys.stderr)
+        reason = (
+            "because of its suffix; convert it, or name it alone" if path.is_file() else "a broken link, or no file"
+        )
+        print(f"error: {path}: left out, {reason}", file=sys.stderr)
     if rest := [str(path) for path in others if path not in left_out]:
         print(f"{len(rest)} files that are no images were left out, {rest[0]!r} first")
     return int(failed > 0 or bool(left_out))

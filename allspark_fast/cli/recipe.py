@@ -1,44 +1,124 @@
 """Settings from the command line, for the commands that take a recipe."""
 
+import argparse
 import inspect
-from itertools import pairwise
+import json
+from dataclasses import make_dataclass
+from pathlib import Path
+from typing import Any, get_type_hints
 
 import tyro
+import yaml
 
-from allspark_fast.config import Config, prefer_given_lengths, refuse_old_setting
+from allspark_fast.config import IN_PLACE, Config, prefer_given_lengths, require_setting
 from allspark_fast.errors import InputError
-from allspark_fast.recipes import RECIPES
+from allspark_fast.recipes import RECIPES, find_recipe
+
+_FLAGS = (tyro.conf.FlagConversionOff,)
+# What people change first, which --help shows.
+_FIRST = {
+    "data": ("root", "crop", "workers"),
+    "model": ("backbone", "weights"),
+    "train": ("method", "steps", "batch_size", "lr"),
+    "run": ("output_dir",),
+}
 
 
 def parse_config(arguments: list[str], command: str, run: Config | None = None) -> tuple[str, Config]:
-    """Return the recipe's name, and its settings with those of the command line.
+    """Return the recipe's name, and its settings with those of a file and, above these, of the command line.
 
     Args:
-        arguments: of the command: ``[RECIPE] [--group.field value ...]``.
+        arguments: of the command: ``[RECIPE] [--config FILE] [--print-config] [--group.field value ...]``;
+            ``--help-all`` shows all of them.
         command: its name, for the help.
         run: what takes the place of the recipe, if none is named.
 
     Raises:
-        InputError: there is no such recipe, a setting was renamed or removed, or a length is given twice.
+        InputError: there is no such recipe or setting, the file holds something else, or a length is given twice.
+        OSError: the file cannot be read.
+        SystemExit: after help, a wrong value, or printing the settings.
     """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", type=Path)
+    parser.add_argument("--print-config", action="store_true")
+    options, arguments = parser.parse_known_args(arguments)
     named = bool(arguments) and not arguments[0].startswith("-")
     recipe = arguments[0] if named else "scenes"
-    if recipe not in RECIPES:
-        raise InputError(f"there is no recipe {recipe!r}; recipes are {', '.join(RECIPES)}")
-    given = []
-    for argument, following in pairwise([*arguments, ""]):
-        name, equals, value = argument.partition("=")
-        if name.startswith("--"):
-            given.append(name.removeprefix("--").replace("-", "_"))
-            refuse_old_setting(given[-1], value if equals else following)
+    settings = find_recipe(recipe)
+    config = settings if named or run is None else run
+    if options.config is not None and options.config.suffix == ".json":
+        config = Config.read(options.config)
+    elif options.config is not None:
+        config = _override(config, _read_yaml(options.config), str(options.config))
+    program, words = f"python -m allspark_fast {command} [RECIPE]", arguments[named:]
+    if {"-h", "--help", "--help-all"} & set(words):
+        first = "--help-all" not in words
+        shown = "What people change first (--help-all shows all settings)" if first else "All settings"
+        tyro.cli(
+            type(help_for := _first(config) if first else config),
+            prog=program,
+            description=_describe(recipe, shown),
+            args=["--help"],
+            default=help_for,
+            config=_FLAGS,
+        )
+    config = _override(config, words, program)
+    if options.print_config:
+        _print_yaml(config)
+        raise SystemExit(0)
+    return recipe, config
+
+
+def _describe(recipe: str, shown: str) -> str:
     about = inspect.cleandoc(RECIPES[recipe].__doc__ or "").replace("``", "")
-    default = RECIPES[recipe]() if named or run is None else run
-    config = tyro.cli(
-        Config,
-        prog=f"python -m allspark_fast {command} [RECIPE]",
-        description=f"Recipes: {', '.join(RECIPES)}; defaults below are those of {recipe}:\n\n{about}",
-        args=arguments[named:],
-        default=default,
-        config=(tyro.conf.FlagConversionOff,),
+    return (
+        f"Recipes: {', '.join(RECIPES)}.\n\n{recipe}: {about}\n\n"
+        "--config FILE takes settings from a YAML file, or all of them from the config.json of a run; flags count more. "
+        f"--print-config prints the settings in such a form, and ends.\n\n{shown}, with defaults of {recipe}:"
     )
-    return recipe, prefer_given_lengths(config, given)
+
+
+def _override(config: Config, arguments: list[str], program: str) -> Config:
+    """Return settings with those of arguments ``--group.field value``."""
+    words = [word.partition("=")[0].removeprefix("--") for word in arguments if word.startswith("--")]
+    given = [word.replace("-", "_") for word in words if "." in word]
+    for name in given:
+        require_setting(name)
+    return prefer_given_lengths(tyro.cli(Config, prog=program, args=arguments, default=config, config=_FLAGS), given)
+
+
+def _read_yaml(path: Path) -> list[str]:
+    """Return the settings of a file as arguments: a value means there what it means on the command line."""
+    words: list[str] = []
+    spelled = {"true": "True", "false": "False", "null": "None", "": "None"}
+    try:
+        # As text: YAML's own types would take 1e-3 for text, and `on` for a truth value.
+        for group, fields in yaml.load(path.read_text(encoding="utf-8"), yaml.BaseLoader).items():
+            for field, value in fields.items():
+                values: list[str] = value if isinstance(value, list) else [value]
+                words += [f"--{group}.{field}", *(spelled.get(x, x) for x in values)]
+    except (yaml.YAMLError, UnicodeDecodeError, AttributeError, TypeError) as error:
+        raise InputError(f"{path}: expected groups of settings such as `train: {{lr: 1e-3}}` ({error})") from error
+    return words
+
+
+def _print_yaml(config: Config) -> None:
+    """Print settings as a file of them, without lengths in epochs that have no effect."""
+    groups = json.loads(config.to_json())
+    for length, other in IN_PLACE.items():
+        (group, name), (_, other_name) = length.split("."), other.split(".")
+        if groups[group][other_name] is not None:
+            del groups[group][name]
+    for group, settings in groups.items():
+        print(f"{group}:", *(f"  {name}: {json.dumps(x)}" for name, x in settings.items()), sep="\n")
+
+
+def _first(config: Config) -> Any:
+    """Return the settings that people change first, in dataclasses with the docstrings of all settings."""
+    groups = {}
+    for group, names in _FIRST.items():
+        settings = getattr(config, group)
+        fields = [(name, get_type_hints(type(settings))[name]) for name in names]
+        kind = make_dataclass(group, fields, namespace={"__doc__": type(settings).__doc__}, kw_only=True)
+        groups[group] = kind(**{name: getattr(settings, name) for name in names})
+    return make_dataclass("First", [(group, type(x)) for group, x in groups.items()])(**groups)

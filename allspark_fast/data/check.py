@@ -1,6 +1,6 @@
 """Check a dataset before training: files, sizes, label values, and how the lists fit together."""
 
-import itertools
+import hashlib
 import os
 import posixpath
 import re
@@ -58,8 +58,8 @@ class _Reading:
     colors: Mapping[Color, int] = field(default_factory=dict)
 
     def read_image(self, image: ImageFile, pixel_range: images.PixelRange | None) -> None:
-        self.mode = f"{image.mode}, {images.stored_form(image)[1].bit_length()} bits"
-        self.pages, self.turned = getattr(image, "n_frames", 1), images.orientation_of(image) != 1
+        self.mode = _mode(image)
+        self.pages, self.turned = images.pages_of(image), images.orientation_of(image) != 1
         self.size = images.to_rgb(image, pixel_range).size
         if image.mode.startswith("I;"):  # for which Pillow has no getextrema if they are big-endian
             self.values = [float(np.asarray(image).min()), float(np.asarray(image).max())]
@@ -67,10 +67,14 @@ class _Reading:
             self.values = np.array(image.getextrema(), float).ravel().tolist()  # of every channel
 
     def read_label(self, image: ImageFile, entry: Entry, info: DatasetInfo | None) -> None:
-        self.mask = f"{image.width}x{image.height}, {image.mode}, {images.stored_form(image)[1].bit_length()} bits"
+        self.mask = f"{image.width}x{image.height}, {_mode(image)}"
         label = images.to_classes(image, info)
         self.counts, self.colors = label.histogram(), images.colors_of(image, np.asarray(image))
         datasets.require_equal_size(entry, self.size or label.size, label.size)
+
+
+def _mode(image: ImageFile) -> str:
+    return f"{image.mode}, {images.stored_form(image)[1].bit_length()} bits"
 
 
 def _read(dataset: SegmentationDataset, needs_labels: bool, chosen: Set[int], index: int) -> _Reading:
@@ -144,7 +148,7 @@ def _check_palettes(read: Mapping[Entry, _Reading], info: DatasetInfo) -> Iterat
         for index in labels.keys() - {usual}:
             message = f"its palette gives the color {list(color)} to {index}, that of {labels[usual][0]} to {usual}"
             swapped |= dict.fromkeys(labels[index], f"{message}: one of the two has its classes swapped, draw it again")
-    yield from itertools.starmap(Problem, swapped.items())
+    yield from map(Problem, swapped, swapped.values())
     known = info.label_colors().keys()
     unknown = [entry.label for entry, reading in read.items() if not reading.colors.keys() <= known]
     if unknown and info.palette != VOC_PALETTE:
@@ -152,12 +156,25 @@ def _check_palettes(read: Mapping[Entry, _Reading], info: DatasetInfo) -> Iterat
         yield _warning("meta.json", f"{message}; their numbers count")
 
 
-def _check_overlaps(lists: dict[str, SegmentationDataset], labeled_only: bool) -> Iterator[Problem]:
-    labeled, unlabeled, val = ({_target(x.root, entry.image) for entry in x.entries} for x in lists.values())
+def _check_lists(lists: Mapping[str, SegmentationDataset], labeled_only: bool) -> Iterator[Problem]:
+    """Name images that are listed more than once, under whatever name, and labels of several images."""
+    root = next(iter(lists.values())).root
+    listed = {name: Counter(_target(root, entry.image) for entry in x.entries) for name, x in lists.items()}
+    for name, counts in listed.items():
+        if repeats := counts - Counter(set(counts)):
+            yield _warning(name, f"{repeats.total()} lines repeat an image, {next(iter(repeats))} first; each counts")
+    labeled, unlabeled, val = map(set, listed.values())
     for file in sorted(labeled & unlabeled if not labeled_only else ()):
         yield Problem(file, "is in both lists: remove it from one of them")
-    for file in sorted(val & (labeled | unlabeled)):
+    trained = labeled | unlabeled
+    for file in sorted(val & trained):
         yield _warning(file, "is trained on and also in val, which makes the score too good")
+    for file, other in _copies(root, val - trained, trained):
+        yield _warning(file, f"is in val, and its copy {other} is trained on, which makes the score too good")
+    pairs = {entry for x in lists.values() for entry in x.entries if entry.label is not None}
+    for label, count in Counter(str(entry.label) for entry in pairs).items():
+        if count > 1:
+            yield _warning(label, f"is the label of {count} images; correct the lists")
 
 
 def _target(root: Path, file: str) -> str:
@@ -166,54 +183,77 @@ def _target(root: Path, file: str) -> str:
     return os.path.relpath(path.resolve(), root.resolve()) if path.is_symlink() else posixpath.normpath(file)
 
 
+def _copies(root: Path, some: Set[str], others: Set[str]) -> Iterator[tuple[str, str]]:
+    """Yield the files that hold the same bytes as one of others, and that; only files of equal size are read."""
+    inside = [file for file in some | others if not file.startswith(("..", "/")) and (root / file).is_file()]
+    sizes = {file: (root / file).stat().st_size for file in inside}
+    equal = {sizes[x] for x in some & sizes.keys()} & {sizes[x] for x in others & sizes.keys()} - {0}
+    digests = {x: hashlib.sha256((root / x).read_bytes()).digest() for x, size in sizes.items() if size in equal}
+    known = {digest: file for file, digest in digests.items() if file in others}
+    return ((file, known[digests[file]]) for file in sorted(some & digests.keys()) if digests[file] in known)
+
+
 def check_unused(root: Path) -> list[Problem]:
     """Name the files below images/ and labels/ of a folder that nothing uses, with the probable reason.
 
     Args:
         root: folder of a dataset; if it has no images/, there is nothing to say.
     """
-    there = {name: files.list_files(root / name) for name in ("images", "labels")}
     suffixes = f"its suffix is none of {', '.join(files.IMAGE_SUFFIXES)}; convert images"
-    left_out = [(name, [x for x in part if not files.is_image(x)], suffixes) for name, part in there.items()]
-    stems = {file: datasets.stem_of(file, root / name) for name, part in there.items() for file in part}
-    known = {stems[file] for file in there["images"] if files.is_image(file)}
-    unmatched = [file for file in there["labels"] if files.is_image(file) and stems[file] not in known]
-    if known and unmatched:
-        folded = {_fold(stems[file]): file.relative_to(root) for file in there["images"]}
-        likely = _likely_image(_fold(stems[unmatched[0]]), folded)
-        reason = "no image has that name" if likely is None else f"{likely} is probably its image"
-        left_out.append(("labels", unmatched, f"{reason}; give image and label the same name before the suffix"))
-    return [
-        _warning(
-            name, f"{len(part)} {'file is' if len(part) == 1 else 'files are'} left out, {first!r} first: {reason}"
+    there = {name: files.list_files(root / name) for name in ("images", "labels")}
+    used: dict[str, dict[str, Path]] = {name: {} for name in there}
+    left_out: dict[tuple[str, str], list[Path]] = {}
+    for name, found in there.items():
+        for file in found:
+            if files.is_image(file) and file.is_file():
+                used[name][datasets.stem_of(file, root / name)] = file
+            else:
+                reason = suffixes if file.is_file() else "a broken link, or no file"
+                left_out.setdefault((name, reason), []).append(file)
+    unmatched = [file for stem, file in used["labels"].items() if stem not in used["images"]]
+    if used["images"] and unmatched:
+        likely = _likely_image(
+            unmatched[0].relative_to(root / "labels"), [x.relative_to(root) for x in there["images"]]
         )
-        for name, part, reason in left_out
-        for first in [x.relative_to(root).as_posix() for x in part[:1]]
+        reason = "no image has that name" if likely is None else f"{likely} is probably its image"
+        left_out["labels", f"{reason}; give image and label the same name before the suffix"] = unmatched
+    return [
+        _warning(name, f"{len(part)} {files_are} left out, {part[0].relative_to(root).as_posix()!r} first: {reason}")
+        for (name, reason), part in left_out.items()
+        for files_are in ["file is" if len(part) == 1 else "files are"]
     ]
 
 
-def _fold(name: str) -> str:
-    """A name without what differs between systems: upper and lower case, and how accents are composed."""
-    return unicodedata.normalize("NFC", name).casefold()
+def _likely_image(label: Path, images: Sequence[Path]) -> Path | None:
+    """Find the image whose name differs in case or accents alone, or is a part of the label's: a of a_mask, a.jpg."""
+
+    def folded(path: Path) -> str:
+        return unicodedata.normalize("NFC", path.stem).casefold()
+
+    likely = [x for x in images if re.search(rf"(?<![^\W_]){re.escape(folded(x))}(?![^\W_])", folded(label))]
+    return max(likely, key=lambda x: len(x.stem), default=None)
 
 
-def _likely_image(label: str, images: Mapping[str, Path]) -> Path | None:
-    """Find the image whose name is a part of a label's: a for a_mask, mask_a and a.jpg."""
-    parts = [x for x in images if re.search(rf"(?<![^\W_]){re.escape(posixpath.basename(x))}(?![^\W_])", label)]
-    return images[max(parts, key=len)] if parts else None
-
-
-def _check_classes(info: DatasetInfo, values: Set[int], *, all_read: bool) -> Iterator[Problem]:
-    """Compare the classes with the class indices in all labels of the labeled list that were read."""
-    absent = [one_line(name) for index, name in enumerate(info.classes) if index not in values]
-    if info.values is None and IGNORE_INDEX in values and len(info.classes) > 1 and values <= {0, IGNORE_INDEX}:
+def _check_classes(read: Mapping[Entry, _Reading], info: DatasetInfo, *, all_read: bool) -> Iterator[Problem]:
+    """Compare the classes with those in the labels of the labeled list that were read."""
+    held = {x.label: {value for value, count in enumerate(found.counts) if count} for x, found in read.items()}
+    values = set().union(*held.values())
+    masks = [label for label, found in held.items() if IGNORE_INDEX in found and found <= {0, IGNORE_INDEX}]
+    if info.values is not None or len(info.classes) == 1:
+        masks = []
+    if masks and values <= {0, IGNORE_INDEX}:
         yield Problem(
             "labeled",
             f"all labels read hold only 0 and 255, which is ignored, so no class but {info.classes[0]} would be"
             ' learned; for black-and-white masks add "values": [0, 255] to meta.json, or "values": [0, 1, ...] if 255'
             " is meant to be ignored",
         )
-    elif absent and values and all_read:
+        return
+    if masks:
+        message = f"{len(masks)} labels hold only 0 and 255, which is ignored, {masks[0]} first; if they are"
+        yield _warning("labeled", f"{message} black-and-white masks, save them with the numbers of the others")
+    absent = [one_line(name) for index, name in enumerate(info.classes) if index not in values]
+    if absent and values and all_read:
         yield _warning("labeled", f"no label holds {', '.join(absent)}, which cannot be learned")
 
 
@@ -236,12 +276,12 @@ def check_sources(
         images and masks by size, mode and bit depth, least and greatest value by mode, and for every class its pixels
         and the number of masks that hold it; and the images that are "in no list".
     """
-    opened = {"labeled": sources.labeled, "unlabeled": sources.unlabeled, "val": sources.val}
-    lists = {name: source for name, source in opened.items() if isinstance(source, SegmentationDataset)}
+    opened = zip(datasets.LISTS, sources[1:], strict=True)
+    lists = {name: source for name, source in opened if isinstance(source, SegmentationDataset)}
     if not lists:
         return [], {}
     problems = [Problem(name, "holds no image; check its split file") for name, x in lists.items() if not x.entries]
-    problems.extend(_check_overlaps(lists, labeled_only))
+    problems.extend(_check_lists(lists, labeled_only))
     summary, masks, sizes = Summary(), dict[Entry, _Reading](), list[tuple[int, int]]()
     for name, dataset in lists.items():
         distinct = list({entry: index for index, entry in enumerate(dataset.entries)}.values())
@@ -255,8 +295,7 @@ def check_sources(
             problems.extend(_check_ranges(name, summary[name]["values"]))
         masks |= read
         if name == "labeled":
-            values = {value for reading in readings for value, count in enumerate(reading.counts) if count}
-            problems.extend(_check_classes(sources.info, values, all_read=len(chosen) == len(distinct)))
+            problems.extend(_check_classes(read, sources.info, all_read=len(chosen) == len(distinct)))
         if name != "val":
             sizes.extend(reading.size for reading in readings if reading.size is not None)
     problems.extend(_check_palettes(masks, sources.info))

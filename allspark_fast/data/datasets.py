@@ -1,5 +1,6 @@
 """Datasets as lists of files: split files, folders with images/ and labels/, and the images they name."""
 
+import codecs
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -60,7 +61,9 @@ def read_split(path: str | Path) -> list[Entry]:
         DataError: no such file, or a line with no image path or more than two; names file and line.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+        content = Path(path).read_bytes()
+        is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))  # as PowerShell writes it
+        lines = content.decode("utf-16" if is_utf16 else "utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read as a split file ({error})") from error
     return [_parse_line(line.strip(), f"{path}, line {i}") for i, line in enumerate(lines, start=1) if line.strip()]
@@ -139,6 +142,9 @@ class ImageSource(Protocol):
 
     def __getitem__(self, index: int) -> tuple[Image.Image, Image.Image | None]:
         """Read the RGB image and its label (mode L, 255 ignored), None where the entry has none."""
+
+
+LISTS = ("labeled", "unlabeled", "val")
 
 
 class Sources(NamedTuple):

@@ -6,7 +6,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
-from allspark_fast.device import available_cpus
 from allspark_fast.errors import DataError
 
 Item = TypeVar("Item")
@@ -27,8 +26,8 @@ def resolve_path(root: str | Path, relative: str) -> Path:
     inside = Path(os.path.normpath(relative))
     if inside.is_absolute() or inside.parts[:1] == ("..",):
         raise DataError(
-            f"{relative}: this path leaves the data root {root}; make it relative to the root, without a leading slash"
-            " or '..', or create a symbolic link to the folder inside the root"
+            f"{relative}: this path leaves the data root {root} or is absolute; make it relative to the root, without a"
+            " leading slash or '..', or create a symbolic link to the folder inside the root"
         )
     return Path(root) / inside
 
@@ -36,7 +35,10 @@ def resolve_path(root: str | Path, relative: str) -> Path:
 def require_bytes(path: Path) -> None:
     """Raise DataError unless a file exists and is not empty, without reading it."""
     if not path.is_file():
-        raise DataError(f"{path}: no such file; check the data root and the split file that lists it")
+        if os.path.lexists(path):
+            raise DataError(f"{path}: a broken link, a folder or a device, where a file was expected; replace it")
+        hint = ", in which folders are separated by /" if "\\" in path.name else ""
+        raise DataError(f"{path}: no such file; check the data root and the split file that lists it{hint}")
     if path.stat().st_size == 0:
         raise DataError(f"{path}: the file is empty (0 bytes); download it again")
 
@@ -47,8 +49,8 @@ def is_image(path: str | Path) -> bool:
 
 
 def list_images(folder: Path) -> list[Path]:
-    """List the image files below a folder in alphabetical order, see ``list_files``."""
-    return list(filter(is_image, list_files(folder)))
+    """List the images below a folder, see ``list_files``, but for broken links and what is no file."""
+    return [path for path in list_files(folder) if is_image(path) and path.is_file()]
 
 
 def list_files(folder: Path) -> list[Path]:
@@ -80,6 +82,5 @@ def list_files(folder: Path) -> list[Path]:
 
 def map_in_threads(function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
     """Call a function that reads files on every item, in threads, and return the results in order."""
-    # More threads than CPUs, as some wait for the disk.
-    with ThreadPoolExecutor(available_cpus() + 4) as pool:
+    with ThreadPoolExecutor() as pool:
         return list(pool.map(function, items))

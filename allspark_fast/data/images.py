@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +26,7 @@ _TRANSPOSITIONS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-# Compressions of TIFF, by Pillow's names. WebP may be lossless in TIFF too, but that cannot be told.
+# Compressions of TIFF, by Pillow's names. WebP may be lossless there too, but that cannot be told.
 _LOSSY = ("jpeg", "tiff_jpeg", "webp", "tiff_sgilog", "tiff_sgilog24")
 # Stored values that become 0 and 255: numbers, or percentiles such as "1%".
 PixelRange = tuple[str, str]
@@ -52,7 +52,14 @@ def decode(path: Path, convert: Callable[[ImageFile], Result]) -> Result:
         raise DataError(f"{path}: {error}; cut it into tiles of at most {Image.MAX_IMAGE_PIXELS} pixels") from error
     # Decoders raise OSError, SyntaxError, ValueError, EOFError, struct.error and more on damaged files.
     except Exception as error:
-        raise DataError(f"{path}: cannot be read as an image ({error}); convert it or download it again") from error
+        is_system = isinstance(error, OSError) and error.errno is not None
+        advice = "check its permissions and the disk" if is_system else "convert it or download it again"
+        raise DataError(f"{path}: cannot be read as an image ({error}); {advice}") from error
+
+
+def pages_of(image: Image.Image) -> int:
+    """Return how many pages or frames a file has; of images only the first is read."""
+    return getattr(image, "n_frames", 1)
 
 
 def orientation_of(image: Image.Image) -> int:
@@ -72,23 +79,23 @@ def stored_form(image: ImageFile) -> tuple[str, int]:
 
 
 def read_image(path: str | Path, pixel_range: PixelRange | None = None) -> Image.Image:
-    """Read an image as 8-bit RGB, upright; of several pages the first.
-
-    Applies the EXIF orientation, converts gray, palette and CMYK images, drops alpha, and scales values to 0..255.
-
-    Args:
-        path: image file.
-        pixel_range: values that become 0 and 255, for files of all kinds: ``("0", "4095")``, or percentiles of each
-            image, ``("1%", "99%")``. None scales gray of 16 bits from 0..65535, and refuses what has no fixed range.
-
-    Raises:
-        DataError: no such file, not an image, truncated, or without a fixed range.
-    """
+    """Read an image as 8-bit RGB, see ``to_rgb``; raises DataError, which names the file."""
     return decode(Path(path), lambda image: to_rgb(image, pixel_range))
 
 
 def to_rgb(image: Image.Image, pixel_range: PixelRange | None) -> Image.Image:
-    """Convert an opened image as ``read_image`` does."""
+    """Convert an opened image to 8-bit RGB, upright; of several pages the first.
+
+    Applies the EXIF orientation, converts gray, palette and CMYK images, drops alpha, and scales values to 0..255.
+
+    Args:
+        image: what ``decode`` opened.
+        pixel_range: values that become 0 and 255, for files of all kinds: ``("0", "4095")``, or percentiles of each
+            image, ``("1%", "99%")``. None scales gray of 16 bits from 0..65535, and refuses what has no fixed range.
+
+    Raises:
+        DataError: the image has no fixed range, or values that are not finite.
+    """
     image.load()
     # ImageOps.exif_transpose also rewrites the EXIF block, which can fail.
     if (orientation := orientation_of(image)) != 1:
@@ -101,6 +108,15 @@ def to_rgb(image: Image.Image, pixel_range: PixelRange | None) -> Image.Image:
     return _rescaled(image, pixel_range).convert("RGB") if is_deep or pixel_range else image
 
 
+def mean_color(image: Image.Image) -> npt.NDArray[np.float64]:
+    """Return the mean of red, green and blue of an opened image, (3,), in the numbers of the file."""
+    image.draft("RGB", (64, 64))  # of a JPEG, decodes a part of the resolution
+    if image.mode.startswith(("F", "I")):
+        return np.nan_to_num(np.full(3, np.asarray(image).mean(dtype=float)), posinf=0, neginf=0)
+    image = image.convert("RGBA" if image.mode == "P" else "RGB")  # Pillow warns of a P with alpha made RGB
+    return np.asarray(image.resize((1, 1), Image.Resampling.BOX), float).ravel()[:3]
+
+
 def _rescaled(image: Image.Image, pixel_range: PixelRange | None) -> Image.Image:
     values = np.asarray(image).astype(np.float64)
     if not np.isfinite(values).all():
@@ -110,32 +126,14 @@ def _rescaled(image: Image.Image, pixel_range: PixelRange | None) -> Image.Image
         if image.mode == "F" or values.min() < 0 or values.max() > 65535:
             found = f"{values.min():g}..{values.max():g}"
             kind = "floating point pixels" if image.mode == "F" else "gray values outside 0..65535"
-            raise DataError(f"{kind}, here {found}, have no fixed range; give one, such as --data.range 1% 99%")
+            raise DataError(f"{kind}, here {found}, have no fixed range; train with one, such as --data.range 1% 99%")
     low, high = (np.percentile(values, float(x[:-1])) if x.endswith("%") else float(x) for x in pixel_range)
     scaled = (values - low) * (255 / max(high - low, 1e-30))
     return Image.fromarray(np.rint(scaled.clip(0, 255)).astype(np.uint8))
 
 
 def read_label(path: str | Path, info: DatasetInfo | None = None) -> Image.Image:
-    """Read a label as class indices, pixel by pixel.
-
-    Palette images give their indices; gray images of any depth the numbers in the file; RGB images, and RGBA images
-    without regard to alpha, the values that the palette of ``info`` assigns to their colors.
-
-    A label whose own EXIF orientation is not 1 is refused: whether its pixels match the image as stored or upright
-    cannot be known, and half of the orientations do not change the size.
-
-    Args:
-        path: label file of a lossless format.
-        info: meaning of values and colors; others are refused. None returns values as stored, and refuses colors.
-
-    Returns:
-        PIL image of mode L, 255 ignored.
-
-    Raises:
-        DataError: no such file, not an image, truncated, compressed with loss, of several pages, turned by EXIF, with
-            a palette that contradicts ``info``, or with a value or color that stands for no class; names the file.
-    """
+    """Read a lossless label as class indices, see ``to_classes``; raises DataError, which names the file."""
     return decode(Path(path), lambda image: to_classes(image, info))
 
 
@@ -149,7 +147,25 @@ def colors_of(image: Image.Image, values: npt.NDArray[np.integer]) -> dict[Color
 
 
 def to_classes(image: ImageFile, info: DatasetInfo | None) -> Image.Image:
-    """Convert an opened label as ``read_label`` does."""
+    """Convert an opened label to class indices.
+
+    Palette images give their indices; gray images of any depth the numbers in the file; RGB images, and RGBA images
+    without regard to alpha, the values that the palette of ``info`` assigns to their colors.
+
+    A label whose own EXIF orientation is not 1 is refused: whether its pixels match the image as stored or upright
+    cannot be known, and half of the orientations do not change the size.
+
+    Args:
+        image: what ``decode`` opened.
+        info: meaning of values and colors; others are refused. None returns values as stored, and refuses colors.
+
+    Returns:
+        PIL image of mode L, 255 ignored.
+
+    Raises:
+        DataError: it is compressed with loss, of several pages, turned by EXIF, has a palette that contradicts
+            ``info``, or a value or color that stands for no class.
+    """
     raw, greatest = stored_form(image)  # before the EXIF block of a PNG, which lies behind its pixels
     _refuse_what_changes_numbers(image, raw)
     is_color = image.mode in ("RGB", "RGBA") and info is not None
@@ -189,11 +205,12 @@ def to_classes(image: ImageFile, info: DatasetInfo | None) -> Image.Image:
 
 
 def _refuse_what_changes_numbers(image: ImageFile, raw: str) -> None:
-    is_webp = image.format == "WEBP" and b"VP8 " in _riff_chunks(Path(str(image.filename)).read_bytes())
+    # Lossless pixels are in a chunk of this name.
+    is_webp = image.format == "WEBP" and b"VP8L" not in Path(str(image.filename)).read_bytes()
     if image.format in ("JPEG", "MPO") or is_webp or image.info.get("compression") in _LOSSY:
         name = image.info.get("compression", image.format)
         raise DataError(f"{name} compression changes class indices; save labels as PNG where they were drawn")
-    if (pages := getattr(image, "n_frames", 1)) > 1:
+    if (pages := pages_of(image)) > 1:
         raise DataError(f"holds {pages} pages, but a label is one; save the one that counts as PNG")
     if (orientation := orientation_of(image)) != 1:
         raise DataError(
@@ -202,15 +219,6 @@ def _refuse_what_changes_numbers(image: ImageFile, raw: str) -> None:
         )
     if re.search(r";\d*I", raw):
         raise DataError("stores white as 0 (WhiteIsZero), so programs disagree about its numbers; save it as PNG")
-
-
-def _riff_chunks(content: bytes) -> Iterator[bytes]:
-    """Yield the names of the chunks of a WebP file."""
-    position = 12
-    while position < len(content):
-        yield content[position : position + 4]
-        length = int.from_bytes(content[position + 4 : position + 8], "little")
-        position += 8 + length + length % 2
 
 
 def _refuse_other_palette(colors: Mapping[Color, int], info: DatasetInfo) -> None:
@@ -226,11 +234,10 @@ def _refuse_other_palette(colors: Mapping[Color, int], info: DatasetInfo) -> Non
 
 def _values_of_colors(pixels: npt.NDArray[np.uint8], colors: Mapping[Color, int]) -> npt.NDArray[np.integer]:
     codes = pixels.astype(np.int32) @ np.array([1 << 16, 1 << 8, 1], np.int32)
-    known = np.array([[(red << 16) + (green << 8) + blue, index] for (red, green, blue), index in colors.items()])
-    known = known[known[:, 0].argsort()]
+    known = np.array(sorted([(red << 16) + (green << 8) + blue, index] for (red, green, blue), index in colors.items()))
     position = known[:, 0].searchsorted(codes).clip(max=len(known) - 1)
     if unknown := np.unique(codes[codes != known[position, 0]]).tolist():
-        shown = f"{[[code >> 16, code >> 8 & 255, code & 255] for code in unknown[:5]]}"
+        shown = [[code >> 16, code >> 8 & 255, code & 255] for code in unknown[:5]]
         more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
         raise DataError(
             f"holds colors that do not stand for exactly one class: {shown}{more}; known are"

@@ -70,7 +70,7 @@ VOC_PALETTE: Palette = tuple(_voc_color(index) for index in range(256))
 
 def hex_palette(text: str) -> Palette:
     """Parse a palette of colors written as rrggbb and separated by spaces; the rest is black."""
-    return _parse_palette([list(color) for color in map(bytes.fromhex, text.split())], 1)
+    return _parse_palette([list(bytes.fromhex(color)) for color in text.split()], 1)
 
 
 def _expect(holds: bool, message: str) -> None:
@@ -79,13 +79,13 @@ def _expect(holds: bool, message: str) -> None:
 
 
 def _is_byte(value: Any) -> bool:
-    return isinstance(value, int) and 0 <= value <= 255
+    return type(value) is int and 0 <= value <= 255
 
 
 def _parse_palette(palette: Any, classes: int) -> Palette:
     """Accept [[r, g, b], ...] and the flat [r, g, b, r, g, b, ...]."""
     _expect(isinstance(palette, list), "'palette' must be a list of colors [r, g, b]")
-    is_flat = not any(isinstance(x, list) for x in palette)
+    is_flat = all(map(_is_byte, palette))
     has_alpha = is_flat and len(palette) % 4 == 0 and len(palette) >= 4 * classes and set(palette[3::4]) == {255}
     _expect(not has_alpha, "'palette' looks like colors [r, g, b, a]; leave out the alpha, or write [[r, g, b], ...]")
     colors = [palette[i : i + 3] for i in range(0, len(palette), 3)] if is_flat else palette
@@ -94,8 +94,7 @@ def _parse_palette(palette: Any, classes: int) -> Palette:
     _expect(
         classes <= len(colors) <= 256, f"'palette' must hold a color for each of {classes} classes, found {len(colors)}"
     )
-    padded = [*colors, *[[0, 0, 0]] * (256 - len(colors))]
-    return tuple((red, green, blue) for red, green, blue in padded)
+    return tuple((red, green, blue) for red, green, blue in [*colors, *[[0, 0, 0]] * (256 - len(colors))])
 
 
 def parse_meta(meta: Any, name: str) -> DatasetInfo:
@@ -106,8 +105,10 @@ def parse_meta(meta: Any, name: str) -> DatasetInfo:
     classes, ignore_index = meta.get("classes"), meta.get("ignore_index", IGNORE_INDEX)
     are_names = isinstance(classes, list) and bool(classes) and all(isinstance(x, str) for x in classes)
     _expect(are_names, "'classes' must be a list of names, in the order of their indices")
-    count = len(classes)
+    count, uses = len(classes), Counter(unicodedata.normalize("NFC", x).strip() for x in classes)
     _expect(count <= 255, f"at most 255 classes are possible beside the ignored index, found {count}")
+    equal = [one_line(x) for x, times in uses.items() if times > 1]
+    _expect(not equal, f"'classes' holds equal names: {', '.join(equal)}; give each class a name of its own")
     _expect(_is_byte(ignore_index), f"'ignore_index' must be an integer in 0..255, found {ignore_index!r}")
     palette = _parse_palette(meta["palette"], count) if "palette" in meta else VOC_PALETTE
     values = meta.get("values", list(range(count)))
@@ -119,6 +120,11 @@ def parse_meta(meta: Any, name: str) -> DatasetInfo:
     ignores_class = "ignore_index" in meta and ignore_index in values
     _expect(not ignores_class, f"'ignore_index' {ignore_index} is also the value of a class: change it or 'values'")
     return DatasetInfo(name, tuple(classes), palette, ignore_index, tuple(values) if "values" in meta else None)
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    _expect(len(dict(pairs)) == len(pairs), f"a key is there more than once: {[key for key, _ in pairs]}")
+    return dict(pairs)
 
 
 def read_info(root: str | Path) -> DatasetInfo:
@@ -137,7 +143,8 @@ def read_info(root: str | Path) -> DatasetInfo:
     if not file.is_file():
         raise DataError(f"{root}: no meta.json; write {file}, such as {example}")
     try:
-        info = parse_meta(json.loads(file.read_bytes()), root.name)  # of UTF-8 or 16, with or without mark
+        # Of UTF-8 or 16, with or without mark.
+        info = parse_meta(json.loads(file.read_bytes(), object_pairs_hook=_without_repeats), root.name)
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
         raise DataError(f"{file}: {error}") from error
     if len(info.classes) == 1:
@@ -153,18 +160,17 @@ def match_classes(weights: Sequence[str], labels: DatasetInfo) -> list[int]:
         InputError: their classes have other names; the message lists both.
     """
     ours, theirs = ([unicodedata.normalize("NFC", name) for name in names] for names in (weights, labels.classes))
-    if ours != theirs and (sorted(ours) != sorted(theirs) or len(set(ours)) < len(ours)):
+    if sorted(ours) != sorted(theirs):
         known, found = (", ".join(map(one_line, names)) for names in (ours, theirs))
         rename = ", or name the classes of the weights by `convert --classes`" if len(ours) == len(theirs) else ""
         raise InputError(
             f"the classes of the weights are {known}, but those of the labels of {labels.name} are {found}: correct "
             f"meta.json{rename}"
         )
-    return list(range(len(ours))) if ours == theirs else [ours.index(name) for name in theirs]
+    return [ours.index(name) for name in theirs]
 
 
 def _known(name: str) -> DatasetInfo:
-    """Read the description of a known dataset, which has the form of a meta.json."""
     text = (Path(__file__).parent / "known" / f"{name}.json").read_text(encoding="utf-8")
     return parse_meta(json.loads(text), name)
 

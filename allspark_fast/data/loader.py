@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
+from torchvision.transforms.v2 import functional as tvf  # type: ignore[import-untyped]
 
 from allspark_fast.data.datasets import Entry, ImageSource
-from allspark_fast.data.seeding import make_generator
-from allspark_fast.data.transforms import CropTransform, Sample, label_tensor, normalize_image
+from allspark_fast.data.transforms import CropTransform, Sample, normalize_image
 from allspark_fast.errors import DataError, RunError
 from allspark_fast.signals import ignore_stop_signals
 
@@ -23,23 +23,45 @@ logger = logging.getLogger(__name__)
 # Parts of seeds: the numbers of every run depend on them.
 _LABELED, _UNLABELED = 0, 1
 _ORDER, _AUGMENT = 0, 1
+_WORD = 2**64 - 1
 # Seconds after which a process that waits for its workers looks up, and gives up.
 _LOOK_UP, _PATIENCE = 5, 600
 
 
+def mix_seed(*parts: int) -> int:
+    """Mix integers into one 64-bit seed with the finalizer of SplitMix64.
+
+    For each part, ``state = finalize(state + part + 0x9E3779B97F4A7C15)`` modulo 2^64, starting from 0. The order of
+    the parts matters. Changing this function changes the numbers of every run.
+
+    Source: Steele, Lea and Flood, "Fast Splittable Pseudorandom Number Generators", OOPSLA 2014.
+    """
+    state = 0
+    for part in parts:
+        state = (state + part + 0x9E3779B97F4A7C15) & _WORD
+        state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 & _WORD
+        state = (state ^ state >> 27) * 0x94D049BB133111EB & _WORD
+        state ^= state >> 31
+    return state
+
+
+def make_generator(*parts: int) -> torch.Generator:
+    """Return a CPU generator seeded with ``mix_seed(*parts)``."""
+    return torch.Generator().manual_seed(mix_seed(*parts))
+
+
 class SemiBatch(NamedTuple):
-    """One rank's part of a training step.
+    """One rank's part of a training step: images (B, 3, H, W) float32, labels (B, H, W) int64, masks (B, H, W) bool.
 
     Attributes:
-        image: (B, 3, H, W) float32, labeled crops.
-        label: (B, H, W) int64, 255 ignored; labels are uint8 until ``to``, which takes less of a worker's memory.
-        unlabeled_image: (B, 3, H, W) float32; (0, 3, H, W) from a loader of labeled images only.
-        unlabeled_valid: (B, H, W) bool, False where the crop added padding; (0, H, W) likewise.
-        unlabeled_label: (B, H, W) int64, labels that training must not see, 255 where there are none; None unless
-            requested.
-        unlabeled_strong: (B, 3, H, W) float32, what the student sees in place of ``unlabeled_image``; None for that.
-        mixed: (B, H, W) bool, unlabeled pixels that CutMix takes from the other crop of a pair; None without CutMix.
-        pasted: (B, H, W) bool, labeled pixels that are pasted into the unlabeled crop; None without copy-paste.
+        image: labeled crops.
+        label: 255 ignored; labels are uint8 until ``to``, which takes less of a worker's memory.
+        unlabeled_image: unlabeled crops; none (B = 0) from a loader of labeled images only.
+        unlabeled_valid: False where the crop added padding.
+        unlabeled_label: labels that training must not see, 255 where there are none; None unless requested.
+        unlabeled_strong: what the student sees in place of ``unlabeled_image``; None for that.
+        mixed: unlabeled pixels that CutMix takes from the other crop of a pair; None without CutMix.
+        pasted: labeled pixels that are pasted into the unlabeled crop; None without copy-paste.
     """
 
     image: Tensor
@@ -76,15 +98,15 @@ class SemiLoader(Dataset[Sample]):
 
     An epoch passes once over the unlabeled images and drops the incomplete batch. The labeled images are repeated, and
     cut to the number of unlabeled ones, as in the reference implementation; where there are more labeled than unlabeled
-    images, every epoch uses another part. Both lists are shuffled independently for every epoch.
+    images, every epoch uses another part. Both lists are shuffled anew for every epoch.
 
-    The position is the number of the step, counted over epochs: ``iterate(k, n)`` yields exactly what ``iterate(0, n)``
-    yields from its k-th batch on, bit for bit, for any number of workers. The ranks of a step share its global batch,
-    which is the same set of crops for any ``world_size``. The global random state is never touched.
+    The position is the number of the step, counted over epochs: batches are the same bit for bit wherever one starts,
+    and for any number of workers. The ranks of a step share its global batch, which is the same set of crops for any
+    ``world_size``. The global random state is never touched.
 
     Attributes:
         batch_size: number of labeled, and of unlabeled, images per step over all ranks, which share it equally.
-        num_workers: worker processes; they live as long as one call of ``iterate``, across epochs.
+        num_workers: worker processes; they live as long as one call of ``iterate``.
         pin_memory: return batches in page-locked memory, for asynchronous copies to a GPU.
         labeled_only: do not read the unlabeled images; order, labeled crops and number of steps stay the same.
         hidden_labels: also return the labels of unlabeled images, to measure pseudo-labels with.
@@ -135,9 +157,7 @@ class SemiLoader(Dataset[Sample]):
         """
         steps = self._steps(start_step, stop_step)
         if self.num_workers:
-            transforms = (
-                (self.labeled_transform,) if self.labeled_only else (self.labeled_transform, self.unlabeled_transform)
-            )
+            transforms = [self.labeled_transform] + [self.unlabeled_transform] * (not self.labeled_only)
             crops = [transform(Image.new("RGB", (1, 1)), None, torch.Generator()) for transform in transforms]
             # Each worker prepares two batches, and two more are on their way.
             batches = (2 * self.num_workers + 2) * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -165,27 +185,23 @@ class SemiLoader(Dataset[Sample]):
     def __getitem__(self, key: _Key) -> Sample:
         """Read and transform a crop; workers do."""
         generator = make_generator(self.seed, _AUGMENT, key.stream, key.epoch, key.place)
-        if key.stream == _UNLABELED:
-            return self.unlabeled_transform(*self._read_unlabeled(key.place), generator)
-        # Labeled images are repeated within an epoch, so places may exceed their number.
-        return self.labeled_transform(*self.labeled[key.place % len(self.labeled.entries)], generator)
-
-    def _read_unlabeled(self, index: int) -> tuple[Image.Image, Image.Image | None]:
-        """Read an image, and its hidden label if requested and readable: training does not need these files."""
-        if self.hidden_labels:
+        if key.stream == _LABELED:
+            # Labeled images are repeated within an epoch, so places may exceed their number.
+            return self.labeled_transform(*self.labeled[key.place % len(self.labeled.entries)], generator)
+        if self.hidden_labels:  # training does not need these files
             try:
-                return self.unlabeled[index]
+                return self.unlabeled_transform(*self.unlabeled[key.place], generator)
             except DataError as error:
                 logger.warning("a hidden label is left out of the measurement: %s", error)
-        return self.unlabeled.image(index), None
+        return self.unlabeled_transform(self.unlabeled.image(key.place), None, generator)
 
     def _collate(self, samples: list[Sample]) -> SemiBatch:
         """Stack the labeled crops (all, or the first half) and the unlabeled ones (the second half)."""
-        count = len(samples) if self.labeled_only else len(samples) // 2
-        labeled = _stack(samples[:count])
         if self.labeled_only:
+            labeled = _stack(samples)
             return SemiBatch(labeled.image, labeled.label, labeled.image[:0], labeled.valid[:0], None)
-        unlabeled = _stack(samples[count:])
+        half = len(samples) // 2
+        labeled, unlabeled = _stack(samples[:half]), _stack(samples[half:])
         hidden = unlabeled.label if self.hidden_labels else None
         mixing = (unlabeled.strong, unlabeled.mixed, labeled.mixed)
         return SemiBatch(labeled.image, labeled.label, unlabeled.image, unlabeled.valid, hidden, *mixing)
@@ -284,7 +300,7 @@ class _WholeImages(Dataset[EvalSample]):
     def __getitem__(self, index: int) -> EvalSample:
         image, label = self.source[index]
         assert label is not None
-        sample = EvalSample(normalize_image(image, self.mean, self.std)[None], label_tensor(label)[None])
+        sample = EvalSample(normalize_image(image, self.mean, self.std)[None], tvf.pil_to_tensor(label))
         if get_worker_info() is not None:
             require_shared_memory(_bytes_of([sample]))
         return sample

@@ -1,16 +1,30 @@
-"""All images that a run reads: opened, checked, and delivered as batches."""
+"""What data a run reads: opened, recorded, found again from elsewhere, checked, and delivered as batches."""
 
 import functools
+import json
 import logging
 import os
+import posixpath
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from allspark_fast.config import Config, DataConfig
 from allspark_fast.data.check import Problem, check_sources
-from allspark_fast.data.datasets import ImageSource, SegmentationDataset, Sources, find_split, scan_folder
+from allspark_fast.data.datasets import (
+    LISTS,
+    ImageSource,
+    SegmentationDataset,
+    Sources,
+    find_split,
+    scan_folder,
+    split_file,
+)
 from allspark_fast.data.info import DATASETS, DatasetInfo, read_info
 from allspark_fast.data.loader import EvalSample, SemiBatch, SemiLoader, evaluation_loader, require_shared_memory
 from allspark_fast.data.scenes import SCENES, ScenesDataset
@@ -19,6 +33,9 @@ from allspark_fast.distributed import rank, world_size
 from allspark_fast.errors import DataError, InputError
 
 logger = logging.getLogger(__name__)
+
+RECORD_FILE = "data.json"
+Record = dict[str, Any]
 
 # Scenes are larger than the crop, as photographs are.
 _SCENE_SCALE = 1.25
@@ -37,7 +54,7 @@ def open_sources(config: DataConfig) -> Sources:
         DataError: a folder or file is missing or malformed; the message names it.
         InputError: a setting is missing that tells where they are.
     """
-    info, lists = _open(config, "labeled", "unlabeled", "val")
+    info, lists = _open(config, *LISTS)
     return Sources(info, *lists)
 
 
@@ -93,6 +110,75 @@ def data_root(config: DataConfig) -> Path:
     return root
 
 
+def record_data(sources: Sources) -> Record:
+    """Return the working directory, and classes and lists, which decide the numbers of a run, as JSON gives them."""
+    info, *lists = sources
+    meaning = {name: getattr(info, name) for name in ("classes", "ignore_index", "palette")}
+    meaning["values"] = info.values or list(info.class_values())
+    lines = {
+        name: [" ".join(posixpath.normpath(path) for path in (x.image, x.label) if path) for x in source.entries]
+        for name, source in zip(LISTS, lists, strict=True)
+    }
+    return json.loads(json.dumps({"start": os.getcwd(), **meaning, **lines}))
+
+
+def read_record(folder: Path) -> Record | None:
+    """Return what lies in the folder of a run: nothing, if an earlier version began it; InputError if it is damaged."""
+    path = folder / RECORD_FILE
+    if not path.is_file():
+        return None
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        return {**record, "start": Path(record["start"])}
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is no record of a run's data ({error!r}); put it back or remove it") from error
+
+
+def find_data(config: DataConfig, folder: Path) -> DataConfig:
+    """Return the settings of a run, with relative paths that lead nowhere from here taken from where it started.
+
+    Raises:
+        DataError: there is no root there either; the message names both.
+    """
+    if config.dataset == "scenes" or (record := read_record(folder)) is None:
+        return config
+    found, root = {}, config.root
+    if root is not None and not (root.is_absolute() or root.is_dir()):
+        found["root"] = record["start"] / root
+        if not found["root"].is_dir():
+            raise DataError(
+                f"data.root: there is no folder {root.absolute()}, nor, where the run started, {found['root']}: give "
+                "another --data.root"
+            )
+    root = data_root(replace(config, **found))
+    for name in LISTS:
+        file = getattr(config, name)
+        if file is not None and split_file(root, file) is None and (record["start"] / file).is_file():
+            found[name] = record["start"] / file
+    for name, path in found.items():
+        logger.info("data.%s: taken from where the run started, %s", name, path)
+    return replace(config, **found)
+
+
+def differences(old: Record, new: Record) -> Iterator[str]:
+    """Name the classes and lists that differ between two records."""
+    for name, now in new.items():
+        before = old.get(name)
+        if name == "start" or before == now:
+            continue
+        if name in LISTS:
+            counts: list[Counter[str]] = [Counter(before), Counter(now)]
+            removed, added = counts[0] - counts[1], counts[1] - counts[0]
+            count = f"{added.total()} added, {removed.total()} removed"
+            first = next(iter(added + removed), "none: their order differs")
+            yield f"the list data.{name} has other entries: {count}, first {first}"
+        elif isinstance(before, list) and isinstance(now, list):
+            pairs = enumerate(zip_longest(before, now))
+            yield next(f"{name}[{index}]: {a} -> {b}" for index, (a, b) in pairs if a != b)
+        else:
+            yield f"{name}: {before} -> {now}"
+
+
 def _list_problems(problems: Sequence[Problem]) -> str:
     more = [f"and {len(problems) - _LISTED} more"] if len(problems) > _LISTED else []
     listed = "\n".join([*map(str, problems[:_LISTED]), *more])
@@ -112,11 +198,26 @@ class TrainingData:
     """
 
     def __init__(self, config: Config, device: torch.device) -> None:
-        self._config = config
-        self._device = device
+        self._config, self._device = config, device
         self.sources = open_sources(config.data)
         self.info = self.sources.info
-        self._loader = self._build_loader()
+        data, train = config.data, config.train
+        crop = functools.partial(
+            CropTransform, data.crop, augment=data.augment, mean=data.mean, std=data.std, scale_range=data.scale
+        )
+        self._loader = SemiLoader(
+            self.sources.labeled,
+            self.sources.unlabeled,
+            crop(photometric=True, copy_paste=train.copy_paste),
+            crop(photometric=False, strong=train.strong, cutmix=train.cutmix),
+            batch_size=train.batch_size,
+            seed=train.seed,
+            num_workers=data.workers,
+            pin_memory=device.type == "cuda",
+            labeled_only=train.method == "supervised",
+            rank=rank(),
+            world_size=world_size(),
+        )
         self.steps_per_epoch = self._loader.steps_per_epoch
 
     def check(self) -> None:
@@ -126,15 +227,14 @@ class TrainingData:
             DataError: some cannot be used; the first of these are listed.
             RunError: there is too little shared memory to validate.
         """
-        labeled_only = self._config.train.method == "supervised"
-        problems, _ = check_sources(self.sources, self._config.data.crop, sample=_CHECKED, labeled_only=labeled_only)
+        crop, labeled_only = self._config.data.crop, self._loader.labeled_only
+        problems, _ = check_sources(self.sources, crop, sample=_CHECKED, labeled_only=labeled_only)
         if warnings := [problem for problem in problems if problem.is_warning]:
             logger.warning("%s", _list_problems(warnings))
         if errors := [problem for problem in problems if not problem.is_warning]:
             raise DataError(_list_problems(errors))
-        if (
-            workers := self._config.eval.workers
-        ):  # each reads two images ahead, of 12 bytes a pixel and one of the label
+        if workers := self._config.eval.workers:
+            # Each reads two images ahead, of 12 bytes a pixel and one of the label.
             width, height = self.sources.val.image(0).size
             require_shared_memory(2 * workers * 13 * width * height)
 
@@ -148,7 +248,8 @@ class TrainingData:
     @functools.cached_property
     def first_batch(self) -> SemiBatch:
         """The crops of the first step, with the labels that training does not see."""
-        return next(self._build_loader(hidden_labels=True).iterate(0, 1)).to(self._device)
+        loader = replace(self._loader, num_workers=0, labeled_only=False, hidden_labels=True)
+        return next(loader.iterate(0, 1)).to(self._device)
 
     def validation(self, asked: Callable[[], bool] = lambda: False) -> Iterator[EvalSample]:
         """Yield the validation images, see evaluation_loader."""
@@ -160,24 +261,6 @@ class TrainingData:
             num_workers=self._config.eval.workers,
             pin_memory=self._device.type == "cuda",
             asked=asked,
-            rank=rank(),
-            world_size=world_size(),
-        )
-
-    def _build_loader(self, *, hidden_labels: bool = False) -> SemiLoader:
-        data, train = self._config.data, self._config.train
-        crop = functools.partial(CropTransform, data.crop, mean=data.mean, std=data.std, scale_range=data.scale)
-        return SemiLoader(
-            self.sources.labeled,
-            self.sources.unlabeled,
-            crop(photometric=True, copy_paste=train.copy_paste),
-            crop(photometric=False, strong=train.strong, cutmix=train.cutmix),
-            batch_size=train.batch_size,
-            seed=train.seed,
-            num_workers=0 if hidden_labels else data.workers,
-            pin_memory=self._device.type == "cuda",
-            labeled_only=train.method == "supervised" and not hidden_labels,
-            hidden_labels=hidden_labels,
             rank=rank(),
             world_size=world_size(),
         )

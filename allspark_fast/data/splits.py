@@ -1,5 +1,6 @@
 """Splits of a list of entries into labeled, unlabeled and validation images."""
 
+import posixpath
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -7,18 +8,18 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from allspark_fast.data.datasets import Entry, SegmentationDataset, split_line
-from allspark_fast.data.files import map_in_threads
+from allspark_fast.data.datasets import Entry, SegmentationDataset, read_split, split_line
+from allspark_fast.data.files import map_in_threads, resolve_path
+from allspark_fast.data.images import decode, mean_color
 from allspark_fast.data.info import IGNORE_INDEX
-from allspark_fast.data.seeding import mix_seed
 from allspark_fast.errors import DataError, InputError
 
-# Of each class, the share of the pixels of a label, (256,) float.
-Shares = Mapping[Entry, NDArray[Any]]
 # Entries that compete for the next place of an order: more spread the classes better, and take longer.
 _POOL = 32
 # Fewer validation images, or images of a class, leave scores to chance.
 _FEW_IMAGES, _FEW_OF_CLASS = 30, 5
+# Beside the lists of a folder, the paths of its lists of validation images that lie elsewhere.
+_NOTED = "val_lists"
 
 
 class Split(NamedTuple):
@@ -30,6 +31,18 @@ class Split(NamedTuple):
     labeled: list[Entry]
     unlabeled: list[Entry]
     val: list[Entry]
+
+
+class Contents(NamedTuple):
+    """What an image with a label shows.
+
+    Attributes:
+        classes: (256,) float64, of each class, its share of the pixels that are not ignored.
+        color: (3,) float64, mean of red, green and blue.
+    """
+
+    classes: NDArray[Any]
+    color: NDArray[Any]
 
 
 def parse_amount(text: str, total: int) -> int:
@@ -51,51 +64,79 @@ def parse_amount(text: str, total: int) -> int:
     return int(amount) if is_count else max(round(amount * total), 1)
 
 
-def read_shares(dataset: SegmentationDataset) -> Shares:
-    """Read the labels of all entries that have one."""
+def read_contents(dataset: SegmentationDataset) -> dict[Entry, Contents]:
+    """Read the images and labels of all entries that have a label; raises DataError, which names the file."""
 
-    def shares(index: int) -> NDArray[Any]:
+    def read(index: int) -> Contents:
         label = dataset.label(index)
         assert label is not None
         counts = np.array(label.histogram(), float)
         counts[IGNORE_INDEX] = 0
-        return counts / max(counts.sum(), 1)
+        color = decode(resolve_path(dataset.root, dataset.entries[index].image), mean_color)
+        return Contents(counts / max(counts.sum(), 1), color)
 
     indices = {entry: index for index, entry in enumerate(dataset.entries) if entry.label is not None}
-    return dict(zip(indices, map_in_threads(shares, indices.values()), strict=True))
+    return dict(zip(indices, map_in_threads(read, indices.values()), strict=True))
 
 
-def classes_of(entries: Collection[Entry], shares: Shares) -> NDArray[Any]:
+def classes_of(entries: Collection[Entry], contents: Mapping[Entry, Contents]) -> NDArray[Any]:
     """Return in how many labels of some entries each class occurs, (256,) int64."""
-    return sum((shares[entry] > 0 for entry in entries if entry.label is not None), np.zeros(256, np.int64))
+    return sum((contents[entry].classes > 0 for entry in entries if entry.label is not None), np.zeros(256, np.int64))
 
 
-def spread(entries: Sequence[Entry], seed: int, shares: Shares) -> list[int]:
-    """Order the entries that have a label, so that every part of the order has the classes of the whole.
+def _features(contents: Sequence[Contents]) -> NDArray[Any]:
+    """Return what the parts of a split should have alike, (N, F): its mean is 0, classes and colors count alike."""
+    classes = np.array([x.classes for x in contents])
+    classes = classes[:, classes.any(axis=0)]
+    # Squared distances of means are then chi-square distances of the shares.
+    parts = classes / np.sqrt(classes.mean(axis=0)), np.array([x.color for x in contents])
+    table = np.hstack([part / np.sqrt(part.var(axis=0).sum() or 1) for part in parts])
+    return table - table.mean(axis=0)
+
+
+def spread(entries: Sequence[Entry], seed: int, contents: Mapping[Entry, Contents]) -> list[int]:
+    """Order the entries that have a label, so that every part of the order has the classes and colors of the whole.
 
     A random order, which the seed determines, with two changes. A greedy cover of all classes comes first: each time
-    the first entry that adds the most classes. Then each place goes to the one of the next 32 that brings the pixel
-    shares of the classes, over the order so far, nearest to those of the whole (chi-square distance).
+    the first entry that adds the most classes. Then each place goes to the one of the next 32 that brings the mean of
+    the order so far nearest to that of the whole: by the pixel shares of the classes (chi-square distance) and by the
+    mean color, each over its variance.
 
     Returns:
         positions in ``entries``.
     """
     labeled = [position for position, entry in enumerate(entries) if entry.label is not None]
-    rest: list[int] = np.random.default_rng(mix_seed(seed)).permutation(labeled).tolist()
-    table = np.array([shares.get(entry, np.zeros(256)) for entry in entries])
-    table = table[:, table.any(axis=0)]
-    order, missing = list[int](), table.any(axis=0)
+    if not labeled:
+        return []
+    found = [contents[entries[position]] for position in labeled]
+    holds = np.array([x.classes > 0 for x in found])
+    chosen, rest = list[int](), np.random.default_rng(seed % 2**64).permutation(len(labeled)).tolist()
+    missing = holds.any(axis=0)
     while missing.any():
-        best = int(((table[rest] > 0) & missing).sum(axis=1).argmax())
-        missing &= table[rest[best]] == 0
-        order.append(rest.pop(best))
-    mean, total = table[labeled].mean(axis=0), table[order].sum(axis=0)
+        best = int((holds[rest] & missing).sum(axis=1).argmax())
+        missing &= ~holds[rest[best]]
+        chosen.append(rest.pop(best))
+    table = _features(found)
+    total = table[chosen].sum(axis=0)
     while rest:
-        sums = total + table[rest[:_POOL]]
-        best = int(((sums / (len(order) + 1) - mean) ** 2 / mean).sum(axis=1).argmin())
-        total = sums[best]
-        order.append(rest.pop(best))
-    return order
+        best = int(((total + table[rest[:_POOL]]) ** 2).sum(axis=1).argmin())
+        total += table[rest[best]]
+        chosen.append(rest.pop(best))
+    return [labeled[index] for index in chosen]
+
+
+def deal(
+    entries: Sequence[Entry], order: Sequence[int], contents: Mapping[Entry, Contents], count: int
+) -> list[list[int]]:
+    """Deal an order of ``spread`` to ``count`` folds, each to one of the smallest, whichever it makes most like all."""
+    table = _features([contents[entries[position]] for position in order])
+    folds, totals = [list[int]() for _ in range(count)], np.zeros((count, table.shape[1]))
+    for position, features in zip(order, table, strict=True):
+        smallest = [i for i, fold in enumerate(folds) if len(fold) == min(map(len, folds))]
+        best = min(smallest, key=lambda i: ((totals[i] + features) ** 2).sum())
+        folds[best].append(position)
+        totals[best] += features
+    return folds
 
 
 def make_split(entries: Sequence[Entry], order: Sequence[int], val: Collection[int], count: int) -> Split:
@@ -121,9 +162,9 @@ def make_split(entries: Sequence[Entry], order: Sequence[int], val: Collection[i
     return Split._make([entries[i] for i in sorted(part)] for part in (labeled, unlabeled, aside))
 
 
-def doubts_about(split: Split, shares: Shares, names: Sequence[str]) -> list[str]:
+def doubts_about(split: Split, contents: Mapping[Entry, Contents], names: Sequence[str]) -> list[str]:
     """Say what a split cannot teach or tell; ``names`` are those of the classes."""
-    labeled, unlabeled, val = (classes_of(part, shares)[: len(names)] for part in split)
+    labeled, unlabeled, val = (classes_of(part, contents)[: len(names)] for part in split)
     there, enough = labeled + unlabeled + val > 0, min(_FEW_OF_CLASS, len(split.val))
     absent, rare = ([names[i] for i in np.flatnonzero(there & few).tolist()] for few in (labeled == 0, val < enough))
     doubts = [f"in no labeled image: {', '.join(absent)}"] if absent else []
@@ -150,3 +191,25 @@ def write_lists(lists: Mapping[Path, Sequence[Entry]], *, overwrite: bool) -> No
     for file, text in texts.items():
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text, encoding="utf-8")
+
+
+def note_val_list(root: Path, file: Path) -> None:
+    """Note where a list of validation images of a folder lies, for ``read_val_lists``; raises OSError if it cannot."""
+    place, noted = file.resolve(), root / "splits" / _NOTED
+    if place.is_relative_to(root.resolve()):  # both may be moved
+        place = place.relative_to(root.resolve())
+    noted.parent.mkdir(exist_ok=True)
+    lines = {str(place): None, **dict.fromkeys(_noted(root))}
+    noted.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
+def read_val_lists(root: Path, out: Path) -> dict[Path, set[str]]:
+    """Return the images, by file, of all lists of validation images in a folder, noted for it, or in ``out``."""
+    places = [root / "splits" / "val.txt", out / "val.txt", *(root / line for line in _noted(root))]
+    files = {file.resolve(): file for file in places if file.is_file()}
+    return {file: {posixpath.normpath(entry.image) for entry in read_split(file)} for file in files.values()}
+
+
+def _noted(root: Path) -> list[str]:
+    file = root / "splits" / _NOTED
+    return file.read_text(encoding="utf-8").splitlines() if file.is_file() else []

@@ -7,16 +7,51 @@ from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from PIL import Image, ImageFilter
 from torch import Generator, Tensor
 from torchvision.transforms.v2 import functional as tvf  # type: ignore[import-untyped]
 
+from allspark_fast.config import Augment
 from allspark_fast.data.info import IGNORE_INDEX
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+_TURNS = (None, Image.Transpose.ROTATE_90, Image.Transpose.ROTATE_180, Image.Transpose.ROTATE_270)
+
+
+class Preset(NamedTuple):
+    """What changes beside size and place of a training crop.
+
+    Attributes:
+        adjustments: names of torchvision's adjust_* and ranges of amounts; in random order, p 0.8.
+        gray: probability that the colors go.
+        blur: probability of a Gaussian blur, of sigma 0.1 to 2 pixels.
+        mirror: whether half of the crops are mirrored.
+        turn: whether crops are turned by 0, 90, 180 or 270 degrees.
+    """
+
+    adjustments: tuple[tuple[str, float, float], ...] = ()
+    gray: float = 0.0
+    blur: float = 0.0
+    mirror: bool = True
+    turn: bool = False
+
+
+_PHOTO = (
+    ("brightness", 0.5, 1.5),
+    ("contrast", 0.5, 1.5),
+    ("saturation", 0.5, 1.5),
+    ("hue", -0.25, 0.25),
+)
+_INTENSITY = (("brightness", 0.7, 1.3), ("contrast", 0.7, 1.3), ("gamma", 0.7, 1.4))
+_AERIAL = (*_INTENSITY, ("saturation", 0.7, 1.3), ("hue", -0.03, 0.03))
+PRESETS: dict[Augment, Preset] = {
+    "photo": Preset(_PHOTO, gray=0.2, blur=0.5),  # the reference implementation's
+    "microscopy": Preset(_INTENSITY, blur=0.5, turn=True),
+    "aerial": Preset(_AERIAL, blur=0.2, turn=True),
+    "none": Preset(mirror=False),
+}
 
 
 class Sample(NamedTuple):
@@ -39,17 +74,19 @@ class Sample(NamedTuple):
 
 
 class Geometry(NamedTuple):
-    """A resize, a crop and a flip.
+    """A resize, a crop, a flip and a turn.
 
     Attributes:
         scaled: (width, height) of the resized image in pixels.
         offset: (x, y) of the crop's upper left corner in the resized image.
         flip: whether the crop, including its padding, is mirrored.
+        turns: right angles by which it is turned then, counterclockwise.
     """
 
     scaled: tuple[int, int]
     offset: tuple[int, int]
     flip: bool
+    turns: int = 0
 
 
 def _uniform(generator: Generator, low: float, high: float) -> float:
@@ -66,9 +103,13 @@ def _chance(generator: Generator, probability: float) -> bool:
 
 
 def draw_geometry(
-    size: tuple[int, int], crop_size: int, scale_range: tuple[float, float], generator: Generator
+    size: tuple[int, int],
+    crop_size: int,
+    scale_range: tuple[float, float],
+    generator: Generator,
+    preset: Preset = PRESETS["photo"],
 ) -> Geometry:
-    """Draw resize, crop and flip.
+    """Draw resize, crop, flip and turn.
 
     The long side is an integer, uniform over int(scale_range * long side), both ends included; the short side keeps the
     aspect ratio, rounded half up. The crop is uniform over all positions inside the resized image, which is padded on
@@ -79,6 +120,7 @@ def draw_geometry(
         crop_size: side of the crop in pixels.
         scale_range: least and greatest scale.
         generator: source of randomness.
+        preset: says whether crops are mirrored and turned.
     """
     long_side, short_side = max(size), min(size)
     long_scaled = _integer(generator, int(long_side * scale_range[0]), int(long_side * scale_range[1]))
@@ -87,13 +129,14 @@ def draw_geometry(
     # An image a few pixels wide can scale to nothing.
     scaled = max(width, 1), max(height, 1)
     x, y = (_integer(generator, 0, max(side - crop_size, 0)) for side in scaled)
-    return Geometry(scaled, (x, y), _chance(generator, 0.5))
+    flip = preset.mirror and _chance(generator, 0.5)
+    return Geometry(scaled, (x, y), flip, _integer(generator, 0, 3) if preset.turn else 0)
 
 
 def apply_geometry(
     image: Image.Image, geometry: Geometry, crop_size: int, resample: Image.Resampling, fill: int
 ) -> Image.Image:
-    """Resize, crop, pad and flip at once: only the part that the crop keeps is resized.
+    """Resize, crop, pad, flip and turn: only the part that the crop keeps is resized.
 
     Compared with resizing the whole image first, this resizes fewer pixels by a factor scale^2 * area / crop area; the
     results agree up to rounding (two gray levels; for labels, the choice between two equally near pixels).
@@ -105,37 +148,28 @@ def apply_geometry(
         resample: filter of the resize.
         fill: value of the padding in every channel.
     """
-    (scaled_width, scaled_height), (x, y), flip = geometry
+    (scaled_width, scaled_height), (x, y), flip, turns = geometry
     width, height = min(crop_size, scaled_width), min(crop_size, scaled_height)
     step_x, step_y = image.width / scaled_width, image.height / scaled_height
     right, bottom = min((x + width) * step_x, image.width), min((y + height) * step_y, image.height)
     part = image.resize((width, height), resample, box=(x * step_x, y * step_y, right, bottom))
     crop = Image.new(image.mode, (crop_size, crop_size), (fill,) * len(image.getbands()))
     crop.paste(part)
-    return crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else crop
+    crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else crop
+    turn = _TURNS[turns]
+    return crop if turn is None else crop.transpose(turn)
 
 
-def _color_jitter(image: Image.Image, generator: Generator) -> Image.Image:
-    """Apply ColorJitter(0.5, 0.5, 0.5, 0.25): its four adjustments in random order."""
-    steps = (
-        (tvf.adjust_brightness, _uniform(generator, 0.5, 1.5)),
-        (tvf.adjust_contrast, _uniform(generator, 0.5, 1.5)),
-        (tvf.adjust_saturation, _uniform(generator, 0.5, 1.5)),
-        (tvf.adjust_hue, _uniform(generator, -0.25, 0.25)),
-    )
-    for position in torch.randperm(len(steps), generator=generator).tolist():
-        adjust, amount = steps[position]
-        image = adjust(image, amount)
-    return image
-
-
-def jitter_colors(image: Image.Image, generator: Generator) -> Image.Image:
-    """Apply color jitter (p 0.8), grayscale (p 0.2) and Gaussian blur (p 0.5, sigma 0.1 to 2 pixels)."""
-    if _chance(generator, 0.8):
-        image = _color_jitter(image, generator)
-    if _chance(generator, 0.2):
+def change_colors(image: Image.Image, preset: Preset, generator: Generator) -> Image.Image:
+    """Adjust colors (p 0.8), take them away and blur, as a preset says."""
+    if preset.adjustments and _chance(generator, 0.8):
+        steps = [(name, _uniform(generator, low, high)) for name, low, high in preset.adjustments]
+        for position in torch.randperm(len(steps), generator=generator).tolist():
+            name, amount = steps[position]
+            image = getattr(tvf, f"adjust_{name}")(image, amount)
+    if preset.gray and _chance(generator, preset.gray):
         image = tvf.rgb_to_grayscale(image, num_output_channels=3)
-    if _chance(generator, 0.5):
+    if preset.blur and _chance(generator, preset.blur):
         image = image.filter(ImageFilter.GaussianBlur(_uniform(generator, 0.1, 2.0)))
     return image
 
@@ -169,18 +203,14 @@ def normalize_image(image: Image.Image, mean: Sequence[float], std: Sequence[flo
     return tvf.normalize(tensor, list(mean), list(std), inplace=True)
 
 
-def label_tensor(label: Image.Image) -> Tensor:
-    """Convert a label of mode L to an (H, W) uint8 tensor."""
-    return torch.from_numpy(np.array(label))
-
-
 @dataclass(frozen=True)
 class CropTransform:
-    """Random resize, crop and flip of image and label, and photometric changes of the image.
+    """Random resize, crop, flip and turn of image and label, and photometric changes of the image.
 
     Attributes:
         crop_size: side of the square crop in pixels.
-        photometric: whether to jitter colors; the reference implementation does so for labeled images only.
+        photometric: whether to change colors; the reference implementation does so for labeled images only.
+        augment: name of the Preset of flips, turns and changes of colors.
         mean: mean per channel that is subtracted, for images in 0..1.
         std: standard deviation per channel that is divided by.
         scale_range: least and greatest scale of the resize.
@@ -192,6 +222,7 @@ class CropTransform:
     crop_size: int
     _: KW_ONLY
     photometric: bool
+    augment: Augment = "photo"
     mean: Sequence[float] = IMAGENET_MEAN
     std: Sequence[float] = IMAGENET_STD
     scale_range: tuple[float, float] = (0.5, 2.0)
@@ -207,20 +238,24 @@ class CropTransform:
             label: class indices (mode L) of the size of ``image``, or None.
             generator: source of all randomness.
         """
-        geometry = draw_geometry(image.size, self.crop_size, self.scale_range, generator)
+        preset = PRESETS[self.augment]
+        geometry = draw_geometry(image.size, self.crop_size, self.scale_range, generator, preset)
         crop = apply_geometry(image, geometry, self.crop_size, Image.Resampling.BILINEAR, 0)
         if self.photometric:
-            crop = jitter_colors(crop, generator)
+            crop = change_colors(crop, preset, generator)
         target = torch.full((self.crop_size, self.crop_size), IGNORE_INDEX, dtype=torch.uint8)
         if label is not None:
             nearest = Image.Resampling.NEAREST
-            target = label_tensor(apply_geometry(label, geometry, self.crop_size, nearest, IGNORE_INDEX))
+            target = tvf.pil_to_tensor(apply_geometry(label, geometry, self.crop_size, nearest, IGNORE_INDEX))[0]
         valid = torch.zeros(self.crop_size, self.crop_size, dtype=torch.bool)
         valid[: geometry.scaled[1], : geometry.scaled[0]] = True
         # Drawn last, so that without them crops stay the same.
-        strong = normalize_image(jitter_colors(crop, generator), self.mean, self.std) if self.strong else None
+        strong = self._normalize(change_colors(crop, preset, generator)) if self.strong else None
         mixed = draw_box(self.crop_size, self.cutmix, generator) if self.cutmix else None
         if self.copy_paste:
             mixed = draw_classes(target, self.copy_paste, generator)
-        valid = valid.flip(1) if geometry.flip else valid
-        return Sample(normalize_image(crop, self.mean, self.std), target, valid, strong, mixed)
+        valid = (valid.flip(1) if geometry.flip else valid).rot90(geometry.turns).contiguous()
+        return Sample(self._normalize(crop), target, valid, strong, mixed)
+
+    def _normalize(self, crop: Image.Image) -> Tensor:
+        return normalize_image(crop, self.mean, self.std)

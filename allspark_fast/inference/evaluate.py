@@ -30,6 +30,7 @@ def evaluate(
     device: torch.device | str = "cpu",
     batch_size: int = 4,
     amp: bool = False,
+    each: Callable[[int, EvalSample, Tensor], object] | None = None,
 ) -> Scores:
     """Score a model; it is in eval mode afterwards.
 
@@ -42,20 +43,24 @@ def evaluate(
         device: where to compute.
         batch_size: images of equal size computed together; the scores change by rounding only.
         amp: bfloat16 autocast, on a GPU.
+        each: called with the place in ``samples`` of every image, the sample, and its predicted labels (H, W).
 
     Returns:
-        IoU of all pixels of all ranks together.
+        scores of all pixels of all ranks together.
     """
     model.eval()
     device = torch.device(device)
     confusion = ConfusionMatrix(num_classes, device=device)
     # One context around all batches, which casts the weights once.
     with torch.autocast(device.type, torch.bfloat16, enabled=amp and device.type == "cuda"):
-        for batch in batches_of_equal_size(samples, batch_size, lambda sample: sample.image.shape):
-            images = torch.cat([sample.image.to(device, non_blocking=True) for sample in batch])
-            target = torch.cat([sample.label.to(device, non_blocking=True) for sample in batch])
+        for batch in batches_of_equal_size(enumerate(samples), batch_size, lambda item: item[1].image.shape):
+            images = torch.cat([sample.image.to(device, non_blocking=True) for _, sample in batch])
+            target = torch.cat([sample.label.to(device, non_blocking=True) for _, sample in batch])
             labels, _ = predict_labels(model, images, mode=mode, crop=crop)
             confusion.update(labels, target)
+            if each is not None:
+                for (index, sample), predicted in zip(batch, labels, strict=True):
+                    each(index, sample, predicted)
     return confusion.compute()
 
 

@@ -1,6 +1,8 @@
-"""Segmentation metrics from one confusion matrix, kept on the device; scores as a table and as plain values."""
+"""Segmentation metrics: of pixels, from a confusion matrix on the device; of outlines; as a table and plain values."""
 
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,23 +13,29 @@ from allspark_fast.distributed import all_reduce_sum
 from allspark_fast.kernels.arguments import check_count
 from allspark_fast.text import columns, one_line, padded
 
+# Part of an image's diagonal.
+_NEAR = 0.0075
+
 
 @dataclass(frozen=True)
 class Scores:
-    """IoU of a set of images.
+    """Scores of a set of images, in [0, 1].
 
     Attributes:
-        iou: (K,) float64, in [0, 1]; 0 for a class that occurs neither in a label nor in a prediction.
+        by_class: (K,) float64 each: ``iou``; ``dice``, the F1 score of pixels; ``accuracy``, the share of the true
+            pixels that are right; 0 for a class that has no such pixels. With ``boundary_f1`` if that was measured.
         present: (K,) bool, whether a class occurs in a label.
         mean_iou: mean over all K classes, as the reference implementation reports it.
         mean_iou_present: mean over the classes that occur in a label.
+        pixel_accuracy: share of all pixels that are right.
         confusion: (K, K) int64 pixels; rows are true classes, columns predicted ones.
     """
 
-    iou: Tensor
+    by_class: Mapping[str, Tensor]
     present: Tensor
     mean_iou: float
     mean_iou_present: float
+    pixel_accuracy: float
     confusion: Tensor
 
 
@@ -77,33 +85,102 @@ class ConfusionMatrix:
     def compute(self) -> Scores:
         """Return the scores of all that all ranks have counted; each must call this."""
         matrix = all_reduce_sum(self._counts)[:-1].view(self.num_classes, self.num_classes)
-        intersection, true_pixels = matrix.diagonal(), matrix.sum(1)
-        iou = intersection / (matrix.sum(0) + true_pixels - intersection).clamp(min=1).double()
-        present = true_pixels > 0
+        hits, true, predicted = matrix.diagonal(), matrix.sum(1), matrix.sum(0)
+        parts = {"iou": (hits, true + predicted - hits), "dice": (2 * hits, true + predicted), "accuracy": (hits, true)}
+        by_class = {name: part / whole.clamp(min=1).double() for name, (part, whole) in parts.items()}
+        iou, present = by_class["iou"], true > 0
         mean_present = iou[present].mean().item() if present.any() else 0.0
-        return Scores(iou, present, iou.mean().item(), mean_present, matrix)
+        right = (hits.sum() / true.sum().clamp(min=1)).item()
+        return Scores(by_class, present, iou.mean().item(), mean_present, right, matrix)
+
+
+def score_image(prediction: Tensor, target: Tensor, num_classes: int) -> Scores:
+    """Score the labels of one image, also their outlines; arguments as of ``boundary_f1``."""
+    confusion = ConfusionMatrix(num_classes, device=prediction.device)
+    confusion.update(prediction, target)
+    scores = confusion.compute()
+    by_class = {**scores.by_class, "boundary_f1": boundary_f1(prediction, target, num_classes)}
+    return replace(scores, by_class=by_class)
+
+
+def boundary_f1(prediction: Tensor, target: Tensor, num_classes: int) -> Tensor:
+    """Score the outlines of the classes of an image by the boundary F1 of Csurka et al., BMVC 2013.
+
+    Precision is the share of the outline of a class in the prediction that is near its outline in the label, recall the
+    converse: at most 0.75 % of the image's diagonal away, here in rows and in columns. Their harmonic mean is the
+    score. The outline of a class are its pixels beside those of another.
+
+    Args:
+        prediction: (H, W), integer classes in [0, K).
+        target: (H, W), integer classes in [0, K), or 255, which is ignored.
+        num_classes: number of classes K.
+
+    Returns:
+        (K,) float64; NaN for classes without an outline in either.
+    """
+    prediction = prediction.where(target != IGNORE_INDEX, IGNORE_INDEX)
+    radius = max(round(_NEAR * math.hypot(*target.shape)), 1)
+    scores = torch.full((num_classes,), math.nan, dtype=torch.float64)
+    borders = [find_borders(x) for x in (prediction, target)]
+    for label in torch.cat([prediction[borders[0]], target[borders[1]]]).unique().tolist():
+        outlines = [border & (x == label) for border, x in zip(borders, (prediction, target), strict=True)]
+        near = [outline & dilate(other, radius) for outline, other in zip(outlines, outlines[::-1], strict=True)]
+        *hits, predicted, true = torch.stack([x.sum() for x in (*near, *outlines)]).tolist()
+        precision, recall = hits[0] / max(predicted, 1), hits[1] / max(true, 1)
+        scores[label] = 2 * precision * recall / max(precision + recall, 1e-9)
+    return scores
+
+
+def find_borders(labels: Tensor) -> Tensor:
+    """Mark the pixels of labels (H, W) with another class above, below, left or right of them; 255 is none."""
+    borders = torch.zeros_like(labels, dtype=torch.bool)
+    for x, marked in ((labels, borders), (labels.T, borders.T)):
+        differ = (x[1:] != x[:-1]) & (x[1:] != IGNORE_INDEX) & (x[:-1] != IGNORE_INDEX)
+        marked[1:] |= differ
+        marked[:-1] |= differ
+    return borders
+
+
+def dilate(mask: Tensor, radius: int) -> Tensor:
+    """Mark what is at most so many rows and columns away from what is marked (H, W)."""
+    for _ in range(2):
+        reach = 0
+        while reach < radius:
+            step = min(2 * reach + 1, radius - reach)
+            grown = mask.clone()
+            grown[step:] |= mask[:-step]
+            grown[:-step] |= mask[step:]
+            mask, reach = grown, reach + step
+        mask = mask.T
+    return mask
 
 
 def score_table(scores: Scores, info: DatasetInfo) -> str:
-    """Return a table of the IoU of every class and the means, in percent; classes that no label holds are marked."""
-    rows = [
-        (one_line(name), iou, "" if present else "  (in no label)")
-        for name, iou, present in zip(info.classes, scores.iou.tolist(), scores.present.tolist(), strict=True)
-    ]
-    rows.append(("mIoU", scores.mean_iou, ""))
-    if not scores.present.all():
-        rows.append(("present", scores.mean_iou_present, ""))
+    """Return a table of the scores of every class and the means, in percent; classes that no label holds are marked."""
+    values, present = torch.stack([x.cpu() for x in scores.by_class.values()], 1), scores.present.cpu()
+    notes = ("" if x else "  (in no label)" for x in present)
+    rows = [*zip(map(one_line, info.classes), values.tolist(), notes, strict=True)]
+    rows.append(("mean", values.nanmean(0).tolist(), ""))
+    if not present.all():
+        rows.append(("present", values[present].nanmean(0).tolist(), ""))
     width = max(columns(name) for name, _, _ in rows)
-    return "\n".join(f"{padded(name, width)}  {100 * iou:5.1f}{note}" for name, iou, note in rows)
+    lines = [" " * width + "".join(f"{name:>13}" for name in scores.by_class)]
+    for name, row, note in rows:
+        lines.append(padded(name, width) + "".join(f"{100 * x:13.1f}" for x in row) + note)
+    return "\n".join([*lines, f"pixel accuracy {100 * scores.pixel_accuracy:.1f}"])
 
 
 def score_record(scores: Scores, info: DatasetInfo) -> dict[str, Any]:
-    """Return all scores as plain values, for JSON; lists are in the order of the classes."""
+    """Return all scores as plain values, for JSON; lists are in the order of the classes, None for NaN."""
+    by_class = {
+        name: [None if math.isnan(x) else x for x in values.tolist()] for name, values in scores.by_class.items()
+    }
     return {
         "miou": scores.mean_iou,
         "miou_present": scores.mean_iou_present,
+        "pixel_accuracy": scores.pixel_accuracy,
         "classes": list(info.classes),
-        "iou": scores.iou.tolist(),
+        **by_class,
         "present": scores.present.tolist(),
         "confusion": scores.confusion.tolist(),
     }

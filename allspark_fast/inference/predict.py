@@ -17,13 +17,14 @@ from PIL import Image
 
 from allspark_fast.config import EvalMode
 from allspark_fast.data.files import is_image, list_files
-from allspark_fast.data.images import read_image
+from allspark_fast.data.images import decode, pages_of, read_image
 from allspark_fast.data.info import DatasetInfo
 from allspark_fast.data.transforms import normalize_image
 from allspark_fast.device import DeviceName, choose_device
 from allspark_fast.errors import DataError, InputError, RunError
 from allspark_fast.files import make_folder, write_atomically
 from allspark_fast.inference.evaluate import predict_labels
+from allspark_fast.inference.pictures import label_map, overlay
 from allspark_fast.model import Segmentor
 from allspark_fast.weights.spec import ModelSpec
 
@@ -34,7 +35,6 @@ MAX_OVERLAY_SIDE = 65500
 # Files of these suffixes are images too, but read only if they are named one by one.
 OTHER_SUFFIXES: tuple[str, ...] = ("", ".arw", ".avif", ".cr2", ".cr3", ".dib", ".dng", ".heic", ".heif", ".hif")
 OTHER_SUFFIXES += (".jfif", ".jp2", ".jpe", ".jxl", ".nef", ".orf", ".pbm", ".pnm", ".psd", ".raf", ".rw2", ".tga")
-_OVERLAY = 0.5
 
 
 class Prediction(NamedTuple):
@@ -137,18 +137,19 @@ class OutputFolder:
             DataError: a side has more than MAX_OVERLAY_SIDE pixels; all but the overlay is written.
             OSError: a file cannot be written.
         """
-        labels = Image.fromarray(prediction.labels)
-        labels.putpalette([part for color in self.info.palette for part in color])
-        confidence = Image.fromarray((255 * prediction.confidence).round().astype(np.uint8))
-        overlay = Image.blend(image, labels.convert("RGB"), _OVERLAY)
+        pictures = {
+            "labels": label_map(prediction.labels, self.info),
+            "confidence": Image.fromarray((255 * prediction.confidence).round().astype(np.uint8)),
+            "overlays": overlay(image, prediction.labels, self.info),
+        }
         for kind, file in self._files(name).items():
-            if kind == "overlays" and max(image.size) > MAX_OVERLAY_SIDE:
+            if kind == "overlays" and max(pictures[kind].size) > MAX_OVERLAY_SIDE:
                 raise DataError(
                     f"{file} was not written: the image is {image.width}x{image.height} pixels, and a JPEG has at most"
                     f" {MAX_OVERLAY_SIDE} a side; its labels were written"
                 )
             make_folder(file.parent)
-            write_atomically(file, {"labels": labels, "confidence": confidence, "overlays": overlay}[kind].save)
+            write_atomically(file, pictures[kind].save)
 
     def _files(self, name: Path) -> dict[str, Path]:
         suffixes = {"labels": ".png"} | ({"confidence": ".png"} if self.confidence else {}) | {"overlays": ".jpg"}
@@ -174,7 +175,7 @@ def find_images(arguments: Iterable[str], *, skip: Path) -> tuple[dict[Path, Pat
     others: set[Path] = set()
     predictions = skip.resolve()
     for argument in arguments:
-        if Path(argument).is_file():
+        if os.path.lexists(argument) and not os.path.isdir(argument):
             found.setdefault(Path(argument), Path(Path(argument).stem))
             continue
         base, listed = _search(argument)
@@ -209,12 +210,15 @@ def _matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:
 
 
 def predict_files(predictor: Predictor, files: Mapping[Path, Path], output: OutputFolder) -> Iterator[Exception | None]:
-    """Predict what ``find_images`` found; yields None, or what went wrong with the file, for each as it is done."""
+    """Predict what ``find_images`` found; yields for each as it is done None, what went wrong, or a UserWarning."""
     for path, name in files.items():
         error: Exception | None = None
         try:
+            pages = decode(path, pages_of)
             image = read_image(path, predictor.spec.range)
             output.write(name, image, predictor.predict(image))
+            if pages > 1:
+                error = UserWarning(f"{path}: has {pages} pages, of which only the first is labeled")
         except (DataError, OSError) as failure:
             error = failure
         except (MemoryError, torch.OutOfMemoryError):

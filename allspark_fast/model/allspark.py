@@ -15,11 +15,7 @@ class AllSpark(nn.Module):
     """Rebuilds the deepest features of labeled images from unlabeled channels (AllSpark, CVPR 2024, fig. 2).
 
     In training the batch holds B labeled images, then B unlabeled ones. At test time every image is rebuilt from its
-    own channels, or from those of its batch::
-
-        bottleneck = AllSpark(channels=512, num_classes=21, tokens=17 * 17)
-        deepest = bottleneck(deepest, class_logits, crop_size=(513, 513), use_memory=epoch >= 5)  # training
-        deepest = bottleneck.eval()(deepest)  # test
+    own channels, or from those of its batch.
 
     Args:
         channels: channels C of the deepest map.
@@ -35,8 +31,9 @@ class AllSpark(nn.Module):
         self, channels: int, num_classes: int, tokens: int, options: AllSparkOptions = AllSparkOptions()
     ) -> None:
         super().__init__()
-        for name, size in {"channels": channels, "num_classes": num_classes, "tokens": tokens}.items():
-            check_count(name, size)
+        check_count("channels", channels)
+        check_count("num_classes", num_classes)
+        check_count("tokens", tokens)
         self.options = options
         # Linear layers in effect; Conv2d keeps names and shapes in the state_dict.
         self.map_in = nn.Sequential(nn.Conv2d(channels, channels, 1), nn.GELU())
@@ -70,9 +67,8 @@ class AllSpark(nn.Module):
             a map of the shape of ``feature_map``, channels-last in memory.
 
         Raises:
-            TypeError: an argument is not a float tensor.
-            ValueError: a shape or ``kv_source`` is wrong; ``class_logits`` are missing in training or given in eval
-                mode.
+            TypeError, ValueError: an argument is of another type or shape; ``class_logits`` are missing in training, or
+                given in eval mode.
         """
         check_tensor("feature_map", feature_map, "(B, C, h, w)", FLOATING)
         (channels,) = self.attn_norm.normalized_shape

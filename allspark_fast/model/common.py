@@ -17,11 +17,13 @@ class Backbone(nn.Module):
     """An encoder: maps images (B, 3, H, W) to four feature maps, finest first.
 
     Attributes:
+        name: as ``build_segmentor`` takes it; empty for an encoder of your own.
         channels: channels of the four maps.
         stride: stride of the deepest map, in pixels.
         min_size: smallest height and width of an image, in pixels, that the encoder takes.
     """
 
+    name: str = ""
     channels: tuple[int, ...]
     stride: int
     min_size: int = 1

@@ -16,11 +16,8 @@ class CrossAttention(SemanticMemory):
     """Rebuilds labeled features from unlabeled channels (AllSpark, "Channel-wise Cross-attention").
 
     It inherits from the memory instead of holding one, so that the buffers keep their names ``attn.kv_queue`` and
-    ``attn.queue_ptr`` of the reference implementation. Arguments are those of AllSpark; each class of the memory has
-    as many slots as the features have channels, and the hidden size is D = H · C.
-
-    Attributes:
-        backend: see channel_attention; ``reference`` uses only plain torch operators, for exported graphs.
+    ``attn.queue_ptr`` of the reference implementation. A class of the memory has as many slots as the features have
+    channels C; the hidden size is D = H · C. The backend ``reference`` is for exported graphs.
     """
 
     backend: Backend = "auto"

@@ -18,15 +18,7 @@ from allspark_fast.model.common import Backbone, Named, checkpointed, map_size, 
 
 @dataclass(frozen=True, kw_only=True)
 class MiTConfig:
-    """Sizes of the four stages of a Mix Transformer.
-
-    Attributes:
-        embed_dims: channels of each stage.
-        depths: blocks of each stage.
-        num_heads: attention heads of each stage.
-        sr_ratios: spatial reduction of keys and values in each stage.
-        drop_path: stochastic depth rate of the last block; the rate grows linearly from 0.
-    """
+    """Channels, blocks, heads and spatial reduction of the four stages, and the last block's rate of drop path."""
 
     embed_dims: tuple[int, int, int, int] = (64, 128, 320, 512)
     depths: tuple[int, int, int, int]
@@ -51,9 +43,7 @@ MIT_CONFIGS = {
 class MixTransformer(Backbone):
     """A hierarchical transformer encoder with overlapping patches; parameter names are those of the released weights.
 
-    Args:
-        config: sizes of the stages.
-        activation_checkpointing: keep only the input of each block for backward, which computes the block again.
+    With ``activation_checkpointing``, backward computes each block again from its input.
     """
 
     stride = STRIDES[-1]
@@ -89,16 +79,15 @@ class MixTransformer(Backbone):
             four maps (B, channels[i], ⌈H / s⌉, ⌈W / s⌉) for the strides s = 4, 8, 16, 32, channels-last in memory.
 
         Raises:
-            TypeError: the images are not a float tensor.
-            ValueError: they do not have 3 channels, or are too small.
+            TypeError, ValueError: the images are not a float tensor, do not have 3 channels, or are too small.
         """
         check_tensor("images", images, "(B, 3, H, W)", FLOATING)
         height, width = map_size(images)
         if min(height, width) < self.min_size:
             raise ValueError(f"images are {height} x {width} pixels, expected at least {self.min_size} a side")
-        features, feature_map = [], images
         if images.shape[1] != 3:
             raise ValueError(f"images have {images.shape[1]} channels, expected 3")
+        features, feature_map = [], images
         scales = iter(self.draw_scales(images))
         for stage in range(1, 5):
             embed = getattr(self, f"patch_embed{stage}")  # patches overlap
@@ -139,10 +128,7 @@ class Block(nn.Module):
         self.mlp = MixFFN(channels, 4 * channels)
 
     def forward(self, tokens: Tensor, size: tuple[int, int], scales: Tensor | None = None) -> Tensor:
-        """Transform tokens (B, h·w, C) of a map of ``size`` = (h, w); returns the same shape.
-
-        ``scales`` (2, B, 1, 1) multiply the two branches of each sample: 0 drops one. None multiplies by 1.
-        """
+        """Transform tokens (B, h·w, C) of a map (h, w); ``scales`` (2, B, 1, 1) multiply the branches of samples."""
         attn_scale, mlp_scale = (None, None) if scales is None else scales
         tokens = _add(tokens, self.attn(self.norm1(tokens), size), attn_scale)
         return _add(tokens, self.mlp(self.norm2(tokens), size), mlp_scale)
@@ -200,7 +186,7 @@ class EfficientSelfAttention(nn.Module):
             self.norm = nn.LayerNorm(channels, eps=1e-5)
 
     def forward(self, tokens: Tensor, size: tuple[int, int]) -> Tensor:
-        """Attend among tokens (B, h·w, C) of a map of ``size`` = (h, w); returns the same shape."""
+        """Attend among tokens (B, h·w, C) of a map (h, w); returns the same shape."""
         if torch.is_autocast_enabled(tokens.device.type):  # or each of the two readers would cast
             tokens = tokens.to(torch.get_autocast_dtype(tokens.device.type))
         query = self.q(tokens).unflatten(2, (self.num_heads, -1))
@@ -220,7 +206,7 @@ class MixFFN(nn.Module):
         self.fc2 = nn.Linear(hidden, channels)
 
     def forward(self, tokens: Tensor, size: tuple[int, int]) -> Tensor:
-        """Transform tokens (B, h·w, C) of a map of ``size`` = (h, w); returns the same shape."""
+        """Transform tokens (B, h·w, C) of a map (h, w); returns the same shape."""
         # Convolution and GELU are cheap to recompute, so backward keeps only the output of fc1.
         return checkpointed(self._mix, self.fc1(tokens), size)
 

@@ -17,16 +17,14 @@ class AllSparkOptions:
     Attributes:
         num_heads: attention heads H.
         dropout: probability of dropout on attention maps and output projections in training, in [0, 1).
-        memory_init: ``randn`` fills the memory with noise, which is attended until overwritten; ``empty`` starts at
-            zero and masks classes that never received a channel.
+        memory_init: ``randn`` fills the memory with noise, which is attended until overwritten; ``empty`` masks classes
+            that never received a channel.
         memory_sync: with several processes, ``rank0`` starts each step from rank 0's memory, into which every rank
-            enqueues its own channels; what the other ranks enqueued is lost after the step. ``all`` enqueues the
-            channels of every rank, in order of ranks, so that all memories stay equal.
+            enqueues its own channels; ``all`` enqueues the channels of every rank, so that all memories stay equal.
         class_map: scores that assign channels to classes: ``logits``, or their ``softmax`` over K.
 
     Raises:
-        TypeError: ``num_heads`` is not an integer, or ``dropout`` not a number.
-        ValueError: ``num_heads`` is less than 1, ``dropout`` outside [0, 1), or a switch has an unknown value.
+        TypeError, ValueError: an option is of another type, out of its range, or unknown.
     """
 
     num_heads: int = 2

@@ -17,12 +17,6 @@ class SegFormerHead(nn.Module):
     The head is linear up to its BatchNorm: fuse(concat_i(up(A_i c_i + b_i))) = Σ_i up(W_i A_i c_i + W_i b_i), where
     W_i are the columns of the fusing convolution for map i. Computing W_i A_i first moves the convolution to the low
     resolutions and avoids the map of 4E channels. The state_dict is that of the reference implementation.
-
-    Args:
-        in_channels: channels of the four maps, finest first.
-        num_classes: number of classes K.
-        embedding_dim: channels E of the fused map.
-        dropout: probability that a channel of the fused map is dropped in training.
     """
 
     def __init__(self, in_channels: Sequence[int], num_classes: int, embedding_dim: int, dropout: float = 0.1) -> None:
@@ -37,14 +31,7 @@ class SegFormerHead(nn.Module):
         self.linear_pred = nn.Conv2d(embedding_dim, num_classes, 1)
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
-        """Classify every position of the finest map.
-
-        Args:
-            features: four maps (B, in_channels[i], h_i, w_i), finest first.
-
-        Returns:
-            logits (B, K, h_0, w_0).
-        """
+        """Map four maps (B, in_channels[i], h_i, w_i), finest first, to logits (B, K, h_0, w_0)."""
         fused = self._fuse(features)
         # In the dtype of the classifier's weights, since 1 / (1 - p) in half precision would not preserve the mean.
         kept = F.dropout(self.linear_pred.weight.new_ones(fused.shape[:2]), self.dropout.p, self.training)
@@ -106,10 +93,7 @@ def _resize(feature: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def add_by_products(fused: Tensor, maps: Sequence[Tensor]) -> Tensor:
-    """Add maps (B, C, h, w) to one (B, C, H, W), resized as by interpolate: by a matrix for rows and one for columns.
-
-    All are channels-last, and none is copied.
-    """
+    """Add channels-last maps (B, C, h, w) to one (B, C, H, W), resized as by interpolate, without copying any."""
     batch, _, height, width = fused.shape
     lines = fused.permute(0, 2, 3, 1).flatten(0, 1)  # (B·H, W, C)
     for x in maps:

@@ -33,12 +33,7 @@ class Decoder(nn.Module):
 
 
 class Segmentor(nn.Module):
-    """An encoder and a decoder.
-
-    Args:
-        backbone: maps images (B, 3, H, W) to four feature maps, finest first; its ``min_size`` is the model's too.
-        decoder: maps those to logits.
-    """
+    """An encoder, which maps images (B, 3, H, W) to four feature maps, and a decoder, which maps those to logits."""
 
     def __init__(self, backbone: Backbone, decoder: Decoder) -> None:
         super().__init__()
@@ -92,8 +87,7 @@ def build_segmentor(
     Raises:
         InputError: the backbone is unknown, does not fit or has no activation checkpointing; the crops are too small.
         MissingPackageError: the backbone needs timm, which is not installed.
-        TypeError: a number is not an integer, ``crop_size`` not a pair, or ``allspark`` something else.
-        ValueError: a number is less than 1.
+        TypeError, ValueError: an argument is of another type, or a number less than 1.
     """
     check_count("num_classes", num_classes)
     check_count("embedding_dim", embedding_dim)
@@ -109,6 +103,7 @@ def build_segmentor(
         raise InputError(f"activation_checkpointing is for mit_* backbones, not for {backbone}: leave it False")
     else:
         encoder = TimmBackbone(backbone.removeprefix("timm/"))
+    encoder.name = backbone
     if min(crop_size) < encoder.min_size:
         raise InputError(f"crop_size is {crop_size}, expected at least {encoder.min_size} pixels a side")
     height, width = encoder.deepest_size(crop_size)

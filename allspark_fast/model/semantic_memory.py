@@ -20,8 +20,7 @@ class SemanticMemory(nn.Module):
         queue_ptr: buffer (K,) int64, the slot that each class writes next.
         queue_filled: buffer (K,) bool, whether a class ever received a channel; None unless ``memory_init`` is
             ``empty``.
-        received: buffer (K,) int64, channels that each class received since the model was built; not in the
-            ``state_dict``.
+        received: buffer (K,) int64, channels that each class received so far; not in the ``state_dict``.
     """
 
     def __init__(self, num_classes: int, slots: int, tokens: int, options: AllSparkOptions) -> None:
@@ -87,11 +86,10 @@ def _assume_filled(module: nn.Module, state_dict: dict[str, Tensor], prefix: str
 def token_class_map(
     logits: Tensor, size: tuple[int, int], *, crop_size: tuple[int, int] | None = None, kind: ClassMap = "logits"
 ) -> Tensor:
-    """Resize logits (B, K, h', w') to class scores (B, K, h·w) at the tokens of a map, without gradient.
+    """Resize logits (B, K, h', w') to class scores (B, K, h·w) at the tokens of a map, at least float32, no gradient.
 
-    The reference implementation resizes them to the crop and then to the tokens, both bilinearly with
-    align_corners=False. A resize is a matrix on each axis, so one product of two small matrices replaces both. The
-    softmax is taken after the resize. The result is at least float32.
+    The reference implementation resizes them to the crop and then to the tokens, bilinearly with align_corners=False,
+    before the softmax. A resize is a matrix on each axis, so one product of two small matrices replaces both.
     """
     with torch.autocast(logits.device.type, enabled=False):
         logits = logits.detach().to(torch.promote_types(logits.dtype, torch.float32))

@@ -22,9 +22,6 @@ class TimmBackbone(Backbone):
     A pyramid (EfficientNet, Swin, ConvNeXt, PVT) gives its last four maps. A plain transformer (DINOv2), whose maps all
     have one stride, gives the maps after each quarter of its blocks, without the final norm.
 
-    Args:
-        name: as in ``timm.list_models()``.
-
     Raises:
         InputError: timm has no such model, or it has fewer than four maps, or takes only images of one size.
         MissingPackageError: timm is not installed.
@@ -36,7 +33,6 @@ class TimmBackbone(Backbone):
             timm = importlib.import_module("timm")  # optional, and slow to import
         except ImportError as error:
             raise MissingPackageError("backbones timm/... need timm: pip install 'allspark-fast[timm]'") from error
-        self.name = name
         self.features = timm.create_model(name, **_options(timm, name))
         _replace_layers(self.features, timm.layers)
         self.channels = tuple(self.features.feature_info.channels())
@@ -54,8 +50,7 @@ class TimmBackbone(Backbone):
 
 def _same_conv(conv: nn.Conv2d, x: Tensor) -> Tensor:
     """Compute TensorFlow's "same" convolution of maps whose sides are multiples of its stride."""
-    # timm pads by each map's size, which grows through the layers to expressions that torch.export cannot solve. Images
-    # are resized to multiples of all strides, for which the padding is constant.
+    # timm pads by each map's size, which torch.export cannot solve. Images are resized to multiples of all strides.
     padding: list[int] = []
     for kernel, stride, dilation in zip(conv.kernel_size, conv.stride, conv.dilation, strict=True):
         total = max((kernel - 1) * dilation + 1 - stride, 0)

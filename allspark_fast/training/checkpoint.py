@@ -72,6 +72,27 @@ def load_latest_checkpoint(folder: Path, expected: Mapping[str, Any] | None = No
     )
 
 
+def _read_checkpoint(path: Path, expected: Mapping[str, Any] | None) -> dict[str, Any]:
+    state = read_torch_file(path)
+    found = state.pop("format", None) if isinstance(state, dict) else None
+    if found != _FORMAT:
+        raise InputError(f"{path} is no checkpoint of this version: its format is {found!r}, expected {_FORMAT!r}")
+    if expected is not None:
+        # What an earlier version did not measure of classes starts afresh.
+        state["classes"] = expected.get("classes", {}) | state.get("classes", {})
+        if different := sorted(name for name, _ in _shapes(state) ^ _shapes(expected)):
+            raise InputError(
+                f"{path} is a checkpoint of another model: {different[:3]} are missing or of another shape"
+            )
+    return state
+
+
+def _shapes(state: Mapping[str, Any]) -> set[tuple[str, torch.Size]]:
+    """Return names and shapes of a state's tensors, without random states."""
+    leaves, _ = pytree.tree_flatten_with_path({name: x for name, x in state.items() if name not in _RANDOM})
+    return {(pytree.keystr(path), x.shape) for path, x in leaves if isinstance(x, Tensor)}
+
+
 def list_checkpoints(folder: Path) -> list[Path]:
     """Return the checkpoints of a folder, newest first."""
     return sorted(folder.glob("step_*.pt"), reverse=True)
@@ -105,24 +126,3 @@ def set_random_states(states: Mapping[str, Tensor]) -> None:
     for name, set_state in (("rng", torch.set_rng_state), ("cuda_rng", torch.cuda.set_rng_state)):
         if name in states:
             set_state(states[name].clone())  # torch crashes on a part of a larger tensor
-
-
-def _read_checkpoint(path: Path, expected: Mapping[str, Any] | None) -> dict[str, Any]:
-    state = read_torch_file(path)
-    found = state.pop("format", None) if isinstance(state, dict) else None
-    if found != _FORMAT:
-        raise InputError(f"{path} is no checkpoint of this version: its format is {found!r}, expected {_FORMAT!r}")
-    if expected is not None:
-        # Checkpoints of earlier versions lack it: their runs start it afresh.
-        state = {"classes": expected.get("classes"), **state}
-        if different := sorted(name for name, _ in _shapes(state) ^ _shapes(expected)):
-            raise InputError(
-                f"{path} is a checkpoint of another model: {different[:3]} are missing or of another shape"
-            )
-    return state
-
-
-def _shapes(state: Mapping[str, Any]) -> set[tuple[str, torch.Size]]:
-    """Return names and shapes of a state's tensors, without random states."""
-    leaves, _ = pytree.tree_flatten_with_path({name: x for name, x in state.items() if name not in _RANDOM})
-    return {(pytree.keystr(path), x.shape) for path, x in leaves if isinstance(x, Tensor)}

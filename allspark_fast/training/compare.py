@@ -11,7 +11,7 @@ from allspark_fast.config import Config, DataConfig, Method
 from allspark_fast.data.datasets import SegmentationDataset
 from allspark_fast.data.loader import evaluation_loader
 from allspark_fast.data.sources import open_sources, open_val
-from allspark_fast.data.splits import make_split, read_shares, spread, write_lists
+from allspark_fast.data.splits import make_split, read_contents, spread, write_lists
 from allspark_fast.device import choose_device
 from allspark_fast.errors import InputError
 from allspark_fast.files import write_atomically
@@ -104,7 +104,7 @@ def _choose_labels(
     sources = open_sources(data if every_label is None else replace(data, labeled=every_label))
     assert isinstance(sources.labeled, SegmentationDataset)
     entries = sources.labeled.entries
-    split = make_split(entries, spread(entries, seed, read_shares(sources.labeled)), (), count)
+    split = make_split(entries, spread(entries, seed, read_contents(sources.labeled)), (), count)
     listed = {entry.image for entry in entries}
     others = [entry for entry in sources.unlabeled.entries if entry.image not in listed]
     place = (folder / "splits" / f"{count}_seed{seed}").absolute()

@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from allspark_fast.data.loader import SemiBatch
 from allspark_fast.distributed import all_reduce_any
+from allspark_fast.errors import RunError
 from allspark_fast.files import reason
 from allspark_fast.training.checkpoint import random_states, set_random_states
 from allspark_fast.training.log import Record
@@ -49,7 +50,7 @@ class GraphedSteps:
     memory say, it and all others are ordinary. Collectives of several ranks are recorded too; all ranks decide alike.
 
     Args:
-        state: what the steps change; not sharded.
+        state: what the steps change.
         report: takes the figures of a comparison, made unless it is None: the first replay of each phase against two
             ordinary steps from the same state and random numbers. If it differs by more than these, the ordinary step
             counts, and nothing is recorded any more.
@@ -63,8 +64,7 @@ class GraphedSteps:
         self.recording = True
         self._report = report
         self._record_step = record
-        self._size = torch.Size()
-        self._phase: dict[str, bool] = {}
+        self._phase: tuple[torch.Size, dict[str, bool]] = torch.Size(), {}
         self._warmup_steps = 0
         self._replay: Callable[[], object] | None = None
         # One for all: each stream keeps memory of its own.
@@ -74,11 +74,15 @@ class GraphedSteps:
             group["capturable"] = True
         warnings.filterwarnings("ignore", message="This instance was constructed with capturable=True")
 
-    def __call__(self, batch: SemiBatch, **phase: bool) -> Losses:
-        """Take a step; arguments as ``train_step``'s. The next step may overwrite the losses."""
-        if (batch.image.shape, phase) != (self._size, self._phase):
+    def __call__(self, batch: SemiBatch, **options: bool) -> Losses:
+        """Take a step; arguments as ``train_step``'s. The next step may overwrite the losses.
+
+        Raises:
+            RunError: a step of a sharded model cannot be recorded.
+        """
+        if (phase := (batch.image.shape, options)) != self._phase:
             self.release()
-            self._size, self._phase, self._warmup_steps = batch.image.shape, phase, WARMUP_STEPS
+            self._phase, self._warmup_steps = phase, WARMUP_STEPS
         if self._warmup_steps or not self.recording:
             self._warmup_steps = max(self._warmup_steps - 1, 0)
             return self._take(batch)
@@ -99,26 +103,33 @@ class GraphedSteps:
     def _take(self, batch: SemiBatch) -> Losses:
         """Take an ordinary step, on a side stream until it is recorded, as CUDA graph capture requires."""
         if self._stream is None or not self.recording:
-            return train_step(self.state, batch, **self._phase)
+            return train_step(self.state, batch, **self._phase[1])
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
-            losses = train_step(self.state, batch, **self._phase)
+            losses = train_step(self.state, batch, **self._phase[1])
         torch.cuda.current_stream().wait_stream(self._stream)
         return losses
 
     def _record(self, batch: SemiBatch) -> Losses:
         """Record a step and take it, by its first replay unless that is wrong."""
-        # Before the recording, so that their memory is free again by then.
-        copies = [] if self._report is None else self._take_twice(batch)
+        copies = []
+        if self._report is not None:  # before the recording, so that their memory is free again by then
+            copies.append(self._copy(torch.zeros(len(Losses._fields))))
+            for _ in range(2):
+                copies.append(self._copy(torch.stack(self._take(batch))))
+                self._restore(copies[0])
         self._batch = SemiBatch(*(None if x is None else x.clone() for x in batch))  # type: ignore[arg-type]
         failure = ""
         try:
-            step = functools.partial(train_step, self.state, self._batch, **self._phase)
+            step = functools.partial(train_step, self.state, self._batch, **self._phase[1])
             self._losses, self._replay = self._record_step(step, self._stream)
         except RuntimeError as error:
             failure = reason(error)
         if all_reduce_any(bool(failure)):
-            self._stop_recording(failure or "it failed on another rank")
+            failure = failure or "it failed on another rank"
+            if self.state.replica is not None:  # FSDP is in the middle of a step
+                raise RunError(f"a step cannot be recorded ({failure}): go on with --train.cuda_graph off")
+            self._stop_recording(failure)
             return self._take(batch)
         assert self._replay is not None
         self._replay()
@@ -130,15 +141,6 @@ class GraphedSteps:
                 self._restore(copies[1])
                 return Losses(*copies[1]["losses"].to(batch.image.device))
         return self._losses
-
-    def _take_twice(self, batch: SemiBatch) -> list[dict[str, Any]]:
-        """Take two ordinary steps, undo them, and return copies of the state before them and after each."""
-        copies = [self._copy(torch.zeros(len(Losses._fields)))]
-        for _ in range(2):
-            losses = self._take(batch)
-            copies.append(self._copy(torch.stack(losses)))
-            self._restore(copies[0])
-        return copies
 
     def _copy(self, losses: Tensor) -> dict[str, Any]:
         """Copy all that a step changes to the CPU, where there is memory."""

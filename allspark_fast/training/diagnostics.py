@@ -31,21 +31,32 @@ def pseudo_label_record(pseudo_label: Tensor, confidence: Tensor, classes: int, 
 
     Returns:
         ``pseudo_label_coverage``, the share of the pixels, without padding, whose pseudo label has a probability of at
-        least ``CONFIDENT``; ``pseudo_label_accuracy``, the share of right ones among the pixels with a hidden label,
-        and ``pseudo_label_recall``, the same for the pixels of each class, where there are such pixels, else None.
+        least ``CONFIDENT``, and ``pseudo_label_class_coverage``, the same for the pseudo labels of each class;
+        ``pseudo_label_accuracy``, the share of right ones among the pixels with a hidden label, and
+        ``pseudo_label_recall``, the same for the pixels of each class. A class without such pixels has None.
     """
     valid = batch.unlabeled_valid
     truth = torch.full_like(pseudo_label, IGNORE_INDEX) if batch.unlabeled_label is None else batch.unlabeled_label
-    of_class = truth[..., None] == torch.arange(classes, device=truth.device)
-    right = of_class & (pseudo_label == truth)[..., None]
-    shares = torch.stack([(valid & (confidence >= CONFIDENT)).sum(), valid.sum()])
-    confident, pixels = all_reduce_sum(shares).tolist()
-    hits, known = all_reduce_sum(torch.stack([x.sum((0, 1, 2)) for x in (right, of_class)])).tolist()
-    record: Record = {"pseudo_label_coverage": confident / pixels}
+    labeled, of_class = (x[..., None] == torch.arange(classes, device=x.device) for x in (pseudo_label, truth))
+    counted = [
+        labeled & (valid & (confidence >= CONFIDENT))[..., None],
+        labeled & valid[..., None],
+        of_class & (pseudo_label == truth)[..., None],
+        of_class,
+    ]
+    confident, pixels, hits, known = all_reduce_sum(torch.stack([x.sum((0, 1, 2)) for x in counted])).tolist()
+    record: Record = {
+        "pseudo_label_coverage": sum(confident) / sum(pixels),
+        "pseudo_label_class_coverage": _ratios(confident, pixels),
+    }
     if sum(known):
         record["pseudo_label_accuracy"] = sum(hits) / sum(known)
-        record["pseudo_label_recall"] = [x / n if n else None for x, n in zip(hits, known, strict=True)]
+        record["pseudo_label_recall"] = _ratios(hits, known)
     return record
+
+
+def _ratios(parts: Sequence[float], wholes: Sequence[float]) -> list[float | None]:
+    return [part / whole if whole else None for part, whole in zip(parts, wholes, strict=True)]
 
 
 def class_record(pixels: Tensor) -> Record:
@@ -65,7 +76,7 @@ def class_record(pixels: Tensor) -> Record:
     return {
         "label_share": [x / max(sum(labels), 1) for x in labels],
         "pseudo_label_share": [x / sum(pseudo_labels) for x in pseudo_labels],
-        "pseudo_label_kept": [x / n if n else None for x, n in zip(kept, pseudo_labels, strict=True)],
+        "pseudo_label_kept": _ratios(kept, pseudo_labels),
     }
 
 
@@ -89,9 +100,12 @@ def find_problems(
     for name, label, pseudo_label in shares:
         if pseudo_label < _RARE * label:
             problems[f"labels {name}"] = (
-                f"{name} gets almost no pseudo labels: {pseudo_label:.2%} of them, but {label:.2%} of the labels; "
-                "training on them unlearns it; let them count later (train.pseudo_from)"
+                f"{name} gets almost no pseudo labels: {pseudo_label:.2%} of them, but {label:.2%} of the labels"
             )
+    if problems:
+        problems["labels"] = (
+            "training on such pseudo labels unlearns these classes: train.pseudo_from lets them count later"
+        )
     true, predicted = (scores.confusion.sum(axis).tolist() for axis in (1, 0))
     for name, pixels, predictions in zip(classes, true, predicted, strict=True):
         if predictions < _RARE * pixels:

@@ -20,11 +20,10 @@ class HalfWeights:
         models: on their device, and the same one more than once counts once. What is copied are the linear layers and
             the convolutions of Mix Transformers and bottlenecks: the head multiplies its weights in float32, and
             encoders of timm are left to autocast.
-        enabled: whether to copy; otherwise the methods do nothing.
     """
 
-    def __init__(self, *models: nn.Module, enabled: bool) -> None:
-        modules = dict.fromkeys(x for model in models for x in model.modules() if enabled)
+    def __init__(self, *models: nn.Module) -> None:
+        modules = dict.fromkeys(x for model in models for x in model.modules())
         parts = [x for x in modules if isinstance(x, (MixTransformer, AllSpark))]
         layers = [x for part in parts for x in part.modules()]
         linears = [x for x in layers if isinstance(x, nn.Linear)]

@@ -1,13 +1,26 @@
-"""The log of a run: metrics.jsonl and TensorBoard events."""
+"""The log of a run: metrics.jsonl, TensorBoard events, and what it says at its start and end."""
 
 import json
+import sys
+import textwrap
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
+from allspark_fast.config import Config, Schedule
+from allspark_fast.data.datasets import Sources
 from allspark_fast.files import write_atomically
+from allspark_fast.model import Segmentor
+from allspark_fast.text import one_line, property_table
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
 
 Record = dict[str, Any]
 
@@ -47,10 +60,10 @@ class MetricsLog:
                         self._events.add_scalar(f"{name}/{index}", x, step)
         self._events.flush()
 
-    def add_picture(self, path: Path, step: int) -> None:
-        """Show a picture of the run folder in TensorBoard too, under its name."""
+    def add_picture(self, path: Path) -> None:
+        """Show a picture of the run folder in TensorBoard too, under its name, at the step of the last record."""
         pixels = np.asarray(Image.open(path).convert("RGB"))
-        self._events.add_image(path.stem, pixels, step, dataformats="HWC")
+        self._events.add_image(path.stem, pixels, self.records[-1]["step"], dataformats="HWC")
 
     def close(self) -> None:
         """Close the TensorBoard file."""
@@ -67,3 +80,74 @@ def read_metrics(folder: Path) -> list[Record]:
         except json.JSONDecodeError:
             break
     return records
+
+
+def start_summary(
+    config: Config,
+    sources: Sources,
+    schedule: Schedule,
+    model: Segmentor,
+    *,
+    device: torch.device,
+    folder: Path,
+    step: int,
+) -> str:
+    """Return a table of what a run is about to do from a step on, in lines of 80 columns where names are short."""
+    data, train = config.data, config.train
+    lists = {"labeled": sources.labeled, "unlabeled": sources.unlabeled, "validation images": sources.val}
+    classes = f"{len(sources.info.classes)}: {', '.join(map(one_line, sources.info.classes))}"
+    unlabeled = "" if train.method == "supervised" else f" + {train.batch_size} unlabeled"
+    phases = {
+        "pseudo labels": schedule.pseudo_from if train.method != "supervised" else schedule.total,
+        "the memory": schedule.memory_from if train.method == "allspark" else schedule.total,
+    }
+    begin = (f"{name} from {start}" for name, start in phases.items() if start < schedule.total)
+    on = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    kind = "bfloat16 autocast" if train.amp and device.type == "cuda" else "float32"
+    return property_table(
+        {
+            "method": train.method,
+            "data": f"{data.dataset}: " + ", ".join(f"{len(x.entries)} {name}" for name, x in lists.items()),
+            "classes": textwrap.shorten(classes, 66, placeholder=" ..."),
+            "model": f"{config.model.backbone}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, "
+            + (f"from {config.model.weights}" if config.model.weights else "from random weights"),
+            "step": f"{train.batch_size} labeled{unlabeled} crops of {data.crop}x{data.crop}, {train.optimizer}, "
+            f"lr {train.lr:g}",
+            "schedule": ", ".join([f"steps {step + 1} to {schedule.total}", *begin]),
+            "scored": f"every {schedule.evaluate_every} steps, and at the end",
+            "device": f"{on}, {kind}",
+            "folder": f"{folder}; live: tensorboard --logdir {folder}",
+            "stop": "Ctrl-C, which saves; the same command goes on",
+        }
+    )
+
+
+def end_summary(folder: Path, *, best: tuple[float, int], last: tuple[float, int], steps: int, seconds: float) -> str:
+    """Return a table of what a finished run has reached and taken, where it is, and what to type next.
+
+    Args:
+        folder: the run folder.
+        best: the best mean IoU, and its step.
+        last: the last one.
+        steps: taken since the run was started or resumed.
+        seconds: that these took.
+    """
+    command = f"python -m allspark_fast {{}} {folder}"
+    return property_table(
+        {
+            "best": f"mIoU {100 * best[0]:.1f} of step {best[1]} (best.safetensors)",
+            "last": f"mIoU {100 * last[0]:.1f} of step {last[1]} (last.safetensors)",
+            "took": f"{timedelta(seconds=round(seconds))} for {steps} steps{_peak_memory()}",
+            "folder": f"{folder}: look at validation.png, predictions.png, curves.png",
+            "next": f"{command.format('evaluate')}\n{command.format('predict')} IMAGE_OR_FOLDER",
+        }
+    )
+
+
+def _peak_memory() -> str:
+    if torch.cuda.is_initialized():
+        return f", at most {torch.cuda.max_memory_allocated() / 1e9:.1f} GB of GPU memory"
+    if resource is None:
+        return ""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return f", at most {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9:.1f} GB of memory"

@@ -1,98 +1,114 @@
-"""The pictures of a run: curves, and predictions beside pseudo labels and truth."""
+"""The pictures of a run: curves, and panels of unlabeled crops and of validation images."""
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from torch import Tensor
-from torchvision.utils import make_grid  # type: ignore[import-untyped]
 
-from allspark_fast.data.info import IGNORE_INDEX, DatasetInfo
+from allspark_fast.config import DataConfig
+from allspark_fast.data.info import DatasetInfo
+from allspark_fast.data.loader import EvalSample
 from allspark_fast.files import write_atomically
-from allspark_fast.training.log import Record
+from allspark_fast.inference.pictures import comparison, draw_panel, label_map, to_image
+from allspark_fast.text import drawable
+from allspark_fast.training.log import MetricsLog, Record
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from matplotlib.axes import Axes
 
-# What the metrics are called in the curves, by panel.
+logger = logging.getLogger(__name__)
+
+# What the metrics are called in the curves, by panel; and those that are a number for each class.
 _CURVES = {
     "cross-entropy": {"loss_labeled": "labeled", "loss_unlabeled": "unlabeled"},
     "validation": {"miou": "mIoU"},
     "pseudo labels": {"pseudo_label_accuracy": "accuracy", "pseudo_label_coverage": "coverage"},
 }
+_BY_CLASS = {
+    "iou": "IoU by class",
+    "pseudo_label_class_coverage": "coverage of pseudo labels by class",
+    "memory_received": "channels into the memory by class",
+}
+_STEPS_NAMED = 5
+
+
+def draw_pictures(
+    log: MetricsLog,
+    crops: tuple[Tensor, Mapping[str, Tensor]],
+    validation: Sequence[tuple[str, EvalSample, Tensor]],
+    info: DatasetInfo,
+    data: DataConfig,
+) -> None:
+    """Draw curves.png, predictions.png and validation.png of a run, which goes on if they cannot be drawn.
+
+    Args:
+        log: of the run; its TensorBoard shows the panels too.
+        crops: unlabeled ones (B, 3, H, W), and their labels (B, H, W) by the title of their column.
+        validation: name, sample and prediction (H, W) of some validation images.
+        info: names and colors of the classes.
+        data: how images were normalized.
+    """
+    try:
+        draw_curves(log.path.parent, log.records, info)
+        images, labels = crops
+        predictions = [
+            ("", {"image": to_image(image, data.mean, data.std)} | {x: label_map(labels[x][i], info) for x in labels})
+            for i, image in enumerate(images)
+        ]
+        compared = [(name, comparison(sample, x, info, data.mean, data.std)) for name, sample, x in validation]
+        for name, rows in {"predictions": predictions, "validation": compared}.items():
+            path = log.path.with_name(f"{name}.png")
+            draw_panel(path, rows, info)
+            log.add_picture(path)
+    except Exception as error:
+        logger.warning("the pictures of step %d were not drawn: %r", log.records[-1]["step"], error)
 
 
 def draw_curves(folder: Path, records: Sequence[Record], info: DatasetInfo) -> None:
-    """Write curves.png: losses, mIoU on the validation set, pseudo labels, and what the Semantic Memory received."""
+    """Write curves.png: losses, mIoU and its best step, pseudo labels; and IoU, coverage and memory by class."""
     from matplotlib.figure import Figure  # noqa: PLC0415 slow to import
 
-    figure = Figure(figsize=(10, 7.2), layout="constrained")
-    for place, (title, names) in enumerate(_CURVES.items(), 1):
-        axes = figure.add_subplot(2, 2, place, title=title, xlabel="step")
+    figure = Figure(figsize=(14, 7.5), layout="constrained")
+    above, below = figure.subplots(2, 3)
+    for axes, (title, names) in zip(above, _CURVES.items(), strict=True):
+        axes.set(title=title, xlabel="step")
         for name, label in names.items():
-            points = [(record["step"], record[name]) for record in records if name in record]
-            if points:
-                marker = "." if len(points) == 1 else ""  # a line of one point would not show
+            if points := [(record["step"], record[name]) for record in records if name in record]:
+                marker = "." if len(points) < 20 else ""
                 axes.plot(*zip(*points, strict=True), label=label, linewidth=1.5, marker=marker)
+                if name == "miou":
+                    best, miou = max(points, key=lambda point: np.nan_to_num(point[1]))
+                    axes.plot(best, miou, "*", markersize=14, label=f"best: {100 * miou:.1f} at step {best}")
         axes.set_ylim(0, None if title == "cross-entropy" else 1)
         axes.grid(alpha=0.3)
         if axes.has_data():
             axes.legend(frameon=False)
-    if received := [record["memory_received"] for record in records if "memory_received" in record]:
-        _draw_memory(figure, np.array(received, dtype=float), info)
-    write_atomically(folder / "curves.png", lambda temporary: figure.savefig(temporary, dpi=120))
+    for axes, (name, title) in zip(below, _BY_CLASS.items(), strict=True):
+        found = [(record["step"], record[name]) for record in records if name in record]
+        if found:
+            steps, rows = zip(*found, strict=True)
+            values, greatest = np.array(rows, float), 1.0 if name != "memory_received" else None
+            if name == "memory_received":  # counted from the start of the run: the shares since the evaluation before
+                counts = np.diff(values, axis=0, prepend=0)
+                values = counts / counts.sum(1, keepdims=True).clip(min=1)
+            axes.set(title=title, xlabel="step")
+            _draw_by_class(axes, steps, values, greatest, drawable(info.classes))
+        else:
+            axes.remove()
+    write_atomically(folder / "curves.png", lambda temporary: figure.savefig(temporary, dpi=100))
 
 
-def _draw_memory(figure: "Figure", totals: np.ndarray, info: DatasetInfo) -> None:
-    """Draw a column for each evaluation: the share of the channels since the one before that each class received."""
-    counts = np.diff(totals, axis=0, prepend=0)
-    part = counts / counts.sum(1, keepdims=True).clip(min=1)
-    axes = figure.add_subplot(2, 2, 4, title="channels into the memory, by class", xlabel="evaluation")
-    figure.colorbar(axes.imshow(part.T, aspect="auto", interpolation="nearest", vmin=0), ax=axes)
-    axes.set_yticks(range(len(info.classes)), info.classes, fontsize=min(7, 210 / len(info.classes)))
-
-
-def draw_predictions(
-    path: Path,
-    images: Tensor,
-    labels: dict[str, Tensor],
-    info: DatasetInfo,
-    mean: Sequence[float],
-    std: Sequence[float],
+def _draw_by_class(
+    axes: "Axes", steps: Sequence[int], values: np.ndarray[Any, Any], greatest: float | None, names: Sequence[str]
 ) -> None:
-    """Write a picture with a row for each image, and a column for the image and for each kind of label.
-
-    Args:
-        path: of the picture.
-        images: (B, 3, H, W), normalized by ``mean`` and ``std``.
-        labels: (B, H, W) each, by the title of their column.
-        info: colors of the classes, and names that are drawable.
-        mean: of each color channel.
-        std: of each color channel.
-    """
-    from matplotlib.figure import Figure  # noqa: PLC0415 slow to import
-    from matplotlib.patches import Patch  # noqa: PLC0415
-
-    palette = torch.tensor(info.palette) / 255
-    palette[IGNORE_INDEX] = 1
-    pixels = images.cpu() * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None]
-    columns = [pixels.nan_to_num().clamp(0, 1), *(palette[x.cpu()].permute(0, 3, 1, 2) for x in labels.values())]
-    rows, _, height, width = pixels.shape
-    gap = 1 + width // 32
-    # One picture: a grid of axes takes a second to lay out.
-    mosaic = make_grid(torch.stack(columns, 1).flatten(0, 1), nrow=len(columns), padding=gap, pad_value=1)
-    figure = Figure(figsize=(2.4 * len(columns), 2.4 * rows * height / width + 0.6), layout="constrained")
-    axes = figure.subplots()
-    axes.imshow(mosaic.permute(1, 2, 0).numpy(), interpolation="nearest")
-    axes.set_xticks([(width + gap) * (column + 0.5) for column in range(len(columns))], ["image", *labels])
-    axes.tick_params(length=0, labelsize=12, labeltop=True, labelbottom=False)
-    axes.set_yticks([])
-    axes.spines[:].set_visible(False)
-    patches = [
-        Patch(facecolor="#" + bytes(color).hex(), edgecolor="grey", label=name)
-        for name, color in zip(info.classes, info.palette, strict=False)
-    ]
-    figure.legend(handles=patches, loc="outside lower center", ncols=min(len(patches), 8), fontsize=8, frameon=False)
-    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=110, bbox_inches="tight"))
+    """Draw values (evaluations, K) from 0 on as a map with a row for each class; NaN stays gray."""
+    shown = axes.imshow(values.T, aspect="auto", interpolation="nearest", vmin=0, vmax=greatest, cmap="viridis")
+    axes.set_facecolor("lightgray")
+    axes.figure.colorbar(shown, ax=axes)
+    named = range(0, len(steps), -(-len(steps) // _STEPS_NAMED))
+    axes.set_xticks(list(named), [str(steps[i]) for i in named])
+    # Names are no formulas, whatever dollars they hold.
+    axes.set_yticks(range(len(names)), list(names), fontsize=min(8, 210 / len(names)), parse_math=False)

@@ -1,6 +1,7 @@
 """What is settled before a run takes its first step: its folder, its batch, its model and state."""
 
 import copy
+import functools
 import json
 import logging
 import os
@@ -10,14 +11,15 @@ from dataclasses import fields
 from pathlib import Path
 from typing import IO
 
-from allspark_fast.config import Change, Config, EvalConfig, RunConfig, Schedule, TrainConfig, changed_fields
+from allspark_fast.config import Config, EvalConfig, RunConfig, Schedule, TrainConfig, changed_fields
 from allspark_fast.data.datasets import Sources
 from allspark_fast.data.info import DatasetInfo
-from allspark_fast.data.record import RECORD_FILE, differences, read_record, record_data
+from allspark_fast.data.sources import RECORD_FILE, differences, read_record, record_data
 from allspark_fast.distributed import world_size
 from allspark_fast.errors import InputError
 from allspark_fast.files import make_folder, remove_unfinished, write_atomically
 from allspark_fast.model import AllSparkOptions, Segmentor, build_segmentor, compile_blocks
+from allspark_fast.model.mit import MixTransformer
 from allspark_fast.training.checkpoint import list_checkpoints
 from allspark_fast.training.sharding import shard
 from allspark_fast.training.step import TrainState
@@ -52,31 +54,26 @@ def claim_folder(folder: Path, config: Config, sources: Sources) -> IO[str] | No
     """Lock a run folder, made if need be, and write its settings and data, which must be those of a run that is there.
 
     What does not decide the numbers may change, and a run may be given more epochs or steps. The lock is held for as
-    long as the returned file is open: the operating system drops it when the process ends, in whatever way. Windows
-    has none.
+    long as the returned file is open, at most until the process ends. Windows has none.
 
     Raises:
         NotADirectoryError: it is a file.
-        InputError: another process trains there, or the folder holds a run with other settings, classes or lists; the
-            differences are listed.
+        InputError: another process trains there, or the folder holds a run with other settings or data; they are named.
     """
     make_folder(folder)
     lock = _lock(folder)
     remove_unfinished(folder)
-    path = folder / "config.json"
-    record = record_data(sources)
+    path, record = folder / "config.json", record_data(sources)
     # Settings that led nowhere, not even to a checkpoint, may be mended in the same folder.
     if path.is_file() and list_checkpoints(folder / "checkpoints"):
-        before = read_record(folder)
-        if before is None:
-            logger.warning(
-                "%s: this run of an earlier version did not record its classes and lists, so whether they are the same "
-                "is unknown; from now on they are recorded",
-                folder,
-            )
-        changed = changed_fields(Config.read(path), config)
-        refused = [str(change) for change in changed if not _may_change(change)]
-        refused += differences(before, record) if before is not None else ()
+        if (before := read_record(folder)) is None:
+            logger.warning("%s: without %s it is unknown whether classes and lists are the same", folder, RECORD_FILE)
+        refused = [*differences(before or record, record)]
+        for change in (changed := changed_fields(Config.read(path), config)):
+            name, old, new = change
+            longer = name in ("train.epochs", "train.steps") and None not in (old, new) and new > old
+            if not (longer or name in _FREE):
+                refused.append(str(change))
         if refused:
             raise InputError(
                 f"{folder} holds a run with other settings or data ({'; '.join(refused)}): give another "
@@ -84,14 +81,9 @@ def claim_folder(folder: Path, config: Config, sources: Sources) -> IO[str] | No
             )
         if changed:
             logger.info("changed since the last start of this run: %s", "; ".join(map(str, changed)))
-    write_atomically(path, lambda temporary: temporary.write_text(config.to_json(), encoding="utf-8"))
-    write_atomically(folder / RECORD_FILE, lambda temporary: temporary.write_text(json.dumps(record), encoding="utf-8"))
+    for file, text in ((path, config.to_json()), (folder / RECORD_FILE, json.dumps(record))):
+        write_atomically(file, functools.partial(Path.write_text, data=text, encoding="utf-8"))
     return lock
-
-
-def _may_change(change: Change) -> bool:
-    longer = change.name in ("train.epochs", "train.steps") and None not in (change.old, change.new)
-    return change.name in _FREE or (longer and change.new > change.old)
 
 
 def _lock(folder: Path) -> IO[str] | None:
@@ -122,9 +114,8 @@ def check_schedule(config: TrainConfig, schedule: Schedule) -> None:
     for name, (setting, start) in parts.items():
         if start >= schedule.total:
             logger.warning(
-                "%s never come into play: they would from step %d on, but the run ends at %d; train longer, or set "
-                "train.%s to a part of the run, such as 0.25",
-                *(name, start, schedule.total, setting),
+                f"{name} never come into play: they would from step {start} on, but the run ends at {schedule.total}; "
+                f"train longer, or set train.{setting} to a part of the run, such as 0.25"
             )
 
 
@@ -135,19 +126,19 @@ def check_batch(config: TrainConfig) -> None:
         InputError: they cannot.
     """
     ranks, micro_batches = world_size(), config.gradient_accumulation_steps
-    share, rest = divmod(config.batch_size, ranks * micro_batches)
+    parts = ranks * micro_batches
+    share, rest = divmod(config.batch_size, parts)
     if rest:
         raise InputError(
             f"train.batch_size {config.batch_size} cannot be shared equally by {ranks} processes with {micro_batches} "
-            f"micro-batches (train.gradient_accumulation_steps) each: set it to a multiple of {ranks * micro_batches}"
+            f"micro-batches (train.gradient_accumulation_steps) each: set it to a multiple of {parts}"
         )
     if config.cutmix and config.method != "supervised" and share % 2:
         logger.warning(
-            "train.cutmix mixes pairs of crops, but a micro-batch has %d: the last one is not mixed; with a "
-            "train.batch_size that is a multiple of %d each has a partner",
-            *(share, 2 * ranks * micro_batches),
+            f"train.cutmix mixes pairs of crops, but a micro-batch has {share}: the last one is not mixed; with a "
+            f"train.batch_size that is a multiple of {2 * parts} each has a partner"
         )
-    if ranks * micro_batches > 1:
+    if parts > 1:
         logger.info(
             f"a step takes {config.batch_size} + {config.batch_size} images: {ranks} processes, {micro_batches} "
             f"micro-batches each, of {share} + {share}; train.lr is that of the whole batch"
@@ -180,22 +171,22 @@ def build_state(model: Segmentor, config: TrainConfig, total_steps: int) -> Trai
     Raises:
         InputError: the model is to be compiled, and its encoder has no blocks.
     """
+    has_blocks, on_gpu = isinstance(model.backbone, MixTransformer), next(model.parameters()).is_cuda
+    repays = has_blocks and on_gpu and total_steps > _REPAY_COMPILING
+    if config.compile == "on" or (config.compile == "auto" and repays):
+        _keep_compiled_kernels()
+        compile_blocks(model, "inductor")
+        logger.info("the encoder's blocks are compiled in the first steps, a minute or two (train.compile)")
     sharded = config.sharding == "fsdp" and world_size() > 1
     ema, replica = (copy.deepcopy(model).requires_grad_(False) if x else None for x in (config.ema > 0, sharded))
-    repays = next(model.parameters()).is_cuda and total_steps > _REPAY_COMPILING
-    if config.compile == "on" or (config.compile == "auto" and repays):
-        with suppress(OSError, RuntimeError):  # no home, or a read-only one: torch's temporary folder will do
-            cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "allspark_fast" / "inductor"
-            cache.mkdir(parents=True, exist_ok=True)
-            if os.access(cache, os.W_OK):
-                os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
-        try:
-            for x in filter(None, (model, ema if config.teacher == "ema" else None)):
-                compile_blocks(x, "inductor")
-            logger.info("the encoder's blocks are compiled in the first steps, a minute or two (train.compile)")
-        except InputError:
-            if config.compile == "on":
-                raise
     for x in filter(None, (model, ema) if sharded else ()):
         shard(x)
     return TrainState(model, config, total_steps=total_steps, ema=ema, replica=replica)
+
+
+def _keep_compiled_kernels() -> None:
+    with suppress(OSError, RuntimeError):  # no home, or a read-only one: torch's temporary folder will do
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "allspark_fast" / "inductor"
+        cache.mkdir(parents=True, exist_ok=True)
+        if os.access(cache, os.W_OK):
+            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils import _pytree as pytree
 
@@ -25,26 +25,13 @@ def shard(model: Segmentor) -> None:
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     mesh = init_device_mesh(next(model.parameters()).device.type, (world_size(),))
     model.to(memory_format=torch.contiguous_format)  # the only one that FSDP takes
-    for module in model.modules():
-        if isinstance(module, Block):
-            fully_shard(module, mesh=mesh)
-    fully_shard(model, mesh=mesh)
-
-
-def reshard(model: Segmentor) -> None:
-    """Shard what a forward pass without a backward pass has left gathered; other models stay as they are."""
-    if isinstance(model, FSDPModule):
-        model.reshard()
+    for module in (*(x for x in model.modules() if isinstance(x, Block)), model):
+        fully_shard(module, mesh=mesh)
 
 
 def to_local(x: Tensor) -> Tensor:
     """Return this rank's shard of a tensor, which is all of it unless it is sharded."""
     return x.to_local() if isinstance(x, DTensor) else x
-
-
-def full_tensor(x: Tensor) -> Tensor:
-    """Gather all of a tensor; every rank has to call this if it is sharded."""
-    return x.full_tensor() if isinstance(x, DTensor) else x
 
 
 def gather_state(state: dict[str, Any]) -> dict[str, Any]:
@@ -57,18 +44,9 @@ def gather_state(state: dict[str, Any]) -> dict[str, Any]:
     return pytree.tree_map_only(DTensor, gather, state)
 
 
-def from_local_like(x: Tensor, parameter: Tensor) -> Tensor:
-    """Return the sharded tensor whose local shard is ``x``, sharded like a parameter; leave others as they are."""
-    if not isinstance(parameter, DTensor) or x.shape != parameter.to_local().shape:
-        return x
-    # Shape and stride are given because the last rank's shard may be smaller.
-    mesh, placements, shape, stride = parameter.device_mesh, parameter.placements, parameter.shape, parameter.stride()
-    return DTensor.from_local(x, mesh, placements, shape=shape, stride=stride)
-
-
 def shard_like(x: Tensor, parameter: Tensor) -> Tensor:
     """Shard a whole tensor like a parameter of its shape; leave others as they are."""
-    if not isinstance(parameter, DTensor) or x.shape != parameter.shape:
+    if isinstance(x, DTensor) or not isinstance(parameter, DTensor) or x.shape != parameter.shape:
         return x
     # Every rank holds the whole tensor, so nothing is sent.
     return distribute_tensor(x.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None)

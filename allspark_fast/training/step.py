@@ -5,6 +5,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 
 from allspark_fast.config import TrainConfig
@@ -22,14 +24,7 @@ from allspark_fast.training.pseudo_labels import (
     update_shares,
     update_statistics,
 )
-from allspark_fast.training.sharding import (
-    average_gradients,
-    from_local_like,
-    full_tensor,
-    reshard,
-    shard_like,
-    to_local,
-)
+from allspark_fast.training.sharding import average_gradients, shard_like, to_local
 
 
 class Losses(NamedTuple):
@@ -54,7 +49,7 @@ class TrainState:
         model: on the device where it trains.
         config: the optimization.
         total_steps: steps of the whole run, for the schedule.
-        ema: a copy of the model that becomes the moving average of its weights, or None; sharded if the model is.
+        ema: a copy of the model that becomes the moving average of its weights; sharded if the model is.
         replica: a whole copy of a sharded model, to evaluate.
     """
 
@@ -68,17 +63,13 @@ class TrainState:
         replica: Segmentor | None = None,
     ) -> None:
         device = next(model.parameters()).device
-        self.amp = config.amp and next(model.parameters()).is_cuda
-        self.model = model
-        self.config = config
-        self.total_steps = total_steps
-        self.ema = ema
-        self.replica = replica
+        self.amp = config.amp and device.type == "cuda"
+        self.model, self.ema, self.replica = model, ema, replica
+        self.config, self.total_steps = config, total_steps
         # FSDP gathers the weights of a sharded model anew, and autocast casts them.
-        self.half_weights = HalfWeights(model, self.teacher, enabled=self.amp and replica is None)
-        self.optimizer = build_optimizer(model, config)
-        self.step = torch.zeros((), dtype=torch.int64, device=device)
-        self.skipped = torch.zeros((), dtype=torch.int64, device=device)
+        self.half_weights = HalfWeights(*((model, self.teacher) if self.amp and replica is None else ()))
+        self.optimizer, self.moments = build_optimizer(model, config)
+        self.step, self.skipped = torch.zeros(2, dtype=torch.int64, device=device)
         # Sums of the losses since they were last read, then the number of steps in them: those that were not skipped.
         self.loss_sums = torch.zeros(len(Losses._fields) + 1, dtype=torch.float64, device=device)
         self.classes = ClassStatistics.start(model.decoder.decoder.linear_pred.out_channels, device)
@@ -102,7 +93,7 @@ class TrainState:
         evaluated = weights if self.replica is None else self.replica
         if evaluated is not weights:
             for parameter, source in zip(evaluated.parameters(), weights.parameters(), strict=True):
-                parameter.copy_(full_tensor(source))
+                parameter.copy_(source.full_tensor() if isinstance(source, DTensor) else source)
         if evaluated is not self.model:
             buffers = zip(evaluated.named_buffers(), weights.buffers(), self.model.buffers(), strict=True)
             for (name, buffer), own, present in buffers:
@@ -124,15 +115,9 @@ class TrainState:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what ``load_state_dict`` needs to resume exactly; a sharded model's tensors are sharded too."""
-        model = self.model.state_dict()
-        # Only after state_dict are they surely sharded: a forward pass without a backward pass leaves them gathered.
-        moments = [
-            {name: from_local_like(x, parameter) for name, x in values.items()}
-            for parameter, values in zip(self.model.parameters(), self.optimizer.state.values(), strict=True)
-        ]
-        ema = None if self.ema is None else self.ema.state_dict()
+        models = {"model": self.model.state_dict(), "ema": None if self.ema is None else self.ema.state_dict()}
         counters = {name: getattr(self, name) for name in _COUNTERS}
-        return {"model": model, "ema": ema, "optimizer": moments, **counters, "classes": self.classes._asdict()}
+        return {**models, "optimizer": self.moments, **counters, "classes": self.classes._asdict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Resume from a ``state_dict`` of whole tensors, on any device and any number of ranks.
@@ -143,10 +128,9 @@ class TrainState:
             if model is not None:
                 own = model.state_dict()
                 model.load_state_dict({key: shard_like(x, own[key]) for key, x in state[name].items()})
-        moments = zip(self.model.parameters(), self.optimizer.state.values(), state["optimizer"], strict=True)
-        for parameter, values, saved in moments:
+        for moments, saved in zip(self.moments, state["optimizer"], strict=True):
             for name, x in saved.items():
-                values[name].copy_(to_local(shard_like(x, parameter)))
+                moments[name].copy_(shard_like(x, moments[name]))
         for name in _COUNTERS:
             getattr(self, name).copy_(state[name])
         for name, x in self.classes._asdict().items():
@@ -154,10 +138,10 @@ class TrainState:
 
 
 def train_step(state: TrainState, batch: SemiBatch, *, use_memory: bool, use_pseudo: bool = True) -> Losses:
-    """Take one training step without waiting for the device.
+    """Take one training step without waiting for the device; with several ranks, all must take it.
 
-    Where the loss or a gradient is not finite, weights, their average and the optimizer stay as they were, and the step
-    counts as skipped.
+    Where the loss or a gradient is not finite on any, weights, their average and the optimizer stay as they were, and
+    the step counts as skipped.
 
     Args:
         state: updated in place; the model's memory and BatchNorm statistics too.
@@ -165,15 +149,13 @@ def train_step(state: TrainState, batch: SemiBatch, *, use_memory: bool, use_pse
         use_memory: whether warm-up is over.
         use_pseudo: whether the loss on pseudo labels counts.
 
-    With several ranks, all must take the step; they skip it together.
-
     Returns:
         the losses before the update, means over micro-batches and ranks.
 
     Raises:
         RuntimeError: autocast is on already, which would keep casts of weights that the step changes.
     """
-    device = batch.image.device.type
+    device, phase = batch.image.device.type, {"use_memory": use_memory, "use_pseudo": use_pseudo}
     if torch.is_autocast_enabled(device):
         raise RuntimeError("train_step enters autocast itself: call it outside of torch.autocast")
     state.model.zero_grad()
@@ -181,15 +163,7 @@ def train_step(state: TrainState, batch: SemiBatch, *, use_memory: bool, use_pse
     with state.half_weights.installed():
         for micro_batch in batch.split(state.config.gradient_accumulation_steps):
             with torch.autocast(device, torch.bfloat16, enabled=state.amp):
-                losses = compute_losses(
-                    state.model,
-                    micro_batch,
-                    state.config,
-                    use_memory=use_memory,
-                    use_pseudo=use_pseudo,
-                    teacher=state.teacher,
-                    classes=state.classes,
-                )
+                losses = compute_losses(state.model, micro_batch, state.config, state.teacher, state.classes, **phase)
             (losses.total / state.config.gradient_accumulation_steps).backward()
             state.half_weights.collect_gradients()
             parts.append(torch.stack(losses).detach())
@@ -216,7 +190,8 @@ def _update(state: TrainState, own_losses: Tensor) -> Losses:
         part.grad = None if parameter.grad is None else to_local(parameter.grad)
     state.optimizer.step()
     if state.ema is not None:
-        reshard(state.ema)
+        if isinstance(state.ema, FSDPModule):
+            state.ema.reshard()  # a forward pass without a backward pass leaves it gathered
         names = () if state.teacher is state.ema else _STATISTICS
         _move_average(state.ema, state.model, (1 - state.config.ema) * finite, names)
     state.step += 1
@@ -240,22 +215,16 @@ def compute_losses(
     model: Segmentor,
     batch: SemiBatch,
     config: TrainConfig,
+    teacher: Segmentor | None = None,
+    classes: ClassStatistics | None = None,
     *,
     use_memory: bool,
     use_pseudo: bool = True,
-    teacher: Segmentor | None = None,
-    classes: ClassStatistics | None = None,
 ) -> Losses:
-    """Run the forward pass of a method.
+    """Run the forward pass of a method; arguments as ``train_step``'s.
 
-    Args:
-        model: in training mode afterwards.
-        batch: as ``train_step``'s.
-        config: the optimization.
-        use_memory: as ``train_step``'s.
-        use_pseudo: as ``train_step``'s.
-        teacher: what labels the unlabeled images, if not the model.
-        classes: updated in place.
+    The model is in training mode afterwards. The unlabeled images are labeled by the teacher, or the model without one;
+    statistics of classes are updated in place.
     """
     if config.method == "supervised":
         loss = _labeled_loss(model.train()(batch.image), batch.label, config)
@@ -263,7 +232,7 @@ def compute_losses(
         return Losses(loss, loss, torch.zeros_like(loss))
     classes = classes or ClassStatistics.start(model.decoder.decoder.linear_pred.out_channels, batch.image.device)
     class_logits, pseudo_label, confidence = pseudo_pass(
-        model if teacher is None else teacher,
+        teacher or model,
         batch,
         config,
         alignment=classes.alignment(config.dist_align),
@@ -307,35 +276,38 @@ def _weigh_ranks(losses: list[Tensor], masks: list[Tensor], config: TrainConfig)
 
 
 @torch.no_grad()
-def build_optimizer(model: Segmentor, config: TrainConfig) -> torch.optim.Optimizer:
+def build_optimizer(model: Segmentor, config: TrainConfig) -> tuple[torch.optim.Optimizer, list[dict[str, Tensor]]]:
     """Build SGD with momentum 0.9 or AdamW: ``lr`` for the backbone, ``lr * lr_multi`` for the rest, decay on all.
 
     Fused, because only fused optimizers read the learning rate, and whether to skip the step, on the device. Of a
     sharded model it updates this rank's shards as plain tensors: fused SGD takes no DTensors.
+
+    Returns:
+        the optimizer, and what it keeps of each parameter: moments, sharded as that is, and of AdamW a count of steps.
     """
-    groups: list[dict[str, Any]] = [
-        {"params": [to_local(x) for x in model.backbone.parameters()], "lr_scale": 1.0},
-        {"params": [to_local(x) for x in model.decoder.parameters()], "lr_scale": config.lr_multi},
-    ]
     adamw = config.optimizer == "adamw"
     kind: Any = torch.optim.AdamW if adamw else functools.partial(torch.optim.SGD, momentum=0.9)
+    groups: list[dict[str, Any]] = [
+        {"params": [to_local(x) for x in part.parameters()], "lr_scale": scale}
+        for part, scale in ((model.backbone, 1.0), (model.decoder, config.lr_multi))
+    ]
     optimizer: torch.optim.Optimizer = kind(groups, lr=config.lr, weight_decay=config.weight_decay, fused=True)
     device = next(model.parameters()).device
-    # A first step that is skipped would leave SGD's momentum without a value, and checkpoints are copied into existing
-    # tensors.
-    moments = ("exp_avg", "exp_avg_sq") if adamw else ("momentum_buffer",)
     for group in optimizer.param_groups:
         group["lr"] = torch.zeros((), device=device)
-        for x in group["params"]:
-            count = {"step": torch.zeros((), device=device)} if adamw else {}
-            optimizer.state[x] = {**count, **{name: torch.zeros_like(x) for name in moments}}
-    return optimizer
+    # Made here: a first step that is skipped would leave SGD's momentum without a value, and checkpoints are copied
+    # into existing tensors.
+    names, kept = ("exp_avg", "exp_avg_sq") if adamw else ("momentum_buffer",), []
+    for x, parameter in zip((x for group in groups for x in group["params"]), model.parameters(), strict=True):
+        count = {"step": torch.zeros((), device=device)} if adamw else {}
+        kept.append({**count, **{name: torch.zeros_like(parameter) for name in names}})
+        optimizer.state[x] = {name: to_local(moment) for name, moment in kept[-1].items()}
+    return optimizer, kept
 
 
 def poly_lr(step: Tensor, total_steps: int, base_lr: float) -> Tensor:
     """Return the learning rate of a step under polynomial decay of power 0.9, float64.
 
-    The reference implementation sets the rate after each step, from that step's number: step i runs at the rate of
-    i - 1, so the first two share the base rate.
+    The reference implementation sets the rate after each step, from that step's number, so the first two share a rate.
     """
     return base_lr * (1 - (step - 1).clamp(min=0).double() / total_steps) ** 0.9

@@ -8,34 +8,33 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from allspark_fast.config import Config
 from allspark_fast.data.info import IGNORE_INDEX
-from allspark_fast.data.loader import SemiBatch
-from allspark_fast.data.record import find_data
-from allspark_fast.data.sources import TrainingData
+from allspark_fast.data.loader import EvalSample, SemiBatch
+from allspark_fast.data.sources import TrainingData, find_data
 from allspark_fast.device import limit_threads
 from allspark_fast.distributed import all_gather_cat, all_reduce_any, failing_together, process_group, rank, world_size
-from allspark_fast.errors import InputError, RunError
+from allspark_fast.errors import RunError
 from allspark_fast.inference.evaluate import evaluate
 from allspark_fast.inference.metrics import Scores, score_table
 from allspark_fast.kernels.triton_support import set_kernels
 from allspark_fast.kernels.upsample_argmax import upsample_argmax
 from allspark_fast.model import Segmentor
 from allspark_fast.signals import stop_signals
-from allspark_fast.text import drawable, one_line
+from allspark_fast.text import one_line, progress
 from allspark_fast.training import checkpoint, setup
 from allspark_fast.training.cuda_graph import GraphedSteps
 from allspark_fast.training.diagnostics import class_record, find_problems, memory_record, pseudo_label_record
-from allspark_fast.training.log import MetricsLog, Record
-from allspark_fast.training.pictures import draw_curves, draw_predictions
+from allspark_fast.training.log import MetricsLog, Record, end_summary, start_summary
+from allspark_fast.training.pictures import draw_pictures
 from allspark_fast.training.pseudo_labels import pseudo_pass
 from allspark_fast.training.sharding import gather_state
 from allspark_fast.training.step import train_step
@@ -50,10 +49,7 @@ CPU = torch.device("cpu")
 class Trainer:
     """A run: data, model and optimizer of a configuration, resumed from its folder if it was begun.
 
-    Args:
-        config: the settings.
-        folder: the run folder; made if need be.
-        device: where to train.
+    Nothing is written into the folder, which is made if need be, before all else is known to be right.
 
     Raises:
         InputError: something is wrong with the data, the folder holds a run with other settings or data, or the weights
@@ -62,25 +58,20 @@ class Trainer:
     """
 
     def __init__(self, config: Config, folder: Path, device: torch.device = CPU) -> None:
-        with failing_together():  # before rank 0 writes what others read here
-            config = replace(config, data=find_data(config.data, folder))
-        self.config = config
-        self.folder = folder
-        self.checkpoints = folder / "checkpoints"
-        self.device = device
         setup.check_batch(config.train)
+        set_kernels(config.run.kernels)
         if config.train.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the GPU is first used
             torch.use_deterministic_algorithms(True)
-        set_kernels(config.run.kernels)
-        self.data = TrainingData(config, device)
-        self.schedule = config.schedule(self.data.steps_per_epoch)
-        self.total_steps = self.schedule.total
         with failing_together():
+            config = replace(config, data=find_data(config.data, folder))
+            self.data = TrainingData(config, device)
             if rank() == 0:
                 self.data.check()
-                setup.check_schedule(config.train, self.schedule)
-                self._lock = setup.claim_folder(folder, config, self.data.sources)
+        self.config, self.folder, self.device = config, folder, device
+        self.checkpoints = folder / "checkpoints"
+        self.schedule = config.schedule(self.data.steps_per_epoch)
+        self.total_steps = self.schedule.total
         torch.manual_seed(config.train.seed)
         resumed = bool(checkpoint.list_checkpoints(self.checkpoints))
         model = setup.build_model(config, self.data.info, resumed=resumed).to(device)
@@ -90,25 +81,24 @@ class Trainer:
         self.state = setup.build_state(model, config.train, self.total_steps)
         self.findings: Record = {}  # for the next line of the log
         self.train_step = self._choose_step()
-        self.step = 0
-        self.best, self.best_step = -1.0, 0
-        self._unlabeled_loss = math.inf
-        self._named: set[str] = set()
-        self.evaluation_due = False
+        self.step, self.best, self.best_step, self.evaluation_due = 0, -1.0, 0, False
+        self._unlabeled_loss, self._named = math.inf, set[str]()
         state = self._state()
         with failing_together():
             if rank() == 0:
+                setup.check_schedule(config.train, self.schedule)
+                self._lock = setup.claim_folder(folder, config, self.data.sources)
                 checkpoint.require_space(self.checkpoints, state, keep_last=config.run.keep_last)
         if (saved := checkpoint.load_latest_checkpoint(self.checkpoints, state)) is not None:
             self._resume(saved)
 
     def _choose_step(self) -> Callable[..., object]:
-        setting = self.config.train.cuda_graph
-        on_gpu, sharded = self.device.type == "cuda", self.state.replica is not None
-        if setting != "off" and on_gpu and not sharded:
-            return GraphedSteps(self.state, report=self.findings.update if setting == "auto" else None)
-        if setting == "on" or (setting == "auto" and on_gpu):
-            why = "FSDP2's exchange is not" if sharded else f"nothing on the device {self.device} is"
+        setting, sharded = self.config.train.cuda_graph, self.state.replica is not None
+        automatic, on_gpu = setting == "auto", self.device.type == "cuda"
+        if on_gpu and (setting == "on" or (automatic and not sharded)):
+            return GraphedSteps(self.state, report=self.findings.update if automatic else None)
+        if setting == "on" or (automatic and on_gpu):
+            why = "FSDP2 cannot undo a failed recording" if on_gpu else f"nothing on the device {self.device} is"
             logger.warning("train.cuda_graph %s: no step is recorded, because %s", setting, why)
         return functools.partial(train_step, self.state)
 
@@ -126,34 +116,28 @@ class Trainer:
         Raises:
             RunError: too many steps had a loss or gradient that is not finite.
         """
-        run = self.config.run
         log = MetricsLog(self.folder, self.step, evaluated=not self.evaluation_due) if rank() == 0 else None
         scores, stopping = None, False
-        bar = tqdm(total=self.total_steps, initial=self.step, unit="step", dynamic_ncols=True, disable=rank() > 0)
-        with stop_signals() as asked, bar:  # an error closes the bar, so that its message has a line for itself
+        bar: tqdm[Any] = progress(total=self.total_steps, initial=self.step, unit="step", disable=rank() > 0)
+        # An error closes the bar, so that its message has a line for itself.
+        with stop_signals() as asked, logging_redirect_tqdm(), bar:
             # Ranks step together, so with several none may end early.
             batches = self.data.batches(self.step, self.total_steps, asked if world_size() == 1 else lambda: False)
-            started, logged = time.perf_counter(), self.step
-            first_step = self.step + 1
-            while not (stopping or self.finished):
-                if not self.evaluation_due:
-                    if (batch := next(batches, None)) is not None:
-                        self._take_step(batch)
-                        bar.update()
-                        if self.step == first_step:
-                            logger.info("the first step took %.1f s", time.perf_counter() - started)
-                        if self.step % run.log_every == 0 or self.step == self.total_steps:
-                            rate = (self.step - logged) / (time.perf_counter() - started)
-                            bar.set_postfix(self._log_losses(log, steps_per_s=rate))
-                            started, logged = time.perf_counter(), self.step
-                    stopping = all_reduce_any(asked() or batch is None)
-                evaluating = self.evaluation_due and not stopping
-                if evaluating:
+            self._logged = first = time.perf_counter(), self.step
+            while not (self.finished or stopping):
+                if not self.evaluation_due and (batch := next(batches, None)) is not None:
+                    self._take_step(batch)
+                    bar.update()
+                    if self.step == first[1] + 1:
+                        logger.info("the first step took %.1f s", time.perf_counter() - first[0])
+                    if self.step % self.config.run.log_every == 0 or self.step == self.total_steps:
+                        self._log_losses(log, bar)
+                stopping = all_reduce_any(asked())
+                if evaluating := self.evaluation_due and not stopping:
                     with torch.compiler.set_stance("force_eager"):  # compiling for every size of image takes longer
                         scores = self._evaluate(log, asked, bar)
                     stopping = scores is None
-                    started, logged = time.perf_counter(), self.step
-                if evaluating or stopping or self.step % run.save_every == 0:
+                if evaluating or stopping or self.step % self.config.run.save_every == 0:
                     self._save()
         if log is not None:
             log.close()
@@ -168,15 +152,19 @@ class Trainer:
         self.step += 1
         self.evaluation_due = self.step == self.total_steps or self.step % schedule.evaluate_every == 0
 
-    def _log_losses(self, log: MetricsLog | None, steps_per_s: float) -> dict[str, str]:
+    def _log_losses(self, log: MetricsLog | None, bar: "tqdm[Any]") -> None:
         """Log the metrics since the last line; this waits for the device."""
         metrics = self.state.read_metrics()
         self._unlabeled_loss = metrics.get("loss_unlabeled", math.inf)
-        streams = 1 if self.config.train.method == "supervised" else 2
-        images_per_s = streams * self.config.train.batch_size * steps_per_s
+        now, (before, step) = time.perf_counter(), self._logged
+        self._logged = now, self.step
+        images = (1 if self.config.train.method == "supervised" else 2) * self.config.train.batch_size
+        images_per_s = images * (self.step - step) / (now - before)
         if log is not None:
             log.write({**self._position(), **metrics, "images_per_s": images_per_s, **self.findings})
         self.findings.clear()
+        loss = metrics.get("loss", math.nan)
+        bar.set_postfix_str(f"{images_per_s:.0f} images/s, loss {loss:.3f}", refresh=False)
         # A run may be shorter than max_skipped.
         limit = min(self.config.train.max_skipped, self.total_steps // 2)
         if metrics["skipped_steps"] > limit:
@@ -186,14 +174,18 @@ class Trainer:
                 "lower train.lr or with train.amp False, and look at the starting weights if the first steps were "
                 "among them"
             )
-        return {"images/s": f"{images_per_s:.0f}"} | {
-            name.removeprefix("loss_"): f"{x:.3f}" for name, x in metrics.items() if name.startswith("loss_")
-        }
 
     def _evaluate(self, log: MetricsLog | None, asked: Callable[[], bool], bar: "tqdm[Any]") -> Scores | None:
         """Score, log, draw, and keep the best weights; None if it was asked to stop meanwhile, and is still due."""
         model = self.state.evaluated_model()
         samples = itertools.takewhile(lambda _: not asked(), self.data.validation(asked))
+        names = [entry.image for entry in self.data.sources.val.entries[rank() :: world_size()]]
+        pictured: list[tuple[str, EvalSample, Tensor]] = []
+
+        def picture(index: int, sample: EvalSample, labels: Tensor) -> None:
+            if index % -(-len(names) // _PICTURED) == 0:
+                pictured.append((names[index], sample, labels))
+
         scores = evaluate(
             model,
             samples,
@@ -203,6 +195,7 @@ class Trainer:
             device=self.device,
             batch_size=self.config.eval.batch_size,
             amp=self.config.train.amp,
+            each=picture,
         )
         if all_reduce_any(asked()):
             return None
@@ -217,13 +210,16 @@ class Trainer:
             if log is not None:
                 mean_scores = {"miou": scores.mean_iou, "miou_present": scores.mean_iou_present}
                 memory = memory_record(self.state.received)
-                log.write({**self._position(), **mean_scores, "iou": scores.iou.tolist(), **measured, **memory})
+                log.write(
+                    {**self._position(), **mean_scores, "iou": scores.by_class["iou"].tolist(), **measured, **memory}
+                )
                 for name in ("last", "best") if improved else ("last",):
                     save_model(model, self.spec, self.folder / f"{name}.safetensors")
-                self._draw(log, images, labels)
-                bar.write(f"step {self.step}: mIoU {100 * scores.mean_iou:.1f}")
+                draw_pictures(log, (images, labels), pictured, self.data.info, self.config.data)
+                bar.write(f"step {self.step}: mIoU {100 * scores.mean_iou:.1f}" + improved * ", the best so far")
                 for problem in problems:
                     logger.warning("step %d: %s", self.step, problem)
+        self._logged = time.perf_counter(), self.step
         return scores
 
     def _find_problems(self, measured: Record, scores: Scores) -> list[str]:
@@ -239,17 +235,6 @@ class Trainer:
 
     def _position(self) -> Record:
         return {"step": self.step, "epoch": self.step / self.data.steps_per_epoch}
-
-    def _draw(self, log: MetricsLog, images: Tensor, labels: dict[str, Tensor]) -> None:
-        """Draw the pictures of the run folder; a run goes on without them."""
-        info, data, picture = self.data.info, self.config.data, self.folder / "predictions.png"
-        try:
-            info = replace(info, classes=tuple(drawable(info.classes)))
-            draw_curves(self.folder, log.records, info)
-            draw_predictions(picture, images, labels, info, data.mean, data.std)
-            log.add_picture(picture, self.step)
-        except Exception as error:
-            logger.warning("the pictures of step %d were not drawn: %r", self.step, error)
 
     @torch.no_grad()
     def _pseudo_labels(self, model: Segmentor) -> tuple[Tensor, dict[str, Tensor], Record]:
@@ -284,18 +269,11 @@ class Trainer:
 
     def _resume(self, state: dict[str, Any]) -> None:
         self.state.load_state_dict(state)
-        self.step, self.best, self.evaluation_due = int(state["step"]), state["best"], state["evaluation_due"]
-        self.best_step = state.get("best_step", 0)  # earlier versions did not say
-        if self.step > self.total_steps:  # nor did they record the lists
-            raise InputError(
-                f"{self.folder}: the run is at step {self.step}, but with these lists would end at {self.total_steps}: "
-                "give another --run.output-dir, or the lists of before"
-            )
+        self.step, self.best, self.best_step = int(state["step"]), state["best"], state["best_step"]
+        self.evaluation_due = state["evaluation_due"]
         own, ranks = checkpoint.random_states(self.device), world_size()
         if (saved := state["rng"].numel() // own["rng"].numel()) == ranks:
-            checkpoint.set_random_states(
-                {name: state[name].chunk(ranks)[rank()] for name in own if state.get(name) is not None}
-            )
+            checkpoint.set_random_states({name: state[name].chunk(ranks)[rank()] for name in own if name in state})
         else:
             torch.manual_seed(self.config.train.seed + rank() + (self.step << 16))
             logger.info(f"the checkpoint is of {saved} processes, now there are {ranks}: dropout draws other numbers")
@@ -303,17 +281,12 @@ class Trainer:
 
 
 def train(config: Config, folder: Path) -> bool:
-    """Run a configuration in a folder, from its last checkpoint on, and print the table of classes.
+    """Run a configuration in a folder, from its last checkpoint on, and print the table of classes; raises as Trainer.
 
     Returns:
         whether the run is finished, rather than stopped by a signal or by the end of torchrun.
-
-    Raises:
-        InputError: see Trainer.
-        RunError: training had begun and cannot go on.
-        OSError: something cannot be written.
     """
-    with process_group(config.run.device, timedelta(minutes=config.run.timeout)) as device:
+    with process_group(config.run.device, config.run.timeout) as device:
         if device.type == "cpu":
             limit_threads(config.data.workers)
         trainer = Trainer(config, folder, device)
@@ -322,20 +295,15 @@ def train(config: Config, folder: Path) -> bool:
             best = f"best mIoU {100 * trainer.best:.1f} (best.safetensors, step {trainer.best_step})"
             tell(f"{folder}: finished at step {trainer.step}, {best}")
             return True
-        sources = trainer.data.sources
-        tell(
-            f"{config.train.method} on {config.data.dataset}: {len(sources.labeled.entries)} labeled, "
-            f"{len(sources.unlabeled.entries)} unlabeled, {len(sources.val.entries)} validation images; "
-            f"{sum(p.numel() for p in trainer.state.model.parameters()) / 1e6:.1f} M parameters; "
-            f"{trainer.total_steps} steps on {trainer.device}; everything goes to {folder}"
-        )
+        sources, first, started = trainer.data.sources, trainer.step, time.perf_counter()
+        about = (config, sources, trainer.schedule, trainer.state.model)
+        tell(start_summary(*about, device=device, folder=folder, step=first))
         scores = trainer.run()
         if scores is None:
             tell(f"{folder}: stopped as asked at step {trainer.step}; the same command goes on from there")
             return False
         tell(score_table(scores, sources.info))
-        tell(
-            f"mIoU {100 * trainer.best:.1f} of step {trainer.best_step} is the best (best.safetensors); "
-            f"{100 * scores.mean_iou:.1f} of step {trainer.step} the last (last.safetensors)"
-        )
+        reached = {"best": (trainer.best, trainer.best_step), "last": (scores.mean_iou, trainer.step)}
+        seconds = time.perf_counter() - started
+        tell(end_summary(folder, **reached, steps=trainer.step - first, seconds=seconds))
         return True

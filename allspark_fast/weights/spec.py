@@ -17,7 +17,7 @@ from allspark_fast.text import one_line
 from allspark_fast.weights.files import load_state_dict, read_weights, save_weights
 
 _VERSION = 1
-# What a folder may hold: a run, a model of the Hugging Face Hub.
+# Of a run, and of a model of the Hugging Face Hub.
 _FILES = ("best.safetensors", "model.safetensors")
 
 
@@ -54,17 +54,12 @@ class ModelSpec:
     @classmethod
     def of_run(cls, config: Config, info: DatasetInfo) -> "ModelSpec":
         """Return the specification of a configuration's model, trained on the classes of ``info``."""
+        model, data = config.model, config.data
         return cls(
-            backbone=config.model.backbone,
+            **{name: getattr(model, name) for name in ("backbone", "embedding_dim", "num_heads", "memory_init")},
+            **{name: getattr(data, name) for name in ("crop", "mean", "std", "range")},
             allspark=config.train.method == "allspark",
-            embedding_dim=config.model.embedding_dim,
-            num_heads=config.model.num_heads,
-            memory_init=config.model.memory_init,
-            crop=config.data.crop,
             mode=config.eval.mode,
-            mean=config.data.mean,
-            std=config.data.std,
-            range=config.data.range,
             info=info,
         )
 
@@ -121,29 +116,26 @@ class ModelSpec:
 
 
 def find_weights(path: str | Path) -> Path:
-    """Return the file of weights that is meant: ``path`` itself, or what is in the folder, of a run for example.
+    """Return a file of weights itself, or that of a folder: a run, or a model of the Hugging Face Hub.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: there is none in the folder.
     """
     path = Path(path)
-    if not path.is_dir():
-        return path
-    for name in _FILES:
-        if (path / name).is_file():
-            return path / name
-    raise FileNotFoundError(
-        f"{path}: none of {', '.join(_FILES)} in this folder; a run writes the first at its first evaluation, and "
-        "until then there are its checkpoints/step_*.pt"
-    )
+    found = [path] if not path.is_dir() else [path / name for name in _FILES if (path / name).is_file()]
+    if not found:
+        raise FileNotFoundError(
+            f"{path}: none of {', '.join(_FILES)} in this folder; a run writes the first at its first evaluation, and "
+            "until then there are its checkpoints/step_*.pt"
+        )
+    return found[0]
 
 
 def load_model(path: str | Path) -> tuple[Segmentor, ModelSpec]:
     """Load a trained model in eval mode on the CPU, and what must be known to use it.
 
     Args:
-        path: ``.safetensors`` of ``save_model``, or a folder that holds it: a run, a model of the Hugging Face Hub; or
-            a checkpoint of a run.
+        path: ``.safetensors`` of ``save_model``, a checkpoint of a run, or a folder that ``find_weights`` takes.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -169,11 +161,12 @@ def describe_model(model: Segmentor, spec: ModelSpec) -> dict[str, str]:
     """Return what a model is, as text by property."""
     bottleneck = "none, plain SegFormer"
     if model.decoder.allspark is not None:
-        classes, slots, tokens = model.decoder.allspark.attn.kv_queue.shape
-        filled = model.decoder.allspark.attn.queue_filled
+        memory = model.decoder.allspark.attn
+        classes, slots, tokens = memory.kv_queue.shape
+        filled = classes if memory.queue_filled is None else int(memory.queue_filled.sum())
         bottleneck = (
             f"AllSpark, {spec.num_heads} heads; memory of {slots} channels of {tokens} tokens a class, initialized "
-            f"{spec.memory_init}, {classes if filled is None else int(filled.sum())} of {classes} classes filled"
+            f"{spec.memory_init}, {filled} of {classes} classes filled"
         )
     return {
         "encoder": spec.backbone,

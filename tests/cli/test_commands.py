@@ -34,6 +34,10 @@ def test_every_command_explains_itself(name: str, capsys: pytest.CaptureFixture[
     if name in ("train", "check", "evaluate"):
         assert all(recipe in printed for recipe in RECIPES)
     if name == "train":
+        assert 10 <= len(set(re.findall(r"--[a-z]+\.[\w-]+", printed))) < 15
+        with pytest.raises(SystemExit):
+            main(["train", "camvid", "--help-all"])
+        printed = capsys.readouterr().out
         for group, setting in SETTINGS:
             assert f"--{group.name}.{setting.name.replace('_', '-')}" in printed
             assert f"\n        {setting.name}: " in group.type.__doc__
@@ -47,14 +51,17 @@ def test_without_a_command_the_usage_is_printed(
     out, err = capsys.readouterr()
     printed, other = (err, out) if status else (out, err)
     assert not other
-    assert all(f"  {line}" in printed for line in COMMANDS.values())
+    assert all(line in printed for line in (*COMMANDS, *COMMANDS.values()))
+    assert ("'trian' (did you mean train?)" in printed) == (arguments == ["trian"])
+    assert max(map(len, printed.splitlines())) <= 80
 
 
 @pytest.mark.parametrize(
     ("command", "message"),
     [
         ("train imagenet", "there is no recipe 'imagenet'; recipes are scenes, camvid, folder, pascal"),
-        ("train --train.epoch 3", "--train.epochs"),
+        ("check pascl", "there is no recipe 'pascl' (did you mean pascal?); recipes are scenes"),
+        ("train --train.epoch 3", "did you mean train.epochs?"),
         ("train --train.method fixmatch", "supervised"),
         ("train pascal --data.root nowhere", "there is no folder /"),
         ("train --data.scenes 3 8 2 --train.batch-size 9", "8 unlabeled images do not fill a batch of 9"),

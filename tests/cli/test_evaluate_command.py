@@ -1,5 +1,6 @@
 """``evaluate``: weights with the images of a recipe. Those of a run are scored in test_trainer.py."""
 
+import csv
 import json
 import unicodedata
 from dataclasses import replace
@@ -71,7 +72,25 @@ def test_the_images_of_a_run(weights: Path, data: Path, capsys: pytest.CaptureFi
     assert evaluate(weights, data) == 0
     of_recipe = capsys.readouterr().out
     assert main(["evaluate", str(weights.parent)]) == 0
-    assert capsys.readouterr().out == of_recipe
+    assert capsys.readouterr().out.startswith(of_recipe)
+    folder = weights.parent / "evaluation"
+    assert main(["evaluate", str(weights.parent), "--split", "test.txt"]) == 0
+    assert {path.name for path in weights.parent.glob("evaluation*")} == {"evaluation", "evaluation_test"}
+    assert Image.open(folder / "worst.png").height > 2 * 200
+    classes, images = (list(csv.DictReader((folder / name).open())) for name in ("classes.csv", "images.csv"))
+    assert [(*row,) for row in (classes[0], images[0])] == [
+        ("class", "iou", "dice", "accuracy", "boundary_f1", "pixels"),
+        ("image", "iou", "dice", "accuracy", "boundary_f1", *(f"iou {name}" for name in CLASSES)),
+    ]
+    assert [row["image"] for row in images] == ["images/00.png", "images/01.png"]
+    for row in images:
+        confusion = expected_confusion(weights, data, [Path(row["image"]).stem])
+        ious = confusion.diagonal() / (confusion.sum(0) + confusion.sum(1) - confusion.diagonal())
+        assert [float(row[f"iou {name}"]) for name in CLASSES] == pytest.approx(ious, abs=1e-4)
+        assert float(row["iou"]) == pytest.approx(ious.mean(), abs=1e-4)
+        assert float(row["accuracy"]) == pytest.approx(confusion.trace() / confusion.sum(), abs=1e-4)
+    boundary = np.mean([float(row["boundary_f1"]) for row in images])
+    assert np.mean([float(row["boundary_f1"]) for row in classes]) == pytest.approx(boundary, abs=1e-3)
 
 
 def test_what_cannot_be_scored(weights: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:

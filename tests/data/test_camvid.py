@@ -8,7 +8,7 @@ from allspark_fast.data.check import check_sources
 from allspark_fast.data.datasets import SegmentationDataset, read_split, scan_folder
 from allspark_fast.data.info import DATASETS, read_info
 from allspark_fast.data.sources import open_sources
-from allspark_fast.data.splits import classes_of, make_split, read_shares, spread
+from allspark_fast.data.splits import classes_of, make_split, read_contents, spread
 
 
 def test_real_images():
@@ -23,6 +23,6 @@ def test_real_images():
     sources = open_sources(DataConfig(dataset="camvid", root=root, **lists, val="splits/val.txt"))
     assert check_sources(sources, 320, sample=25)[0] == []
     train = splits["train"][::4]
-    shares = read_shares(SegmentationDataset(root, train))
-    split = make_split(train, spread(train, 0, shares), (), 11)
-    assert (classes_of(split.labeled, shares)[:11] > 0).all()
+    contents = read_contents(SegmentationDataset(root, train))
+    split = make_split(train, spread(train, 0, contents), (), 11)
+    assert (classes_of(split.labeled, contents)[:11] > 0).all()

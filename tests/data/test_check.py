@@ -1,5 +1,6 @@
 import json
 import re
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -103,7 +104,7 @@ def test_images_and_labels_that_are_turned_or_differ_in_size(tmp_path, lists):
     """Orientation 3 changes no size: the label may be upside down. Unlabeled images do not matter."""
     write_image(tmp_path / "labels/00.png", np.zeros((50, 40), np.uint8))
     for index, orientation in ((1, 3), (2, 3), (4, 3), (6, 3), (8, 6)):
-        write_image(tmp_path / f"images/{index:02}.png", BLACK, exif=exif(orientation))
+        write_image(tmp_path / f"images/{index:02}.png", BLACK + index, exif=exif(orientation))
     write_image(tmp_path / "labels/07.png", BLACK[..., 0], exif=exif(3))
     assert_starts(
         check(tmp_path, lists),
@@ -132,18 +133,22 @@ def test_black_and_white_masks_without_values(tmp_path, lists):
 def test_how_lists_fit_together(tmp_path, lists):
     lists["labeled"][0] = Entry("images/00.png", None)
     (tmp_path / "images/link.png").symlink_to(tmp_path / "images/02.png")
+    shutil.copy(tmp_path / "images/04.png", tmp_path / "images/copy.png")
     lists["unlabeled"] += [Entry("images/03.png", None), Entry("images/../images/link.png", None)]
-    lists["val"].append(lists["labeled"][1])
+    lists["val"] += [lists["labeled"][1], Entry("images/copy.png", "labels/07.png")]
     expected = [
+        "warning: unlabeled: 1 lines repeat an image, images/03.png first; each counts",
         "error: images/02.png: is in both lists: remove it from one of them",
         "warning: images/01.png: is trained on and also in val, which makes the score too good",
+        "warning: images/copy.png: is in val, and its copy images/04.png is trained on, which makes the score too good",
+        "warning: labels/07.png: is the label of 2 images; correct the lists",
         "error: images/00.png: has no label, but its list needs labels",
     ]
     for sample in (None, 1):
         assert check(tmp_path, lists, sample=sample) == expected
-    assert check(tmp_path, lists, labeled_only=True) == expected[1:]
+    assert check(tmp_path, lists, labeled_only=True) == [expected[0], *expected[2:]]
     assert_starts(
-        check(tmp_path, {**lists, "labeled": [], "val": []}),
+        check(tmp_path, {"labeled": [], "unlabeled": lists["unlabeled"][:2], "val": []}),
         "error: labeled: holds no image; check its split file",
         "error: val: holds no image",
     )
@@ -237,7 +242,9 @@ def test_what_the_command_prints(tmp_path, lists, capsys):
         "class     labeled pixels         masks       val pixels         masks",
         "ignored           33.33%     1 of    3            0.00%     0 of    3",
         "in no list: 1 images, images/more.png first",
-        "0 errors, 0 warnings",
+        "warning: labeled: 1 labels hold only 0 and 255, which is ignored, labels/00.png first; if they are "
+        "black-and-white masks, save them with the numbers of the others",
+        "0 errors, 1 warnings",
     ):
         assert f"{line}\n" in printed
     assert re.search(r"^land +2\d\.\d\d% +2 of +3 +3\d\.\d\d% +3 of +3$", printed, re.MULTILINE)
@@ -247,4 +254,4 @@ def test_what_the_command_prints(tmp_path, lists, capsys):
     assert report["unlabeled"]["images"] == {"50x40, RGB, 8 bits": 2, "50x20, RGB, 8 bits": 1}
     assert report["labeled"]["pixels"]["ignored"] == 2000
     assert report["in no list"] == ["images/more.png"]
-    assert [problem["file"] for problem in report["problems"]] == ["labels"]
+    assert [problem["file"] for problem in report["problems"]] == ["labeled", "labels"]

@@ -25,13 +25,12 @@ def test_voc_palette():
     assert {index: VOC_PALETTE[index] for index in expected} == expected
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le"])  # with marks, as of Windows
 @pytest.mark.parametrize("palette", [[[1, 2, 3], [4, 5, 6]], [1, 2, 3, 4, 5, 6], None])
-def test_meta_file(tmp_path, palette):
+def test_meta_file(tmp_path, palette, encoding):
     meta = {"classes": ["sea", "land"]}
     if palette is not None:
         meta |= {"ignore_index": 9, "palette": palette}
-    # Editors on Windows put a byte order mark in front, and PowerShell writes UTF-16.
-    encoding = "utf-8-sig" if palette is None else "utf-8" if len(palette) == 2 else "utf-16"
     (tmp_path / "meta.json").write_text(json.dumps(meta), encoding=encoding)
     info = read_info(tmp_path)
     assert (info.name, info.classes) == (tmp_path.name, ("sea", "land"))
@@ -55,6 +54,14 @@ def test_meta_file(tmp_path, palette):
         ('{"classes": ["a", "b"], "palette": [[1, 2, 3, 255], [4, 5, 6, 255]]}', "three integers"),
         ('{"classes": ["a", "b"], "palette": [1, 2, 3, 255, 4, 5, 6, 255]}', "looks like colors \\[r, g, b, a\\]"),
         ('{"classes": ["a", "b", "c"], "palette": [0, 0, 0, 255, 1, 1, 1, 255, 2, 2, 2, 255]}', "leave out the alpha"),
+        ('{"classes": ["a", "b"], "palette": ["#000000", "#ff0000"]}', "three integers"),
+        ('{"classes": ["a", "b"], "palette": {"a": [0, 0, 0]}}', "list of colors"),
+        ('{"classes": ["sea", "land", "sea "]}', "equal names: sea; give each class a name of its own"),
+        ('{"classes": ["caf\u00e9", "cafe\u0301"]}', "equal names: caf\u00e9"),
+        ('{"classes": ["a", "b"], "classes": ["c", "d"]}', "a key is there more than once: \\['classes', 'classes'\\]"),
+        ('{"classes": ["a", "b"], "values": [false, true]}', "list of 2 different integers"),
+        ('{"classes": ["a", "b"], "values": ["0", "255"]}', "list of 2 different integers"),
+        ('{"classes": ["a", "b"], "values": [0, 65535]}', "list of 2 different integers in 0..255"),
         ('{"classes": ["a"]}', 'one class \'a\' every pixel would be right; .*"classes": \\["background", "object"\\]'),
         ('{"classes": ["a", "b", "c"], "values": "nonzero"}', "needs two classes"),
         ('{"classes": ["a", "b"], "ignore_index": 1}', "'ignore_index' 1 is also the value of a class"),

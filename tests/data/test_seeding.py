@@ -1,6 +1,6 @@
 import itertools
 
-from allspark_fast.data.seeding import mix_seed
+from allspark_fast.data.loader import mix_seed
 
 
 def test_one_part_is_splitmix64():

@@ -9,12 +9,14 @@ from allspark_fast.cli.splits import run
 from allspark_fast.data.datasets import Entry, SegmentationDataset, read_split
 from allspark_fast.data.info import VOC_PALETTE, DatasetInfo
 from allspark_fast.data.splits import (
+    Contents,
     Split,
     classes_of,
+    deal,
     doubts_about,
     make_split,
     parse_amount,
-    read_shares,
+    read_contents,
     spread,
     write_lists,
 )
@@ -23,13 +25,13 @@ from tests.helpers.images import write_folder, write_image
 
 ENTRIES = [Entry(f"{index}.jpg", f"{index}.png") for index in range(40)]
 # Class 0 is everywhere, class 1 in every second entry, classes 2 to 5 in one entry each.
-SHARES = {entry: np.zeros(256) for entry in ENTRIES}
-for number, shares in enumerate(SHARES.values()):
+CONTENTS = {entry: Contents(np.zeros(256), np.zeros(3)) for entry in ENTRIES}
+for number, (shares, _) in enumerate(CONTENTS.values()):
     shares[[0, number % 2, *({2 + number // 10} if number % 10 == 3 else ())]] = 1 / 3
 
 
 def split(count, seed=0, entries=ENTRIES):
-    return make_split(entries, spread(entries, seed, SHARES), (), count)
+    return make_split(entries, spread(entries, seed, CONTENTS), (), count)
 
 
 @pytest.mark.parametrize(
@@ -53,33 +55,34 @@ def test_parts_are_partitions_in_order_that_cover_all_classes_and_are_nested():
         assert len(part.labeled) == 6
         assert sorted(part.labeled + part.unlabeled, key=ENTRIES.index) == ENTRIES
         assert part.labeled == sorted(part.labeled, key=ENTRIES.index)
-        assert (classes_of(part.labeled, SHARES)[:6] > 0).all()
+        assert (classes_of(part.labeled, CONTENTS)[:6] > 0).all()
         parts = [set(split(count, seed).labeled) for count in (1, 3, 6, 10, 40)]
         assert all(small < large for small, large in itertools.pairwise(parts))
     assert len({tuple(split(10, seed).labeled) for seed in range(8)}) > 1
 
 
-def test_every_part_of_the_order_has_the_classes_of_the_whole():
-    """Half of the images hold class 1; a random choice of 20 would hold 6 to 14 of them."""
+def test_every_part_of_the_order_and_every_fold_has_the_classes_and_the_look_of_the_whole():
+    """Half of the images hold class 1, others are bright; a random choice of 20 would have 6 to 14 of each."""
     rng = np.random.default_rng(0)
     entries = [Entry(f"{index}.jpg", f"{index}.png") for index in range(200)]
-    halves = {entry: np.eye(256)[rng.integers(2)] for entry in entries}
-    whole = classes_of(entries, halves)[1] / 200
+    holds, bright = rng.integers(2, size=(2, 200))
+    contents = {x: Contents(np.eye(256)[holds[i]], np.full(3, 60.0 + 90 * bright[i])) for i, x in enumerate(entries)}
     for seed in range(5):
-        order = spread(entries, seed, halves)
+        order = spread(entries, seed, contents)
         assert sorted(order) == list(range(200))
-        for part in (order[:20], order[90:110], order[-20:], order[2::10]):
-            assert abs(classes_of([entries[i] for i in part], halves)[1] / 20 - whole) <= 0.1
+        for part in (order[:20], order[90:110], order[-20:], *deal(entries, order, contents, 10)):
+            for feature in (holds, bright):
+                assert abs(feature[part].mean() - feature.mean()) < 0.11
 
 
 def test_doubts_are_told():
     names = [f"class {index}" for index in range(255)]
     part = Split(ENTRIES[4:6], ENTRIES[6:20], ENTRIES[20:])
-    absent, few, rare = doubts_about(part, SHARES, names)
+    absent, few, rare = doubts_about(part, CONTENTS, names)
     assert absent == "in no labeled image: class 3, class 4, class 5"
     assert few.startswith("20 validation images are too few to tell methods apart (aim at 30)")
     assert rare.endswith("so their IoU is mostly chance: class 3, class 4, class 5")
-    assert doubts_about(Split(ENTRIES, [], []), SHARES, names) == []
+    assert doubts_about(Split(ENTRIES, [], []), CONTENTS, names) == []
 
 
 def test_entries_without_a_label_stay_unlabeled():
@@ -149,6 +152,25 @@ def test_lists_are_replaced_only_on_request(tmp_path):
     assert not set(later["val"]) & set(later["labeled"] + later["unlabeled"])
 
 
+def test_later_splits_know_of_validation_images_elsewhere(tmp_path, capsys):
+    root, (first, second, third) = tmp_path / "data", (tmp_path / name for name in "ABC")
+    root.mkdir()
+    write_folder(root, 12)
+    run([str(root), "--val", "3", "--out", str(first)])
+    capsys.readouterr()
+    root = root.rename(tmp_path / "moved")
+    run([str(root), "4", "--out", str(second)])
+    assert f"{first / 'val.txt'}: 3 images stay aside for validation" in capsys.readouterr().out
+    aside, later = {entry.image for entry in read_lists(first)["val"]}, read_lists(second)
+    assert not aside & {entry.image for part in later.values() for entry in part}
+    run([str(root), "--val", "3", "--seed", "2", "--out", str(third)])
+    assert f"images of {first / 'val.txt'} are trained on in these lists" in capsys.readouterr().out
+    shutil.rmtree(root / "splits")
+    (root / "splits").write_text("a file, so that nothing can be noted")
+    run([str(root), "--val", "3", "--out", str(third), "--overwrite"])
+    assert f"later splits will not know of {third / 'val.txt'}" in capsys.readouterr().out
+
+
 def test_folds_validate_on_every_labeled_image_once(tmp_path, capsys):
     entries = write_folder(tmp_path, 9)
     (tmp_path / entries[8].label).unlink()
@@ -167,10 +189,12 @@ def test_folds_validate_on_every_labeled_image_once(tmp_path, capsys):
             run([str(tmp_path), *wrong])
 
 
-def test_shares_are_read_from_labels(tmp_path):
+def test_contents_are_read_from_images_and_labels(tmp_path):
     write_image(tmp_path / "a.png", np.array([[1, 4], [255, 4]], np.uint8))
-    entry = Entry("a.jpg", "a.png")
+    write_image(tmp_path / "a.tiff", np.array([[1000, 3000]], np.uint16))
+    entry = Entry("a.tiff", "a.png")
     info = DatasetInfo("toy", ("a", "b"), VOC_PALETTE, ignore_index=4)
     for described, expected in ((None, {1: 1 / 3, 4: 2 / 3}), (info, {1: 1.0})):
-        shares = read_shares(SegmentationDataset(tmp_path, [entry], info=described))[entry]
+        shares, color = read_contents(SegmentationDataset(tmp_path, [entry], info=described))[entry]
+        assert color.tolist() == [2000] * 3
         assert {int(i): shares[i] for i in np.flatnonzero(shares)} == expected

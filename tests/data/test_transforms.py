@@ -13,12 +13,13 @@ from torchvision.transforms.v2 import functional as tvf
 from allspark_fast.data.transforms import (
     IMAGENET_MEAN,
     IMAGENET_STD,
+    PRESETS,
     CropTransform,
     apply_geometry,
+    change_colors,
     draw_box,
     draw_classes,
     draw_geometry,
-    jitter_colors,
 )
 
 BILINEAR = Image.Resampling.BILINEAR
@@ -45,7 +46,7 @@ def assert_uniform(values: list[int], low: int, high: int) -> None:
 
 def assert_share(hits: int, count: int, share: float) -> None:
     """The share of hits is right, within five standard deviations."""
-    assert abs(hits / count - share) < 5 * (share * (1 - share) / count) ** 0.5
+    assert abs(hits / count - share) <= 5 * (share * (1 - share) / count) ** 0.5
 
 
 def test_long_side_is_uniform_with_both_ends():
@@ -68,33 +69,42 @@ def test_crop_is_uniform_over_the_resized_image():
 
 
 @settings(max_examples=150, deadline=None)
-@given(SIDES, SIDES, SIDES, st.integers(0, 10**6))
-def test_crop_equals_the_crop_of_the_whole_resized_image(width, height, crop, seed):
+@given(SIDES, SIDES, SIDES, st.sampled_from(list(PRESETS)), st.integers(0, 10**6))
+def test_crop_equals_the_crop_of_the_whole_resized_image(width, height, crop, preset, seed):
     image = Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8))
-    geometry = draw_geometry(image.size, crop, (0.5, 2.0), generator(seed))
-    (scaled_width, scaled_height), (x, y), flip = geometry
+    geometry = draw_geometry(image.size, crop, (0.5, 2.0), generator(seed), PRESETS[preset])
+    (scaled_width, scaled_height), (x, y), flip, turns = geometry
     assert 0 <= x <= max(scaled_width - crop, 0)
     assert 0 <= y <= max(scaled_height - crop, 0)
     part = np.asarray(image.resize(geometry.scaled, BILINEAR))[y : y + crop, x : x + crop]
     expected = np.zeros((crop, crop, 3), int)
     expected[: part.shape[0], : part.shape[1]] = part
     found = np.asarray(apply_geometry(image, geometry, crop, BILINEAR, 0))
-    assert np.abs(found - (expected[:, ::-1] if flip else expected)).max() <= 2
+    assert np.abs(found - np.rot90(expected[:, ::-1] if flip else expected, turns)).max() <= 2
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(20, 200), st.integers(20, 200), st.integers(0, 10**6), st.booleans())
-def test_image_and_label_agree(width, height, seed, vertical):
+@given(st.integers(20, 200), st.integers(20, 200), st.sampled_from(list(PRESETS)), st.integers(0, 10**6), st.booleans())
+def test_image_label_and_valid_pixels_agree(width, height, preset, seed, vertical):
     # Both hold the coordinate of each pixel, along one axis.
     coordinate = np.indices((height, width))[0 if vertical else 1].astype(np.uint8)
     image = Image.fromarray(np.repeat(coordinate[..., None], 3, axis=2))
-    transform = CropTransform(60, photometric=False, mean=(0, 0, 0), std=(1, 1, 1))
+    transform = CropTransform(60, photometric=False, augment=preset, mean=(0, 0, 0), std=(1, 1, 1))
     sample = transform(image, Image.fromarray(coordinate), generator(seed))
     assert sample.image.shape == (3, 60, 60)
     assert sample.label.shape == sample.valid.shape == (60, 60)
     assert (sample.image.dtype, sample.label.dtype) == (torch.float32, torch.uint8)
+    assert torch.equal(sample.valid, sample.label != 255)
     difference = (sample.image[0] * 255 - sample.label)[sample.valid]
     assert difference.abs().max() <= 1.5
+
+
+def test_flips_and_turns_of_presets():
+    for name, share, turns in (("photo", 0.5, 1), ("microscopy", 0.5, 4), ("aerial", 0.5, 4), ("none", 0, 1)):
+        source = generator()
+        drawn = [draw_geometry((9, 9), 9, (1, 1), source, PRESETS[name]) for _ in range(2000)]
+        assert_uniform([x.turns for x in drawn], 0, turns - 1)
+        assert_share(sum(x.flip for x in drawn), 2000, share)
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -124,12 +134,8 @@ def test_unlabeled_crops_keep_their_colors_and_ignore_every_pixel():
         assert (sample.label == 255).all()
 
 
-ADJUSTMENTS = {
-    "adjust_brightness": (0.5, 1.5),
-    "adjust_contrast": (0.5, 1.5),
-    "adjust_saturation": (0.5, 1.5),
-    "adjust_hue": (-0.25, 0.25),
-}
+PHOTO = {"brightness": (0.5, 1.5), "contrast": (0.5, 1.5), "saturation": (0.5, 1.5), "hue": (-0.25, 0.25)}
+ADJUSTMENTS = [f"adjust_{name}" for name in (*PHOTO, "gamma")]
 
 
 @pytest.fixture
@@ -152,31 +158,39 @@ def changes(monkeypatch):
     return found
 
 
-def test_distribution_of_photometric_changes(changes):
-    """Jitter in 0.8 of all crops and in any order, gray in 0.2, blur in 0.5; amounts fill their ranges evenly."""
+@pytest.mark.parametrize("preset", PRESETS)
+def test_distribution_of_photometric_changes(preset, changes):
+    """Adjustments in 0.8 of all crops and in any order, gray and blur as often as said; amounts fill their ranges."""
     source, count, orders, amounts = generator(), 3000, set(), defaultdict(list)
+    steps, gray, blur = PRESETS[preset][:3]
     for _ in range(count):
         changes.clear()
-        jitter_colors(Image.new("RGB", (2, 2), COLOR), source)
+        change_colors(Image.new("RGB", (2, 2), COLOR), PRESETS[preset], source)
         names = [name for name, _ in changes]
         orders.add(tuple(name for name in names if name in ADJUSTMENTS))
         for name, amount in changes:
             amounts[name].append(amount)
-    assert orders == {(), *itertools.permutations(ADJUSTMENTS)}
-    for name, share in (("adjust_hue", 0.8), ("rgb_to_grayscale", 0.2), ("GaussianBlur", 0.5)):
+    ranges = {f"adjust_{name}": bounds for name, *bounds in steps} | ({"GaussianBlur": (0.1, 2.0)} if blur else {})
+    assert orders == {(), *itertools.permutations(f"adjust_{name}" for name, *_ in steps)}
+    shares = {"rgb_to_grayscale": gray, "GaussianBlur": blur, **{f"adjust_{name}": 0.8 for name, *_ in steps}}
+    for name, share in shares.items():
         assert_share(len(amounts[name]), count, share)
-    for name, (low, high) in (*ADJUSTMENTS.items(), ("GaussianBlur", (0.1, 2.0))):
+    for name, (low, high) in ranges.items():
         margin, values = 0.02 * (high - low), amounts[name]
         assert low <= min(values) < low + margin
         assert high - margin < max(values) <= high
         assert abs(np.mean(values) - (low + high) / 2) < margin
 
 
+def test_photo_is_that_of_the_paper():
+    assert PRESETS["photo"] == (tuple((name, *bounds) for name, bounds in PHOTO.items()), 0.2, 0.5, True, False)
+
+
 def test_photometric_changes_follow_each_other(changes):
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (12, 12, 3), np.uint8))
     for seed in range(40):
         changes.clear()
-        found, expected = jitter_colors(noise, generator(seed)), noise
+        found, expected = change_colors(noise, PRESETS["photo"], generator(seed)), noise
         for name, amount in tuple(changes):
             if name == "GaussianBlur":
                 expected = expected.filter(ImageFilter.GaussianBlur(amount))
@@ -236,6 +250,6 @@ def test_the_other_view_is_the_same_crop():
     assert torch.equal(both.image, weak.image)
     source = generator(1)
     crop = apply_geometry(image, draw_geometry(image.size, 32, (0.5, 2.0), source), 32, BILINEAR, 0)
-    expected = tvf.to_dtype(tvf.pil_to_tensor(jitter_colors(crop, source)), torch.float32, scale=True)
+    expected = tvf.to_dtype(tvf.pil_to_tensor(change_colors(crop, PRESETS["photo"], source)), torch.float32, scale=True)
     assert torch.equal(both.strong, expected)
     assert weak.strong is weak.mixed is None

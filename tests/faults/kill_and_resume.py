@@ -28,7 +28,7 @@ from tests.helpers.runs import assert_same_run, differences, tiny_arguments
 AIMS = {
     "checkpoint": (checkpoint, "save_checkpoint"),
     "validation": (trainer, "evaluate"),
-    "plotting": (trainer, "draw_curves"),
+    "plotting": (trainer, "draw_pictures"),
     "step": (trainer, "train_step"),
 }
 # Seconds, at most, from the call to the kill: about as long as a checkpoint or validation takes.

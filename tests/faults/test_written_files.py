@@ -62,7 +62,9 @@ def test_any_split_file(marked: bool, parts: list[bytes]) -> None:
 
 @settings(max_examples=100, deadline=None)
 @given(
-    st.one_of(JSON, with_one_change({"classes": ["a", "b"], "values": [0, 255], "ignore_index": 9, "palette": [0] * 6}))
+    st.one_of(
+        JSON, with_one_change({"classes": ["a", "b"], "values": [0, 255], "ignore_index": 9, "palette": [[0] * 3] * 2})
+    )
 )
 def test_any_meta(meta: object) -> None:
     with tempfile.TemporaryDirectory() as folder:

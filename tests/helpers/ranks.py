@@ -8,10 +8,10 @@ import os
 import signal
 import socket
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,12 +26,11 @@ from allspark_fast.training.step import Losses, TrainState
 from bench.bench_train_step import without_dropout
 
 # Ranks are forked from a process that has done nothing but import, which would take most of the time of a test.
-_PRELOADED = ["tests.helpers.ranks"]
+multiprocessing.set_forkserver_preload(["tests.helpers.ranks"])
 
 
 def run_on_ranks(work: Callable[[], Any], ranks: int, folder: Path) -> list[Any]:
     """Call a picklable function on every rank and return what each call returned."""
-    multiprocessing.set_forkserver_preload(_PRELOADED)
     mp.start_processes(_run_on_rank, (work, ranks, folder), nprocs=ranks, start_method="forkserver")
     return [torch.load(folder / f"{index}.pt", weights_only=False) for index in range(ranks)]
 
@@ -44,14 +43,7 @@ def _run_on_rank(index: int, work: Callable[[], Any], ranks: int, folder: Path) 
 
 
 class Fault(NamedTuple):
-    """A signal that a rank sends before it takes a step, so that no test has to hit the moment from outside.
-
-    Attributes:
-        rank: that sends it.
-        step: steps taken before.
-        number: the signal.
-        to: ``self``, or ``torchrun``, its parent; the rank then waits until it is asked to stop.
-    """
+    """A signal that a rank sends to itself, or to torchrun and waits, before it takes the step after so many."""
 
     rank: int
     step: int
@@ -63,18 +55,16 @@ class Run:
     """One rank of a run in a process of its own, without an agent that would end all ranks as soon as one has ended."""
 
     def __init__(self, *arguments: Any) -> None:
-        multiprocessing.set_forkserver_preload(_PRELOADED)
+        self._printed = Path(tempfile.mkstemp()[1])
         context = multiprocessing.get_context("forkserver")
-        self._output, output = context.Pipe(duplex=False)
-        self.process = context.Process(target=_train, args=(output, *arguments), daemon=True)
+        self.process = context.Process(target=_train, args=(self._printed, *arguments), daemon=True)
         self.process.start()
-        output.close()
 
     def finish(self, status: int = 0) -> str:
         """Wait until it has ended with this status, negative for a signal, and return what it printed."""
-        with os.fdopen(os.dup(self._output.fileno())) as file:
-            printed = file.read()
         self.process.join()
+        printed = self._printed.read_text()
+        self._printed.unlink()
         assert self.process.exitcode == status, printed
         return printed
 
@@ -84,20 +74,14 @@ def start_run(arguments: list[str], ranks: int, fault: Fault | None = None, *, d
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    return [Run(arguments, index, ranks, port, fault, dropout) for index in range(ranks)]
+    places = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    own = [{**places, "RANK": index, "LOCAL_RANK": index} if ranks > 1 else {} for index in range(ranks)]
+    return [Run(arguments, environment, fault, dropout) for environment in own]
 
 
-def _train(
-    output: Connection, arguments: list[str], index: int, ranks: int, port: int, fault: Fault | None, dropout: bool
-) -> None:
-    for stream in (1, 2):
-        os.dup2(output.fileno(), stream)
-    output.close()
-    sys.stdout, sys.stderr = (os.fdopen(stream, "w", buffering=1) for stream in (1, 2))
-    if ranks > 1:
-        places = {"RANK": index, "LOCAL_RANK": index, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
-        address = {"MASTER_ADDR": "localhost", "MASTER_PORT": port}
-        os.environ.update({name: str(value) for name, value in {**places, **address}.items()})
+def _train(printed: Path, arguments: list[str], environment: dict, fault: Fault | None, dropout: bool) -> None:
+    sys.stdout = sys.stderr = printed.open("w", buffering=1)
+    os.environ.update({name: str(value) for name, value in environment.items()})
     if not dropout:
         build = setup.build_model
         setup.build_model = lambda *args, **options: without_dropout(build(*args, **options))

@@ -58,32 +58,24 @@ def differences(a: object, b: object) -> list[str]:
     return sorted(map(str, wrong))
 
 
-def different_states(a: Path, b: Path) -> list[str]:
-    """Names of all that differs between the newest checkpoints of two runs."""
+def assert_same_run(a: Path, b: Path) -> None:
+    """Compare the newest checkpoints of two runs, and what they logged."""
     states = [load_latest_checkpoint(folder / "checkpoints") for folder in (a, b)]
     assert len(states[0]["model"]) > 100
-    return differences(*states)
-
-
-def assert_same_run(a: Path, b: Path) -> None:
-    assert different_states(a, b) == []
+    assert differences(*states) == []
     # As text, in which a NaN equals itself.
     assert str(logged(a)) == str(logged(b))
 
 
-class Killed(Exception):  # noqa: N818 stands for kill -9
-    """Raised in the middle of a run."""
-
-
 def run_and_die(trainer: Trainer, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Train so many steps, then raise."""
+    """Train so many steps, then end as by kill -9."""
     take_step = trainer.train_step
 
     def dying_step(batch: SemiBatch, **options: bool) -> object:
         if trainer.step == steps:
-            raise Killed
+            raise KeyboardInterrupt
         return take_step(batch, **options)
 
     monkeypatch.setattr(trainer, "train_step", dying_step)
-    with pytest.raises(Killed):
+    with pytest.raises(KeyboardInterrupt):
         trainer.run()

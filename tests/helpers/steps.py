@@ -38,10 +38,3 @@ def random_batch(size: int = 2, *, mixing: bool = False) -> SemiBatch:
     mixed[:, 8:32, 16:48] = True
     pasted[:, 20:60, 30:60] = True
     return batch._replace(unlabeled_strong=torch.randn(size, 3, 64, 64), mixed=mixed, pasted=pasted)
-
-
-def autocast_as_on_a_gpu(
-    device: str, dtype: torch.dtype | None = None, enabled: bool = True, autocast: type[torch.autocast] = torch.autocast
-) -> torch.autocast:
-    """The autocast of a step, which is for GPUs, on a CPU too; takes the place of torch.autocast."""
-    return autocast(device, dtype, enabled=enabled or dtype == torch.bfloat16)

@@ -145,8 +145,10 @@ def test_files_that_cannot_be_read_or_written_are_named_and_the_rest_done(
     picture(64, 64).save(photos / "site/d.png")
     (out / "labels/site").write_text("a file, where a folder is needed")
     picture(200, 64).save(photos / "huge.png")
+    for name in ("b", "c"):
+        picture(110, 70).save(photos / f"{name}.png")
     (photos / "gray.png").write_bytes((photos / "gray.png").read_bytes()[:100])
-    monkeypatch.setattr("allspark_fast.inference.predict.MAX_OVERLAY_SIDE", 89)
+    monkeypatch.setattr("allspark_fast.inference.predict.MAX_OVERLAY_SIDE", 105)
     monkeypatch.setattr(Predictor, "predict", predict_small)
     arguments = [str(photos), str(too_long), "--out", str(out), "--overwrite"]
     assert main(["predict", str(weights), *arguments]) == 1
@@ -155,7 +157,7 @@ def test_files_that_cannot_be_read_or_written_are_named_and_the_rest_done(
     for message in (
         "gray.png: cannot be read", "labels/a.png was not written (", "labels/site: expected a folder",
         "File name too long", "huge.png: out of memory: pass --window",
-        "overlays/b.jpg was not written: the image is 90x70 pixels", "overlays/c.jpg was not written",
+        "overlays/b.jpg was not written: the image is 110x70 pixels", "overlays/c.jpg was not written",
     ):  # fmt: skip
         assert message in printed.err
     assert names_in(out / "labels") == names_in(photos) - {"notes", "site/d", "gray", "huge"}

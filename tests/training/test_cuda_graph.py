@@ -18,7 +18,7 @@ from allspark_fast.training.step import Losses, TrainState, train_step
 from allspark_fast.training.trainer import Trainer
 from tests.helpers.runs import assert_same_run, differences, run_and_die, tiny_config
 from tests.helpers.steplog import StepLog, logged_steps
-from tests.helpers.steps import BEYOND, autocast_as_on_a_gpu, build_state, random_batch
+from tests.helpers.steps import BEYOND, build_state, random_batch
 
 CASES = [
     {"optimizer": "sgd", "ema": 0.9},
@@ -37,10 +37,14 @@ def _record_early(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_graph, "WARMUP_STEPS", 1)
 
 
-def differences_of_replays(report: Callable[[Record], object] | None = None, **options: Any) -> list[str]:
+def differences_of_replays(
+    report: Callable[[Record], object] | None = None, *, amp: bool = False, **options: Any
+) -> list[str]:
     """Names of all that differs between runs of ordinary and of recorded steps; a replay and an ordinary one skip."""
     plain, recorded = build_state(**options), build_state(**options)
     recorded.load_state_dict(copy.deepcopy(plain.state_dict()))
+    for state in (plain, recorded) if amp else ():
+        state.amp, state.half_weights = True, HalfWeights(state.model, state.teacher)
     batches = [random_batch(mixing=plain.config.cutmix > 0) for _ in PHASES]
     for index in (2, 4):
         batches[index].image[0, 0, 5, 5] = float("nan")
@@ -54,16 +58,9 @@ def differences_of_replays(report: Callable[[Record], object] | None = None, **o
     return differences(*results)
 
 
-@pytest.mark.parametrize("options", CASES, ids=str)
+@pytest.mark.parametrize("options", [*CASES, {"amp": True, **BEYOND}], ids=str)
 def test_replays_equal_ordinary_steps(options: dict[str, Any]) -> None:
     assert differences_of_replays(**options) == []
-
-
-def test_weights_are_cast_in_each_replay(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a GPU, whose mixed precision has copies of them."""
-    monkeypatch.setattr(step, "HalfWeights", lambda *models, enabled: HalfWeights(*models, enabled=True))
-    monkeypatch.setattr(torch, "autocast", autocast_as_on_a_gpu)
-    assert differences_of_replays(**BEYOND) == []
 
 
 def branch_on_data(state: TrainState, losses: torch.Tensor, update: Any = step._update) -> Losses:

@@ -17,13 +17,17 @@ def test_accuracy_and_coverage_of_pseudo_labels(hidden: bool) -> None:
     image, pseudo_label = torch.zeros(6, 3, 2, 4), torch.ones(6, 2, 4, dtype=torch.int64)
     truth = pseudo_label.clone()
     truth[4:] = 0  # beyond the four that are pictured
+    pseudo_label[5] = 0
     truth[~valid] = truth[0, 0, 0] = 255
     for known in (truth,) if hidden else (None, torch.full_like(truth, 255)):
         batch = SemiBatch(image, valid.long(), image, valid, known)
-        expected = {"pseudo_label_coverage": pytest.approx(5 / 6)}
+        expected = {
+            "pseudo_label_coverage": pytest.approx(5 / 6),
+            "pseudo_label_class_coverage": [0, 1, None],
+        }
         if hidden:
-            expected["pseudo_label_accuracy"] = pytest.approx((4 * 6 - 1) / (6 * 6 - 1))
-            expected["pseudo_label_recall"] = [0, 1, None]
+            expected["pseudo_label_accuracy"] = pytest.approx((5 * 6 - 1) / (6 * 6 - 1))
+            expected["pseudo_label_recall"] = [0.5, 1, None]
         assert pseudo_label_record(pseudo_label, confidence, 3, batch) == expected
 
 
@@ -59,7 +63,7 @@ class TestProblems:
         scores = self.score((0, 0, 950), (1, 0, 49), (1, 1, 1))
         shares = {"label_share": [0.95, 0.05], "pseudo_label_share": [0.999, 0.001], "pseudo_label_coverage": 1.0}
         problems = self.find(scores, best=0.8, loss=0.001, **shares)
-        assert list(problems) == ["labels object", "predictions object", "certain", "below"]
+        assert list(problems) == ["labels object", "labels", "predictions object", "certain", "below"]
         assert "almost no pseudo labels: 0.10% of them, but 5.00% of the labels" in problems["labels object"]
         assert "object is almost never predicted" in problems["predictions object"]
         assert "vanishes (0.0010)" in problems["certain"]

@@ -85,6 +85,13 @@ def train_steps(size: int, state: TrainState, take: Callable[..., Losses] | None
     return {**flatten(state), "losses": torch.stack(losses)}
 
 
+def train_recorded_steps(size: int, report: Callable[[Record], object] | None = None, **options: Any) -> dict:
+    """The same, but only the first step is ordinary."""
+    state = make_state(**options)
+    with patch.object(cuda_graph, "WARMUP_STEPS", 1):
+        return train_steps(size, state, logged_steps(state, report=report))
+
+
 def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert actual.keys() == expected.keys()
     for name, x in expected.items():
@@ -98,12 +105,11 @@ def on_two_ranks() -> dict[str, Any]:
         results[sharding] = train_steps(2, state := make_state(sharding=sharding))
         results[f"{sharding} memory"] = dict(state.model.decoder.allspark.attn.named_buffers())
         results[f"{sharding} evaluated"] = dict(state.evaluated_model().state_dict())
+        results[f"recorded {sharding}"] = train_recorded_steps(2, sharding=sharding)
     found: list[Record] = []
-    with patch.object(cuda_graph, "WARMUP_STEPS", 1):
-        for memory_sync in ("rank0", "all"):
-            state = make_state(memory_sync)
-            results["recorded"] = train_steps(2, state, logged_steps(state, report=found.append))
-    results["recorded errors"] = [x["recorded_step"]["error"] for x in found]
+    for memory_sync in ("rank0", "all"):
+        train_recorded_steps(2, found.append, memory_sync=memory_sync)
+    results["errors of replays"] = [x["recorded_step"]["error"] for x in found]
     with patch.object(prepare, "compile_blocks", lambda model, _: compile_blocks(model, "aot_eager")):
         results["compiled"] = train_steps(2, make_state(sharding="fsdp", compile="on"))
     results["beyond"] = train_steps(4, make_state(sharding="fsdp", **BEYOND))
@@ -186,10 +192,11 @@ class TestTwoRanks:
     def test_an_averaged_teacher_and_thresholds_of_classes(self, results: list[dict[str, Any]]) -> None:
         assert_close(results[0]["beyond"], train_steps(4, make_state(**BEYOND)))
 
-    def test_recorded_steps_with_their_collectives(self, results: list[dict[str, Any]]) -> None:
+    @pytest.mark.parametrize("sharding", ["fsdp", "replicate"])
+    def test_recorded_steps_with_their_collectives(self, results: list[dict[str, Any]], sharding: str) -> None:
         for result in results:
-            assert differences(result["recorded"], result["replicate"]) == []
-            assert result["recorded errors"] == [0, 0]
+            assert differences(result[f"recorded {sharding}"], result[sharding]) == []
+            assert result["errors of replays"] == [0, 0]
 
     def test_means_over_pixels_of_each_rank(self, results: list[dict[str, Any]]) -> None:
         """The public code's: pixels count more on the rank that has fewer."""
@@ -222,14 +229,17 @@ class TestTwoRanks:
         assert [result["error"] for result in results] == ["no room", "another rank has failed, its message tells why"]
 
 
-def _four() -> dict[str, Tensor]:
-    return train_steps(4, make_state(sharding="fsdp"))
+def on_four_ranks() -> list[dict[str, Tensor]]:
+    recorded = [train_recorded_steps(4, sharding=sharding) for sharding in ("fsdp", "replicate")]
+    return [train_steps(4, make_state(sharding="fsdp")), *recorded]
 
 
 @pytest.mark.slow
 def test_four_ranks_equal_one_process(tmp_path: Path) -> None:
     """One of them has no part of what has a row for each of the three classes."""
-    assert_close(run_on_ranks(_four, 4, tmp_path)[0], train_steps(4, make_state()))
+    expected = train_steps(4, make_state())
+    for actual in run_on_ranks(on_four_ranks, 4, tmp_path)[0]:
+        assert_close(actual, expected)
 
 
 def test_restarts_that_would_hang_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -237,7 +247,7 @@ def test_restarts_that_would_hang_are_refused(monkeypatch: pytest.MonkeyPatch) -
     places = {"RANK": "0", "GROUP_WORLD_SIZE": "2", "TORCHELASTIC_MAX_RESTARTS": "1"}
     for name, value in {**places, "TORCHELASTIC_USE_AGENT_STORE": "True"}.items():
         monkeypatch.setenv(name, value)
-    group = process_group("cpu", timedelta(seconds=1))
+    group = process_group("cpu", 1)
     with pytest.raises(InputError, match="set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun"), group:
         pass
 

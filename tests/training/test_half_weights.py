@@ -34,7 +34,7 @@ def test_steps_are_those_of_autocast_bit_for_bit(options: dict) -> None:
         if switches["compiled"]:
             compile_blocks(state.model, "aot_eager")
         state.amp = True  # as on a GPU
-        state.half_weights = HalfWeights(state.model, state.teacher, enabled=state is halves)
+        state.half_weights = HalfWeights(*((state.model, state.teacher) if state is halves else ()))
         torch.manual_seed(1)
         losses.append([train_step(state, x, use_memory=step > 1) for step, x in enumerate(batches)])
     assert losses[0] == losses[1]
@@ -44,7 +44,7 @@ def test_steps_are_those_of_autocast_bit_for_bit(options: dict) -> None:
 
 def test_they_are_there_in_a_step_only() -> None:
     state = build_state()
-    state.half_weights = HalfWeights(state.model, enabled=True)
+    state.half_weights = HalfWeights(state.model)
     weights = list(state.model.parameters())
     names = list(state.model.state_dict())
     with pytest.raises(ZeroDivisionError), state.half_weights.installed():  # noqa: PT012

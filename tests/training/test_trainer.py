@@ -20,8 +20,10 @@ from allspark_fast.data.scenes import SCENES
 from allspark_fast.data.sources import open_sources
 from allspark_fast.errors import InputError, RunError
 from allspark_fast.model.mit import compile_blocks
+from allspark_fast.training import pictures
 from allspark_fast.training import setup as prepare
 from allspark_fast.training import trainer as trainer_module
+from allspark_fast.training.checkpoint import list_checkpoints
 from allspark_fast.training.cuda_graph import GraphedSteps
 from allspark_fast.training.log import read_metrics
 from allspark_fast.training.setup import build_model, claim_folder
@@ -38,7 +40,8 @@ def test_leaves_what_it_promises(tmp_path: Path, capsys: pytest.CaptureFixture[s
     train(config, tmp_path / "run")
     names = {path.name for path in (tmp_path / "run").iterdir()}
     weights = {"best.safetensors", "last.safetensors"}
-    assert {"config.json", "metrics.jsonl", "checkpoints", "curves.png", "predictions.png", *weights} <= names
+    pictures = {"curves.png", "predictions.png", "validation.png"}
+    assert {"config.json", "metrics.jsonl", "checkpoints", *pictures, *weights} <= names
     assert any(name.startswith("events.out.tfevents") for name in names)
     assert not any(name.endswith(".tmp") or ".tmp." in name for name in names)
     records = read_metrics(tmp_path / "run")
@@ -48,11 +51,11 @@ def test_leaves_what_it_promises(tmp_path: Path, capsys: pytest.CaptureFixture[s
         mean = (record["loss_labeled"] + record["loss_unlabeled"]) / 2
         expected = record["loss_labeled"] if record["step"] <= 4 else mean  # an epoch has four steps
         assert record["loss"] == pytest.approx(expected, rel=1e-5)
-    for picture in ("curves.png", "predictions.png"):
+    for picture in pictures:
         assert len(Image.open(tmp_path / "run" / picture).convert("RGB").getcolors(1 << 20)) > 100
     events = EventAccumulator(str(tmp_path / "run")).Reload()
-    assert events.Tags()["images"] == ["predictions"]
-    assert [image.step for image in events.Images("predictions")] == [8, 12]
+    assert events.Tags()["images"] == ["predictions", "validation"]
+    assert [image.step for image in events.Images("validation")] == [8, 12]
     scored = [(record["step"], record["miou"]) for record in records if "miou" in record]
     assert [(x.step, x.value) for x in events.Scalars("miou")] == [(step, pytest.approx(x)) for step, x in scored]
     # What is measured of pseudo labels and memory: in 12 steps of 2 images it received all of their 128 channels.
@@ -67,8 +70,9 @@ def test_leaves_what_it_promises(tmp_path: Path, capsys: pytest.CaptureFixture[s
     printed = capsys.readouterr().out
     assert "3 labeled, 8 unlabeled, 2 validation images" in printed
     best = max(scored, key=lambda pair: pair[1])
-    assert f"mIoU {100 * best[1]:.1f} of step {best[0]} is the best (best.safetensors)" in printed
-    assert f"{100 * last['miou']:.1f} of step 12 the last (last.safetensors)" in printed
+    assert f"best    mIoU {100 * best[1]:.1f} of step {best[0]} (best.safetensors)" in printed
+    assert f"last    mIoU {100 * last['miou']:.1f} of step 12 (last.safetensors)" in printed
+    assert all(part in printed for part in ("steps 1 to 12, ", "for 12 steps", f"predict {tmp_path / 'run'} IMAGE"))
     assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == config.run.keep_last
 
     # The same command again says that there is nothing to do.
@@ -207,6 +211,7 @@ class TestResume:
             Trainer(tiny_config(**short), tmp_path)
 
     def test_starting_weights_may_be_gone(self, tmp_path: Path) -> None:
+        """From a run that was begun; otherwise nothing is written before that is known."""
         config, weights = tiny_config(epochs=1), tmp_path / "start.safetensors"
         save_weights(build_model(config, SCENES), weights)
         config = changed(config, model={"weights": weights})
@@ -215,6 +220,18 @@ class TestResume:
         assert Trainer(config, tmp_path / "run").finished
         with pytest.raises(FileNotFoundError, match=r"start\.safetensors"):
             Trainer(config, tmp_path / "another")
+        assert not (tmp_path / "another").exists()
+
+    def test_statistics_of_classes_that_an_earlier_version_did_not_keep(self, tmp_path: Path) -> None:
+        config = tiny_config(epochs=1)
+        train(config, tmp_path)
+        path = list_checkpoints(tmp_path / "checkpoints")[0]
+        state = torch.load(path)
+        shares = state["classes"].pop("shares")
+        torch.save(state, path)
+        resumed = Trainer(config, tmp_path)
+        assert resumed.finished
+        assert torch.equal(resumed.state.classes.shares, torch.zeros_like(shares))
 
     def test_settings_that_led_to_no_checkpoint_may_be_mended(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -235,7 +252,7 @@ def hold_lock(folder: Path, locked: Event) -> None:
 def test_a_picture_that_cannot_be_drawn_does_not_end_a_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(trainer_module, "draw_curves", Mock(side_effect=RuntimeError("no fonts")))
+    monkeypatch.setattr(pictures, "draw_curves", Mock(side_effect=RuntimeError("no fonts")))
     assert train(tiny_config(epochs=1), tmp_path)
     assert "the pictures of step 4 were not drawn: RuntimeError('no fonts')" in caplog.text
     assert (tmp_path / "best.safetensors").exists()
@@ -286,14 +303,16 @@ def root(tmp_path: Path) -> Path:
 def test_needs_no_split_files_but_for_validation_and_no_hidden_labels(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pictured = []
-    monkeypatch.setattr(trainer_module, "draw_predictions", lambda *args: pictured.extend(args[2]))
+    drawn = Mock()
+    monkeypatch.setattr(trainer_module, "draw_pictures", drawn)
     folder = {"dataset": "folder", "root": root, "val": Path("val.txt")}
     trainer = Trainer(changed(tiny_config(epochs=1), data=folder), tmp_path / "run")
     assert [entry.image for entry in trainer.data.sources.labeled.entries] == [f"images/0{i}.png" for i in range(3)]
     assert [entry.image for entry in trainer.data.sources.unlabeled.entries] == ["images/04.png", "images/05.png"]
     trainer.run()
-    assert pictured == ["pseudo label", "prediction"]
+    _, (_, labels), validation, *_ = drawn.call_args.args
+    assert list(labels) == ["pseudo label", "prediction"]
+    assert [name for name, *_ in validation] == ["images/03.png"]
     assert "pseudo_label_accuracy" not in read_metrics(tmp_path / "run")[-1]
 
 

@@ -1,6 +1,7 @@
 """Loading and saving weights; those of Hugging Face are in test_convert.py, those of timm in tests/model."""
 
 import copy
+import hashlib
 import pickle
 import re
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from allspark_fast.errors import InputError
 from allspark_fast.model import AllSparkOptions, Segmentor
@@ -87,6 +89,47 @@ def test_another_architecture_is_refused_even_with_reset(tmp_path: Path) -> None
     save_weights(tiny_segmentor(embedding_dim=32), tmp_path / "a.pth")
     with pytest.raises(InputError, match=r"another model.*linear_"):
         load_weights(tiny_segmentor(), tmp_path / "a.pth", reset=True)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize(
+    ("backbone", "repo", "name"),
+    [
+        ("mit_b0", "nvidia/mit-b0", "pytorch_model.bin"),
+        ("timm/test_vit", "timm/test_vit.r160_in1k", "model.safetensors"),
+    ],
+)
+def test_imagenet_is_fetched_from_the_hub_unless_its_cache_has_it(
+    backbone: str, repo: str, name: str, cached: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    pytest.importorskip("timm", reason="needs the extra timm")
+    hub = pytest.importorskip("huggingface_hub", reason="needs the extra timm")
+    monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", True)
+    source, target = tiny_segmentor(backbone), tiny_segmentor(backbone)
+    url = re.escape(f"https://huggingface.co/{repo}/resolve/main/{name}")
+    with pytest.raises(InputError, match=rf"cannot be fetched .*: get {name} from {url}, .* --model.weights {name}"):
+        load_weights(target, "imagenet")
+    cache = tmp_path / f"models--{repo.replace('/', '--')}"
+    path = cache / "snapshots/abc" / name if cached else tmp_path / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    encoder = source.backbone if backbone == "mit_b0" else source.backbone.features.model
+    (save_file if path.suffix == ".safetensors" else torch.save)(encoder.state_dict(), path)
+    if cached:
+        (cache / "refs").mkdir()
+        (cache / "refs/main").write_text("abc")
+    else:
+        monkeypatch.setattr(hub, "hf_hub_download", lambda *asked: str(path) if asked == (repo, name) else None)
+    caplog.set_level("INFO")
+    load_weights(target, "imagenet")
+    assert differences(source.backbone.state_dict(), target.backbone.state_dict()) == []
+    assert f"imagenet is {path}, sha256 {hashlib.sha256(path.read_bytes()).hexdigest()}" in caplog.text
+
+
+def test_what_has_no_imagenet() -> None:
+    with pytest.raises(InputError, match="there is no imagenet for mit_tiny"):
+        load_weights(tiny_segmentor("mit_tiny"), "imagenet")
 
 
 HALF_A_SEGFORMER = ("patch_embeddings.0.proj", "block.0.0.attention.self.key")
