@@ -68,7 +68,8 @@ class Case(NamedTuple):
 
     ``inputs`` are the tensors whose gradients are taken; without any there is no backward pass. ``comparators`` are
     variants that may refuse the size or the device, or lack a package: they are n/a then. ``parity`` are the same
-    computations without randomness, if ``variants`` are random; of some, if others compute something else. ``flops`` are those of variants that have their own.
+    computations without randomness, if ``variants`` are random, of those that compute the same. ``flops`` are those of
+    variants that have their own.
     """
 
     op: str
