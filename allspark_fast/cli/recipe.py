@@ -73,8 +73,8 @@ def _describe(recipe: str, shown: str) -> str:
     about = inspect.cleandoc(RECIPES[recipe].__doc__ or "").replace("``", "")
     return (
         f"Recipes: {', '.join(RECIPES)}.\n\n{recipe}: {about}\n\n"
-        "--config FILE takes settings from a YAML file, or all of them from the config.json of a run; flags count more. "
-        f"--print-config prints the settings in such a form, and ends.\n\n{shown}, with defaults of {recipe}:"
+        "--config FILE takes settings from a YAML file, or all of them from the config.json of a run; flags count "
+        f"more. --print-config prints the settings in such a form, and ends.\n\n{shown}, with defaults of {recipe}:"
     )
 
 
