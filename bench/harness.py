@@ -68,7 +68,8 @@ class Case(NamedTuple):
 
     ``inputs`` are the tensors whose gradients are taken; without any there is no backward pass. ``comparators`` are
     variants that may refuse the size or the device, or lack a package: they are n/a then. ``parity`` are the same
-    computations without randomness, if ``variants`` are random. ``flops`` are those of variants that have their own.
+    computations without randomness, if ``variants`` are random, of those that compute the same. ``flops`` are those of
+    variants that have their own.
     """
 
     op: str
@@ -96,8 +97,8 @@ def run(case: Case, repeats: int = 7) -> list[Record]:
     Returns one record for each variant; those that cannot run come last, with a note why and no figures. Raises an
     AssertionError if a result is off by more than 1e-4, in half precision 3e-2, of its largest entry.
     """
-    baseline, *others = case.variants
     parity, notes = case.parity or case.variants, {}
+    baseline, *others = parity
     results = {baseline: outputs_and_grads(parity[baseline], case.inputs)}
     for name in others:
         try:
@@ -111,7 +112,7 @@ def run(case: Case, repeats: int = 7) -> list[Record]:
             off, part = relative_error(x, y), f"gradient {i - 1}" if i else "output"
             message = f"{case.op}, {case.size}: {part} of {name} differs from {baseline} by {off:.1e}"
             assert off <= (3e-2 if x.dtype.itemsize < 4 else 1e-4), message
-    variants = {name: case.variants[name] for name in results}
+    variants = {name: variant for name, variant in case.variants.items() if name not in notes}
     with flop_counter() as counter:
         output = variants[baseline]()
         if case.inputs:

@@ -145,8 +145,8 @@ def test_settings_without_what_they_need_are_refused(train: dict, message: str) 
 
 def test_epochs_that_are_given_replace_the_steps_of_a_recipe() -> None:
     _, config = parse_config(["folder", "--train.epochs", "4", "--train.warmup-epochs=1", "--eval.every", "2"], "train")
-    assert config.schedule(10) == (40, 10, 20, 20)  # pseudo labels from half of the run, as in the recipe
-    assert parse_config(["folder", "--train.steps", "9"], "train")[1].schedule(10) == (9, 1, 4, 1)
+    assert config.schedule(10) == (40, 10, 13, 20)  # pseudo labels from a third of the run, as in the recipe
+    assert parse_config(["folder", "--train.steps", "9"], "train")[1].schedule(10) == (9, 1, 3, 1)
     message = "train.epochs has no effect beside train.steps = 9: give one of them"
     with pytest.raises(InputError, match=message):
         parse_config(["folder", "--train.epochs", "3", "--train.steps", "9"], "train")
