@@ -1,7 +1,6 @@
 """Every setting of a run, typed; the command line takes its help from these docstrings."""
 
 import dataclasses
-import difflib
 import json
 from collections.abc import Collection
 from dataclasses import MISSING, dataclass, field, replace
@@ -10,6 +9,7 @@ from types import UnionType
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 from allspark_fast.errors import InputError
+from allspark_fast.text import nearest
 
 Method = Literal["allspark", "semi", "supervised"]
 EvalMode = Literal["whole", "sliding"]
@@ -381,9 +381,7 @@ def require_setting(name: str) -> None:
         f"{group}.{field_name}" for group, settings in dataclasses.asdict(Config()).items() for field_name in settings
     ]
     if name not in known:
-        nearest = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {nearest[0]}?" if nearest else "names are group.field, such as data.root or train.epochs"
-        raise InputError(f"there is no setting {name}: {hint}")
+        raise InputError(f"there is no setting {name}{nearest(name, known)}; names are group.field, see --help-all")
 
 
 def from_plain(kind: Any, value: Any, where: str) -> Any:

@@ -30,7 +30,9 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
             with suppress(OSError):
                 os.write(2, _INTERRUPTED)  # sys.stderr may be in the middle of a line
 
-    noted = STOP_SIGNALS if threading.current_thread() is threading.main_thread() else []
+    is_main = threading.current_thread() is threading.main_thread()
+    # What runs in the background of a script ignores Ctrl-C.
+    noted = [x for x in STOP_SIGNALS if is_main and signal.getsignal(x) is not signal.SIG_IGN]
     before = {number: signal.signal(number, note) for number in noted}
     try:
         yield lambda: bool(arrived) or (torchrun is not None and os.getppid() != torchrun)

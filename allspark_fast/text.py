@@ -99,9 +99,7 @@ def drawable(names: tuple[str, ...]) -> Sequence[str]:
     font = font_manager.get_font(font_file())
     lines = ["".join(x if font.get_char_index(ord(x)) else "?" for x in one_line(name)) for name in names]
     if replaced := [f"{index} {one_line(names[index])}" for index, line in enumerate(lines) if line != names[index]]:
-        listed = ", ".join(replaced[:_LISTED]) + (
-            f" and {len(replaced) - _LISTED} more" if len(replaced) > _LISTED else ""
-        )
+        listed = ", ".join([*replaced[:_LISTED], *["..."] * (len(replaced) > _LISTED)])
         logger.warning("pictures show these classes by their index, as the font cannot draw their names: %s", listed)
     return [
         line if line == name else f"{index} {line}" for index, (name, line) in enumerate(zip(names, lines, strict=True))

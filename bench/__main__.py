@@ -3,35 +3,24 @@
 import argparse
 import itertools
 from collections.abc import Callable, Collection, Iterable
+from importlib import import_module
 from pathlib import Path
 
 from bench import bench_train_step, gpu, operators
 from bench.harness import DEVICE, Case, Record, conditions, report, run
 
-_STEPS = bench_train_step.SIZES
-_GRID = operators.ATTENTION_GRID
+_STEPS, _GRID = bench_train_step.SIZES, operators.ATTENTION_GRID
 _TARGETS = ["sm_80", "sm_86", "sm_90", "sm_100", "gfx942"]
-
-
 Measure = Callable[[str, argparse.Namespace], Iterable[Record]]
 
 
-def _of(cases: Callable[[str], Iterable[Case]]) -> Measure:
+def _of(cases: Callable[[str], list[Case]]) -> Measure:
     return lambda size, options: (record for case in cases(size) for record in run(case, options.repeats))
 
 
-def _static(target: str, _: argparse.Namespace) -> Iterable[Record]:
-    from bench import static  # noqa: PLC0415 triton is optional
-
-    return static.report(target, full=True)
-
-
-def _launches(size: str, _: argparse.Namespace) -> Iterable[Record]:
-    from bench import launches  # noqa: PLC0415 triton is optional
-
-    counts = launches.count_launches(size)
-    rows = [("all", counts.total()), *counts.most_common(30)]
-    return [{"op": "launches", "size": size, "operator": name, "launches": count} for name, count in rows]
+def _needs_triton(module: str) -> Measure:
+    """The ``report`` of a module that is imported when it runs: triton is optional."""
+    return lambda size, _: import_module(f"bench.{module}").report(size)
 
 
 # What a name runs, by size and options; the sizes that it has, and those that it runs by default.
@@ -43,8 +32,8 @@ BENCHMARKS: dict[str, tuple[Measure, Collection[str], Collection[str]]] = {
     "ffn": (_of(operators.ffn_cases), _STEPS, ["pascal_b0"]),
     "step": (lambda size, options: bench_train_step.measure(size, options.repeats), _STEPS, ["pascal_b0"]),
     "flops": (lambda size, _: bench_train_step.count(size), _STEPS, ["pascal", "cityscapes", "coco"]),
-    "launches": (_launches, _STEPS, ["pascal"]),
-    "static": (_static, _TARGETS, _TARGETS),
+    "launches": (_needs_triton("launches"), _STEPS, ["pascal"]),
+    "static": (_needs_triton("static"), _TARGETS, _TARGETS),
     "gpu": (lambda size, options: gpu.measure(size, options.budget), _STEPS, ["pascal"]),
 }
 
@@ -57,9 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--size", choices=sizes, help="default: the benchmark's own; `all` skips those without it")
     parser.add_argument("--repeats", type=int, default=7, help="rounds, at least 5 for figures to quote")
     parser.add_argument("--budget", type=float, default=460, help="seconds that `gpu` may take; `all` leaves it out")
-    parser.add_argument(
-        "--json", type=Path, help="write the records to this file as they come, to a .jsonl file one a line"
-    )
+    parser.add_argument("--json", type=Path, help="write the records to this file as they come")
     return parser
 
 
@@ -67,16 +54,12 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the benchmarks named on the command line; what each finds is printed and written as soon as it is there."""
     parser = build_parser()
     options = parser.parse_args(arguments)
-    names = [name for name in BENCHMARKS if options.benchmark in (name, "all") and name != "gpu"] or ["gpu"]
-    chosen = [BENCHMARKS[name] for name in names]
-    runs = [
-        (measure, size)
-        for measure, known, default in chosen
-        for size in ([options.size] if options.size else default)
-        if size in known
-    ]
+    names = [options.benchmark] if options.benchmark != "all" else [name for name in BENCHMARKS if name != "gpu"]
+    runs = []
+    for measure, known, default in (BENCHMARKS[name] for name in names):
+        runs += [(measure, size) for size in ([options.size] if options.size else default) if size in known]
     if not runs:
-        parser.error(f"{options.benchmark} has no size {options.size}, choose from {', '.join(chosen[0][1])}")
+        parser.error(f"{names[0]} has no size {options.size}, choose from {', '.join(BENCHMARKS[names[0]][1])}")
     print(conditions())
     report(itertools.chain.from_iterable(measure(size, options) for measure, size in runs), options.json)
 

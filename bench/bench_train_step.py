@@ -4,6 +4,7 @@ import copy
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import NamedTuple
 from unittest.mock import patch
 
@@ -17,6 +18,7 @@ from allspark_fast.data.loader import SemiBatch
 from allspark_fast.model import Segmentor, build_segmentor
 from allspark_fast.model.mit import compile_blocks
 from allspark_fast.model.options import AllSparkOptions
+from allspark_fast.recipes import folder
 from allspark_fast.training.cuda_graph import GraphedSteps, capture
 from allspark_fast.training.step import Losses, TrainState, compute_losses, train_step
 from bench import naive
@@ -69,12 +71,16 @@ def make_variant(name: str, model: Segmentor, batch: SemiBatch, *, backend: str 
     """Build a variant with memory on, which takes the model over.
 
     ``name`` is ``naive`` or ``ours``; then may follow ``bfloat16``, autocast on a GPU; ``compiled``, the blocks of the
-    encoder; and for ours ``recorded``, as a CUDA graph.
+    encoder; and for ours ``recorded``, as a CUDA graph, and ``beyond``, what the recipe ``folder`` adds to the paper.
     """
     kind, *options = name.split()
     amp = "bfloat16" in options and batch.image.is_cuda
     config = TrainConfig(amp=amp and kind == "ours")  # it makes copies of the weights, which the reference does not
-    state = TrainState(naive.make_naive(model) if kind == "naive" else model, config, total_steps=10**6)
+    if "beyond" in options:
+        config = replace(folder().train, optimizer="sgd", amp=amp)
+        batch = batch._replace(unlabeled_strong=batch.unlabeled_image, mixed=batch.label == 0, pasted=batch.label == 1)
+    ema = copy.deepcopy(model).requires_grad_(False) if config.ema else None
+    state = TrainState(naive.make_naive(model) if kind == "naive" else model, config, total_steps=10**6, ema=ema)
     step: Callable[..., Losses] = functools.partial(train_step, state)
     if kind == "naive":
         step = functools.partial(naive.naive_train_step, state, amp=amp)
@@ -146,13 +152,13 @@ def measure(size: str, repeats: int) -> Iterator[Record]:
     kinds, amp = ("naive", "ours"), " bfloat16" * (DEVICE == "cuda")
     model, batch = SIZES[size].build_model().to(DEVICE), SIZES[size].random_batch().to(DEVICE)
     fixed = {kind: make_variant(kind + amp, without_dropout(copy.deepcopy(model)), batch) for kind in kinds}
-    variants = {kind: make_variant(kind + amp, copy.deepcopy(model), batch) for kind in kinds}
+    variants = {kind: make_variant(kind + amp, copy.deepcopy(model), batch) for kind in (*kinds, "ours beyond")}
     case = Case(
         op="train_step",
         size=f"{size}: {SIZES[size]}{amp}",
         variants={kind: variant.step for kind, variant in variants.items()},
         parity={kind: variant.loss for kind, variant in fixed.items()},
-        flops={kind: step_flops(size, kind) for kind in kinds},
+        flops={kind: step_flops(size, kind.partition(" ")[0]) for kind in variants},
     )
     for record, variant in zip(run(case, repeats), variants.values(), strict=True):
         record["images_per_s"] = 2 * SIZES[size].batch / record["seconds_p50"]

@@ -68,7 +68,8 @@ class Case(NamedTuple):
 
     ``inputs`` are the tensors whose gradients are taken; without any there is no backward pass. ``comparators`` are
     variants that may refuse the size or the device, or lack a package: they are n/a then. ``parity`` are the same
-    computations without randomness, if ``variants`` are random. ``flops`` are those of variants that have their own.
+    computations without randomness, if ``variants`` are random, of those that compute the same. ``flops`` are those of
+    variants that have their own.
     """
 
     op: str
@@ -96,21 +97,22 @@ def run(case: Case, repeats: int = 7) -> list[Record]:
     Returns one record for each variant; those that cannot run come last, with a note why and no figures. Raises an
     AssertionError if a result is off by more than 1e-4, in half precision 3e-2, of its largest entry.
     """
-    notes, results = {}, {}
-    for name in case.variants:
+    parity, notes = case.parity or case.variants, {}
+    baseline, *others = parity
+    results = {baseline: outputs_and_grads(parity[baseline], case.inputs)}
+    for name in others:
         try:
-            results[name] = outputs_and_grads((case.parity or case.variants)[name], case.inputs)
+            results[name] = outputs_and_grads(parity[name], case.inputs)
         except Exception as error:  # each has exceptions of its own
             if name not in case.comparators:
                 raise
             notes[name] = error_line(error)
-    baseline = next(iter(results))
-    for name, tensors in results.items():
-        for i, (x, y) in enumerate(zip(tensors, results[baseline], strict=True)):
+            continue
+        for i, (x, y) in enumerate(zip(results[name], results[baseline], strict=True)):
             off, part = relative_error(x, y), f"gradient {i - 1}" if i else "output"
             message = f"{case.op}, {case.size}: {part} of {name} differs from {baseline} by {off:.1e}"
             assert off <= (3e-2 if x.dtype.itemsize < 4 else 1e-4), message
-    variants = {name: case.variants[name] for name in results}
+    variants = {name: variant for name, variant in case.variants.items() if name not in notes}
     with flop_counter() as counter:
         output = variants[baseline]()
         if case.inputs:
@@ -119,16 +121,16 @@ def run(case: Case, repeats: int = 7) -> list[Record]:
     for _ in range(repeats):
         for name, variant in variants.items():
             times[name].append(forward_backward_seconds(variant, case.inputs))
+    rounds = {name: np.array(pairs[1:]) for name, pairs in times.items()}
     same: Record = {"op": case.op, "size": case.size}
     records = []
     for name, variant in variants.items():
-        record = same | {"variant": name}
+        record, seconds = same | {"variant": name}, rounds[name].sum(1)
         if case.inputs:
-            parts = np.median(times[name][1:], axis=0)
-            record |= {"forward_seconds_p50": float(parts[0]), "backward_seconds_p50": float(parts[1])}
-        seconds = {other: np.sum(pairs[1:], axis=1) for other, pairs in times.items()}
-        record |= {f"seconds_p{percent}": float(np.percentile(seconds[name], percent)) for percent in (20, 50, 80)}
-        record["ratio"] = record["seconds_p50"] / float(np.median(seconds[baseline]))
+            forward, backward = np.median(rounds[name], axis=0).tolist()
+            record |= {"forward_seconds_p50": forward, "backward_seconds_p50": backward}
+        record |= {f"seconds_p{percent}": float(np.percentile(seconds, percent)) for percent in (20, 50, 80)}
+        record["ratio"] = float(np.median(seconds / rounds[baseline].sum(1)))  # round by round: other jobs hit both
         if flops := case.flops.get(name, counter.get_total_flops()):
             rate = flops / record["seconds_p50"]
             record |= {"flops": flops, "flops_per_s": rate, "gemm_fraction": rate / gemm_rate(output.dtype)}
@@ -246,7 +248,7 @@ def conditions() -> str:
 def report(records: Iterable[Record], file: Path | None = None) -> None:
     """Print records as Markdown tables, a row as soon as it is there, and write the file anew each time.
 
-    The file holds flat records with the conditions of the run: a JSON list, or if it is a .jsonl file one a line.
+    The file holds a JSON list of flat records with the conditions of the run.
     """
     written: list[str] = []
     shown = ""
@@ -259,8 +261,8 @@ def report(records: Iterable[Record], file: Path | None = None) -> None:
         print("| " + " | ".join(cell(record[key], factor) for key, (_, factor) in columns.items()) + " |", flush=True)
         written.append(json.dumps(record | {"conditions": conditions()}))
         if file is not None:
-            text = "\n".join(written) if file.suffix == ".jsonl" else "[\n" + ",\n".join(written) + "\n]"
-            write_atomically(file, functools.partial(Path.write_text, data=text + "\n", encoding="utf-8"))
+            text = "[\n" + ",\n".join(written) + "\n]\n"
+            write_atomically(file, functools.partial(Path.write_text, data=text, encoding="utf-8"))
 
 
 def _column(key: str) -> tuple[str, float]:

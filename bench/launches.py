@@ -23,6 +23,7 @@ from triton.runtime.jit import KernelInterface
 from allspark_fast.config import TrainConfig
 from allspark_fast.training.step import TrainState, train_step
 from bench.bench_train_step import SIZES
+from bench.harness import Record
 
 # By torch's sources: these launch twice; a launch over lists takes so many tensors, by the number of lists, in at most
 # 320 chunks of 65,536 entries.
@@ -97,8 +98,15 @@ def count_launches(size: str, **options: Any) -> Counter[str]:
         patch.object(torch.nn.utils.clip_grad, "_has_foreach_support", lambda *_: True),
         patch.object(nn.init, "trunc_normal_"),  # looks at numbers
     ):
-        model, batch = SIZES[size].build_model(), SIZES[size].random_batch()
-        state = TrainState(model, TrainConfig(**options), total_steps=10**6)
+        state = TrainState(SIZES[size].build_model(), TrainConfig(**options), total_steps=10**6)
+        batch = SIZES[size].random_batch()
         with counter:
             train_step(state, batch, use_memory=True)
     return counter.launches
+
+
+def report(size: str) -> list[Record]:
+    """Return the counts of all operators, and of the 30 with the most launches."""
+    counts = count_launches(size)
+    rows = [("all", counts.total()), *counts.most_common(30)]
+    return [{"op": "launches", "size": size, "operator": name, "launches": count} for name, count in rows]

@@ -26,14 +26,13 @@ from allspark_fast.kernels.channel_attention import kernel as channel_attention
 from allspark_fast.kernels.channel_attention.inputs import Inputs
 from allspark_fast.kernels.depthwise_gelu import kernel as depthwise_gelu
 from allspark_fast.kernels.semantic_memory import kernel as semantic_memory
-from allspark_fast.kernels.upsample_argmax import kernel as upsample_argmax
-from allspark_fast.kernels.upsample_cross_entropy import kernel as upsample_cross_entropy
+from allspark_fast.kernels.upsample_cross_entropy import kernel as upsample
 
 # Kernels with the arguments, by name, of their first launch.
 Launches = dict[CompiledKernel, Mapping[str, Any]]
 
 
-def report(device: str, *, full: bool) -> list[dict[str, Any]]:
+def report(device: str, *, full: bool = True) -> list[dict[str, Any]]:
     """Compile the kernels of a training step for sm_... or gfx... and describe each distinct one in a flat record.
 
     ``full`` is every dtype, 256, 289, 676 and 1369 tokens, dropout on and off; otherwise bfloat16, up to 676, dropout.
@@ -97,9 +96,9 @@ def _launch_others(dtype: torch.dtype) -> None:
     target = torch.empty(4, 513, 513, dtype=torch.int64)
     classes_last = torch.empty(4, 129, 129, 21, dtype=dtype).permute(0, 3, 1, 2)
     for logits in (classes_last, torch.empty(classes_last.shape, dtype=dtype)):
-        loss, lse = upsample_cross_entropy.forward(logits, target, 255)
-        upsample_cross_entropy.backward(loss, logits, target, lse, 255)
-        upsample_argmax.upsample_argmax(logits, (513, 513))
+        loss, lse = upsample.forward(logits, target, 255)
+        upsample.backward(loss, logits, target, lse, 255)
+        upsample.upsample_argmax(logits, (513, 513))
     tokens, weight, bias = torch.empty(4, 129 * 129, 256, dtype=dtype), torch.empty(256, 1, 3, 3), torch.empty(256)
     depthwise_gelu.forward(tokens, weight, bias, (129, 129))
     depthwise_gelu.backward(tokens, tokens, weight, bias, (129, 129))

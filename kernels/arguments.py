@@ -15,34 +15,39 @@ FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def check_tensor(
-    name: str, value: object, layout: str, dtypes: Collection[torch.dtype], like: Tensor | None = None
+    name: str,
+    value: object,
+    layout: str,
+    dtypes: Collection[torch.dtype],
+    like: Tensor | None = None,
+    sizes: dict[str, int] | None = None,
+    not_empty: str = "",
 ) -> None:
-    """Check for a dense tensor with as many axes as ``layout``, one of ``dtypes``, and the device of ``like``."""
+    """Check for a dense tensor of a shape such as "(B, 3, H, W)", of one of ``dtypes``, and on the device of ``like``.
+
+    ``sizes`` are those of axes by name, for the check of several tensors: what it does not hold yet is added to it.
+    Of the axes named in ``not_empty``, separated by spaces, none may be 0.
+    """
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor of shape {layout}, got {type(value).__name__}")
     if value.dtype not in dtypes:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise TypeError(f"{name} must have dtype {names}, got {str(value.dtype).removeprefix('torch.')}")
-    axes = 0 if layout == "()" else layout.count(",") + (not layout.endswith(",)"))
-    if value.ndim != axes:
+    axes, sizes = [axis.strip() for axis in layout.strip("()").split(",") if axis], {} if sizes is None else sizes
+    if value.ndim != len(axes):
         raise ValueError(f"{name} must have shape {layout}, got {tuple(value.shape)}")
     if value.layout != torch.strided:
         raise ValueError(f"{name} has layout {value.layout}, expected a dense tensor: to_dense() makes one")
     if like is not None and value.device != like.device:
         raise ValueError(f"{name} is on {value.device}, expected {like.device} like the other arguments")
-
-
-def check_shape(name: str, value: Tensor, layout: str, expected: tuple[int, ...]) -> None:
-    """Check the sizes of ``value``, which the message gives as ``layout`` = ``expected``."""
+    for axis, side in zip(axes, value.shape, strict=True):
+        sizes.setdefault(axis, int(axis) if axis.isdigit() else side)
+    expected = tuple(sizes[axis] for axis in axes)
     if tuple(value.shape) != expected:
         raise ValueError(f"{name} must have shape {layout} = {expected}, got {tuple(value.shape)}")
-
-
-def check_not_empty(name: str, value: Tensor, axes: dict[str, int]) -> None:
-    """Check that the named axes of ``value`` hold at least one element."""
-    for axis, dim in axes.items():
-        if value.shape[dim] == 0:
-            raise ValueError(f"{name} has {axis} = 0 in shape {tuple(value.shape)}, expected at least 1")
+    for axis in not_empty.split():
+        if sizes[axis] == 0:
+            raise ValueError(f"{name} has {axis} = 0 in shape {expected}, expected at least 1")
 
 
 def check_number(name: str, value: object) -> None:

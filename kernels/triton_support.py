@@ -36,39 +36,30 @@ def set_kernels(kernels: Kernels) -> Kernels:
     return previous
 
 
-def why_no_triton(device: torch.device) -> str | None:
-    """Return why the Triton kernels cannot run on ``device``, or None if they can."""
+def why_no_triton(device: torch.device, dtype: torch.dtype = torch.float32) -> str | None:
+    """Return why the Triton kernels cannot run, or None if they can."""
     if not _INSTALLED:
         return "the package triton is not installed"
+    if dtype not in _DTYPES:
+        return f"there are no kernels for {dtype}"
     if device.type != "cuda":
         return None if _INTERPRETED else f"the device is {device.type}, and TRITON_INTERPRET=1 is not set"
     major, minor = torch.cuda.get_device_capability(device)
     return None if major >= 8 else f"the GPU has compute capability {major}.{minor}, the kernels need 8.0"
 
 
-def prefers_triton(*tensors: Tensor) -> bool:
-    """Return whether an operator on ``tensors`` should use its Triton kernels, as ``set_kernels`` has it."""
-    if _kernels == "torch" or any(x.dtype not in _DTYPES for x in tensors):
-        return False
-    devices = {x.device for x in tensors}
-    return all((_kernels == "triton" or x.type == "cuda") and why_no_triton(x) is None for x in devices)
-
-
-def implementation(fallback: ModuleType, *tensors: Tensor) -> ModuleType:
+def implementation(fallback: ModuleType, *tensors: Tensor, backend: str = "auto") -> ModuleType:
     """Return the ``kernel`` module beside ``fallback`` if an operator should use it on ``tensors``, else ``fallback``.
 
+    With ``backend`` auto, ``set_kernels`` decides; triton is a ValueError if it cannot run; any other is ``fallback``.
     Operators call it inside, where tensors are real: tracing needs no device.
     """
-    return import_module(f"{fallback.__package__}.kernel") if prefers_triton(*tensors) else fallback
-
-
-def check_triton_runs(name: str, tensor: Tensor) -> None:
-    """Check that triton is installed and has kernels for the device and dtype of the argument ``name``."""
-    if not _INSTALLED:
-        raise ValueError("backend 'triton' needs the package triton, which is not installed: pip install triton")
-    if not (tensor.is_cuda or _INTERPRETED):
-        raise ValueError(
-            f"backend 'triton' needs CUDA tensors (or TRITON_INTERPRET=1 for debugging), {name} is on {tensor.device}"
-        )
-    if tensor.dtype not in _DTYPES:
-        raise ValueError(f"backend 'triton' has no kernels for {tensor.dtype}, the dtype of {name}")
+    wanted = {"auto": _kernels, "triton": "triton"}.get(backend, "torch")
+    if wanted == "torch" or (wanted == "auto" and not all(x.is_cuda for x in tensors)):
+        return fallback
+    reason = next((why for x in tensors if (why := why_no_triton(x.device, x.dtype))), None)
+    if reason is None:
+        return import_module(f"{fallback.__package__}.kernel")
+    if backend == "triton":
+        raise ValueError(f"backend 'triton' cannot run: {reason}")
+    return fallback

@@ -32,12 +32,13 @@ NOT_RUN = {
     "pip install": "needs the network; .ci/run installs",
     "python train.py pascal": "needs Pascal VOC and weights",
     "python -m allspark_fast evaluate pascal.safetensors": "needs Pascal VOC",
-    "python -m allspark_fast compare": "takes minutes; tests/cli/test_compare.py runs it",
+    "python -m allspark_fast compare": "takes minutes; tests/training/test_compare.py runs it",
 }
 # Commands that would take minutes are run with these settings.
 TINY = "--data.crop 65 --data.workers 0 --train.batch-size 2"
 SMALLER = {
     "python train.py": f"{TINY} --data.scenes 3 4 2 --train.epochs 1",
+    "python train.py --config mine.yaml --train.seed 1": f"{TINY} --data.scenes 3 4 2 --train.steps 1",
     "python -m allspark_fast train folder --data.root my_data": f"{TINY} --train.steps 1",
 }
 
@@ -120,9 +121,11 @@ def test_there_are_blocks_and_commands() -> None:
 
 
 @pytest.mark.parametrize("command", all_commands())
-def test_commands_exist(command: str) -> None:
+def test_commands_exist(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What they name: options and settings, benchmarks and their sizes, modules, files of tests."""
-    program, *words = shlex.split(command)
+    monkeypatch.chdir(tmp_path)
+    Path("mine.yaml").write_text("train: {lr: 1e-3}")
+    program, *words = shlex.split(command.partition(" > ")[0].replace(" --print-config", ""))
     if program == "torchrun":
         options = get_args_parser().parse_args(words)
         program, words = "python", [options.training_script, *options.training_script_args]
@@ -144,7 +147,7 @@ def test_commands_exist(command: str) -> None:
 
 
 def test_settings_exist() -> None:
-    setting = re.compile(r"^(data|model|train|eval|run)\.(?!json)(\w{3,})")
+    setting = re.compile(r"^(data|model|train|eval|run)\.(?!json|safetensors)(\w{3,})")
     for group, field in {x for span in spans() for x in setting.findall(span)}:
         assert hasattr(getattr(Config(), group), field), f"{group}.{field}"
 

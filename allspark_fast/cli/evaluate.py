@@ -106,7 +106,8 @@ def run(arguments: list[str]) -> int:
         _write_csv(options.out / "classes.csv", ("class", *columns), rows)
         iou = (f"iou {name}" for name in spec.info.classes)
         _write_csv(options.out / "images.csv", ("image", *_MEANS, *iou), sorted(details.rows))
-        draw_panel(options.out / "worst.png", [row for _, row in details.worst], spec.info)
+        if details.worst:
+            draw_panel(options.out / "worst.png", [row for _, row in details.worst], spec.info)
         print(f"{options.out}: classes.csv, images.csv and, with the images of the lowest mIoU, worst.png")
     return 0
 
@@ -122,25 +123,22 @@ class _Details:
 
     def note(self, index: int, sample: EvalSample, labels: Tensor) -> None:
         """Note an image, see ``evaluate``."""
-        info, name = self.spec.info, self.names[index]
-        scores = score_image(labels, sample.label[0].to(labels.device), len(info.classes))
+        name, classes = self.names[index], len(self.spec.info.classes)
+        scores = score_image(labels, sample.label[0].to(labels.device), classes)
         by_class = {score: x.cpu().where(scores.present.cpu(), math.nan) for score, x in scores.by_class.items()}
         means = {score: x.nanmean().item() for score, x in by_class.items()} | {"accuracy": scores.pixel_accuracy}
         self.boundary.append(scores.by_class["boundary_f1"])
         self.rows.append((name, *(means[score] for score in _MEANS), *by_class["iou"].tolist()))
         if means["iou"] < (self.worst[-1][0] if len(self.worst) == _WORST else math.inf):
-            caption = f"{name}: mIoU {100 * means['iou']:.1f}"
-            self.worst.append(
-                (means["iou"], (caption, comparison(sample, labels, info, self.spec.mean, self.spec.std)))
-            )
-            self.worst = sorted(self.worst, key=lambda image: image[0])[:_WORST]
+            row = f"{name}: mIoU {100 * means['iou']:.1f}", comparison(sample, labels, self.spec)
+            self.worst = sorted([*self.worst, (means["iou"], row)], key=lambda image: image[0])[:_WORST]
 
 
 def _write_csv(path: Path, header: Iterable[str], rows: Iterable[Sequence[Any]]) -> None:
     """Write a table of text and numbers; NaN is empty."""
 
     def write(temporary: Path) -> None:
-        with temporary.open("w", encoding="utf-8", newline="") as file:
+        with temporary.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(header)
             for row in rows:

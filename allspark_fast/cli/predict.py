@@ -46,14 +46,13 @@ _MODE.add_argument(
 PARSER.add_argument(
     "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto (default): a GPU if there is one"
 )
-PARSER.add_argument("--half", action="store_true", help="bfloat16 autocast, on a GPU: faster, less exact")
 
 
 def run(arguments: list[str]) -> int:
     """Label images; 1 if one of them was left out, cannot be read, or its prediction not be written."""
     options = PARSER.parse_args(arguments)
     model, spec = load_model(options.weights)
-    predictor = Predictor(model, spec, device=options.device, mode=options.mode, half=options.half)
+    predictor = Predictor(model, spec, device=options.device, mode=options.mode)
     images, others = find_images(options.images, skip=options.out)
     output = OutputFolder(options.out, spec.info, confidence=options.confidence)
     output.claim(images, overwrite=options.overwrite)

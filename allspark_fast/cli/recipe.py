@@ -17,7 +17,7 @@ from allspark_fast.recipes import RECIPES, find_recipe
 _FLAGS = (tyro.conf.FlagConversionOff,)
 # What people change first, which --help shows.
 _FIRST = {
-    "data": ("root", "crop", "workers"),
+    "data": ("root", "crop", "augment"),
     "model": ("backbone", "weights"),
     "train": ("method", "steps", "batch_size", "lr"),
     "run": ("output_dir",),
@@ -52,16 +52,7 @@ def parse_config(arguments: list[str], command: str, run: Config | None = None) 
         config = _override(config, _read_yaml(options.config), str(options.config))
     program, words = f"python -m allspark_fast {command} [RECIPE]", arguments[named:]
     if {"-h", "--help", "--help-all"} & set(words):
-        first = "--help-all" not in words
-        shown = "What people change first (--help-all shows all settings)" if first else "All settings"
-        tyro.cli(
-            type(help_for := _first(config) if first else config),
-            prog=program,
-            description=_describe(recipe, shown),
-            args=["--help"],
-            default=help_for,
-            config=_FLAGS,
-        )
+        _show_help(recipe, config, program, everything="--help-all" in words)
     config = _override(config, words, program)
     if options.print_config:
         _print_yaml(config)
@@ -69,13 +60,18 @@ def parse_config(arguments: list[str], command: str, run: Config | None = None) 
     return recipe, config
 
 
-def _describe(recipe: str, shown: str) -> str:
+def _show_help(recipe: str, config: Config, program: str, *, everything: bool) -> None:
+    """Print all settings, or what people change first, and end."""
+    shown = "All settings" if everything else "What people change first (--help-all shows all settings)"
     about = inspect.cleandoc(RECIPES[recipe].__doc__ or "").replace("``", "")
-    return (
+    description = (
         f"Recipes: {', '.join(RECIPES)}.\n\n{recipe}: {about}\n\n"
-        "--config FILE takes settings from a YAML file, or all of them from the config.json of a run; flags count "
-        f"more. --print-config prints the settings in such a form, and ends.\n\n{shown}, with defaults of {recipe}:"
+        "--config FILE takes settings from a YAML file, or all of them from the config.json of\n"
+        "a run; flags count more. --print-config prints settings as such a file, and ends.\n\n"
+        f"{shown}, with defaults of {recipe}:"
     )
+    default = config if everything else _first(config)
+    tyro.cli(type(default), prog=program, description=description, args=["--help"], default=default, config=_FLAGS)
 
 
 def _override(config: Config, arguments: list[str], program: str) -> Config:

@@ -1,7 +1,7 @@
 """``splits``."""
 
 import posixpath
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from allspark_fast.cli import command_parser
@@ -23,8 +23,7 @@ PARSER.add_argument(
 PARSER.add_argument(
     "--val",
     metavar="AMOUNT",
-    help="set so many labeled images aside for validation, in val.txt of ROOT/splits or FOLDER; default: those that "
-    "earlier calls did",
+    help="set so many labeled images aside, in val.txt of ROOT/splits or FOLDER; default: those that earlier calls did",
 )
 PARSER.add_argument(
     "--folds", metavar="K", type=int, help="write K splits, each of which validates on another K-th of the labels"
@@ -44,10 +43,9 @@ def run(arguments: list[str]) -> int:
     if folds is not None and (options.val is not None or folds < 2):
         PARSER.error("--folds needs at least 2, and takes the place of --val")
     entries = scan_folder(root) if options.list is None else find_split(root, options.list)
-    for problem in check_unused(root) if options.list is None else ():
-        print(problem)
+    if options.list is None:
+        print(*(f"{problem}\n" for problem in check_unused(root, entries)[0]), sep="", end="")
     out = options.out or root / "splits" / (options.amount or "").replace("/", "_")
-    val_file = (options.out or root / "splits") / "val.txt"
     earlier = splits.read_val_lists(root, out)
     if options.val is None:
         entries = _without_val(entries, earlier)
@@ -61,20 +59,19 @@ def run(arguments: list[str]) -> int:
     order = splits.spread(entries, options.seed, contents)
     if folds is None:
         # The end of the order: training gets the rare classes.
-        aside = 0 if options.val is None else splits.parse_amount(options.val, total)
-        parts = {out: order[total - aside :]}
+        parts = {out: order[total - (0 if options.val is None else splits.parse_amount(options.val, total)) :]}
     else:
         dealt = splits.deal(entries, order, contents, folds)
         parts = {out / f"fold{number}": part for number, part in enumerate(dealt, start=1)}
-    kept = {folder: total - len(val) for folder, val in parts.items()}
-    if min(kept.values()) == 0:
+    if total in map(len, parts.values()):
         raise InputError(f"--val {options.val} leaves no label to train on: {total} images have one")
     amount = "1/1" if options.amount is None else options.amount
     divided = {
-        folder: splits.make_split(entries, order, val, splits.parse_amount(amount, kept[folder]))
+        folder: splits.make_split(entries, order, val, splits.parse_amount(amount, total - len(val)))
         for folder, val in parts.items()
     }
     lists = {folder / f"{name}.txt": part for folder, x in divided.items() for name, part in x._asdict().items()}
+    val_file = (options.out or root / "splits") / "val.txt"
     if folds is None:
         val = lists.pop(out / "val.txt")
         lists |= {val_file: val} if val else {}
@@ -84,7 +81,7 @@ def run(arguments: list[str]) -> int:
         print(f"{folder}: {len(x.labeled)} labeled, {len(x.unlabeled)} unlabeled, {len(x.val)} for validation")
         print(*(f"  {doubt}\n" for doubt in splits.doubts_about(x, contents, names)), sep="", end="")
     if options.val is not None:
-        _say_of_val(root, val_file, earlier, lists[out / "labeled.txt"] + lists[out / "unlabeled.txt"])
+        _say_of_val(root, val_file, earlier, {x.image for part in divided[out][:2] for x in part})
     return 0
 
 
@@ -97,14 +94,11 @@ def _without_val(entries: list[Entry], earlier: Mapping[Path, set[str]]) -> list
     return entries
 
 
-def _say_of_val(root: Path, file: Path, earlier: Mapping[Path, set[str]], trained: Iterable[Entry]) -> None:
-    """Say which other lists of validation images do not go with new ones, and note where the new one lies."""
-    images = {posixpath.normpath(entry.image) for entry in trained}
+def _say_of_val(root: Path, file: Path, earlier: Mapping[Path, set[str]], trained: set[str]) -> None:
     for other, aside in earlier.items():
-        if other != file and (count := len(aside & images)):
+        if other != file and (count := len(aside & {*map(posixpath.normpath, trained)})):
             print(f"  {count} images of {other} are trained on in these lists: validate with {file} only")
-    if file.parent != root / "splits":
-        try:
-            splits.note_val_list(root, file)
-        except OSError as error:
-            print(f"  later splits will not know of {file} and may train on its images: {error}")
+    try:
+        splits.note_val_list(root, file)
+    except OSError as error:
+        print(f"  later splits will not know of {file} and may train on its images: {error}")

@@ -6,7 +6,7 @@ import posixpath
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -26,10 +26,7 @@ Summary = dict[str, Any]
 
 @dataclass(frozen=True)
 class Problem:
-    """Something wrong with a file or list: what was expected, and how to fix it.
-
-    A warning leaves training possible.
-    """
+    """Something wrong with a file or list: what was expected, and how to fix it; a warning leaves training possible."""
 
     file: str
     message: str
@@ -193,35 +190,41 @@ def _copies(root: Path, some: Set[str], others: Set[str]) -> Iterator[tuple[str,
     return ((file, known[digests[file]]) for file in sorted(some & digests.keys()) if digests[file] in known)
 
 
-def check_unused(root: Path) -> list[Problem]:
-    """Name the files below images/ and labels/ of a folder that nothing uses, with the probable reason.
+def check_unused(root: Path, entries: Iterable[Entry]) -> tuple[list[Problem], list[str]]:
+    """Name what lies in images/ and labels/ of a folder, if there are such, and is in no entry.
 
-    Args:
-        root: folder of a dataset; if it has no images/, there is nothing to say.
+    Returns:
+        problems with the probable reason, and the images that could be used.
     """
-    suffixes = f"its suffix is none of {', '.join(files.IMAGE_SUFFIXES)}; convert images"
     there = {name: files.list_files(root / name) for name in ("images", "labels")}
-    used: dict[str, dict[str, Path]] = {name: {} for name in there}
-    left_out: dict[tuple[str, str], list[Path]] = {}
-    for name, found in there.items():
-        for file in found:
-            if files.is_image(file) and file.is_file():
-                used[name][datasets.stem_of(file, root / name)] = file
-            else:
-                reason = suffixes if file.is_file() else "a broken link, or no file"
-                left_out.setdefault((name, reason), []).append(file)
-    unmatched = [file for stem, file in used["labels"].items() if stem not in used["images"]]
-    if used["images"] and unmatched:
-        likely = _likely_image(
-            unmatched[0].relative_to(root / "labels"), [x.relative_to(root) for x in there["images"]]
-        )
-        reason = "no image has that name" if likely is None else f"{likely} is probably its image"
-        left_out["labels", f"{reason}; give image and label the same name before the suffix"] = unmatched
-    return [
-        _warning(name, f"{len(part)} {files_are} left out, {part[0].relative_to(root).as_posix()!r} first: {reason}")
-        for (name, reason), part in left_out.items()
-        for files_are in ["file is" if len(part) == 1 else "files are"]
+    paths = {file: file.relative_to(root).as_posix() for found in there.values() for file in found}
+    regular = set(filter(Path.is_file, paths))
+    usable = {name: [x for x in found if x in regular and files.is_image(x)] for name, found in there.items()}
+    used = {posixpath.normpath(file) for entry in entries for file in (entry.image, entry.label) if file is not None}
+    stems = {datasets.stem_of(file, root / "images") for file in usable["images"]}
+    unmatched = [
+        x for x in usable["labels"] if datasets.stem_of(x, root / "labels") not in stems and paths[x] not in used
     ]
+    reason = "no image has that name"
+    if unmatched and (likely := _likely_image(unmatched[0], there["images"])) is not None:
+        reason = f"{paths[likely]} is probably its image"
+    suffixes = f"its suffix is none of {', '.join(files.IMAGE_SUFFIXES)}; convert images"
+    left_out = [
+        *((name, [x for x in found if x not in regular], "a broken link, or no file") for name, found in there.items()),
+        *(
+            (name, [x for x in found if x in regular and not files.is_image(x)], suffixes)
+            for name, found in there.items()
+        ),
+        ("labels", unmatched if stems else [], f"{reason}; give image and label the same name before the suffix"),
+    ]
+    problems = [
+        _warning(
+            name, f"{len(part)} {'file is' if len(part) == 1 else 'files are'} left out, {paths[part[0]]!r} first: {x}"
+        )
+        for name, part, x in left_out
+        if part
+    ]
+    return problems, [paths[file] for file in usable["images"] if paths[file] not in used]
 
 
 def _likely_image(label: Path, images: Sequence[Path]) -> Path | None:
@@ -260,21 +263,18 @@ def _check_classes(read: Mapping[Entry, _Reading], info: DatasetInfo, *, all_rea
 def check_sources(
     sources: Sources, crop: int, *, sample: int | None = None, labeled_only: bool = False
 ) -> tuple[list[Problem], Summary]:
-    """Find everything that would break or spoil training on an opened dataset.
-
-    Reads every file, or those of a sample; that files exist and are not empty, and how the lists fit together, is
-    checked in any case. Of rendered scenes there is nothing to say.
+    """Find everything that would break or spoil training on an opened dataset; of scenes there is nothing to say.
 
     Args:
         sources: the opened dataset.
         crop: side of the training crops in pixels.
-        sample: number of entries per list to read; None reads all.
+        sample: number of entries per list to read; None reads all. That files exist and are not empty, and how the
+            lists fit together, is checked in any case.
         labeled_only: whether training does not read the unlabeled images, which may then be labeled ones as well.
 
     Returns:
-        problems in the order of the lists, then files that nothing uses; and what was read, for JSON: of each list,
-        images and masks by size, mode and bit depth, least and greatest value by mode, and for every class its pixels
-        and the number of masks that hold it; and the images that are "in no list".
+        problems; and what was read, for JSON: of each list, images and masks by size, mode and bit depth, least and
+        greatest value by mode, for every class its pixels and the number of masks that hold it; "in no list", images.
     """
     opened = zip(datasets.LISTS, sources[1:], strict=True)
     lists = {name: source for name, source in opened if isinstance(source, SegmentationDataset)}
@@ -304,8 +304,7 @@ def check_sources(
         width, height = max(sizes)
         message = f"every crop holds padding, the largest image is {height}x{width}; a smaller crop wastes less"
         problems.append(_warning(f"crop {crop}x{crop}", message))
-    problems.extend(check_unused(dataset.root))
-    listed = {posixpath.normpath(entry.image) for dataset in lists.values() for entry in dataset.entries}
-    there = [file.relative_to(dataset.root).as_posix() for file in files.list_images(dataset.root / "images")]
-    summary["in no list"] = [file for file in there if file not in listed]
-    return problems, summary
+    unused, summary["in no list"] = check_unused(
+        dataset.root, [x for dataset in lists.values() for x in dataset.entries]
+    )
+    return problems + unused, summary

@@ -158,13 +158,11 @@ class Sources(NamedTuple):
 
 @dataclass(frozen=True)
 class SegmentationDataset:
-    """Images and labels of a list of entries as PIL images; the loaders apply the transforms.
+    """Images and labels of a list of entries below a root as PIL images; the loaders apply the transforms.
 
     Attributes:
-        root: folder that the paths of the entries are relative to.
-        entries: what to read, in order.
-        info: meaning of the values and colors of label files; others are refused. None reads labels as they are.
-        pixel_range: see ``read_image``.
+        info: meaning of labels, see ``to_classes``.
+        pixel_range: see ``to_rgb``.
     """
 
     root: Path

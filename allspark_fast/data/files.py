@@ -17,8 +17,8 @@ IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif
 def resolve_path(root: str | Path, relative: str) -> Path:
     """Resolve a path of a split file; every listed path passes through here.
 
-    Symbolic links inside ``root`` may point anywhere: only the owner of the folder can create them, not a split file.
-    But ``..`` are resolved as text, so none climbs out through a link.
+    Symbolic links inside ``root`` may point anywhere, as a split file cannot create them; but ``..`` are resolved as
+    text, so that none climbs out through a link.
 
     Raises:
         DataError: the path leaves ``root``.

@@ -128,11 +128,11 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def read_info(root: str | Path) -> DatasetInfo:
-    """Read the metadata of a folder with images/ and labels/.
+    """Read ``meta.json`` of a folder with images/ and labels/.
 
-    ``meta.json`` is an object with the keys "classes": [name, ...] and, optionally, "ignore_index": 255, "palette":
-    [[r, g, b], ...] and "values": [0, 1, ...]. "values" gives the value of each class in label files, if that is not
-    its index: [0, 255] for black-and-white masks, or "nonzero" for masks that number their objects.
+    It is an object with the keys "classes": [name, ...] and, optionally, "ignore_index": 255, "palette": [[r, g, b],
+    ...] and "values": [0, 1, ...], the value of each class in label files, if that is not its index: [0, 255] for
+    black-and-white masks, or "nonzero" for masks that number their objects.
 
     Raises:
         DataError: there is no ``meta.json``, it is not valid, or it names one class only.

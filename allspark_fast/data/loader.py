@@ -29,10 +29,9 @@ _LOOK_UP, _PATIENCE = 5, 600
 
 
 def mix_seed(*parts: int) -> int:
-    """Mix integers into one 64-bit seed with the finalizer of SplitMix64.
+    """Mix integers, whose order matters, into one 64-bit seed with the finalizer of SplitMix64.
 
-    For each part, ``state = finalize(state + part + 0x9E3779B97F4A7C15)`` modulo 2^64, starting from 0. The order of
-    the parts matters. Changing this function changes the numbers of every run.
+    Changing this function changes the numbers of every run.
 
     Source: Steele, Lea and Flood, "Fast Splittable Pseudorandom Number Generators", OOPSLA 2014.
     """
@@ -85,7 +84,7 @@ class SemiBatch(NamedTuple):
 
 
 class _Key(NamedTuple):
-    """Identifies one crop of a whole run: ``place`` is a position in the list that an epoch shuffles."""
+    """One crop of a whole run: ``place`` is a position in the list that an epoch shuffles."""
 
     stream: int
     epoch: int
@@ -150,8 +149,7 @@ class SemiLoader(Dataset[Sample]):
         While workers keep this process waiting, ``asked`` tells whether to end early.
 
         Raises:
-            DataError: while iterating, a file cannot be read; the message names it, and contains the traceback of the
-                worker if there is one.
+            DataError: while iterating, a file cannot be read; the message names it.
             RunError: there is too little shared memory for the workers, or, while iterating, one of them died, or no
                 batch came for 10 minutes.
         """

@@ -23,10 +23,7 @@ _NOTED = "val_lists"
 
 
 class Split(NamedTuple):
-    """Entries to train on with their labels, others to train on, and labeled ones set aside for validation.
-
-    Each list is in the order of the one that was split. Unlabeled entries keep their label paths for measurements.
-    """
+    """Entries in the order of the list that was split; unlabeled ones keep their labels, for measurements."""
 
     labeled: list[Entry]
     unlabeled: list[Entry]
@@ -34,12 +31,7 @@ class Split(NamedTuple):
 
 
 class Contents(NamedTuple):
-    """What an image with a label shows.
-
-    Attributes:
-        classes: (256,) float64, of each class, its share of the pixels that are not ignored.
-        color: (3,) float64, mean of red, green and blue.
-    """
+    """Of an image with a label, the share of each class in its valid pixels (256,), and the mean color (3,)."""
 
     classes: NDArray[Any]
     color: NDArray[Any]
@@ -128,7 +120,7 @@ def spread(entries: Sequence[Entry], seed: int, contents: Mapping[Entry, Content
 def deal(
     entries: Sequence[Entry], order: Sequence[int], contents: Mapping[Entry, Contents], count: int
 ) -> list[list[int]]:
-    """Deal an order of ``spread`` to ``count`` folds, each to one of the smallest, whichever it makes most like all."""
+    """Deal an order of ``spread`` to folds: each entry to that of the smallest which it makes most like the whole."""
     table = _features([contents[entries[position]] for position in order])
     folds, totals = [list[int]() for _ in range(count)], np.zeros((count, table.shape[1]))
     for position, features in zip(order, table, strict=True):
@@ -140,15 +132,9 @@ def deal(
 
 
 def make_split(entries: Sequence[Entry], order: Sequence[int], val: Collection[int], count: int) -> Split:
-    """Split a list: the first ``count`` of an order that are not in ``val`` are labeled.
+    """Split a list: the first ``count`` positions of an order (``spread``) that are not in ``val`` are labeled.
 
     So, of one order, a smaller labeled part is contained in a larger one.
-
-    Args:
-        entries: list to split; entries without a label can only be unlabeled.
-        order: positions of entries with a label, see ``spread``.
-        val: positions of those to set aside.
-        count: number of labeled entries.
 
     Raises:
         DataError: fewer than ``count`` entries have a label.
@@ -195,12 +181,12 @@ def write_lists(lists: Mapping[Path, Sequence[Entry]], *, overwrite: bool) -> No
 
 def note_val_list(root: Path, file: Path) -> None:
     """Note where a list of validation images of a folder lies, for ``read_val_lists``; raises OSError if it cannot."""
-    place, noted = file.resolve(), root / "splits" / _NOTED
-    if place.is_relative_to(root.resolve()):  # both may be moved
-        place = place.relative_to(root.resolve())
-    noted.parent.mkdir(exist_ok=True)
-    lines = {str(place): None, **dict.fromkeys(_noted(root))}
-    noted.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    place, home = file.resolve(), root.resolve()
+    if place.parent != home / "splits":
+        place = place.relative_to(home) if place.is_relative_to(home) else place  # both may be moved
+        (root / "splits").mkdir(exist_ok=True)
+        text = "".join(f"{line}\n" for line in dict.fromkeys([*_noted(root), str(place)]))
+        (root / "splits" / _NOTED).write_text(text, encoding="utf-8")
 
 
 def read_val_lists(root: Path, out: Path) -> dict[Path, set[str]]:

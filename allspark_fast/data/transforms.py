@@ -74,14 +74,7 @@ class Sample(NamedTuple):
 
 
 class Geometry(NamedTuple):
-    """A resize, a crop, a flip and a turn.
-
-    Attributes:
-        scaled: (width, height) of the resized image in pixels.
-        offset: (x, y) of the crop's upper left corner in the resized image.
-        flip: whether the crop, including its padding, is mirrored.
-        turns: right angles by which it is turned then, counterclockwise.
-    """
+    """A resize to (width, height), a crop at (x, y) of it, whether it is mirrored, and its turns counterclockwise."""
 
     scaled: tuple[int, int]
     offset: tuple[int, int]
@@ -109,18 +102,11 @@ def draw_geometry(
     generator: Generator,
     preset: Preset = PRESETS["photo"],
 ) -> Geometry:
-    """Draw resize, crop, flip and turn.
+    """Draw resize, crop, flip and turn for an image of ``size`` (width, height).
 
     The long side is an integer, uniform over int(scale_range * long side), both ends included; the short side keeps the
     aspect ratio, rounded half up. The crop is uniform over all positions inside the resized image, which is padded on
     the right and at the bottom where it is smaller than the crop. The flip has probability 0.5.
-
-    Args:
-        size: (width, height) of the image.
-        crop_size: side of the crop in pixels.
-        scale_range: least and greatest scale.
-        generator: source of randomness.
-        preset: says whether crops are mirrored and turned.
     """
     long_side, short_side = max(size), min(size)
     long_scaled = _integer(generator, int(long_side * scale_range[0]), int(long_side * scale_range[1]))
@@ -136,17 +122,10 @@ def draw_geometry(
 def apply_geometry(
     image: Image.Image, geometry: Geometry, crop_size: int, resample: Image.Resampling, fill: int
 ) -> Image.Image:
-    """Resize, crop, pad, flip and turn: only the part that the crop keeps is resized.
+    """Resize, crop, pad with ``fill``, flip and turn an image or label at once: only what the crop keeps is resized.
 
-    Compared with resizing the whole image first, this resizes fewer pixels by a factor scale^2 * area / crop area; the
-    results agree up to rounding (two gray levels; for labels, the choice between two equally near pixels).
-
-    Args:
-        image: image or label.
-        geometry: drawn for the size of ``image``.
-        crop_size: side of the result in pixels.
-        resample: filter of the resize.
-        fill: value of the padding in every channel.
+    The result agrees with that of resizing the whole image first up to rounding (two gray levels; for labels, the
+    choice between two equally near pixels).
     """
     (scaled_width, scaled_height), (x, y), flip, turns = geometry
     width, height = min(crop_size, scaled_width), min(crop_size, scaled_height)
@@ -231,13 +210,7 @@ class CropTransform:
     copy_paste: float = 0.0
 
     def __call__(self, image: Image.Image, label: Image.Image | None, generator: Generator) -> Sample:
-        """Transform one image.
-
-        Args:
-            image: RGB image.
-            label: class indices (mode L) of the size of ``image``, or None.
-            generator: source of all randomness.
-        """
+        """Transform one RGB image, and its label (mode L) of the same size if there is one."""
         preset = PRESETS[self.augment]
         geometry = draw_geometry(image.size, self.crop_size, self.scale_range, generator, preset)
         crop = apply_geometry(image, geometry, self.crop_size, Image.Resampling.BILINEAR, 0)

@@ -14,7 +14,8 @@ from allspark_fast.data.info import IGNORE_INDEX, VOC_PALETTE, DatasetInfo, hex_
 from allspark_fast.data.loader import EvalSample
 from allspark_fast.files import write_atomically
 from allspark_fast.inference.metrics import dilate, find_borders
-from allspark_fast.text import drawable, font_file
+from allspark_fast.text import drawable, font_file, one_line
+from allspark_fast.weights.spec import ModelSpec
 
 Labels = npt.NDArray[np.uint8]
 # A caption, and pictures by the title of their column.
@@ -48,15 +49,15 @@ def overlay(image: Image.Image, labels: Labels, info: DatasetInfo) -> Image.Imag
     colors, visible = Image.fromarray(palette[labels]), shown[labels]
     picture = image.copy()
     picture.paste(Image.blend(image, colors, _TINT), mask=Image.fromarray(visible))
-    borders, width = find_borders(torch.from_numpy(labels)), max(1, round(np.hypot(*labels.shape) / 600))
+    borders, width = find_borders(torch.from_numpy(labels)), max(1, round(np.hypot(*labels.shape) / 1000))
     for paint, reach in ((colors, 3 * width), ("white", width)):
         picture.paste(paint, mask=Image.fromarray(visible & dilate(borders, reach - 1).numpy()))
     return _stack([picture, _legend(info, np.unique(labels), image.width, max(12, round(image.height / 30)))])
 
 
-def to_image(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Image.Image:
-    """Return an image of the pixels (3, H, W) that were normalized by ``mean`` and ``std``."""
-    values = pixels.cpu().permute(1, 2, 0).double().numpy() * std + mean
+def to_image(pixels: Tensor, spec: ModelSpec) -> Image.Image:
+    """Return an image of the pixels (3, H, W) that were normalized for a model."""
+    values = pixels.cpu().permute(1, 2, 0).double().numpy() * spec.std + spec.mean
     return Image.fromarray((255 * np.nan_to_num(values).clip(0, 1)).round().astype(np.uint8))
 
 
@@ -67,16 +68,14 @@ def label_map(labels: Labels | Tensor, info: DatasetInfo) -> Image.Image:
     return picture
 
 
-def comparison(
-    sample: EvalSample, prediction: Tensor, info: DatasetInfo, mean: Sequence[float], std: Sequence[float]
-) -> dict[str, Image.Image]:
+def comparison(sample: EvalSample, prediction: Tensor, spec: ModelSpec) -> dict[str, Image.Image]:
     """Return pictures of a sample, its label, its prediction (H, W), and where these differ, by their titles."""
-    image = to_image(sample.image[0], mean, std)
+    image = to_image(sample.image[0], spec)
     truth, prediction = sample.label[0].cpu(), prediction.cpu()
     errors = Image.blend(image.convert("L").convert("RGB"), Image.new("RGB", image.size, "white"), 0.5)
     errors.paste(_WRONG, mask=Image.fromarray(((truth != prediction) & (truth != IGNORE_INDEX)).numpy()))
     labels = {"truth": truth, "prediction": prediction}
-    return {"image": image, **{title: label_map(x, info) for title, x in labels.items()}, "errors": errors}
+    return {"image": image, **{title: label_map(x, spec.info) for title, x in labels.items()}, "errors": errors}
 
 
 def draw_panel(path: Path, rows: Sequence[Row], info: DatasetInfo) -> None:
@@ -108,7 +107,7 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
 def _line(texts: Sequence[str], width: int) -> Image.Image:
     """Return a line of texts, each at the start of its column."""
     line = Image.new("RGB", (width, round(1.6 * _TEXT)), "white")
-    for column, text in enumerate(texts):
+    for column, text in enumerate(map(one_line, texts)):
         ImageDraw.Draw(line).text((_GAP + column * (_CELL + _GAP), 2), text, "black", _font(_TEXT))
     return line
 

@@ -58,28 +58,18 @@ class Predictor:
         device: where to compute.
         mode: ``whole`` images or ``sliding`` windows, see predict_labels; None as the model was validated, but with
             windows for images of more than MAX_WHOLE_PIXELS.
-        half: bfloat16 autocast, on a GPU.
 
     Raises:
-        InputError: ``device`` is unknown, or it or ``half`` needs a GPU, and there is none.
+        InputError: ``device`` is unknown, or needs a GPU, and there is none.
     """
 
     def __init__(
-        self,
-        model: Segmentor,
-        spec: ModelSpec,
-        *,
-        device: DeviceName = "auto",
-        mode: EvalMode | None = None,
-        half: bool = False,
+        self, model: Segmentor, spec: ModelSpec, *, device: DeviceName = "auto", mode: EvalMode | None = None
     ) -> None:
         self.device = choose_device(device)
-        if half and self.device.type != "cuda":
-            raise InputError("half precision needs a GPU: leave --half out")
         self.model = model.to(self.device).eval()
         self.spec = spec
         self.mode = mode
-        self.half = half
 
     @torch.no_grad()
     def predict(self, image: str | Path | Image.Image | npt.NDArray[np.uint8]) -> Prediction:
@@ -98,8 +88,7 @@ class Predictor:
             image = read_image(image, self.spec.range)
         pixels = normalize_image(image.convert("RGB"), self.spec.mean, self.spec.std)[None].to(self.device)
         mode = self.mode or ("sliding" if image.width * image.height > MAX_WHOLE_PIXELS else self.spec.mode)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
-            labels, confidence = predict_labels(self.model, pixels, mode=mode, crop=self.spec.crop)
+        labels, confidence = predict_labels(self.model, pixels, mode=mode, crop=self.spec.crop)
         return Prediction(labels[0].byte().cpu().numpy(), confidence[0].float().cpu().numpy())
 
 

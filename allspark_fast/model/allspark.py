@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from allspark_fast.kernels.arguments import FLOATING, check_choice, check_count, check_not_empty, check_tensor
+from allspark_fast.kernels.arguments import FLOATING, check_choice, check_count, check_tensor
 from allspark_fast.model.common import map_size, to_map, to_tokens
 from allspark_fast.model.cross_attention import CrossAttention, KVSource
 from allspark_fast.model.options import AllSparkOptions
@@ -80,8 +80,7 @@ class AllSpark(nn.Module):
         if class_logits is not None:
             if not self.training:
                 raise ValueError("class_logits are for training only: call train() first, or leave them out")
-            check_tensor("class_logits", class_logits, "(B, K, h', w')", FLOATING, like=feature_map)
-            check_not_empty("class_logits", class_logits, {"B": 0, "h'": 2, "w'": 3})
+            check_tensor("class_logits", class_logits, "(B, K, h', w')", FLOATING, feature_map, not_empty="B h' w'")
             images, expected = feature_map.shape[0], 2 * class_logits.shape[0]
             if images != expected:
                 raise ValueError(f"feature_map holds {images} images, expected 2B = {expected}: B labeled, B unlabeled")

@@ -37,14 +37,15 @@ def pseudo_label_record(pseudo_label: Tensor, confidence: Tensor, classes: int, 
     """
     valid = batch.unlabeled_valid
     truth = torch.full_like(pseudo_label, IGNORE_INDEX) if batch.unlabeled_label is None else batch.unlabeled_label
-    labeled, of_class = (x[..., None] == torch.arange(classes, device=x.device) for x in (pseudo_label, truth))
+    is_known = truth != IGNORE_INDEX
     counted = [
-        labeled & (valid & (confidence >= CONFIDENT))[..., None],
-        labeled & valid[..., None],
-        of_class & (pseudo_label == truth)[..., None],
-        of_class,
+        pseudo_label[valid & (confidence >= CONFIDENT)],
+        pseudo_label[valid],
+        truth[is_known & (pseudo_label == truth)],
+        truth[is_known],
     ]
-    confident, pixels, hits, known = all_reduce_sum(torch.stack([x.sum((0, 1, 2)) for x in counted])).tolist()
+    counts = torch.stack([x.bincount(minlength=classes) for x in counted])
+    confident, pixels, hits, known = all_reduce_sum(counts).tolist()
     record: Record = {
         "pseudo_label_coverage": sum(confident) / sum(pixels),
         "pseudo_label_class_coverage": _ratios(confident, pixels),

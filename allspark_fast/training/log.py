@@ -5,17 +5,17 @@ import sys
 import textwrap
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from PIL import Image
 
-from allspark_fast.config import Config, Schedule
-from allspark_fast.data.datasets import Sources
 from allspark_fast.files import write_atomically
-from allspark_fast.model import Segmentor
 from allspark_fast.text import one_line, property_table
+
+if TYPE_CHECKING:
+    from allspark_fast.training.trainer import Trainer
 
 try:
     import resource
@@ -82,63 +82,48 @@ def read_metrics(folder: Path) -> list[Record]:
     return records
 
 
-def start_summary(
-    config: Config,
-    sources: Sources,
-    schedule: Schedule,
-    model: Segmentor,
-    *,
-    device: torch.device,
-    folder: Path,
-    step: int,
-) -> str:
-    """Return a table of what a run is about to do from a step on, in lines of 80 columns where names are short."""
-    data, train = config.data, config.train
-    lists = {"labeled": sources.labeled, "unlabeled": sources.unlabeled, "validation images": sources.val}
-    classes = f"{len(sources.info.classes)}: {', '.join(map(one_line, sources.info.classes))}"
-    unlabeled = "" if train.method == "supervised" else f" + {train.batch_size} unlabeled"
+def start_summary(run: "Trainer") -> str:
+    """Return a table of what a run is about to do, in lines of 80 columns where names are short."""
+    data, train, schedule = run.config.data, run.config.train, run.schedule
+    info, *lists = run.data.sources
+    counts = zip(map(len, (x.entries for x in lists)), ("labeled", "unlabeled", "validation images"), strict=True)
+    is_supervised, on_gpu = train.method == "supervised", run.device.type == "cuda"
     phases = {
-        "pseudo labels": schedule.pseudo_from if train.method != "supervised" else schedule.total,
+        "pseudo labels": schedule.total if is_supervised else schedule.pseudo_from,
         "the memory": schedule.memory_from if train.method == "allspark" else schedule.total,
     }
     begin = (f"{name} from {start}" for name, start in phases.items() if start < schedule.total)
-    on = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    kind = "bfloat16 autocast" if train.amp and device.type == "cuda" else "float32"
+    parameters = sum(x.numel() for x in run.state.model.parameters()) / 1e6
+    device = torch.cuda.get_device_name(run.device) if on_gpu else f"CPU, threads: {torch.get_num_threads()}"
     return property_table(
         {
             "method": train.method,
-            "data": f"{data.dataset}: " + ", ".join(f"{len(x.entries)} {name}" for name, x in lists.items()),
-            "classes": textwrap.shorten(classes, 66, placeholder=" ..."),
-            "model": f"{config.model.backbone}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, "
-            + (f"from {config.model.weights}" if config.model.weights else "from random weights"),
-            "step": f"{train.batch_size} labeled{unlabeled} crops of {data.crop}x{data.crop}, {train.optimizer}, "
-            f"lr {train.lr:g}",
-            "schedule": ", ".join([f"steps {step + 1} to {schedule.total}", *begin]),
-            "scored": f"every {schedule.evaluate_every} steps, and at the end",
-            "device": f"{on}, {kind}",
-            "folder": f"{folder}; live: tensorboard --logdir {folder}",
+            "data": f"{data.dataset}: " + ", ".join(f"{count} {name}" for count, name in counts),
+            "classes": textwrap.shorten(
+                f"{len(info.classes)}: {', '.join(map(one_line, info.classes))}", 66, placeholder=" ..."
+            ),
+            "model": f"{run.config.model.backbone}, {parameters:.1f} M parameters, "
+            f"from {run.config.model.weights or 'random weights'}",
+            "step": f"{train.batch_size} labeled{'' if is_supervised else f' + {train.batch_size} unlabeled'} crops of "
+            f"{data.crop}x{data.crop}, {train.optimizer}, lr {train.lr:g}",
+            "schedule": ", ".join([f"steps {run.step + 1} to {schedule.total}", *begin]),
+            "scored": f"after every {schedule.evaluate_every} and the last",
+            "device": f"{device}, {'bfloat16 autocast' if train.amp and on_gpu else 'float32'}",
+            "folder": f"{run.folder}; live: tensorboard --logdir {run.folder}",
             "stop": "Ctrl-C, which saves; the same command goes on",
         }
     )
 
 
-def end_summary(folder: Path, *, best: tuple[float, int], last: tuple[float, int], steps: int, seconds: float) -> str:
-    """Return a table of what a finished run has reached and taken, where it is, and what to type next.
-
-    Args:
-        folder: the run folder.
-        best: the best mean IoU, and its step.
-        last: the last one.
-        steps: taken since the run was started or resumed.
-        seconds: that these took.
-    """
-    command = f"python -m allspark_fast {{}} {folder}"
+def end_summary(run: "Trainer", miou: float, *, steps: int, seconds: float) -> str:
+    """Return a table of what a run has reached, what its last steps took, where all is, and what to type next."""
+    command = f"python -m allspark_fast {{}} {run.folder}"
     return property_table(
         {
-            "best": f"mIoU {100 * best[0]:.1f} of step {best[1]} (best.safetensors)",
-            "last": f"mIoU {100 * last[0]:.1f} of step {last[1]} (last.safetensors)",
+            "best": f"mIoU {100 * run.best:.1f} of step {run.best_step} (best.safetensors)",
+            "last": f"mIoU {100 * miou:.1f} of step {run.step} (last.safetensors)",
             "took": f"{timedelta(seconds=round(seconds))} for {steps} steps{_peak_memory()}",
-            "folder": f"{folder}: look at validation.png, predictions.png, curves.png",
+            "folder": f"{run.folder}: look at validation.png, predictions.png, curves.png",
             "next": f"{command.format('evaluate')}\n{command.format('predict')} IMAGE_OR_FOLDER",
         }
     )

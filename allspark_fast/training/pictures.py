@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
-from allspark_fast.config import DataConfig
 from allspark_fast.data.info import DatasetInfo
 from allspark_fast.data.loader import EvalSample
 from allspark_fast.files import write_atomically
 from allspark_fast.inference.pictures import comparison, draw_panel, label_map, to_image
 from allspark_fast.text import drawable
 from allspark_fast.training.log import MetricsLog, Record
+from allspark_fast.weights.spec import ModelSpec
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -39,8 +39,7 @@ def draw_pictures(
     log: MetricsLog,
     crops: tuple[Tensor, Mapping[str, Tensor]],
     validation: Sequence[tuple[str, EvalSample, Tensor]],
-    info: DatasetInfo,
-    data: DataConfig,
+    spec: ModelSpec,
 ) -> None:
     """Draw curves.png, predictions.png and validation.png of a run, which goes on if they cannot be drawn.
 
@@ -48,20 +47,19 @@ def draw_pictures(
         log: of the run; its TensorBoard shows the panels too.
         crops: unlabeled ones (B, 3, H, W), and their labels (B, H, W) by the title of their column.
         validation: name, sample and prediction (H, W) of some validation images.
-        info: names and colors of the classes.
-        data: how images were normalized.
+        spec: of the model.
     """
     try:
-        draw_curves(log.path.parent, log.records, info)
+        draw_curves(log.path.parent, log.records, spec.info)
         images, labels = crops
         predictions = [
-            ("", {"image": to_image(image, data.mean, data.std)} | {x: label_map(labels[x][i], info) for x in labels})
+            ("", {"image": to_image(image, spec)} | {x: label_map(labels[x][i], spec.info) for x in labels})
             for i, image in enumerate(images)
         ]
-        compared = [(name, comparison(sample, x, info, data.mean, data.std)) for name, sample, x in validation]
+        compared = [(name, comparison(sample, x, spec)) for name, sample, x in validation]
         for name, rows in {"predictions": predictions, "validation": compared}.items():
             path = log.path.with_name(f"{name}.png")
-            draw_panel(path, rows, info)
+            draw_panel(path, rows, spec.info)
             log.add_picture(path)
     except Exception as error:
         logger.warning("the pictures of step %d were not drawn: %r", log.records[-1]["step"], error)

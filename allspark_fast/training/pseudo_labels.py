@@ -25,8 +25,8 @@ class ClassStatistics(NamedTuple):
         confidence: (K,) float32, running mean of the teacher's confidence in pseudo labels; 0 for a class without any.
         pixels: (3, K) float64, pixels since they were last read: with this label, with this pseudo label, and those of
             the latter that counted.
-        shares: (2, K) float32, running means of the share of the class in labels, and in the teacher's probabilities; 0
-            before the first step, and without ``train.dist_align``.
+        shares: (2, K) float32, running means of the share of the class in labels, and in the teacher's predictions
+            before alignment; 0 before the first step, and without ``train.dist_align``.
     """
 
     confidence: Tensor
@@ -43,13 +43,14 @@ class ClassStatistics(NamedTuple):
         """Return what distribution alignment (ReMixMatch) adds to logits, (K, 1, 1); None if ``most`` is 0.
 
         Probabilities are multiplied by the share of the class in labels over that in predictions, at most by ``most``
-        and at least by its inverse, so that a class that the teacher does not know yet is not unlearned.
+        and at least by its inverse, so that a class that the teacher does not know yet is not unlearned. Predictions
+        are counted, as pseudo labels are: a rare class has a larger share of the probabilities of an uncertain teacher.
         """
         if most == 0:
             return None
         label, predicted = self.shares
-        ratio = (label / predicted).clamp(1 / most, most)
-        return ratio.log().where(predicted > 0, 0)[:, None, None]
+        ratio = (label / predicted.clamp(min=1e-9)).clamp(1 / most, most)
+        return ratio.log().where(predicted.sum() > 0, 0)[:, None, None]
 
 
 @torch.no_grad()
@@ -98,10 +99,10 @@ def update_shares(classes: ClassStatistics, batch: SemiBatch, class_logits: Tens
     index = torch.arange(class_logits.shape[1], device=class_logits.device)
     label = (batch.label[:, ::4, ::4, None] == index).sum((0, 1, 2))
     valid = _like(batch.unlabeled_valid, class_logits)
-    predicted = class_logits.float().softmax(1).where(valid, 0).sum((0, 2, 3))
-    pixels = all_reduce_sum(torch.stack([label.float(), predicted]))
+    predicted = ((class_logits.argmax(1)[..., None] == index) & valid[:, 0, ..., None]).sum((0, 1, 2))
+    pixels = all_reduce_sum(torch.stack([label, predicted]).float())
     now = pixels / pixels.sum(1, keepdim=True)
-    moved = classes.shares.lerp(now, _SHARE_RATE).where(classes.shares[1] > 0, now)
+    moved = classes.shares.lerp(now, _SHARE_RATE).where(classes.shares[1].sum() > 0, now)
     classes.shares.copy_(moved.where(now.isfinite().all(), classes.shares))
 
 

@@ -124,8 +124,7 @@ class Trainer:
         """
         log = MetricsLog(self.folder, self.step, evaluated=not self.evaluation_due) if rank() == 0 else None
         if log is not None:
-            about = (self.config, self.data.sources, self.schedule, self.state.model)
-            print(start_summary(*about, device=self.device, folder=self.folder, step=self.step))
+            print(start_summary(self))
         scores, stopping = None, False
         bar: tqdm[Any]
         # An error closes the bar, so that its message has a line for itself.
@@ -227,9 +226,9 @@ class Trainer:
                 log.write(
                     {**self._position(), **mean_scores, "iou": scores.by_class["iou"].tolist(), **measured, **memory}
                 )
-                draw_pictures(log, (images, labels), pictured, self.data.info, self.config.data)
                 for name in ("last", "best") if improved else ("last",):
                     save_model(model, self.spec, self.folder / f"{name}.safetensors")
+                draw_pictures(log, (images, labels), pictured, self.spec)
                 bar.write(f"step {self.step}: mIoU {100 * scores.mean_iou:.1f}" + improved * ", the best so far")
                 for problem in problems:
                     logger.warning("step %d: %s", self.step, problem)
@@ -315,7 +314,6 @@ def train(config: Config, folder: Path) -> bool:
             tell(f"{folder}: stopped as asked at step {trainer.step}; the same command goes on from there")
             return False
         tell(score_table(scores, trainer.data.info))
-        reached = {"best": (trainer.best, trainer.best_step), "last": (scores.mean_iou, trainer.step)}
-        seconds = time.perf_counter() - started
-        tell(end_summary(folder, **reached, steps=trainer.step - first, seconds=seconds))
+        steps, seconds = trainer.step - first, time.perf_counter() - started
+        tell(end_summary(trainer, scores.mean_iou, steps=steps, seconds=seconds))
         return True

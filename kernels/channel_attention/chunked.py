@@ -16,13 +16,12 @@ import torch
 from torch import Tensor
 
 from allspark_fast.kernels.channel_attention.dropout import hash_keys, keep_mask
-from allspark_fast.kernels.channel_attention.inputs import Inputs, accumulation_dtype
+from allspark_fast.kernels.channel_attention.inputs import Inputs
 
-# On a CPU a chunk of a block, 256 KB in float32, stays in the L2 cache, and the products still run at their full rate.
-BLOCK_ROWS = 128
-CHUNK = 512
-# A block of short rows has up to four times as many, because each of its operations costs a start and an end.
-BLOCK_ENTRIES = 2**21
+# On a CPU a chunk of so many rows, 512 KB in float32, stays in the caches, and products run at their full rate.
+# Backward keeps two maps of a block and takes half of the rows: that of Pascal holds 44 MB in both directions.
+BLOCK_ROWS = 512
+CHUNK = 256
 # Exponentials and logarithms have base 2, and rows this factor: exp2 takes half of the time of exp on a CPU.
 _LOG2E = math.log2(math.e)
 
@@ -33,7 +32,7 @@ class _Maps:
     def __init__(self, inputs: Inputs) -> None:
         query, key, value, column_mask, self.dropout_p, seed = inputs
         (batch, heads, _, channels), columns = query.shape, key.shape[3]
-        dtype = accumulation_dtype(key.dtype)
+        dtype = torch.promote_types(key.dtype, torch.float32)
         self.query, self.value = query.mT.to(dtype).contiguous(), value.to(dtype)  # (B, H, Cq, N), (B or 1, H, N, L)
         # (B or 1, H, N, L), contiguous: its gradient is laid out alike, and added to in flattened views.
         self.key = key.to(dtype, copy=True, memory_format=torch.contiguous_format)
@@ -54,12 +53,11 @@ class _Maps:
         self.hash_keys = None if seed is None else hash_keys(seed, batch, heads, channels, columns)
         self.chunks = [slice(start, start + CHUNK) for start in range(0, columns, CHUNK)]
 
-    def blocks(self) -> Iterator[tuple[tuple[int, slice, slice], int]]:
-        """Rows of a sample to be computed at a time, as an index of (B, H, Cq), and the index of their keys."""
+    def blocks(self, size: int) -> Iterator[tuple[tuple[int, slice, slice], int]]:
+        """So many rows of a sample at a time, as an index of (B, H, Cq), and the index of their keys."""
         samples, _, rows, _ = self.query.shape
-        block = min(max(BLOCK_ROWS, BLOCK_ENTRIES // self.key.shape[3]), 4 * BLOCK_ROWS)
-        for sample, start in itertools.product(range(samples), range(0, rows, block)):
-            yield (sample, slice(None), slice(start, start + block)), sample % len(self.key)
+        for sample, start in itertools.product(range(samples), range(0, rows, size)):
+            yield (sample, slice(None), slice(start, start + size)), sample % len(self.key)
 
     def logits(self, rows: Tensor, own: int, chunk: slice) -> Tensor:
         """Products (H, rows, chunk) of rows (H, rows, N) and the chunk's keys, masked columns at -inf."""
@@ -88,7 +86,7 @@ def forward(inputs: Inputs, eps: float) -> tuple[Tensor, Tensor]:
     rstd = torch.rsqrt(variance.clamp_min(0) + eps)
     rows = maps.query * (rstd * _LOG2E)
     output, lse = torch.zeros_like(rows), torch.empty_like(maps.shift)
-    for block, own in maps.blocks():
+    for block, own in maps.blocks(BLOCK_ROWS):
         logits = [maps.logits(rows[block], own, chunk) for chunk in maps.chunks]
         maximum = torch.stack([x.amax(-1) for x in logits]).amax(0)[..., None]
         maximum.clamp_(min=torch.finfo(rows.dtype).min)  # so that a row without a column gives exp2(-inf - max) = 0
@@ -109,7 +107,7 @@ def backward(grad: Tensor, statistics: Tensor, inputs: Inputs) -> tuple[Tensor, 
     maps, (lse, rstd) = _Maps(inputs), statistics[..., None]
     rows, grad_output = maps.query * rstd, grad.mT.to(lse.dtype) / (1 - maps.dropout_p)
     grad_rows, grad_key, grad_value = (torch.zeros_like(x) for x in (rows, maps.key, maps.key))
-    for block, own in maps.blocks():
+    for block, own in maps.blocks(BLOCK_ROWS // 2):
         log2_rows, entries = rows[block] * _LOG2E, []
         delta, total = torch.zeros_like(lse[block]), torch.zeros_like(lse[block])
         for chunk in maps.chunks:
@@ -126,16 +124,8 @@ def backward(grad: Tensor, statistics: Tensor, inputs: Inputs) -> tuple[Tensor, 
             grad_logits = product.addcmul_(probability, delta, value=-1)
             grad_key[own][..., chunk].baddbmm_(rows[block].mT, grad_logits)
             grad_rows[block].baddbmm_(grad_logits, maps.key[own][..., chunk].mT)
-    grad_query = _differentiate_norm(maps, rstd[:, :, :1], grad_rows, grad_key)
-    if inputs.column_mask is not None:
-        grad_key.masked_fill_(~inputs.column_mask, 0)
-    dtype = inputs.query.dtype
-    return grad_query.mT.to(dtype).contiguous(), grad_key.to(dtype), grad_value.to(dtype)
-
-
-def _differentiate_norm(maps: _Maps, rstd: Tensor, grad_rows: Tensor, grad_key: Tensor) -> Tensor:
-    """Return the gradient of the query, and add what the key's has of the norm."""
     # rstd multiplies the query, so its gradient is their product; then the derivatives of the variance.
+    rstd = rstd[:, :, :1]
     grad_variance = -(rstd**3) / 2 * (grad_rows * maps.query).sum((2, 3), keepdim=True)
     slope = 2 * grad_variance / maps.query.shape[2]
     grad_query = grad_rows * rstd + slope * (maps.query @ maps.covariance + maps.shift * maps.mean.mT)
@@ -143,4 +133,7 @@ def _differentiate_norm(maps: _Maps, rstd: Tensor, grad_rows: Tensor, grad_key: 
     matrix = (2 * grad_variance / maps.count * maps.moment).sum_to_size(maps.covariance.shape)
     grad_key.flatten(0, 1).baddbmm_(matrix.flatten(0, 1), maps.key.flatten(0, 1))
     grad_key += (slope / maps.count * (maps.query.mT @ maps.shift)).sum_to_size(maps.mean.shape)
-    return grad_query
+    if inputs.column_mask is not None:
+        grad_key.masked_fill_(~inputs.column_mask, 0)
+    dtype = inputs.query.dtype
+    return grad_query.mT.to(dtype).contiguous(), grad_key.to(dtype), grad_value.to(dtype)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from allspark_fast.kernels.channel_attention import row_kernels
 from allspark_fast.kernels.channel_attention.dropout import drop_threshold
-from allspark_fast.kernels.channel_attention.inputs import Inputs, pack_rows
+from allspark_fast.kernels.channel_attention.inputs import Inputs
 
 # As many samples are computed at a time as fit in: forward keeps one map of their rows, backward two.
 WORKSPACE_BYTES = 256 * 2**20
@@ -60,6 +60,12 @@ def _parts(inputs: Inputs, buffers: int) -> list[slice]:
     batch, heads, _, channels = inputs.query.shape
     step = max(1, WORKSPACE_BYTES // (buffers * heads * channels * inputs.key.shape[3] * inputs.key.itemsize))
     return [slice(start, min(start + step, batch)) for start in range(0, batch, step)]
+
+
+def _pack_rows(x: Tensor, maps: int) -> Tensor:
+    """(B, H, N, C) -> (maps, N, R): samples that share their keys are rows of one map, whose keys are read once."""
+    samples = x.reshape(-1, maps, *x.shape[2:])
+    return samples.permute(1, 2, 0, 3).reshape(maps, x.shape[2], -1)
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool = False) -> Tensor:
@@ -152,7 +158,7 @@ def _differentiate(
     maps, tokens, (channels, rows, columns) = samples.maps, samples.tokens, samples.sizes
     probability, grad_logits = samples.key.new_empty((2, maps, rows, columns))
     logits = _product(samples.half_rows.mT, samples.half_key, probability.view(samples.half_key.dtype))
-    grad_output = pack_rows(grad_output, maps)
+    grad_output = _pack_rows(grad_output, maps)
     grad_unit, half_grad = None, grad_output
     if grad_output.dtype == torch.float16:  # the gradient of a scaled loss can be so large that dP overflows
         peak, value_peak = (x.abs().amax().float() for x in (grad_output, samples.value))
@@ -174,7 +180,7 @@ def _differentiate(
     offset = slope * rstd * (samples.shift - samples.shift.mean(-1, keepdim=True))
     launch(*entries, delta, slope.expand_as(delta).contiguous(), offset, **tile)
     _product(grad_output, probability, grad_value, accumulate=accumulate)
-    _product(pack_rows(samples.query, maps), grad_logits, grad_key, accumulate=accumulate)
+    _product(_pack_rows(samples.query, maps), grad_logits, grad_key, accumulate=accumulate)
     parts, sums = _pieces_product(samples.key, grad_logits), sums[0].sum(0)
     row_kernels.finish_kernel[triton.cdiv(rows, 128), triton.cdiv(tokens, 16), maps](
         parts, sums, None, None, None, rstd, offset, samples.count, samples.mean, grad_query, tokens, channels, rows,

@@ -1,25 +1,16 @@
 """Public function, registration and dispatch of channel attention."""
 
-from types import ModuleType
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from allspark_fast.kernels.arguments import (
-    FLOATING,
-    check_choice,
-    check_not_empty,
-    check_number,
-    check_shape,
-    check_tensor,
-)
+from allspark_fast.kernels.arguments import FLOATING, check_choice, check_number, check_tensor
 from allspark_fast.kernels.channel_attention import chunked, reference
-from allspark_fast.kernels.channel_attention.inputs import Inputs, accumulation_dtype
-from allspark_fast.kernels.triton_support import check_triton_runs, prefers_triton
+from allspark_fast.kernels.channel_attention.inputs import Inputs
+from allspark_fast.kernels.triton_support import implementation
 
 Backend = Literal["auto", "triton", "chunked", "reference"]
-_BACKENDS = ("auto", "triton", "chunked", "reference")
 # Maps of fewer tokens have so low a rank that gradients nearly cancel: 3 % off with operands in half precision.
 _MIN_HALF_TOKENS = 16
 
@@ -64,16 +55,25 @@ def channel_attention(
         TypeError: an argument is no tensor, its dtype is wrong, or ``eps`` or ``dropout_p`` is no number.
         ValueError: a shape, device, number or ``backend`` is wrong, or the backend cannot do what is asked.
     """
-    _check_arguments(query, key, value, group_mask, seed)
+    sizes: dict[str, int] = {}
+    check_tensor("query", query, "(B, H, N, Cq)", FLOATING, sizes=sizes, not_empty="H N Cq")
+    if isinstance(key, Tensor) and key.shape[:1] != (1,):
+        sizes["B or 1"] = sizes["B"]
+    check_tensor("key", key, "(B or 1, H, N, L)", (query.dtype,), query, sizes, not_empty="L")
+    check_tensor("value", value, "(B or 1, H, N, L)", (query.dtype,), query, sizes)
+    if group_mask is not None:
+        check_tensor("group_mask", group_mask, "(G,)", (torch.bool,), query, sizes)
+        if sizes["G"] == 0 or sizes["L"] % sizes["G"]:
+            raise ValueError(f"group_mask has {sizes['G']} groups, which do not divide the key's L = {sizes['L']}")
+    if seed is not None:
+        check_tensor("seed", seed, "()", (torch.int64,), query)
     check_number("eps", eps)
     if not eps > 0:  # at 0 a constant map is 0/0
         raise ValueError(f"eps must be above 0, got {eps}")
     check_number("dropout_p", dropout_p)
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
-    check_choice("backend", backend, _BACKENDS)
-    if backend == "triton":
-        check_triton_runs("query", query)
+    check_choice("backend", backend, get_args(Backend))
     if dropout_p == 0:
         seed = None
     elif seed is None:
@@ -88,34 +88,6 @@ def channel_attention(
             return reference.channel_attention(inputs, eps).to(dtype)
     output, _ = _channel_attention(query, key, value, column_mask, eps, dropout_p, seed, backend)
     return output.to(dtype)
-
-
-def _check_arguments(query: Tensor, key: Tensor, value: Tensor, group_mask: Tensor | None, seed: Tensor | None) -> None:
-    check_tensor("query", query, "(B, H, N, Cq)", FLOATING)
-    check_not_empty("query", query, {"H": 1, "N": 2, "Cq": 3})
-    batch, heads, tokens, _ = query.shape
-    check_tensor("key", key, "(B or 1, H, N, L)", (query.dtype,), like=query)
-    key_batch = key.shape[0] if key.shape[0] in (batch, 1) else batch
-    check_shape("key", key, "(B or 1, H, N, L)", (key_batch, heads, tokens, key.shape[-1]))
-    check_not_empty("key", key, {"L": 3})
-    check_tensor("value", value, "(B or 1, H, N, L)", (query.dtype,), like=query)
-    check_shape("value", value, "the shape of key", tuple(key.shape))
-    if group_mask is not None:
-        check_tensor("group_mask", group_mask, "(G,)", (torch.bool,), like=query)
-        groups = group_mask.shape[0]
-        if groups == 0 or key.shape[-1] % groups:
-            raise ValueError(f"group_mask has {groups} groups, which do not divide the key's L = {key.shape[-1]}")
-    if seed is not None:
-        check_tensor("seed", seed, "()", (torch.int64,), like=query)
-
-
-def _implementation(key: Tensor, backend: str) -> ModuleType:
-    """The module that runs, decided inside the operators: tracing needs no device."""
-    if backend == "triton" or (backend == "auto" and prefers_triton(key)):
-        from allspark_fast.kernels.channel_attention import kernel  # noqa: PLC0415 triton is optional
-
-        return kernel
-    return chunked
 
 
 @torch.library.custom_op("allspark_fast::channel_attention", mutates_args=())
@@ -133,12 +105,13 @@ def _channel_attention(
     if query.shape[0] == 0:
         return _fake_forward(query)
     with torch.autocast(query.device.type, enabled=False), torch.cuda.device_of(query):
-        return _implementation(key, backend).forward(Inputs(query, key, value, column_mask, dropout_p, seed), eps)
+        inputs = Inputs(query, key, value, column_mask, dropout_p, seed)
+        return implementation(chunked, key, backend=backend).forward(inputs, eps)
 
 
 @_channel_attention.register_fake
 def _fake_forward(query: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-    statistics = query.new_empty((2, *query[:, :, 0].shape), dtype=accumulation_dtype(query.dtype))
+    statistics = query.new_empty((2, *query[:, :, 0].shape), dtype=torch.promote_types(query.dtype, torch.float32))
     return query.new_empty(query.shape), statistics
 
 
@@ -155,15 +128,17 @@ def _channel_attention_backward(
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
     if query.shape[0] == 0:
-        return query.new_zeros(query.shape), key.new_zeros(key.shape), value.new_zeros(value.shape)
+        return _fake_backward(grad, query, key, value)
     inputs = Inputs(query, key, value, column_mask, dropout_p, seed)
     with torch.autocast(query.device.type, enabled=False), torch.cuda.device_of(query):
-        return _implementation(key, backend).backward(grad, statistics, inputs)
+        return implementation(chunked, key, backend=backend).backward(grad, statistics, inputs)
 
 
 @_channel_attention_backward.register_fake
-def _(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
-    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+def _fake_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: object
+) -> tuple[Tensor, Tensor, Tensor]:
+    return query.new_zeros(query.shape), key.new_zeros(key.shape), value.new_zeros(value.shape)
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

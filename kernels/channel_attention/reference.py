@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from allspark_fast.kernels.channel_attention.dropout import hash_keys, keep_mask
-from allspark_fast.kernels.channel_attention.inputs import Inputs, accumulation_dtype
+from allspark_fast.kernels.channel_attention.inputs import Inputs
 
 
 def channel_attention(inputs: Inputs, eps: float) -> Tensor:
@@ -12,7 +12,7 @@ def channel_attention(inputs: Inputs, eps: float) -> Tensor:
 
     Half precision is computed in float32. If every column is masked, all is zero.
     """
-    query, key, value = (x.to(accumulation_dtype(x.dtype)) for x in inputs[:3])
+    query, key, value = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in inputs[:3])
     mask = inputs.column_mask
     if mask is None:
         mask = torch.ones(key.shape[-1], dtype=torch.bool, device=key.device)

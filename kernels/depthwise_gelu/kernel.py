@@ -98,18 +98,10 @@ def _gelu_derivative(b_x):
 
 @triton.jit
 def _depthwise_gelu_kernel(
-    tokens,  # (B, h·w, C)
-    weight,  # (C, 3, 3)
-    bias,  # (C,)
-    result,  # (B, h·w, C)
-    h,
-    w,
-    C,
-    TRANSPOSED: tl.constexpr,  # then without bias and GELU
-    BLOCK_Y: tl.constexpr,
-    BLOCK_X: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+    tokens, weight, bias, result, h, w, C,
+    TRANSPOSED: tl.constexpr, BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Tokens and result (B, h·w, C), weight (C, 3, 3), bias (C,); transposed without bias and GELU."""
     o_image, first, last, o_x, o_c = _tile(h, w, C, BLOCK_Y, BLOCK_X, BLOCK_C)
     image, end = tokens + o_image, tl.minimum(last + 1, h)
     above = _load_weights(weight, 0, o_c, C, TRANSPOSED)
@@ -137,19 +129,10 @@ def _depthwise_gelu_kernel(
 
 @triton.jit
 def _depthwise_gelu_backward_kernel(
-    tokens,  # (B, h·w, C)
-    grad,  # (B, h·w, C)
-    weight,  # (C, 3, 3)
-    bias,  # (C,)
-    grad_convolved,  # (B, h·w, C)
-    parts,  # (programs of a channel, 10, C) float32: gradients of the nine weights and of the bias
-    h,
-    w,
-    C,
-    BLOCK_Y: tl.constexpr,
-    BLOCK_X: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+    tokens, grad, weight, bias, grad_convolved, parts, h, w, C,
+    BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Parts (programs of a channel, 10, C) float32 are gradients of the nine weights and of the bias."""
     o_image, first, last, o_x, o_c = _tile(h, w, C, BLOCK_Y, BLOCK_X, BLOCK_C)
     image, end = tokens + o_image, tl.minimum(last + 1, h)
     w_above = _load_weights(weight, 0, o_c, C, False)
@@ -197,8 +180,6 @@ def backward(
     """Compute ``reference.backward`` for float16, bfloat16 and float32, with the weights in any of them."""
     channels = tokens.shape[2]
     grad_convolved = torch.empty(tokens.shape, dtype=tokens.dtype, device=tokens.device)
-    if not grad_convolved.numel():
-        return grad_convolved, torch.zeros_like(weight), torch.zeros_like(bias)
     grid = _grid(tokens, size)
     blocks = grid[2] * grid[1] * triton.cdiv(size[1], _TILE["BLOCK_X"])
     parts = torch.empty((blocks, 10, channels), dtype=torch.float32, device=tokens.device)
@@ -213,9 +194,8 @@ def backward(
 def _convolved(tokens: Tensor, weight: Tensor, bias: Tensor | None, size: tuple[int, int]) -> Tensor:
     """Convolve, with bias and GELU; or, without a bias, transposed."""
     result = torch.empty_like(tokens)
-    if result.numel():
-        sizes = *size, tokens.shape[2], bias is None
-        _depthwise_gelu_kernel[_grid(tokens, size)](tokens, weight, bias, result, *sizes, **_TILE)
+    sizes = *size, tokens.shape[2], bias is None
+    _depthwise_gelu_kernel[_grid(tokens, size)](tokens, weight, bias, result, *sizes, **_TILE)
     return result
 
 

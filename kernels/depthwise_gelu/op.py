@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from allspark_fast.kernels.arguments import FLOATING, check_shape, check_size, check_tensor
+from allspark_fast.kernels.arguments import FLOATING, check_size, check_tensor
 from allspark_fast.kernels.depthwise_gelu import reference
 from allspark_fast.kernels.triton_support import implementation
 
@@ -30,19 +30,18 @@ def depthwise_gelu(tokens: Tensor, weight: Tensor, bias: Tensor, size: tuple[int
         TypeError: an argument is not a float tensor, or ``size`` not a pair of integers.
         ValueError: a shape does not match the others, or the devices differ.
     """
-    check_tensor("tokens", tokens, "(B, h·w, C)", FLOATING)
     check_size("size", size)
-    batch, _, channels = tokens.shape
-    check_shape("tokens", tokens, "(B, h·w, C)", (batch, size[0] * size[1], channels))
-    check_tensor("weight", weight, "(C, 1, 3, 3)", FLOATING, like=tokens)
-    check_shape("weight", weight, "(C, 1, 3, 3)", (channels, 1, 3, 3))
-    check_tensor("bias", bias, "(C,)", FLOATING, like=tokens)
-    check_shape("bias", bias, "(C,)", (channels,))
+    sizes = {"h·w": size[0] * size[1]}
+    check_tensor("tokens", tokens, "(B, h·w, C)", FLOATING, sizes=sizes)
+    check_tensor("weight", weight, "(C, 1, 3, 3)", FLOATING, tokens, sizes)
+    check_tensor("bias", bias, "(C,)", FLOATING, tokens, sizes)
     return _depthwise_gelu(tokens, weight, bias, list(size))
 
 
 @torch.library.custom_op("allspark_fast::depthwise_gelu", mutates_args=())
 def _depthwise_gelu(tokens: Tensor, weight: Tensor, bias: Tensor, size: list[int]) -> Tensor:
+    if not tokens.numel():  # convolutions and launches refuse empty tensors
+        return tokens.new_empty(tokens.shape)
     with torch.autocast(tokens.device.type, enabled=False), torch.cuda.device_of(tokens):
         return implementation(reference, tokens).forward(tokens, weight, bias, (size[0], size[1]))
 
@@ -57,13 +56,17 @@ def _depthwise_gelu_backward(
     grad: Tensor, tokens: Tensor, weight: Tensor, bias: Tensor, size: list[int]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of tokens, weight and bias."""
+    if not tokens.numel():
+        return _fake_backward(grad, tokens, weight, bias, size)
     with torch.autocast(tokens.device.type, enabled=False), torch.cuda.device_of(tokens):
         return implementation(reference, tokens).backward(grad, tokens, weight, bias, (size[0], size[1]))
 
 
 @_depthwise_gelu_backward.register_fake
-def _(grad: Tensor, tokens: Tensor, weight: Tensor, bias: Tensor, size: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-    return tokens.new_empty(tokens.shape), weight.new_empty(weight.shape), bias.new_empty(bias.shape)
+def _fake_backward(
+    grad: Tensor, tokens: Tensor, weight: Tensor, bias: Tensor, size: list[int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    return tokens.new_zeros(tokens.shape), weight.new_zeros(weight.shape), bias.new_zeros(bias.shape)
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -14,18 +14,10 @@ _TILE = {"BLOCK_N": 16, "BLOCK_E": 128}
 
 @triton.jit
 def _enqueue_kernel(
-    features,  # (B, N, C)
-    channel_class,  # (E,) int64, channels of all images in order
-    pointers,  # (K,) int64, a copy of queue_ptr
-    queue,  # (K, S, N)
-    queue_ptr,  # (K,) int64
-    sizes,  # N, C, S, E
-    strides,  # of the features
-    queue_strides,  # of the queue
-    stride_ptr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-):
+    features, channel_class, pointers, queue, queue_ptr, sizes, strides, queue_strides, stride_ptr,
+    BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """Features (B, N, C), classes (E,) of all channels, pointers (K,), a copy of queue_ptr; sizes are (N, C, S, E)."""
     N, C, S, E = sizes
     stride_b, stride_n, stride_c = strides
     stride_k, stride_s, stride_queue_n = queue_strides

@@ -2,8 +2,9 @@
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
-from allspark_fast.kernels.arguments import FLOATING, check_not_empty, check_shape, check_tensor
+from allspark_fast.kernels.arguments import FLOATING, check_tensor
 from allspark_fast.kernels.semantic_memory import vectorized
 from allspark_fast.kernels.triton_support import implementation
 
@@ -23,13 +24,14 @@ def channel_semantic_grouping(features: Tensor, class_map: Tensor) -> Tensor:
         TypeError: an argument is not a float tensor.
         ValueError: a shape does not match the others, or the devices differ.
     """
-    check_tensor("features", features, "(B, N, C)", FLOATING)
-    batch, tokens, _ = features.shape
-    check_tensor("class_map", class_map, "(B, K, N)", FLOATING, like=features)
-    check_shape("class_map", class_map, "(B, K, N)", (batch, class_map.shape[1], tokens))
-    check_not_empty("class_map", class_map, {"K": 1, "N": 2})
+    sizes: dict[str, int] = {}
+    check_tensor("features", features, "(B, N, C)", FLOATING, sizes=sizes)
+    check_tensor("class_map", class_map, "(B, K, N)", FLOATING, features, sizes, not_empty="K N")
     with torch.autocast(features.device.type, enabled=False):
-        return vectorized.channel_semantic_grouping(features.detach(), class_map.detach())
+        # A channel's norm is left out: its argmax ignores it.
+        similarity = normalize(class_map.detach().float(), dim=2) @ features.detach().float()
+        finite = features.isfinite().all(2).all(1) & class_map.isfinite().all(2).all(1)
+        return similarity.argmax(1).masked_fill_(~finite[:, None], -1)
 
 
 def semantic_memory_enqueue(queue: Tensor, queue_ptr: Tensor, features: Tensor, channel_class: Tensor) -> None:
@@ -51,18 +53,11 @@ def semantic_memory_enqueue(queue: Tensor, queue_ptr: Tensor, features: Tensor, 
             memory, or, on the CPU, a pointer is outside [0, S). On a GPU, where the check would wait for the device,
             such a pointer is taken modulo S.
     """
-    check_tensor("queue", queue, "(K, S, N)", FLOATING)
-    check_not_empty("queue", queue, {"K": 0, "S": 1, "N": 2})
-    _check_no_overlap("queue", queue)
-    classes, _, tokens = queue.shape
-    check_tensor("queue_ptr", queue_ptr, "(K,)", (torch.int64,), like=queue)
-    check_shape("queue_ptr", queue_ptr, "(K,)", (classes,))
-    check_tensor("features", features, "(B, N, C)", FLOATING, like=queue)
-    batch, _, channels = features.shape
-    check_shape("features", features, "(B, N, C)", (batch, tokens, channels))
-    check_tensor("channel_class", channel_class, "(B, C)", (torch.int64,), like=queue)
-    check_shape("channel_class", channel_class, "(B, C)", (batch, channels))
-    _check_no_overlap("queue_ptr", queue_ptr)
+    sizes: dict[str, int] = {}
+    check_tensor("queue", queue, "(K, S, N)", FLOATING, sizes=sizes, not_empty="K S N")
+    check_tensor("queue_ptr", queue_ptr, "(K,)", (torch.int64,), queue, sizes)
+    check_tensor("features", features, "(B, N, C)", FLOATING, queue, sizes)
+    check_tensor("channel_class", channel_class, "(B, C)", (torch.int64,), queue, sizes)
     if channel_class.numel():
         _semantic_memory_enqueue(queue, queue_ptr, features.detach(), channel_class)
 
@@ -86,6 +81,8 @@ def _check_pointers(queue_ptr: Tensor, slots: int) -> None:
 
 @torch.library.custom_op("allspark_fast::semantic_memory_enqueue", mutates_args=("queue", "queue_ptr"))
 def _semantic_memory_enqueue(queue: Tensor, queue_ptr: Tensor, features: Tensor, channel_class: Tensor) -> None:
+    _check_no_overlap("queue", queue)  # here strides are known
+    _check_no_overlap("queue_ptr", queue_ptr)
     if queue.device.type == "cpu":
         _check_pointers(queue_ptr, queue.shape[1])
     with torch.cuda.device_of(queue):

@@ -1,15 +1,7 @@
-"""Grouping and enqueue without a loop over images, channels or classes, and without a host sync."""
+"""The enqueue without a loop over images, channels or classes, and without a host sync."""
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
-
-
-def channel_semantic_grouping(features: Tensor, class_map: Tensor) -> Tensor:
-    """Compute ``reference.channel_semantic_grouping``; the norm of a channel is left out: its argmax ignores it."""
-    similarity = normalize(class_map.float(), dim=2) @ features.float()
-    finite = features.isfinite().all(2).all(1) & class_map.isfinite().all(2).all(1)
-    return similarity.argmax(1).masked_fill_(~finite[:, None], -1)
 
 
 def semantic_memory_enqueue(queue: Tensor, queue_ptr: Tensor, features: Tensor, channel_class: Tensor) -> None:

@@ -1,6 +1,6 @@
-"""Public function and registration of upsampling + cross-entropy, and online hard example mining on top of it."""
+"""Public functions and registration of upsampling with cross-entropy, or hard example mining, and with argmax."""
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -10,16 +10,14 @@ from allspark_fast.kernels.arguments import (
     check_choice,
     check_count,
     check_integer,
-    check_not_empty,
     check_number,
-    check_shape,
+    check_size,
     check_tensor,
 )
 from allspark_fast.kernels.triton_support import implementation
 from allspark_fast.kernels.upsample_cross_entropy import chunked
 
 Reduction = Literal["mean", "sum", "none"]
-_REDUCTIONS = ("mean", "sum", "none")
 
 
 def upsample_cross_entropy(
@@ -56,12 +54,10 @@ def upsample_cross_entropy(
             would wait for the device, such a class gives a NaN loss (float64: a device-side assertion).
     """
     check_integer("ignore_index", ignore_index)
-    check_tensor("logits", logits, "(B, K, h, w)", FLOATING)
-    check_not_empty("logits", logits, {"K": 1, "h": 2, "w": 3})
-    check_tensor("target", target, "(B, H, W)", (torch.int64,), like=logits)
-    check_shape("target", target, "(B, H, W)", (logits.shape[0], *target.shape[1:]))
-    check_not_empty("target", target, {"H": 1, "W": 2})
-    check_choice("reduction", reduction, _REDUCTIONS)
+    sizes: dict[str, int] = {}
+    check_tensor("logits", logits, "(B, K, h, w)", FLOATING, sizes=sizes, not_empty="K h w")
+    check_tensor("target", target, "(B, H, W)", (torch.int64,), logits, sizes, not_empty="H W")
+    check_choice("reduction", reduction, get_args(Reduction))
     if ohem_threshold is not None:
         check_number("ohem_threshold", ohem_threshold)
         if not 0 <= ohem_threshold <= 1:
@@ -135,3 +131,37 @@ def _backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor, None, None]:
 
 
 _upsample_cross_entropy.register_autograd(_backward, setup_context=_save_for_backward)
+
+
+def upsample_argmax(logits: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Label every pixel by logits that are first upsampled bilinearly (align_corners=False).
+
+    Args:
+        logits: (B, K, h, w), any float dtype and strides; half precision is computed in float32.
+        size: (H, W) of the labels, in pixels.
+
+    Returns:
+        labels (B, H, W) int64, the first maximum over K, and confidence (B, H, W), the softmax probability of the
+        label; float32 (float64 for float64 logits). No gradient flows. Pixels with a NaN have the first NaN's class
+        and a NaN confidence.
+
+    Raises:
+        TypeError: ``logits`` is not a float tensor, or ``size`` not a pair of integers.
+        ValueError: a shape or size is wrong.
+    """
+    check_tensor("logits", logits, "(B, K, h, w)", FLOATING, not_empty="K h w")
+    check_size("size", size)
+    return _upsample_argmax(logits.detach(), list(size))
+
+
+@torch.library.custom_op("allspark_fast::upsample_argmax", mutates_args=())
+def _upsample_argmax(logits: Tensor, size: list[int]) -> tuple[Tensor, Tensor]:
+    with torch.cuda.device_of(logits):
+        return implementation(chunked, logits).upsample_argmax(logits, (size[0], size[1]))
+
+
+@_upsample_argmax.register_fake
+def _(logits: Tensor, size: list[int]) -> tuple[Tensor, Tensor]:
+    shape = (logits.shape[0], *size)
+    confidence = logits.new_empty(shape, dtype=torch.promote_types(logits.dtype, torch.float32))
+    return logits.new_empty(shape, dtype=torch.int64), confidence

@@ -28,11 +28,11 @@ def dry_run(monkeypatch: pytest.MonkeyPatch, file: Path, keep: Callable[[str], b
     parts = [part for part in gpu.parts("tiny") if keep(part[0])]
     monkeypatch.setattr(gpu, "parts", lambda _: parts)
     main(["gpu", "--size", "tiny", "--json", str(file), *arguments])
-    return [json.loads(line) for line in file.read_text().splitlines()]
+    return json.loads(file.read_text())
 
 
 def test_a_dry_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    records = dry_run(monkeypatch, tmp_path / "gpu.jsonl", lambda name: name not in SLOW)
+    records = dry_run(monkeypatch, tmp_path / "gpu.json", lambda name: name not in SLOW)
     printed = capsys.readouterr().out
     assert not any("failed" in record.get("note", "") for record in records)
     assert {record["op"] for record in records} >= {"attention_parity", "lock_step", "step", "step_kernels"}
@@ -47,7 +47,7 @@ def test_a_dry_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pyte
 
 @pytest.mark.slow
 def test_a_whole_dry_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    records = dry_run(monkeypatch, tmp_path / "gpu.jsonl", lambda _: True, "--budget", "100000")
+    records = dry_run(monkeypatch, tmp_path / "gpu.json", lambda _: True, "--budget", "100000")
     assert sum(record["op"] == "lock_step" for record in records) == len(gpu.LOCK_STEPS)
 
 
@@ -99,10 +99,10 @@ def test_what_fails_ends_no_other_part(
         ("d", 1, lambda: iter([{"op": "d", "size": ""}])),
     ]
     monkeypatch.setattr(gpu, "parts", lambda _: parts)
-    file = tmp_path / "gpu.jsonl"
+    file = tmp_path / "gpu.json"
     with pytest.raises(SystemExit, match="failed: a, b"):
         main(["gpu", "--size", "tiny", "--budget", "100", "--json", str(file)])
-    records = [json.loads(line) for line in file.read_text().splitlines()]
+    records = json.loads(file.read_text())
     assert [record["op"] for record in records] == ["a", "a", "parity", "b", "c", "d"]
     assert records[1]["note"] == "failed: RuntimeError: out of luck"
     assert re.fullmatch(r"not run: \d+ of 100 s are spent", records[4]["note"])

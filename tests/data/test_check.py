@@ -9,11 +9,11 @@ from PIL import Image
 
 from allspark_fast.__main__ import main
 from allspark_fast.config import DataConfig
-from allspark_fast.data.check import check_sources, check_unused
+from allspark_fast.data.check import check_sources
 from allspark_fast.data.datasets import Entry, SegmentationDataset, Sources
 from allspark_fast.data.info import VOC_PALETTE, DatasetInfo, hex_palette
 from allspark_fast.data.sources import open_sources
-from tests.helpers.images import exif, write_folder, write_image
+from tests.helpers.images import write_folder, write_image
 
 INFO = DatasetInfo("toy", ("a", "b", "c"), VOC_PALETTE)
 BLACK = np.zeros((40, 50, 3), np.uint8)
@@ -38,82 +38,6 @@ def test_sound_data_has_no_problems(tmp_path, lists):
     (tmp_path / "labels/04.png").unlink()  # of an unlabeled image
     assert check(tmp_path, lists) == []
     assert check_sources(open_sources(DataConfig(scenes=(1, 1, 1))), 513) == ([], {})
-
-
-def test_files_that_cannot_be_read(tmp_path, lists):
-    whole = (tmp_path / "images/00.png").read_bytes()
-    (tmp_path / "images/00.png").write_bytes(whole[: len(whole) // 2])
-    (tmp_path / "labels/00.png").write_bytes(b"")
-    (tmp_path / "images/01.png").unlink()
-    (tmp_path / "images/03.png").write_bytes(b"")
-    (tmp_path / "labels/06.png").write_bytes(b"text")
-    write_image(tmp_path / "labels/07.png", BLACK + 255)  # no color of VOC
-    write_image(tmp_path / "labels/02.png", np.repeat(np.array([0, 1, 3, 200, 255], np.uint8), 400).reshape(40, 50))
-    (tmp_path / "labels/08.png").unlink()
-    lists["unlabeled"] += [Entry("../x.png", None), Entry(str(tmp_path / "images/00.png"), None)]
-    assert_starts(
-        check(tmp_path, lists),
-        "error: images/00.png: cannot be read as an image",
-        "error: labels/00.png: the file is empty",
-        "error: images/01.png: no such file",
-        "error: labels/02.png: holds [3, 200], but the 3 classes of toy have the indices 0..2",
-        "error: images/03.png: the file is empty",
-        "error: ../x.png: this path leaves the data root",
-        f"error: {tmp_path / 'images/00.png'}: this path leaves the data root",
-        "error: labels/06.png: not an image in a supported format",
-        "error: labels/07.png: holds colors that do not stand for exactly one class",
-        "error: labels/08.png: no such file",
-        "warning: labels: 1 file is left out, 'labels/01.png' first: no image has that name",
-    )
-
-
-@pytest.mark.parametrize(
-    ("image", "label", "reason"),
-    [
-        ("IMG_00.JPG", "img_00.png", "images/IMG_00.JPG is probably its image"),
-        ("cafe\u0301.jpg", "caf\u00e9.png", "images/cafe\u0301.jpg is probably its image"),
-        ("00.jpg", "00_mask.png", "images/00.jpg is probably its image"),
-        ("00.jpg", "00.jpg.png", "images/00.jpg is probably its image"),
-        ("00.jpg", "seg-00.png", "images/00.jpg is probably its image"),
-        ("00.jpg", "100.png", "no image has that name"),
-    ],
-)
-def test_labels_that_match_no_image_are_told(tmp_path, image, label, reason):
-    write_folder(tmp_path, 1)
-    (tmp_path / "images/00.png").rename(tmp_path / "images" / image)
-    (tmp_path / "labels/00.png").rename(tmp_path / "labels" / label)
-    assert_starts(
-        map(str, check_unused(tmp_path)), f"warning: labels: 1 file is left out, 'labels/{label}' first: {reason}"
-    )
-
-
-def test_files_of_other_kinds_are_told(tmp_path):
-    write_folder(tmp_path, 4)
-    for name, other in (("images/00.png", "images/00.HEIC"), ("images/01.png", "images/01.jfif")):
-        (tmp_path / name).rename(tmp_path / other)
-    (tmp_path / "labels/classes.txt").write_text("sea land")
-    assert_starts(
-        map(str, check_unused(tmp_path)),
-        "warning: images: 2 files are left out, 'images/00.HEIC' first: its suffix is none of .bmp, ",
-        "warning: labels: 1 file is left out, 'labels/classes.txt' first: its suffix is none of .bmp, ",
-        "warning: labels: 2 files are left out, 'labels/00.png' first: images/00.HEIC is probably its image",
-    )
-
-
-def test_images_and_labels_that_are_turned_or_differ_in_size(tmp_path, lists):
-    """Orientation 3 changes no size: the label may be upside down. Unlabeled images do not matter."""
-    write_image(tmp_path / "labels/00.png", np.zeros((50, 40), np.uint8))
-    for index, orientation in ((1, 3), (2, 3), (4, 3), (6, 3), (8, 6)):
-        write_image(tmp_path / f"images/{index:02}.png", BLACK + index, exif=exif(orientation))
-    write_image(tmp_path / "labels/07.png", BLACK[..., 0], exif=exif(3))
-    assert_starts(
-        check(tmp_path, lists),
-        "error: labels/00.png: its image images/00.png is 50x40 pixels (EXIF orientation applied), but the label is",
-        "warning: labeled: EXIF turns 2 images with labels, images/01.png first",
-        "error: labels/07.png: its EXIF orientation is 3",
-        "error: labels/08.png: its image images/08.png is 40x50 pixels (EXIF orientation applied), but the label is",
-        "warning: val: EXIF turns 1 images with labels",
-    )
 
 
 def test_black_and_white_masks_without_values(tmp_path, lists):
@@ -170,9 +94,9 @@ def test_samples_are_bounded_and_the_same_again_and_hide_no_absent_file(tmp_path
     assert_starts(
         problems[:3], "error: val: ", "error: labels/00.png: the file is empty", "error: images/01.png: no such"
     )
-    assert len(problems) == 3 + 5 + 1  # the label of the absent image
+    assert len(problems) == 3 + 5
     assert problems == check(tmp_path, lists, sample=5)
-    assert len(check(tmp_path, lists, sample=50)) == len(check(tmp_path, lists)) == 3 + 18 + 1
+    assert len(check(tmp_path, lists, sample=50)) == len(check(tmp_path, lists)) == 3 + 18
 
 
 RED, GREEN, BLUE, GRAY = (255, 0, 0), (0, 255, 0), (0, 0, 255), (9, 9, 9)
@@ -194,31 +118,6 @@ def test_palettes_that_contradict_each_other_or_the_description(tmp_path, lists)
         "error: labels/02.png: its own palette gives the color [0, 255, 0] to 0, but 'palette' in meta.json",
         "warning: meta.json: palettes of 1 labels have colors that 'palette' in meta.json lacks, labels/07.png first",
     )
-
-
-@pytest.mark.parametrize(
-    ("values", "kind", "message"),
-    [
-        (np.full((40, 50), 4000, np.uint16), {}, "I;16, 16 bits hold 4000..4000 of 0..65535, .* --data.range 0 4095"),
-        (np.full((40, 50), 3000, ">u2"), {}, "I;16B, 16 bits hold 3000..3000 of 0..65535, .* --data.range 0 4095"),
-        (np.full((40, 50), 255, np.int32), {}, "I, 32 bits hold 255..255 of 0..65535, .* --data.range 0 255 "),
-        (BLACK + 40, {}, "RGB, 8 bits hold 40..40 of 0..255, .* --data.range 0 63 "),
-        (BLACK + 255, {"save_all": True, "append_images": [Image.new("RGB", (9, 9))]}, "3 images have several pages"),
-    ],
-)
-def test_images_of_which_little_would_be_left(tmp_path, lists, values, kind, message):
-    lists["unlabeled"] = [Entry(entry.image.replace(".png", ".tiff"), None) for entry in lists["unlabeled"]]
-    for entry in lists["unlabeled"]:
-        Image.fromarray(values).save(tmp_path / entry.image, **kind)
-        (tmp_path / entry.image).with_suffix(".png").unlink()
-    (tmp_path / "labels/04.png").unlink()
-    (problem,) = check(tmp_path, lists)
-    assert re.match(rf"warning: unlabeled: (images of mode )?{message}", problem)
-    opened = {
-        name: SegmentationDataset(tmp_path, entries, info=INFO, pixel_range=("1%", "99%"))
-        for name, entries in lists.items()
-    }
-    assert len(check_sources(Sources(INFO, **opened), 32)[0]) == ("pages" in message)
 
 
 def test_what_the_command_prints(tmp_path, lists, capsys):

@@ -25,8 +25,7 @@ from tests.helpers.triton_checks import strict_interpreter
 from allspark_fast.kernels.channel_attention import kernel as attention_kernel
 from allspark_fast.kernels.depthwise_gelu import kernel as depthwise_kernel
 from allspark_fast.kernels.semantic_memory import kernel as memory_kernel
-from allspark_fast.kernels.upsample_argmax import kernel as argmax_kernel
-from allspark_fast.kernels.upsample_cross_entropy import kernel as loss_kernel
+from allspark_fast.kernels.upsample_cross_entropy import kernel as upsample_kernel
 
 POISON = -77.0
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -76,15 +75,15 @@ def loss(source: random.Random) -> None:
     logits = inside_margins((batch, classes, source.randint(1, 5), source.randint(1, 40)), source.choice(DTYPES))
     target = torch.randint(classes, (batch, source.randint(1, 9), source.randint(1, 80)))
     target[torch.rand(target.shape) < 0.2] = 255
-    pixel_loss, lse = loss_kernel.forward(logits, target, 255)
-    grad = loss_kernel.backward(inside_margins(tuple(target.shape)), logits, target, lse, 255)
+    pixel_loss, lse = upsample_kernel.forward(logits, target, 255)
+    grad = upsample_kernel.backward(inside_margins(tuple(target.shape)), logits, target, lse, 255)
     assert all(x.isfinite().all() for x in (pixel_loss, lse, grad))
 
 
 def argmax(source: random.Random) -> None:
     batch, classes = source.randint(1, 2), source.randint(1, 20)
     logits = inside_margins((batch, classes, source.randint(1, 5), source.randint(1, 40)), source.choice(DTYPES))
-    labels, confidence = argmax_kernel.upsample_argmax(logits, (source.randint(1, 9), source.randint(1, 80)))
+    labels, confidence = upsample_kernel.upsample_argmax(logits, (source.randint(1, 9), source.randint(1, 80)))
     assert ((labels >= 0) & (labels < classes)).all()
     assert confidence.isfinite().all()
 

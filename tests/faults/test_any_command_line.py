@@ -19,7 +19,7 @@ ARGUMENTS = {
     "compare": ("scenes --seeds 0", "--methods --seeds --labels --every-label --test --out --equal-time --data.scenes"),
     "check": ("folder --data.root data", "--data.root --data.val --data.labeled --data.std --eval.mode"),
     "evaluate": ("model.safetensors folder --data.root data", "--split --json --data.root --data.crop"),
-    "predict": ("model.safetensors photo.png", "--out --confidence --overwrite --whole --window --half"),
+    "predict": ("model.safetensors photo.png", "--out --confidence --overwrite --whole --window"),
     "convert": ("model.safetensors new.pth", "--classes --overwrite"),
     "export": ("model.safetensors new.pt2", "--overwrite"),
     "info": ("model.safetensors", "--help"),

@@ -4,12 +4,13 @@ import io
 import random
 import warnings
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from allspark_fast.data.images import read_image, read_label
+from allspark_fast.data.images import decode, mean_color, read_image, read_label
 from allspark_fast.errors import DataError
 from tests.helpers.images import exif
 
@@ -52,6 +53,7 @@ def test_an_image_is_read_upright_and_a_damaged_one_is_named(tmp_path: Path, mod
     path.write_bytes(whole)
     if mode not in ("F", "I"):
         assert read_image(path).size == ((20, 24) if kind in ("PNG", "JPEG", "WEBP") else (24, 20))
+    assert decode(path, mean_color).shape == (3,)
     for trial in range(TRIALS):
         path.write_bytes(harm(whole, ("cut", "flip", "splice")[trial % 3], source))
         for read, result in ((read_image, "RGB"), (read_label, "L")):
@@ -61,6 +63,14 @@ def test_an_image_is_read_upright_and_a_damaged_one_is_named(tmp_path: Path, mod
                     assert read(path).mode == result
                 except DataError as error:
                     assert str(path) in str(error)  # noqa: PT017 both outcomes are right
+
+
+def test_what_the_system_refuses_is_not_called_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Permissions, which do not bind a superuser."""
+    monkeypatch.setattr(Image, "open", Mock(side_effect=PermissionError(13, "Permission denied")))
+    (tmp_path / "a.png").write_text("there")
+    with pytest.raises(DataError, match=r"a\.png: .*Permission denied\); check its permissions and the disk"):
+        read_image(tmp_path / "a.png")
 
 
 def test_a_decompression_bomb_is_refused_without_decoding(tmp_path: Path) -> None:

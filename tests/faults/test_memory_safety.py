@@ -5,6 +5,6 @@ import pytest
 from tests.faults.memory_safety import OPS, check
 
 
-@pytest.mark.parametrize("op", [pytest.param(op, marks=pytest.mark.slow if op == "attention" else ()) for op in OPS])
+@pytest.mark.parametrize("op", OPS)
 def test_random_shapes(op: str) -> None:
     check(op, 1)

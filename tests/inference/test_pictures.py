@@ -9,7 +9,8 @@ from PIL import Image
 
 from allspark_fast.data.info import DATASETS, VOC_PALETTE, DatasetInfo, hex_palette
 from allspark_fast.data.loader import EvalSample
-from allspark_fast.inference.pictures import comparison, draw_panel, label_map, overlay, palette_of
+from allspark_fast.inference.pictures import comparison, draw_panel, overlay, palette_of
+from allspark_fast.weights.spec import ModelSpec
 
 PLAIN = DatasetInfo("plain", ("ground", "_ball", "$x$"), VOC_PALETTE)
 
@@ -41,13 +42,13 @@ def test_an_overlay_leaves_the_background_and_outlines_the_rest(palette: tuple, 
     assert abs(inside - (0.55 * before[30, 30] + 0.45 * palette_of(info)[1])).max() <= 1
 
 
-def test_a_panel_of_images_of_any_size_shows_where_they_are_wrong(tmp_path: Path) -> None:
+def test_a_panel_of_images_of_any_size_shows_where_they_are_wrong(tmp_path: Path, tiny_spec: ModelSpec) -> None:
     rows = []
     for height, width in ((40, 700), (33, 20)):
         truth, prediction = torch.zeros(1, height, width, dtype=torch.uint8), torch.zeros(height, width)
         truth[0, :, :10], prediction[:20] = 255, 1
         sample = EvalSample(torch.randn(1, 3, height, width), truth)
-        pictures = comparison(sample, prediction.long(), PLAIN, (0.5,) * 3, (0.5,) * 3)
+        pictures = comparison(sample, prediction.long(), tiny_spec)
         assert list(pictures) == ["image", "truth", "prediction", "errors"]
         wrong = (np.asarray(pictures["errors"]) == (200, 0, 0)).all(2)
         assert wrong[:20, 10:].all()
@@ -57,11 +58,3 @@ def test_a_panel_of_images_of_any_size_shows_where_they_are_wrong(tmp_path: Path
     panel = Image.open(tmp_path / "panel.png")
     assert panel.width == 4 * 310 + 10
     assert 300 < panel.height < 700
-
-
-def test_a_label_map_holds_indices() -> None:
-    labels = torch.tensor([[0, 1], [2, 255]])
-    picture = label_map(labels, PLAIN)
-    assert picture.mode == "P"
-    np.testing.assert_array_equal(picture, labels)
-    assert picture.convert("RGB").getpixel((1, 0)) == (230, 159, 0)

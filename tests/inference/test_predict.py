@@ -80,21 +80,6 @@ def test_large_images_go_through_windows_unless_told(weights: Path, monkeypatch:
     assert modes == ["whole", "sliding", "whole", "whole"]
 
 
-def test_half_precision_needs_a_gpu(weights: Path) -> None:
-    with pytest.raises(ValueError, match="needs a GPU"):
-        Predictor(*load_model(weights), device="cpu", half=True)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("mode", ["whole", "sliding"])
-def test_half_on_a_gpu(weights: Path, mode: str) -> None:
-    image = picture(100, 150)
-    exact = Predictor(*load_model(weights), mode=mode).predict(image)
-    half = Predictor(*load_model(weights), mode=mode, half=True).predict(image)
-    assert (exact.labels == half.labels).mean() > 0.95
-    assert not np.array_equal(exact.confidence, half.confidence)
-
-
 @pytest.mark.slow
 def test_a_large_photo_takes_less_than_4_gib() -> None:
     """The resident memory of a whole process; windows and classes decide it, not the encoder."""

@@ -14,7 +14,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.library import opcheck
 from torch.nn.functional import normalize
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from allspark_fast.kernels.channel_attention import channel_attention
 from allspark_fast.kernels.depthwise_gelu import depthwise_gelu
@@ -89,6 +94,23 @@ OPERATORS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
 # By operator: what replaces some of its arguments above, the error and its message. Every message once: which arguments
 # an operator checks is what test_any_arguments shows.
 BAD = {
+    "channel_attention": [
+        ({"query": [1.0]}, TypeError, "query must be a tensor"),
+        ({"query": torch.ones(2, 1, 5, 4).long()}, TypeError, "query must have dtype"),
+        ({"query": torch.ones(2, 1, 0, 4)}, ValueError, "query has N = 0"),
+        ({"key": torch.ones(1, 1, 7, 6)}, ValueError, r"key must have shape .* \(1, 1, 5, 6\)"),
+        ({"key": torch.ones(3, 1, 5, 6)}, ValueError, r"key must have shape .* \(2, 1, 5, 6\)"),
+        ({"key": torch.ones(1, 1, 5, 6, device="meta")}, ValueError, "key is on meta, expected cpu"),
+        ({"value": torch.ones(1, 1, 5, 7)}, ValueError, r"value must have shape .* \(1, 1, 5, 6\)"),
+        ({"value": torch.ones(2, 1, 5, 6)}, ValueError, r"value must have shape .* \(1, 1, 5, 6\)"),
+        ({"group_mask": torch.ones(3)}, TypeError, "group_mask must have dtype bool"),
+        ({"group_mask": torch.ones(4).bool()}, ValueError, "4 groups, which do not divide .* L = 6"),
+        ({"eps": -1e-5}, ValueError, "eps must be above 0"),
+        ({"eps": 0}, ValueError, "eps must be above 0"),
+        ({"dropout_p": 1.0}, ValueError, r"dropout_p must be in \[0, 1\), got 1.0"),
+        ({"seed": torch.ones(())}, TypeError, "seed must have dtype int64"),
+        ({"backend": "flash"}, ValueError, "backend must be one of auto, .*got 'flash'"),
+    ],
     "depthwise_gelu": [
         ({"tokens": [1.0]}, TypeError, r"tokens must be a tensor of shape \(B, h·w, C\), got list"),
         ({"size": (3, 4)}, ValueError, r"tokens must have shape \(B, h·w, C\) = \(2, 12, 3\), got \(2, 20"),
@@ -196,6 +218,19 @@ def test_any_arguments(name: str, data: st.DataObject) -> None:
         torch.testing.assert_close(result, expected.to(result.dtype), equal_nan=True, **tolerance)
 
 
+class RecordedCalls(TorchDispatchMode):
+    """Which of our operators are called with which arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[OpOverload, tuple[Any, ...]]] = []
+
+    def __torch_dispatch__(self, func: OpOverload, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "allspark_fast":
+            self.calls.append((func, args))
+        return func(*args, **(kwargs or {}))
+
+
 def outputs_and_grads(run: Callable[..., Any], arguments: dict[str, Any]) -> list[Tensor]:
     """Of copies of the arguments, some of which are changed in place."""
     copies = {key: plain(value) for key, value in arguments.items()}
@@ -204,12 +239,55 @@ def outputs_and_grads(run: Callable[..., Any], arguments: dict[str, Any]) -> lis
     return outputs + list(torch.autograd.grad(outputs[0].sum(), leaves) if outputs[0].requires_grad else ())
 
 
+@pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("name", OPERATORS)
-def test_compiles_as_one_graph(name: str) -> None:
+def test_compiles_as_one_graph(name: str, dynamic: bool) -> None:
     run, arguments = OPERATORS[name]
-    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     for actual, expected in zip(*(outputs_and_grads(x, arguments) for x in (compiled, run)), strict=True):
         torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_traces_for_a_gpu_without_one(name: str) -> None:
+    """Nothing waits for the device."""
+    run, arguments = OPERATORS[name]
+    with FakeTensorMode():
+        fakes = {key: empty_on_cuda(x) if isinstance(x, Tensor) else x for key, x in arguments.items()}
+        with forbid_sync():
+            outputs = run(**fakes)
+    assert all(x.is_cuda for x in results(outputs))
+
+
+def empty_on_cuda(x: Tensor) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device="cuda")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kernels", ["torch", pytest.param("triton", marks=pytest.mark.slow)], indirect=True)
+@pytest.mark.parametrize("name", [name for name in OPERATORS if name != "channel_semantic_grouping"])
+def test_registration(kernels: str, name: str, dtype: torch.dtype) -> None:
+    """What torch checks of operators, with the arguments that they get in forward and in backward."""
+    run, arguments = OPERATORS[name]
+    arguments = {key: plain(x, dtype) for key, x in arguments.items() if key != "backend"}
+    with RecordedCalls() as recorded:
+        outputs_and_grads(run, arguments)
+    assert recorded.calls
+    for operator, args in recorded.calls:
+        if operator.name().endswith("_backward"):
+            args = pytree.tree_map_only(Tensor, Tensor.detach, args)  # noqa: PLW2901 it has no derivative
+        opcheck(operator, args)
+
+
+@pytest.mark.parametrize("name", ["channel_attention", "depthwise_gelu", "upsample_cross_entropy"])
+def test_gradcheck(name: str) -> None:
+    run, arguments = OPERATORS[name]
+    arguments = {key: plain(x, torch.float64) for key, x in arguments.items()}
+    leaves = {key: x.requires_grad_() for key, x in arguments.items() if key in DIFFERENTIABLE}
+    others = {key: x for key, x in arguments.items() if key not in leaves}
+    assert torch.autograd.gradcheck(
+        lambda *x: run(**dict(zip(leaves, x, strict=True)), **others), tuple(leaves.values())
+    )
 
 
 @pytest.mark.parametrize("name", OPERATORS)

@@ -9,7 +9,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.library import opcheck
 from torch.nn.functional import conv2d, gelu
 
 from allspark_fast.kernels.depthwise_gelu import depthwise_gelu
@@ -124,22 +123,6 @@ class TestNumbers:
 
         with pytest.raises(Exception, match=r"KernelMemoryError.*load out of bounds"):
             kernel.forward(*example(1), (4, 5))
-
-
-class TestRegistration:
-    """Autograd and memory; tests/kernels/test_any_arguments.py: compile and sync."""
-
-    def test_gradcheck(self) -> None:
-        inputs = [x.requires_grad_() for x in example(1, (2, 3), 2, torch.float64)]
-        assert torch.autograd.gradcheck(lambda *x: depthwise_gelu(*x, (2, 3)), inputs)
-
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-    def test_opcheck(self, dtype: torch.dtype) -> None:
-        tokens, weight, bias = example(dtype=dtype)
-        ops = torch.ops.allspark_fast
-        opcheck(ops.depthwise_gelu.default, (*(x.clone().requires_grad_() for x in (tokens, weight, bias)), [3, 5]))
-        for saved in (tokens, strided(tokens)[0]):
-            opcheck(ops.depthwise_gelu_backward.default, (saved.clone(), saved, weight.float(), bias, [3, 5]))
 
     def test_only_the_arguments_are_saved(self) -> None:
         inputs = [x.requires_grad_() for x in example()]

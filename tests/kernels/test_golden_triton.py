@@ -1,6 +1,5 @@
 """The numbers of the reference implementation once more, with the operators' kernels, interpreted."""
 
-import functools
 from importlib import import_module
 from types import ModuleType
 
@@ -10,20 +9,23 @@ from torch import Tensor
 
 from allspark_fast.kernels.channel_attention import op as attention_op
 from allspark_fast.kernels.semantic_memory import op as memory_op
-from allspark_fast.kernels.upsample_argmax import op as argmax_op
-from allspark_fast.kernels.upsample_cross_entropy import op as cross_entropy_op
+from allspark_fast.kernels.upsample_cross_entropy import chunked
+from allspark_fast.kernels.upsample_cross_entropy import op as upsample_op
 from tests import test_golden
 from tests.helpers.triton_checks import uninitialized_memory_is_nan
 
+# isort: split
+from allspark_fast.kernels.upsample_cross_entropy import kernel as upsample_kernel
+
 BOTTLENECK = {"semantic_memory", "channel_attention"}
-# By the first letters of a file: the operators whose kernels take part. The loss, which takes the interpreter longest,
-# is left out of the three steps of a trajectory.
+UPSAMPLE = {"upsample_cross_entropy"}
+# By the first letters of a file: the operators whose kernels take part.
 OPERATORS = {
     "a_": BOTTLENECK,
     "b_": BOTTLENECK,
-    "c_": {*BOTTLENECK, "upsample_cross_entropy"},
-    "d_": {*BOTTLENECK, "upsample_argmax"},
-    "x_": {"upsample_cross_entropy"},
+    "c_": BOTTLENECK | UPSAMPLE,
+    "d_": BOTTLENECK | UPSAMPLE,
+    "x_": UPSAMPLE,
 }
 
 
@@ -38,19 +40,19 @@ def _case(name: str) -> object:
 def test_numbers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     operators, ran = OPERATORS[name[:2]], set()
 
-    def prefers_triton(operator: str, *tensors: Tensor) -> bool:
+    def implementation(fallback: ModuleType, *tensors: Tensor, **_: str) -> ModuleType:
         """The float64 tensors that estimate the noise have no kernels."""
-        runs = operator in operators and all(x.dtype == torch.float32 for x in tensors)
-        ran.update({operator} if runs else ())
-        return runs
+        operator = fallback.__package__.split(".")[-1]
+        if operator not in operators or any(x.dtype != torch.float32 for x in tensors):
+            return fallback
+        ran.add(operator)
+        return import_module(f"{fallback.__package__}.kernel")
 
-    def implementation(fallback: ModuleType, *tensors: Tensor) -> ModuleType:
-        runs = prefers_triton(fallback.__package__.split(".")[-1], *tensors)
-        return import_module(f"{fallback.__package__}.kernel") if runs else fallback
-
-    monkeypatch.setattr(attention_op, "prefers_triton", functools.partial(prefers_triton, "channel_attention"))
-    for op in (memory_op, argmax_op, cross_entropy_op):
+    for op in (attention_op, memory_op, upsample_op):
         monkeypatch.setattr(op, "implementation", implementation)
+    if name.startswith("d_"):  # in three steps the loss takes the interpreter too long: argmax remains
+        monkeypatch.setattr(upsample_kernel, "forward", chunked.forward)
+        monkeypatch.setattr(upsample_kernel, "backward", chunked.backward)
     with uninitialized_memory_is_nan():
         (test_golden.test_trajectory if name.startswith("d_") else test_golden.test_parity)(name)
     assert ran == operators

@@ -8,7 +8,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.library import opcheck
 from torch.nn.functional import normalize
 
 from allspark_fast.kernels.semantic_memory import channel_semantic_grouping, reference, semantic_memory_enqueue
@@ -87,9 +86,6 @@ class TestEnqueue:
         queue, pointer = torch.zeros(1, 2, 2), torch.zeros(1, dtype=torch.int64)
         semantic_memory_enqueue(queue, pointer, torch.tensor([[[1.0], [math.inf]]]), torch.zeros(1, 1).long())
         assert queue[0].tolist() == [[1.0, math.inf], [0.0, 0.0]]
-
-    def test_opcheck(self) -> None:
-        opcheck(torch.ops.allspark_fast.semantic_memory_enqueue.default, example())
 
 
 class TestGrouping:

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from allspark_fast.kernels.channel_attention import chunked
 from allspark_fast.kernels.selftest import CASES
-from allspark_fast.kernels.triton_support import prefers_triton, set_kernels
+from allspark_fast.kernels.triton_support import implementation, set_kernels
 
 
 class KernelRanError(Exception):
@@ -21,10 +22,11 @@ def _auto() -> None:
     set_kernels("auto")
 
 
-@pytest.mark.parametrize("op", sorted(CASES.keys() - {"channel_semantic_grouping"}))
+@pytest.mark.parametrize("op", CASES)
 def test_the_process_wide_switch(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
-    kernel = import_module(f"allspark_fast.kernels.{op.removesuffix('_enqueue')}.kernel")
+    package = "upsample_cross_entropy" if op == "upsample_argmax" else op.removesuffix("_enqueue")
+    kernel = import_module(f"allspark_fast.kernels.{package}.kernel")
 
     def ran(*_: object) -> None:
         raise KernelRanError
@@ -57,10 +59,10 @@ def test_triton_is_preferred_from_sm_80(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     with FakeTensorMode():
         x = torch.empty(1, dtype=dtype, device="cuda")
-    assert prefers_triton(x) is preferred
-    assert not prefers_triton(x, torch.ones(1))
+    assert (implementation(chunked, x) is not chunked) is preferred
+    assert implementation(chunked, x, torch.ones(1)) is chunked
     set_kernels("torch")
-    assert not prefers_triton(x)
+    assert implementation(chunked, x) is chunked
 
 
 def test_unknown_kernels_are_refused() -> None:

@@ -1,4 +1,4 @@
-"""Upsampling + cross-entropy against torch's two functions."""
+"""Upsampling with cross-entropy, or argmax, against torch's two functions."""
 
 import functools
 import math
@@ -9,15 +9,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.library import opcheck
-from torch.nn.functional import cross_entropy, interpolate
+from torch.nn.functional import interpolate
 
-from allspark_fast.kernels.bilinear import BAND_BYTES
-from allspark_fast.kernels.upsample_cross_entropy import upsample_cross_entropy
+from allspark_fast.kernels.upsample_argmax import upsample_argmax
+from allspark_fast.kernels.upsample_cross_entropy import reference, upsample_cross_entropy
+from allspark_fast.kernels.upsample_cross_entropy.chunked import BAND_BYTES
 from bench.harness import peak_bytes, saved_bytes
 from tests.helpers.compare import TOLERANCE, assert_close, output_and_grads, strided
-from tests.helpers.forbid_sync import forbid_sync
 from tests.helpers.kernels import MOSTLY_TORCH, use_kernels
 
 
@@ -34,8 +32,8 @@ def example(
 
 
 def plain_loss(logits: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
-    full = interpolate(logits, target.shape[1:], mode="bilinear", align_corners=False)
-    return cross_entropy(full, target, ignore_index=255, reduction=reduction)
+    pixels = reference.forward(logits, target, 255)
+    return pixels if reduction == "none" else pixels.sum() / ((target != 255).sum() if reduction == "mean" else 1)
 
 
 def assert_right(logits: Tensor, target: Tensor, reduction: str = "none") -> None:
@@ -165,26 +163,69 @@ class TestHardExamples:
         torch.testing.assert_close(actual, plain_loss(logits, target))
 
 
-class TestRegistration:
-    """Autograd, compile and sync."""
+class TestArgmax:
+    """Labels and their probability."""
 
-    @pytest.mark.parametrize("options", [{}, {"reduction": "none"}, {"ohem_threshold": 0.2, "ohem_min_kept": 5}])
-    def test_gradcheck(self, options: dict[str, Any]) -> None:
-        logits, target = example(small=(2, 3), large=(5, 7), dtype=torch.float64)
-        loss = functools.partial(upsample_cross_entropy, target=target, **options)
-        assert torch.autograd.gradcheck(loss, logits.requires_grad_())
+    @settings(max_examples=40, deadline=None)
+    @given(
+        kernels=MOSTLY_TORCH,
+        sizes=st.tuples(st.integers(0, 2), st.integers(1, 20), st.integers(1, 6), st.integers(1, 6)),
+        size=st.tuples(st.integers(1, 13), st.integers(1, 19)),
+        seed=st.integers(0, 2**31),
+    )
+    def test_any_size(self, kernels: str, sizes: tuple[int, ...], size: tuple[int, int], seed: int) -> None:
+        torch.manual_seed(seed)
+        logits = torch.randn(sizes)
+        with use_kernels(kernels):
+            labels, confidence = upsample_argmax(logits, size)
+        assert labels.shape == confidence.shape == (len(logits), *size)
+        if len(logits):
+            probability = interpolate(logits.double(), size, mode="bilinear", align_corners=False).softmax(1)
+            assert_close([confidence, probability.gather(1, labels[:, None])[:, 0].float()], 2 * [probability.amax(1)])
 
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-    def test_opcheck(self, dtype: torch.dtype) -> None:
-        logits, target = example(dtype=dtype)
-        ops = torch.ops.allspark_fast
-        opcheck(ops.upsample_cross_entropy.default, (logits.clone().requires_grad_(), target, 255))
-        grad, lse = torch.rand(target.shape), torch.rand(target.shape) + 9
-        for saved in (logits, logits.contiguous(memory_format=torch.channels_last)):
-            opcheck(ops.upsample_cross_entropy_backward.default, (grad, saved, target, lse, 255))
+    @pytest.mark.parametrize("classes", [4, 20, 171])
+    def test_the_first_maximum_wins(self, kernels: str, classes: int) -> None:
+        logits = torch.zeros(1, classes, 2, 2)
+        labels, confidence = upsample_argmax(logits, (3, 3))
+        assert (labels == 0).all()
+        torch.testing.assert_close(confidence, torch.full((1, 3, 3), 1 / classes))
+        logits[:, [1, 3, classes - 1]] = 1
+        assert (upsample_argmax(logits, (3, 3))[0] == 1).all()
 
-    def test_traces_for_cuda_without_a_gpu_or_host_sync(self) -> None:
-        with FakeTensorMode(), torch.device("cuda"), forbid_sync():
-            logits, target = torch.empty(2, 5, 4, 6).bfloat16(), torch.zeros(2, 9, 13, dtype=torch.int64)
-            loss = upsample_cross_entropy(logits, target, ohem_threshold=0.7, ohem_min_kept=9)
-        assert (loss.shape, loss.dtype, loss.device.type) == ((), torch.float32, "cuda")
+    @pytest.mark.parametrize("classes", [2, 19, 171])
+    def test_equals_the_reference_in_several_bands(self, classes: int) -> None:
+        logits = torch.randn(2, classes, 17, 33, dtype=torch.float64)
+        expected = reference.upsample_argmax(logits, (65, 129))
+        labels, confidence = upsample_argmax(logits.contiguous(memory_format=torch.channels_last), (65, 129))
+        assert torch.equal(labels, expected[0])
+        assert_close([confidence], expected[1:])
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+    def test_dtypes_and_strides(self, kernels: str, dtype: torch.dtype) -> None:
+        """Half precision is computed in float32; rows are longer than a block of pixels."""
+        logits = torch.randn(1, 20, 2, 30).to(dtype)
+        expected = reference.upsample_argmax(logits.double(), (3, 130))
+        for other in (logits, *strided(logits)):
+            labels, confidence = upsample_argmax(other, (3, 130))
+            assert torch.equal(labels, expected[0])
+            assert confidence.dtype == torch.promote_types(dtype, torch.float32)
+            assert_close([confidence], expected[1:])
+
+    @pytest.mark.parametrize("classes", [5, 40])
+    @pytest.mark.parametrize("bad", [math.nan, math.inf])
+    def test_non_finite_logits(self, kernels: str, bad: float, classes: int) -> None:
+        logits = torch.randn(1, classes, 3, 3)
+        logits[0, [2, 4], 0, 0] = bad
+        labels, confidence = upsample_argmax(logits, (6, 6))
+        expected = reference.upsample_argmax(logits, (6, 6))
+        assert torch.equal(labels, expected[0])
+        assert labels[0, 0, 0] == 2
+        assert confidence[0, 0, 0].isnan()
+        assert_close([confidence], expected[1:])
+
+    def test_memory_is_bounded(self) -> None:
+        logits = torch.randn(2, 40, 65, 65)
+        results = 2 * 257 * 257 * 12
+        peak = peak_bytes(lambda: upsample_argmax(logits, (257, 257)))
+        assert peak <= results + logits.nbytes + 5 * BAND_BYTES
+        assert peak < 2 * 257 * 257 * 40 * 4 / 2  # half of the logits at full resolution

@@ -149,10 +149,9 @@ class TestEncoder:
 
     def test_scales_drop_a_branch_of_a_sample(self) -> None:
         block, tokens = Block(8, 2, 1), torch.randn(3, 6, 8)
-        attended = tokens + block.attn(block.norm1(tokens), (2, 3))
-        branch = block.mlp(block.norm2(attended), (2, 3))
         scales = torch.tensor([[1.0, 1.0, 0.0], [1.0, 0.5, 0.0]])[..., None, None]
-        expected = torch.stack([attended[0] + branch[0], attended[1] + branch[1] / 2, tokens[2]])
+        attended = tokens + scales[0] * block.attn(block.norm1(tokens), (2, 3))
+        expected = attended + scales[1] * block.mlp(block.norm2(attended), (2, 3))
         torch.testing.assert_close(block(tokens, (2, 3), scales), expected)
 
     def test_checkpointed_blocks_change_no_number_and_keep_less(self) -> None:

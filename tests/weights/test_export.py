@@ -59,14 +59,13 @@ def test_graphs(weights: Path, name: str, load: Callable, tmp_path: Path, capsys
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("suffix", [".pt2", ".onnx"])
-def test_an_encoder_of_timm(tiny_spec: ModelSpec, tmp_path: Path, suffix: str) -> None:
+@pytest.mark.parametrize("name", ["model.pt2", "model.onnx"])
+def test_an_encoder_of_timm(tiny_spec: ModelSpec, tmp_path: Path, name: str) -> None:
     """With TensorFlow's padding, which in timm depends on the size of each map."""
     pytest.importorskip("timm", reason="needs the extra timm")
     spec = replace(tiny_spec, backbone="timm/tf_mobilenetv3_small_minimal_100")
-    path = (tmp_path / "model").with_suffix(suffix)
-    assert export.export_model(spec.build().eval(), spec, path) <= 1e-4
-    assert path.is_file()
+    assert export.export_model(spec.build().eval(), spec, tmp_path / name) <= 1e-4
+    assert (tmp_path / name).is_file()
 
 
 def test_plain_operators_compute_the_same_and_leave_the_model_alone(weights: Path) -> None:

@@ -5,6 +5,7 @@ import hashlib
 import pickle
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from safetensors.torch import save_file
 from allspark_fast.errors import InputError
 from allspark_fast.model import AllSparkOptions, Segmentor
 from allspark_fast.weights.files import load_weights, read_weights, save_weights
+from allspark_fast.weights.spec import ModelSpec, load_model
 from tests.helpers.malicious import Malicious
 from tests.helpers.models import tiny_segmentor
 from tests.helpers.public_code import save_public_checkpoint
@@ -42,8 +44,7 @@ def test_the_layout_of_the_public_code(tmp_path: Path) -> None:
     source, target = (tiny_segmentor(allspark=AllSparkOptions(memory_init="empty")) for _ in range(2))
     save_weights(source, tmp_path / "a.pth")
     saved = torch.load(tmp_path / "a.pth", weights_only=True)["model"]
-    lacking = {f"module.{name}" for name in source.state_dict()} - set(saved)
-    assert lacking == {"module.decoder.allspark.attn.queue_filled"}
+    assert {f"module.{x}" for x in source.state_dict()} - set(saved) == {"module.decoder.allspark.attn.queue_filled"}
     load_weights(target, tmp_path / "a.pth")
     assert target.decoder.allspark.attn.queue_filled.all()
 
@@ -81,29 +82,23 @@ def test_what_does_not_fit_is_named_and_reset_on_request(
     assert torch.equal(target.state_dict()[kept], saved.state_dict()[kept])
     for name in report.fresh:
         assert torch.equal(target.state_dict()[name], before[name])
+    with pytest.raises(InputError, match=r"another model.*linear_"):  # even with reset
+        load_weights(tiny_segmentor(embedding_dim=32), tmp_path / "a.pth", reset=True)
     # Pointers are reset with the channels they point into.
     assert ("decoder.allspark.attn.kv_queue" in report.fresh) == ("decoder.allspark.attn.queue_ptr" in report.fresh)
 
 
-def test_another_architecture_is_refused_even_with_reset(tmp_path: Path) -> None:
-    save_weights(tiny_segmentor(embedding_dim=32), tmp_path / "a.pth")
-    with pytest.raises(InputError, match=r"another model.*linear_"):
-        load_weights(tiny_segmentor(), tmp_path / "a.pth", reset=True)
-
-
-@pytest.mark.parametrize("cached", [False, True])
 @pytest.mark.parametrize(
-    ("backbone", "repo", "name"),
+    ("backbone", "repo", "name", "in_cache"),
     [
-        ("mit_b0", "nvidia/mit-b0", "pytorch_model.bin"),
-        ("timm/test_vit", "timm/test_vit.r160_in1k", "model.safetensors"),
+        ("mit_b0", "nvidia/mit-b0", "pytorch_model.bin", False),
+        ("timm/test_vit", "timm/test_vit.r160_in1k", "model.safetensors", True),
     ],
 )
 def test_imagenet_is_fetched_from_the_hub_unless_its_cache_has_it(
-    backbone: str, repo: str, name: str, cached: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    backbone: str, repo: str, name: str, in_cache: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
-    pytest.importorskip("timm", reason="needs the extra timm")
     hub = pytest.importorskip("huggingface_hub", reason="needs the extra timm")
     monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", True)
@@ -112,11 +107,11 @@ def test_imagenet_is_fetched_from_the_hub_unless_its_cache_has_it(
     with pytest.raises(InputError, match=rf"cannot be fetched .*: get {name} from {url}, .* --model.weights {name}"):
         load_weights(target, "imagenet")
     cache = tmp_path / f"models--{repo.replace('/', '--')}"
-    path = cache / "snapshots/abc" / name if cached else tmp_path / name
+    path = cache / "snapshots/abc" / name if in_cache else tmp_path / name
     path.parent.mkdir(parents=True, exist_ok=True)
-    encoder = source.backbone if backbone == "mit_b0" else source.backbone.features.model
-    (save_file if path.suffix == ".safetensors" else torch.save)(encoder.state_dict(), path)
-    if cached:
+    state = {re.sub(r"features\.model\.", "", name): x for name, x in source.backbone.state_dict().items()}
+    (save_file if in_cache else torch.save)(state, path)
+    if in_cache:
         (cache / "refs").mkdir()
         (cache / "refs/main").write_text("abc")
     else:
@@ -125,11 +120,41 @@ def test_imagenet_is_fetched_from_the_hub_unless_its_cache_has_it(
     load_weights(target, "imagenet")
     assert differences(source.backbone.state_dict(), target.backbone.state_dict()) == []
     assert f"imagenet is {path}, sha256 {hashlib.sha256(path.read_bytes()).hexdigest()}" in caplog.text
-
-
-def test_what_has_no_imagenet() -> None:
     with pytest.raises(InputError, match="there is no imagenet for mit_tiny"):
         load_weights(tiny_segmentor("mit_tiny"), "imagenet")
+
+
+def test_another_order_of_the_classes_is_matched_by_name(
+    weights: Path, tiny_spec: ModelSpec, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    known, target, images = load_model(weights)[0], tiny_spec.build().eval(), torch.rand(1, 3, 64, 64)
+    load_weights(target, weights, info=tiny_spec.info)
+    assert not caplog.text
+    load_weights(target, weights, info=replace(tiny_spec.info, classes=("plum", "apple", "pear")))
+    assert "another order, and are matched by name" in caplog.text
+    save_weights(known, weights.with_name("a.pth"))
+    load_weights(tiny_spec.build(), weights.with_name("a.pth"), info=tiny_spec.info)
+    assert "a.pth does not name its classes: they count as those of the data, in the same order" in caplog.text
+    torch.testing.assert_close(target(images), known(images)[:, [2, 0, 1]])
+    queue, expected = (model.decoder.allspark.attn.kv_queue for model in (target, known))
+    assert torch.equal(queue, expected[[2, 0, 1]])
+
+
+@pytest.mark.parametrize("classes", [("apple", "pear", "fig"), ("apple", "pear")])
+def test_other_classes_are_refused_or_start_afresh(
+    weights: Path, tiny_spec: ModelSpec, classes: tuple[str, ...], caplog: pytest.LogCaptureFixture
+) -> None:
+    info = replace(tiny_spec.info, classes=classes)
+    target = replace(tiny_spec, info=info).build()
+    before = target.decoder.decoder.linear_pred.bias.clone()
+    with pytest.raises(InputError, match=rf"are apple, pear, plum, but .* {classes[-1]}: .* --model.reset True"):
+        load_weights(target, weights, info=info)
+    caplog.set_level("INFO")
+    fresh = load_weights(target, weights, info=info, reset=True).fresh
+    assert {"decoder.decoder.linear_pred.bias", "decoder.allspark.attn.queue_ptr"} <= {*fresh}
+    assert torch.equal(target.decoder.decoder.linear_pred.bias, before)
+    assert "start afresh, because its classes are others" in caplog.text
 
 
 HALF_A_SEGFORMER = ("patch_embeddings.0.proj", "block.0.0.attention.self.key")
@@ -165,10 +190,8 @@ def test_bad_files_are_refused_by_name(
     assert not (tmp_path / "pwned").exists()
 
 
-def test_what_is_no_file_of_weights(tmp_path: Path) -> None:
+def test_a_photo_is_no_file_of_weights(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "photo.jpg")
     # Not torch's advice to allow more.
     with pytest.raises(ValueError, match=r"photo\.jpg cannot be read.* does not begin like a file of torch\.save"):
         read_weights(tmp_path / "photo.jpg")
-    with pytest.raises(FileNotFoundError, match=r"nowhere\.pth"):
-        read_weights("nowhere.pth")
