@@ -140,13 +140,9 @@ def check_batch(config: TrainConfig) -> None:
 
 
 def build_model(config: Config, info: DatasetInfo, *, repays: bool = False, resumed: bool = False) -> Segmentor:
-    """Build the model of a configuration.
+    """Build the model of a configuration; without starting weights if a checkpoint overwrites them (``resumed``).
 
-    Args:
-        config: the settings.
-        info: the classes.
-        repays: whether the run is long enough for ``train.compile auto``.
-        resumed: whether a checkpoint overwrites the starting weights, which are not loaded then.
+    Blocks are compiled if that is asked for, or pays in a run of this length (``repays``).
 
     Raises:
         InputError: the weights do not fit, or the model is to be compiled, and its encoder has no blocks.
