@@ -96,7 +96,7 @@ def test_settings_that_do_not_exist_are_refused_with_the_right_name(name: str, m
 
 def test_changes_are_listed() -> None:
     new = Config(train=TrainConfig(lr=0.5), data=DataConfig(crop=65))
-    assert list(map(str, changed_fields(Config(), new))) == ["data.crop: 513 -> 65", "train.lr: 0.001 -> 0.5"]
+    assert changed_fields(Config(), new) == {"data.crop": (513, 65), "train.lr": (0.001, 0.5)}
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -46,14 +46,13 @@ def run(arguments: list[str]) -> int:
     if options.list is None:
         print(*(f"{problem}\n" for problem in check_unused(root, entries)[0]), sep="", end="")
     out = options.out or root / "splits" / (options.amount or "").replace("/", "_")
-    earlier = splits.read_val_lists(root, out)
+    earlier = splits.read_val_lists(root / "splits", out)
     if options.val is None:
         entries = _without_val(entries, earlier)
     total = sum(entry.label is not None for entry in entries)
-    if total == 0:
-        raise DataError(f"{root}: no image has a label; labels/a.png belongs to images/a.jpg (or .png, ...)")
-    if total < (folds or 1):
-        raise InputError(f"--folds {folds} needs as many labels, but {total} images have one")
+    if total < (needed := folds or 1):
+        expected = f"expected at least {needed}; labels/a.png belongs to images/a.jpg (or .png, ...)"
+        raise DataError(f"{root}: {total} images have a label, {expected}")
     info = read_info(root) if (root / "meta.json").is_file() else None
     contents = splits.read_contents(SegmentationDataset(root, entries, info=info))
     order = splits.spread(entries, options.seed, contents)
@@ -81,7 +80,12 @@ def run(arguments: list[str]) -> int:
         print(f"{folder}: {len(x.labeled)} labeled, {len(x.unlabeled)} unlabeled, {len(x.val)} for validation")
         print(*(f"  {doubt}\n" for doubt in splits.doubts_about(x, contents, names)), sep="", end="")
     if options.val is not None:
-        _say_of_val(root, val_file, earlier, {x.image for part in divided[out][:2] for x in part})
+        if options.out is not None:
+            print(f"  later splits leave these images aside only with --out {out}, where they find {val_file}")
+        trained = {posixpath.normpath(x.image) for part in divided[out][:2] for x in part}
+        counts = {other: len(aside & trained) for other, aside in earlier.items() if other != val_file}
+        for other in filter(counts.get, counts):
+            print(f"  {counts[other]} images of {other} are trained on in these lists: validate with {val_file} only")
     return 0
 
 
@@ -92,13 +96,3 @@ def _without_val(entries: list[Entry], earlier: Mapping[Path, set[str]]) -> list
             print(f"{file}: {count} images stay aside for validation; remove the file to split them too")
         entries = kept
     return entries
-
-
-def _say_of_val(root: Path, file: Path, earlier: Mapping[Path, set[str]], trained: set[str]) -> None:
-    for other, aside in earlier.items():
-        if other != file and (count := len(aside & {*map(posixpath.normpath, trained)})):
-            print(f"  {count} images of {other} are trained on in these lists: validate with {file} only")
-    try:
-        splits.note_val_list(root, file)
-    except OSError as error:
-        print(f"  later splits will not know of {file} and may train on its images: {error}")

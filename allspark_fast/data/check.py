@@ -257,8 +257,7 @@ def check_sources(
     Args:
         sources: the opened dataset.
         crop: side of the training crops in pixels.
-        sample: number of entries per list to read; None reads all. That files exist and are not empty, and how the
-            lists fit together, is checked in any case.
+        sample: number of entries per list to read, None for all; files and lists are checked in any case.
         labeled_only: whether training does not read the unlabeled images, which may then be labeled ones as well.
 
     Returns:

@@ -88,10 +88,8 @@ def to_rgb(image: Image.Image, pixel_range: PixelRange | None) -> Image.Image:
 
     Applies the EXIF orientation, converts gray, palette and CMYK images, drops alpha, and scales values to 0..255.
 
-    Args:
-        image: what ``decode`` opened.
-        pixel_range: values that become 0 and 255, for files of all kinds: ``("0", "4095")``, or percentiles of each
-            image, ``("1%", "99%")``. None scales gray of 16 bits from 0..65535, and refuses what has no fixed range.
+    Values of ``pixel_range`` become 0 and 255, for files of all kinds: ``("0", "4095")``, or percentiles of each image,
+    ``("1%", "99%")``. None scales gray of 16 bits from 0..65535, and refuses what has no fixed range.
 
     Raises:
         DataError: the image has no fixed range, or values that are not finite.
@@ -155,9 +153,7 @@ def to_classes(image: ImageFile, info: DatasetInfo | None) -> Image.Image:
     A label whose own EXIF orientation is not 1 is refused: whether its pixels match the image as stored or upright
     cannot be known, and half of the orientations do not change the size.
 
-    Args:
-        image: what ``decode`` opened.
-        info: meaning of values and colors; others are refused. None returns values as stored, and refuses colors.
+    Values and colors without a meaning in ``info`` are refused. Without it values are as stored, and colors refused.
 
     Returns:
         PIL image of mode L, 255 ignored.

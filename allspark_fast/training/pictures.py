@@ -43,11 +43,8 @@ def draw_pictures(
 ) -> None:
     """Draw curves.png, predictions.png and validation.png of a run, which goes on if they cannot be drawn.
 
-    Args:
-        log: of the run; its TensorBoard shows the panels too.
-        crops: unlabeled ones (B, 3, H, W), and their labels (B, H, W) by the title of their column.
-        validation: name, sample and prediction (H, W) of some validation images.
-        spec: of the model.
+    They show unlabeled crops (B, 3, H, W) with labels (B, H, W) by the title of their column; and of some validation
+    images name, sample and prediction (H, W). TensorBoard shows the panels too.
     """
     try:
         draw_curves(log.path.parent, log.records, spec.info)

@@ -129,7 +129,7 @@ def test_validation_is_set_aside_and_training_keeps_rare_classes(tmp_path, capsy
     with pytest.raises(InputError, match="--val 7 leaves no label to train on: 7 images have one"):
         run([str(tmp_path), "--val", "7", "--overwrite"])
     shutil.rmtree(tmp_path / "labels")
-    with pytest.raises(DataError, match="no image has a label"):
+    with pytest.raises(DataError, match="0 images have a label, expected at least 1; labels"):
         run([str(tmp_path)])
 
 
@@ -152,23 +152,23 @@ def test_lists_are_replaced_only_on_request(tmp_path):
     assert not set(later["val"]) & set(later["labeled"] + later["unlabeled"])
 
 
-def test_later_splits_know_of_validation_images_elsewhere(tmp_path, capsys):
-    root, (first, second, third) = tmp_path / "data", (tmp_path / name for name in "ABC")
+def test_validation_images_elsewhere(tmp_path, capsys):
+    root, out = tmp_path / "data", tmp_path / "out"
     root.mkdir()
     write_folder(root, 12)
-    run([str(root), "--val", "3", "--out", str(first)])
+    run([str(root), "--val", "3"])
+    first = root / "splits/val.txt"
     capsys.readouterr()
-    root = root.rename(tmp_path / "moved")
-    run([str(root), "4", "--out", str(second)])
-    assert f"{first / 'val.txt'}: 3 images stay aside for validation" in capsys.readouterr().out
-    aside, later = {entry.image for entry in read_lists(first)["val"]}, read_lists(second)
-    assert not aside & {entry.image for part in later.values() for entry in part}
-    run([str(root), "--val", "3", "--seed", "2", "--out", str(third)])
-    assert f"images of {first / 'val.txt'} are trained on in these lists" in capsys.readouterr().out
-    shutil.rmtree(root / "splits")
-    (root / "splits").write_text("a file, so that nothing can be noted")
-    run([str(root), "--val", "3", "--out", str(third), "--overwrite"])
-    assert f"later splits will not know of {third / 'val.txt'}" in capsys.readouterr().out
+    run([str(root), "--val", "3", "--seed", "2", "--out", str(out)])
+    printed = capsys.readouterr().out
+    assert f"images of {first} are trained on in these lists: validate with {out / 'val.txt'} only" in printed
+    assert f"later splits leave these images aside only with --out {out}" in printed
+    run([str(root), "4", "--out", str(out), "--overwrite"])
+    printed = capsys.readouterr().out
+    assert all(f"{file}: " in printed for file in (first, out / "val.txt"))
+    later, aside = read_lists(out), {entry.image for entry in read_split(first)}
+    assert not {*later["val"]} & {*later["labeled"], *later["unlabeled"]}
+    assert not aside & {entry.image for part in ("labeled", "unlabeled") for entry in later[part]}
 
 
 def test_folds_validate_on_every_labeled_image_once(tmp_path, capsys):
@@ -180,7 +180,7 @@ def test_folds_validate_on_every_labeled_image_once(tmp_path, capsys):
     assert sorted((entry for fold in folds for entry in fold["val"]), key=entries.index) == entries[:8]
     for fold in folds:
         assert sorted(entry.image for part in fold.values() for entry in part) == [entry.image for entry in entries]
-    with pytest.raises(InputError, match="--folds 9 needs as many labels, but 8 images have one"):
+    with pytest.raises(DataError, match="8 images have a label, expected at least 9"):
         run([str(tmp_path), "--folds", "9"])
     with pytest.raises(InputError, match="'': expected a fraction"):  # of a shell variable that is not set, say
         run([str(tmp_path), ""])
