@@ -46,7 +46,7 @@ def run(arguments: list[str]) -> int:
     if options.list is None:
         print(*(f"{problem}\n" for problem in check_unused(root, entries)[0]), sep="", end="")
     out = options.out or root / "splits" / (options.amount or "").replace("/", "_")
-    earlier = splits.read_val_lists(root / "splits", out)
+    earlier = splits.read_val_lists(root, out)
     if options.val is None:
         entries = _without_val(entries, earlier)
     total = sum(entry.label is not None for entry in entries)
@@ -80,12 +80,7 @@ def run(arguments: list[str]) -> int:
         print(f"{folder}: {len(x.labeled)} labeled, {len(x.unlabeled)} unlabeled, {len(x.val)} for validation")
         print(*(f"  {doubt}\n" for doubt in splits.doubts_about(x, contents, names)), sep="", end="")
     if options.val is not None:
-        if options.out is not None:
-            print(f"  later splits leave these images aside only with --out {out}, where they find {val_file}")
-        trained = {posixpath.normpath(x.image) for part in divided[out][:2] for x in part}
-        counts = {other: len(aside & trained) for other, aside in earlier.items() if other != val_file}
-        for other in filter(counts.get, counts):
-            print(f"  {counts[other]} images of {other} are trained on in these lists: validate with {val_file} only")
+        _say_of_val(root, val_file, earlier, {x.image for part in divided[out][:2] for x in part})
     return 0
 
 
@@ -96,3 +91,13 @@ def _without_val(entries: list[Entry], earlier: Mapping[Path, set[str]]) -> list
             print(f"{file}: {count} images stay aside for validation; remove the file to split them too")
         entries = kept
     return entries
+
+
+def _say_of_val(root: Path, file: Path, earlier: Mapping[Path, set[str]], trained: set[str]) -> None:
+    for other, aside in earlier.items():
+        if other != file and (count := len(aside & {*map(posixpath.normpath, trained)})):
+            print(f"  {count} images of {other} are trained on in these lists: validate with {file} only")
+    try:
+        splits.note_val_list(root, file)
+    except OSError as error:
+        print(f"  later splits will not know of {file} and may train on its images: {error}")

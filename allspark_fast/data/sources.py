@@ -188,11 +188,6 @@ def _list_problems(problems: Sequence[Problem]) -> str:
 class TrainingData:
     """Labeled, unlabeled and validation images of a configuration, on a device; each rank gets its part of them.
 
-    Attributes:
-        sources: what was opened.
-        info: names and colors of the classes.
-        steps_per_epoch: steps of one pass over the unlabeled images.
-
     Raises:
         DataError: a folder or file is missing or malformed, or there are too few images.
     """

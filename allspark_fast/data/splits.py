@@ -18,6 +18,8 @@ from allspark_fast.errors import DataError, InputError
 _POOL = 32
 # Fewer validation images, or images of a class, leave scores to chance.
 _FEW_IMAGES, _FEW_OF_CLASS = 30, 5
+# Beside the lists of a folder, the paths of its lists of validation images that lie elsewhere.
+_NOTED = "val_lists"
 
 
 class Split(NamedTuple):
@@ -177,7 +179,23 @@ def write_lists(lists: Mapping[Path, Sequence[Entry]], *, overwrite: bool) -> No
         file.write_text(text, encoding="utf-8")
 
 
-def read_val_lists(*folders: Path) -> dict[Path, set[str]]:
-    """Return the images, by file, of the lists of validation images in some folders."""
-    files = {file.resolve(): file for file in (folder / "val.txt" for folder in folders) if file.is_file()}
+def note_val_list(root: Path, file: Path) -> None:
+    """Note where a list of validation images of a folder lies, for ``read_val_lists``; raises OSError if it cannot."""
+    place, home = file.resolve(), root.resolve()
+    if place.parent != home / "splits":
+        place = place.relative_to(home) if place.is_relative_to(home) else place  # both may be moved
+        (root / "splits").mkdir(exist_ok=True)
+        text = "".join(f"{line}\n" for line in dict.fromkeys([*_noted(root), str(place)]))
+        (root / "splits" / _NOTED).write_text(text, encoding="utf-8")
+
+
+def read_val_lists(root: Path, out: Path) -> dict[Path, set[str]]:
+    """Return the images, by file, of all lists of validation images in a folder, noted for it, or in ``out``."""
+    places = [root / "splits" / "val.txt", out / "val.txt", *(root / line for line in _noted(root))]
+    files = {file.resolve(): file for file in places if file.is_file()}
     return {file: {posixpath.normpath(entry.image) for entry in read_split(file)} for file in files.values()}
+
+
+def _noted(root: Path) -> list[str]:
+    file = root / "splits" / _NOTED
+    return file.read_text(encoding="utf-8").splitlines() if file.is_file() else []

@@ -152,23 +152,23 @@ def test_lists_are_replaced_only_on_request(tmp_path):
     assert not set(later["val"]) & set(later["labeled"] + later["unlabeled"])
 
 
-def test_validation_images_elsewhere(tmp_path, capsys):
-    root, out = tmp_path / "data", tmp_path / "out"
+def test_later_splits_know_of_validation_images_elsewhere(tmp_path, capsys):
+    root, (first, second, third) = tmp_path / "data", (tmp_path / name for name in "ABC")
     root.mkdir()
     write_folder(root, 12)
-    run([str(root), "--val", "3"])
-    first = root / "splits/val.txt"
+    run([str(root), "--val", "3", "--out", str(first)])
     capsys.readouterr()
-    run([str(root), "--val", "3", "--seed", "2", "--out", str(out)])
-    printed = capsys.readouterr().out
-    assert f"images of {first} are trained on in these lists: validate with {out / 'val.txt'} only" in printed
-    assert f"later splits leave these images aside only with --out {out}" in printed
-    run([str(root), "4", "--out", str(out), "--overwrite"])
-    printed = capsys.readouterr().out
-    assert all(f"{file}: " in printed for file in (first, out / "val.txt"))
-    later, aside = read_lists(out), {entry.image for entry in read_split(first)}
-    assert not {*later["val"]} & {*later["labeled"], *later["unlabeled"]}
-    assert not aside & {entry.image for part in ("labeled", "unlabeled") for entry in later[part]}
+    root = root.rename(tmp_path / "moved")
+    run([str(root), "4", "--out", str(second)])
+    assert f"{first / 'val.txt'}: 3 images stay aside for validation" in capsys.readouterr().out
+    aside, later = {entry.image for entry in read_lists(first)["val"]}, read_lists(second)
+    assert not aside & {entry.image for part in later.values() for entry in part}
+    run([str(root), "--val", "3", "--seed", "2", "--out", str(third)])
+    assert f"images of {first / 'val.txt'} are trained on in these lists" in capsys.readouterr().out
+    shutil.rmtree(root / "splits")
+    (root / "splits").write_text("a file, so that nothing can be noted")
+    run([str(root), "--val", "3", "--out", str(third), "--overwrite"])
+    assert f"later splits will not know of {third / 'val.txt'}" in capsys.readouterr().out
 
 
 def test_folds_validate_on_every_labeled_image_once(tmp_path, capsys):
