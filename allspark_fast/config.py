@@ -200,9 +200,6 @@ class TrainConfig(_Group):
         threshold, by_class = self.conf_thresh, self.conf_mode == "class"
         _expect(threshold > 0 or not by_class, "train.conf_thresh", threshold, "more than 0 for train.conf_mode=class")
         _expect(self.ema > 0 or self.teacher != "ema", "train.ema", self.ema, "more than 0 for train.teacher=ema")
-        divisor, batch = self.gradient_accumulation_steps, self.batch_size
-        expected = f"a divisor of train.batch_size = {batch}"
-        _expect(batch % divisor == 0, "train.gradient_accumulation_steps", divisor, expected)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ import posixpath
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -54,21 +54,6 @@ class _Reading:
     counts: Sequence[int] = ()
     colors: Mapping[Color, int] = field(default_factory=dict)
 
-    def read_image(self, image: ImageFile, pixel_range: images.PixelRange | None) -> None:
-        self.mode = _mode(image)
-        self.pages, self.turned = images.pages_of(image), images.orientation_of(image) != 1
-        self.size = images.to_rgb(image, pixel_range).size
-        if image.mode.startswith("I;"):  # for which Pillow has no getextrema if they are big-endian
-            self.values = [float(np.asarray(image).min()), float(np.asarray(image).max())]
-        elif image.mode != "P":
-            self.values = np.array(image.getextrema(), float).ravel().tolist()  # of every channel
-
-    def read_label(self, image: ImageFile, entry: Entry, info: DatasetInfo | None) -> None:
-        self.mask = f"{image.width}x{image.height}, {_mode(image)}"
-        label = images.to_classes(image, info)
-        self.counts, self.colors = label.histogram(), images.colors_of(image, np.asarray(image))
-        datasets.require_equal_size(entry, self.size or label.size, label.size)
-
 
 def _mode(image: ImageFile) -> str:
     return f"{image.mode}, {images.stored_form(image)[1].bit_length()} bits"
@@ -78,7 +63,26 @@ def _read(dataset: SegmentationDataset, needs_labels: bool, chosen: Set[int], in
     """Read the files of a chosen entry; of others, check that they exist."""
     root, entry, reading = dataset.root, dataset.entries[index], _Reading()
 
-    def read(file: str, note: Callable[[ImageFile], None]) -> None:
+    def read_image(image: ImageFile) -> None:
+        reading.mode = _mode(image)
+        reading.pages, reading.turned = images.pages_of(image), images.orientation_of(image) != 1
+        reading.size = images.to_rgb(image, dataset.pixel_range).size
+        if image.mode.startswith("I;"):  # for which Pillow has no getextrema if they are big-endian
+            reading.values = [float(np.asarray(image).min()), float(np.asarray(image).max())]
+        elif image.mode != "P":
+            reading.values = np.array(image.getextrema(), float).ravel().tolist()  # of every channel
+
+    def read_label(image: ImageFile) -> None:
+        reading.mask = f"{image.width}x{image.height}, {_mode(image)}"
+        label = images.to_classes(image, dataset.info)
+        reading.counts, reading.colors = label.histogram(), images.colors_of(image, np.asarray(image))
+        datasets.require_equal_size(entry, reading.size or label.size, label.size)
+
+    if needs_labels and entry.label is None:
+        reading.problems.append(Problem(entry.image, "has no label, but its list needs labels"))
+    for file, note in ((entry.image, read_image), (entry.label if needs_labels else None, read_label)):
+        if file is None:
+            continue
         try:
             path = files.resolve_path(root, file)
             if index in chosen:
@@ -88,12 +92,6 @@ def _read(dataset: SegmentationDataset, needs_labels: bool, chosen: Set[int], in
         except DataError as error:
             message = str(error).removeprefix(f"{root / file}: ").removeprefix(f"{file}: ")
             reading.problems.append(Problem(file, message))
-
-    if needs_labels and entry.label is None:
-        reading.problems.append(Problem(entry.image, "has no label, but its list needs labels"))
-    read(entry.image, partial(reading.read_image, pixel_range=dataset.pixel_range))
-    if needs_labels and entry.label is not None:
-        read(entry.label, partial(reading.read_label, entry=entry, info=dataset.info))
     return reading
 
 

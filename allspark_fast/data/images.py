@@ -13,6 +13,7 @@ from PIL.ImageFile import ImageFile
 from allspark_fast.data.files import Result, require_bytes
 from allspark_fast.data.info import IGNORE_INDEX, VOC_PALETTE, Color, DatasetInfo
 from allspark_fast.errors import DataError
+from allspark_fast.text import first_of
 
 # Pillow identifies files by content, not by suffix, and for some formats (EPS) it starts other programs.
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
@@ -233,10 +234,9 @@ def _values_of_colors(pixels: npt.NDArray[np.uint8], colors: Mapping[Color, int]
     known = np.array(sorted([(red << 16) + (green << 8) + blue, index] for (red, green, blue), index in colors.items()))
     position = known[:, 0].searchsorted(codes).clip(max=len(known) - 1)
     if unknown := np.unique(codes[codes != known[position, 0]]).tolist():
-        shown = [[code >> 16, code >> 8 & 255, code & 255] for code in unknown[:5]]
-        more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
+        shown = first_of([str([code >> 16, code >> 8 & 255, code & 255]) for code in unknown])
         raise DataError(
-            f"holds colors that do not stand for exactly one class: {shown}{more}; known are"
+            f"holds colors that do not stand for exactly one class: {shown}; known are"
             f" {sorted(map(list, colors))}. Correct 'palette' in meta.json (one color per class, in class order), or"
             " repaint these pixels; many similar colors come from anti-aliasing or JPEG compression"
         )

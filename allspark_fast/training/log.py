@@ -80,18 +80,12 @@ def read_metrics(folder: Path) -> list[Record]:
 
 
 def start_summary(
-    config: Config,
-    sources: Sources,
-    schedule: Schedule,
-    *,
-    step: int,
-    model: nn.Module,
-    device: torch.device,
-    folder: Path,
+    config: Config, sources: Sources, schedule: Schedule, model: nn.Module, folder: Path, *, step: int
 ) -> str:
     """Return a table of what a run is about to do from a step on, in lines of 80 columns where names are short."""
     data, train = config.data, config.train
     info, *lists = sources
+    device = next(model.parameters()).device
     counts = zip(map(len, (x.entries for x in lists)), ("labeled", "unlabeled", "validation images"), strict=True)
     is_supervised, on_gpu = train.method == "supervised", device.type == "cuda"
     phases = {

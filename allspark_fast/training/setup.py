@@ -62,7 +62,7 @@ def claim_folder(folder: Path, config: Config, sources: Sources) -> IO[str] | No
     if path.is_file() and list_checkpoints(folder / "checkpoints"):
         if (before := read_record(folder)) is None:
             logger.warning("%s: without %s it is unknown whether classes and lists are the same", folder, RECORD_FILE)
-        refused, allowed = [*differences(before or record, record)], []
+        refused, allowed = [*differences(before or record, record)], list[str]()
         for name, (old, new) in changed_fields(Config.read(path), config).items():
             longer = name in ("train.epochs", "train.steps") and None not in (old, new) and new > old
             (allowed if longer or name in _FREE else refused).append(f"{name}: {old} -> {new}")

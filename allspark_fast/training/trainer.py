@@ -115,8 +115,8 @@ class Trainer:
         """
         log = MetricsLog(self.folder, self.step, evaluated=not self.evaluation_due) if rank() == 0 else None
         if log is not None:
-            sources, at = self.data.sources, {"step": self.step, "device": self.device, "folder": self.folder}
-            print(start_summary(self.config, sources, self.schedule, model=self.state.model, **at))
+            about = self.config, self.data.sources, self.schedule, self.state.model, self.folder
+            print(start_summary(*about, step=self.step))
         scores, stopping = None, False
         bar: tqdm[Any]
         # An error closes the bar, so that its message has a line for itself.
