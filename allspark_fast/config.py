@@ -132,7 +132,7 @@ class TrainConfig(_Group):
         pseudo_from_epoch: first epoch in which pseudo labels count: 0 in the paper, later for an encoder from scratch.
         pseudo_from: part of the run before pseudo labels count, in place of pseudo_from_epoch.
         unlabeled_weight: factor on the loss of pseudo labels.
-        teacher: what labels the unlabeled images: the student itself (the paper, or where ema is 0), or ema, its average.
+        teacher: what labels the unlabeled images: the student (the paper, or with ema 0), or ema, its average.
         conf_thresh: least confidence of pseudo labels that count; 0 for all (the paper).
         conf_mode: threshold: the same for all classes; class: at most each one's mean confidence, for hard classes.
         strong: show the student unlabeled crops with colors changed by data.augment; the teacher labels them unchanged.
