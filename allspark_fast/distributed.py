@@ -36,8 +36,9 @@ def process_group(device: DeviceName, timeout_minutes: float) -> Iterator[torch.
             raise InputError(f"process {index} of this host has no GPU, there are {gpus}: lower --nproc-per-node")
         torch.cuda.set_device(index)
         backend += ",cuda:nccl"
+    prefix = _store_prefix()
     store, index, size = next(rendezvous("env://", timeout=timeout))
-    store = dist.distributed_c10d.PrefixStore(_store_prefix(), store)
+    store = dist.distributed_c10d.PrefixStore(prefix, store)
     dist.init_process_group(backend, timeout=timeout, store=store, rank=index, world_size=size)
     try:
         yield chosen

@@ -32,8 +32,8 @@ except ImportError:  # Windows
 
 logger = logging.getLogger(__name__)
 
-# Steps of a run that repays what compiling takes, by an estimate.
-_REPAY_COMPILING = 5000
+# Steps of a run on a GPU that repays what compiling takes, by an estimate.
+REPAY_COMPILING = 5000
 # What may change between two sittings of a run, because it does not decide the numbers.
 _FREE = {
     *(f"data.{name}" for name in ("root", "labeled", "unlabeled", "val", "workers")),  # what the lists hold is compared
@@ -139,10 +139,15 @@ def check_batch(config: TrainConfig) -> None:
         )
 
 
-def build_model(config: Config, info: DatasetInfo, *, resumed: bool = False) -> Segmentor:
-    """Build the model of a configuration, with its starting weights unless a checkpoint overwrites them."""
-    model = config.model
-    names = ("num_heads", "memory_init", "memory_sync", "class_map")
+def build_model(config: Config, info: DatasetInfo, *, repays: bool = False, resumed: bool = False) -> Segmentor:
+    """Build the model of a configuration; without starting weights if a checkpoint overwrites them (``resumed``).
+
+    Blocks are compiled if that is asked for, or pays in a run of this length (``repays``).
+
+    Raises:
+        InputError: the weights do not fit, or the model is to be compiled, and its encoder has no blocks.
+    """
+    model, names = config.model, ("num_heads", "memory_init", "memory_sync", "class_map")
     options = AllSparkOptions(**{name: getattr(model, name) for name in names})
     segmentor = build_segmentor(
         model.backbone,
@@ -156,21 +161,16 @@ def build_model(config: Config, info: DatasetInfo, *, resumed: bool = False) -> 
         report = load_weights(segmentor, model.weights, reset=model.reset, info=info)
         unused, fresh = len(report.dropped), len(report.fresh)
         logger.info(f"{model.weights}: loaded; {unused} of its tensors not used, {fresh} of the model start afresh")
+    compiles = {"on": True, "auto": repays and isinstance(segmentor.backbone, MixTransformer), "off": False}
+    if compiles[config.train.compile]:
+        _keep_compiled_kernels()
+        compile_blocks(segmentor, "inductor")
+        logger.info("the encoder's blocks are compiled in the first steps, a minute or two (train.compile)")
     return segmentor
 
 
 def build_state(model: Segmentor, config: TrainConfig, total_steps: int) -> TrainState:
-    """Build all that steps change, from a model on its device, the same on all ranks; it may be sharded in place.
-
-    Raises:
-        InputError: the model is to be compiled, and its encoder has no blocks.
-    """
-    has_blocks, on_gpu = isinstance(model.backbone, MixTransformer), next(model.parameters()).is_cuda
-    repays = has_blocks and on_gpu and total_steps > _REPAY_COMPILING
-    if config.compile == "on" or (config.compile == "auto" and repays):
-        _keep_compiled_kernels()
-        compile_blocks(model, "inductor")
-        logger.info("the encoder's blocks are compiled in the first steps, a minute or two (train.compile)")
+    """Build all that steps change, from a model on its device, the same on all ranks; it may be sharded in place."""
     sharded = config.sharding == "fsdp" and world_size() > 1
     ema, replica = (copy.deepcopy(model).requires_grad_(False) if x else None for x in (config.ema > 0, sharded))
     for x in filter(None, (model, ema) if sharded else ()):

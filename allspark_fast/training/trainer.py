@@ -73,9 +73,9 @@ class Trainer:
         self.schedule = config.schedule(self.data.steps_per_epoch)
         self.total_steps = self.schedule.total
         torch.manual_seed(config.train.seed)
+        repays = device.type == "cuda" and self.total_steps > setup.REPAY_COMPILING
         resumed = bool(checkpoint.list_checkpoints(self.checkpoints))
-        model = setup.build_model(config, self.data.info, resumed=resumed).to(device)
-        self.spec = ModelSpec.of_run(config, self.data.info)
+        model = setup.build_model(config, self.data.info, repays=repays, resumed=resumed).to(device)
         if rank() > 0:  # weights are the same on all ranks, what is dropped is not
             torch.manual_seed(config.train.seed + rank())
         self.state = setup.build_state(model, config.train, self.total_steps)
@@ -102,6 +102,11 @@ class Trainer:
             logger.warning("train.cuda_graph %s: no step is recorded, because %s", setting, why)
         return functools.partial(train_step, self.state)
 
+    @functools.cached_property
+    def spec(self) -> ModelSpec:
+        """What must be known to use the weights."""
+        return ModelSpec.of_run(self.config, self.data.info)
+
     @property
     def finished(self) -> bool:
         """Whether all steps are taken and the last one is evaluated."""
@@ -118,10 +123,16 @@ class Trainer:
             RunError: too many steps had a loss or gradient that is not finite.
         """
         log = MetricsLog(self.folder, self.step, evaluated=not self.evaluation_due) if rank() == 0 else None
+        if log is not None:
+            print(start_summary(self))
         scores, stopping = None, False
-        bar: tqdm[Any] = progress(total=self.total_steps, initial=self.step, unit="step", disable=rank() > 0)
+        bar: tqdm[Any]
         # An error closes the bar, so that its message has a line for itself.
-        with stop_signals() as asked, logging_redirect_tqdm(), bar:
+        with (
+            stop_signals() as asked,
+            logging_redirect_tqdm(),
+            progress(total=self.total_steps, initial=self.step, unit="step", disable=rank() > 0) as bar,
+        ):
             # Ranks step together, so with several none may end early.
             batches = self.data.batches(self.step, self.total_steps, asked if world_size() == 1 else lambda: False)
             self._logged, self._first = (time.perf_counter(), self.step), self.step + 1
@@ -298,7 +309,6 @@ def train(config: Config, folder: Path) -> bool:
             tell(f"{folder}: finished at step {trainer.step}, {best}")
             return True
         first, started = trainer.step, time.perf_counter()
-        tell(start_summary(trainer))
         scores = trainer.run()
         if scores is None:
             tell(f"{folder}: stopped as asked at step {trainer.step}; the same command goes on from there")

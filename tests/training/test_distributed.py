@@ -23,7 +23,6 @@ from allspark_fast.model.cross_attention import CrossAttention
 from allspark_fast.model.mit import compile_blocks
 from allspark_fast.model.options import AllSparkOptions
 from allspark_fast.training import cuda_graph
-from allspark_fast.training import setup as prepare
 from allspark_fast.training.log import Record
 from allspark_fast.training.pseudo_labels import pseudo_pass
 from allspark_fast.training.setup import build_state, check_batch
@@ -45,6 +44,8 @@ def make_state(memory_sync: str = "all", backbone: str = "mit_tiny", **options: 
     bottleneck = AllSparkOptions(memory_init="empty", memory_sync=memory_sync)
     model = build_segmentor(backbone, 3, (64, 64), allspark=bottleneck, embedding_dim=16)
     config = TrainConfig(**{"lr": 0.01, "kv_source": "image", "pseudo_padding": False, "ema": 0.9, **options})
+    if config.compile == "on":
+        compile_blocks(model, "aot_eager")
     return build_state(without_dropout(model), config, total_steps=10)
 
 
@@ -110,8 +111,7 @@ def on_two_ranks() -> dict[str, Any]:
     for memory_sync in ("rank0", "all"):
         train_recorded_steps(2, found.append, memory_sync=memory_sync)
     results["errors of replays"] = [x["recorded_step"]["error"] for x in found]
-    with patch.object(prepare, "compile_blocks", lambda model, _: compile_blocks(model, "aot_eager")):
-        results["compiled"] = train_steps(2, make_state(sharding="fsdp", compile="on"))
+    results["compiled"] = train_steps(2, make_state(sharding="fsdp", compile="on"))
     results["beyond"] = train_steps(4, make_state(sharding="fsdp", **BEYOND))
     results["mean per rank"] = train_steps(2, make_state(loss_mean="rank"))["losses"]
     results["overlapped"] = [attend_before_rank_0_arrives(memory_sync) for memory_sync in ("all", "rank0")]
