@@ -65,7 +65,7 @@ class Trainer:
             if rank() == 0:
                 self.data.check()
         self.config, self.folder, self.device = config, folder, device
-        self.checkpoints, self.spec = folder / "checkpoints", ModelSpec.of_run(config, self.data.info)
+        self.checkpoints = folder / "checkpoints"
         self.schedule = config.schedule(self.data.steps_per_epoch)
         self.total_steps = self.schedule.total
         torch.manual_seed(config.train.seed)
@@ -97,6 +97,11 @@ class Trainer:
             why = "FSDP2 cannot undo a failed recording" if on_gpu else f"nothing on the device {self.device} is"
             logger.warning("train.cuda_graph %s: no step is recorded, because %s", setting, why)
         return functools.partial(train_step, self.state)
+
+    @functools.cached_property
+    def spec(self) -> ModelSpec:
+        """What must be known to use the weights."""
+        return ModelSpec.of_run(self.config, self.data.info)
 
     @property
     def finished(self) -> bool:
