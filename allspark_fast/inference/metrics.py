@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from allspark_fast.data.info import IGNORE_INDEX, DatasetInfo
 from allspark_fast.distributed import all_reduce_sum
@@ -131,8 +130,14 @@ def find_borders(labels: Tensor) -> Tensor:
 def dilate(mask: Tensor, radius: int) -> Tensor:
     """Mark what is at most so many rows and columns away from what is marked (H, W)."""
     for _ in range(2):
-        sums = F.pad(mask.int(), (0, 0, radius + 1, radius)).cumsum(0)
-        mask = (sums[2 * radius + 1 :] > sums[: -2 * radius - 1]).T  # whether a window of 2 radius + 1 holds any
+        reach = 0
+        while reach < radius:
+            step = min(2 * reach + 1, radius - reach)
+            grown = mask.clone()
+            grown[step:] |= mask[:-step]
+            grown[:-step] |= mask[step:]
+            mask, reach = grown, reach + step
+        mask = mask.T
     return mask
 
 
