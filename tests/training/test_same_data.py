@@ -81,9 +81,9 @@ def test_the_same_data_elsewhere(
     monkeypatch.chdir("/")
     moved = data.rename(data.with_name("moved"))
     assert main(["evaluate", str(run)]) == 1
-    assert f"no folder /data, nor, where the run started, {data}: give another --data.root" in capsys.readouterr().err
+    assert "there is no folder /data: give another --data.root" in capsys.readouterr().err
     assert main(["evaluate", str(run), "--data.root", str(moved)]) == 0
-    with pytest.raises(InputError, match=r"no folder /nowhere$"):
+    with pytest.raises(InputError, match=r"no folder /nowhere: give another"):
         Trainer(config("/nowhere"), run)
     assert Trainer(config(str(moved)), run).finished
     moved.rename(data)
