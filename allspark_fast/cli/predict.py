@@ -19,7 +19,9 @@ from allspark_fast.weights.spec import load_model
 
 PARSER = command_parser("predict")
 PARSER.add_argument("weights", metavar="WEIGHTS", help="a run folder, or a file such as its best.safetensors")
-PARSER.add_argument("images", metavar="IMAGE", nargs="+", help="files, and folders, which are searched recursively")
+PARSER.add_argument(
+    "images", metavar="IMAGE", nargs="+", help="files, folders (searched recursively), patterns like 'a/**/*.jpg'"
+)
 PARSER.add_argument(
     "--out",
     type=Path,

@@ -63,7 +63,7 @@ def to_image(pixels: Tensor, spec: ModelSpec) -> Image.Image:
 
 def label_map(labels: Labels | Tensor, info: DatasetInfo) -> Image.Image:
     """Return labels (H, W) as an image with a palette; ignored pixels are white."""
-    picture = Image.fromarray(np.asarray(torch.as_tensor(labels).byte().cpu()))
+    picture = Image.fromarray(np.asarray(labels.cpu() if isinstance(labels, Tensor) else labels, np.uint8))
     picture.putpalette(palette_of(info).ravel().tolist())
     return picture
 

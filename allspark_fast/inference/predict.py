@@ -1,9 +1,11 @@
 """Predictions for images: in memory, and from files to label images, overlays and confidences."""
 
+import fnmatch
+import glob
 import itertools
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -90,15 +92,16 @@ class Predictor:
 
 
 def find_images(arguments: Iterable[str], *, skip: Path) -> tuple[dict[Path, Path], list[Path]]:
-    """Find the images that files and folders (searched recursively) name.
+    """Find the images that files, folders (searched recursively) and patterns (``**`` for any folders) name.
 
     Args:
-        arguments: of the command line, where the shell has expanded patterns.
+        arguments: of the command line.
         skip: folder whose images do not count, that of earlier predictions, unless they are named one by one.
 
     Returns:
-        names of predictions by paths of images: where an image lies below its folder, without suffix; and the files
-        whose suffix is that of no image. Hidden files and folders count in neither, and linked folders once.
+        names of predictions by paths of images: where an image lies below its folder, or below what stands before the
+        first wildcard of a pattern, without suffix; and the files whose suffix is that of no image. Hidden files and
+        folders count in neither, and linked folders once.
 
     Raises:
         FileNotFoundError: one of them names no image.
@@ -106,17 +109,39 @@ def find_images(arguments: Iterable[str], *, skip: Path) -> tuple[dict[Path, Pat
     found: dict[Path, Path] = {}
     others: set[Path] = set()
     for argument in arguments:
-        path, files = Path(argument), list_files(Path(argument)) if argument else []
+        path = Path(argument)
         if os.path.lexists(argument) and not path.is_dir():
             found.setdefault(path, Path(path.stem))
             continue
-        files = [file for file in files if not file.resolve().is_relative_to(skip.resolve())]
+        base, listed = _search(argument)
+        files = [file for file in listed if not file.resolve().is_relative_to(skip.resolve())]
         if not any(map(is_image, files)):
-            raise FileNotFoundError(f"{argument!r}: no image, and no folder with images")
+            raise FileNotFoundError(f"{argument!r}: no image, no folder with images, and no pattern that matches any")
         for file in filter(is_image, files):
-            found.setdefault(file, file.relative_to(path).with_suffix(""))
+            found.setdefault(file, file.relative_to(base).with_suffix(""))
         others |= set(itertools.filterfalse(is_image, files))
     return found, sorted(others - found.keys())
+
+
+def _search(argument: str) -> tuple[Path, list[Path]]:
+    """Return the files of a folder or a pattern in alphabetical order, and the folder in which it starts."""
+    path = Path(argument)
+    if argument != "" and path.is_dir():
+        return path, list_files(path)
+    base = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), path.parts))
+    pattern = path.parts[len(base.parts) :]
+    if "**" not in pattern:
+        return base, [file for file in map(Path, sorted(glob.glob(argument))) if not file.is_dir()]
+    # glob follows links in circles.
+    return base, [file for file in list_files(base) if _matches(file.relative_to(base).parts, pattern)]
+
+
+def _matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:
+    if not pattern:
+        return not parts
+    if pattern[0] == "**":
+        return any(_matches(parts[start:], pattern[1:]) for start in range(len(parts) + 1))
+    return bool(parts) and fnmatch.fnmatch(parts[0], pattern[0]) and _matches(parts[1:], pattern[1:])
 
 
 def plan_files(

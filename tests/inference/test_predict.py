@@ -184,18 +184,20 @@ def test_images_that_are_left_out_are_named(
     assert main([*command[:2], str(photos / "site/scan.jfif"), *command[3:]]) == 0
 
 
-def test_files_and_folders(photos: Path, tmp_path: Path) -> None:
+def test_files_folders_and_patterns(photos: Path, tmp_path: Path) -> None:
     def find(*arguments: Path) -> list[str]:
         return [path.name for path in find_images(map(str, arguments), skip=tmp_path / "predictions")[0]]
 
-    assert find(photos / "c.png", photos / "a.png") == ["c.png", "a.png"]
+    assert find(photos / "c.png", photos / "[ab].png") == ["c.png", "a.png", "b.png"]
     assert len(find(photos, photos / "a.png")) == 8
     for name, target in (("self", "."), ("up", ".."), ("again", "../photos")):
         (photos / name).symlink_to(target)
     everything = sorted(path.name for path in photos.glob("*.*g"))
-    assert sorted(find(photos)) == everything
+    for path in (photos, photos / "**", photos / "**" / "*.*", tmp_path / "**" / "**" / "*.[jp]*g"):
+        assert sorted(find(path)) == everything
+    assert len(find(tmp_path / "**" / "*.png")) == 7
     (photos / "c_gone.png").symlink_to("nowhere")  # named when it is read
-    assert find(photos / "c_gone.png") == ["c_gone.png"]
+    assert find(photos / "c*.png") == ["c.png", "c_gone.png"]
     with pytest.raises(FileNotFoundError, match=r"nowhere\.png"):
         find(photos, photos / "nowhere.png")
     with pytest.raises(FileNotFoundError, match="'': no image"):  # of a shell variable that is not set, say
@@ -211,3 +213,5 @@ def test_folders_in_a_folder_are_mirrored(weights: Path, photos: Path) -> None:
         assert main(["predict", str(weights), str(photos), "--out", str(out), "--overwrite"]) == 0
         assert len(names_in(out / "labels")) == 10
         assert {"a", "site_a/deep/a", "site_b/a"} < names_in(out / "labels") & names_in(out / "overlays")
+    by_pattern, _ = find_images([str(photos / "site_*" / "**" / "a.png")], skip=out)
+    assert set(by_pattern.values()) == {Path("site_a/deep/a"), Path("site_b/a")}
