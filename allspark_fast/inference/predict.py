@@ -106,15 +106,14 @@ def find_images(arguments: Iterable[str], *, skip: Path) -> tuple[dict[Path, Pat
     Raises:
         FileNotFoundError: one of them names no image.
     """
-    found: dict[Path, Path] = {}
-    others: set[Path] = set()
+    found, others, predictions = dict[Path, Path](), set[Path](), skip.resolve()
     for argument in arguments:
         path = Path(argument)
         if os.path.lexists(argument) and not path.is_dir():
             found.setdefault(path, Path(path.stem))
             continue
         base, listed = _search(argument)
-        files = [file for file in listed if not file.resolve().is_relative_to(skip.resolve())]
+        files = [file for file in listed if not file.resolve().is_relative_to(predictions)]
         if not any(map(is_image, files)):
             raise FileNotFoundError(f"{argument!r}: no image, no folder with images, and no pattern that matches any")
         for file in filter(is_image, files):
