@@ -107,25 +107,22 @@ def _sliding_bands(model: Segmentor, images: Tensor, crop: int) -> Iterator[tupl
         raise ValueError(f"crop is {crop}, expected windows of at least {model.min_size} pixels a side")
     height, width = images.shape[2:]
     windows = list(_windows(height, crop, model.min_size))
-    unfinished: Tensor | None = None
+    total: Tensor | None = None  # of rows that are not finished
     for rows, stop in zip(windows, [*(window.start for window in windows[1:]), height], strict=True):
-        total: Tensor | None = None
         for columns in _windows(width, crop, model.min_size):
             window = images[:, :, rows, columns]
             logits = model(window, kv_source="image").float()
             if total is None:
-                total = logits.new_zeros((*logits.shape[:2], window.shape[2], width))
-                if unfinished is not None:
-                    total[:, :, : unfinished.shape[2]] = unfinished
-                    unfinished = None
+                total = logits.new_zeros((*logits.shape[:2], 0, width))
+            if missing := window.shape[2] - total.shape[2]:
+                total = F.pad(total, (0, 0, 0, missing))
             upsampled = F.interpolate(logits, window.shape[2:], mode="bilinear", align_corners=False)
             total[..., columns] += upsampled.softmax(1)
         assert total is not None
-        finished = total[:, :, : stop - rows.start]
-        unfinished = total[:, :, stop - rows.start :].clone()  # a view would keep the rest
+        finished, total = total[:, :, : stop - rows.start], total[:, :, stop - rows.start :].clone()  # a view keeps all
         top, labels = finished.max(1)
         confidence = top / finished.sum(1)
-        del total, finished  # the next row of windows has its own
+        del finished  # before the next row of windows
         yield labels, confidence
 
 
