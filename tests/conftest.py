@@ -1,12 +1,12 @@
-"""Fixtures shared by all tests."""
-
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
 
+from allspark_fast.__main__ import main
 from allspark_fast.data.info import DatasetInfo, hex_palette
 from allspark_fast.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from allspark_fast.training import trainer
@@ -30,6 +30,18 @@ def _alike() -> None:
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs in this process draw nothing: most of the time of a tiny run goes there."""
     monkeypatch.setattr(trainer, "draw_pictures", lambda *_: None)
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Run a command in this process, check its exit status, and return all that it printed."""
+
+    def run(*words: object, status: int = 0) -> str:
+        capsys.readouterr()
+        assert main([*map(str, words)]) == status
+        return "".join(capsys.readouterr())
+
+    return run
 
 
 @pytest.fixture

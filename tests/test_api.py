@@ -1,5 +1,3 @@
-"""The package from Python."""
-
 from pathlib import Path
 
 import numpy as np
@@ -29,9 +27,7 @@ def test_a_run_is_trained_loaded_and_labels_files_images_and_arrays(tmp_path: Pa
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"recipe": "pascl"}, "no recipe 'pascl'"),
         ({"colour": 3}, "no setting colour.; names are group.field"),
-        ({"train_epoch": 3}, "no setting train.epoch .did you mean train.epochs"),
         ({"train_epochs": "3"}, "config.train.epochs is '3', expected int"),
     ],
 )

@@ -1,5 +1,3 @@
-"""The device that work runs on, and the CPUs that there are for it."""
-
 import pytest
 import torch
 

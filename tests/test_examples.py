@@ -1,5 +1,3 @@
-"""The examples run."""
-
 import os
 import runpy
 import sys

@@ -1,5 +1,3 @@
-"""Files are written whole or not at all, whoever else writes them."""
-
 import os
 import stat
 from pathlib import Path

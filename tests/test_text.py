@@ -14,7 +14,7 @@ from PIL import Image
 from allspark_fast.data.info import VOC_PALETTE, DatasetInfo
 from allspark_fast.inference.metrics import ConfusionMatrix, score_table
 from allspark_fast.inference.pictures import draw_panel, label_map
-from allspark_fast.text import columns, drawable, nearest, one_line, progress
+from allspark_fast.text import columns, drawable, one_line, progress
 from allspark_fast.training.pictures import draw_curves
 from allspark_fast.weights.spec import ModelSpec, describe_model
 
@@ -80,11 +80,6 @@ def test_curves_show_the_memory_and_bear_numbers_that_are_not_finite(tmp_path: P
         draw_curves(tmp_path, [{"step": 1, **record}, {"step": 2, **record}], info)
         pictures.append((tmp_path / "curves.png").read_bytes())
     assert pictures[0] != pictures[1]
-
-
-@pytest.mark.parametrize(("name", "near"), [("trian", " (did you mean train?)"), ("xyz", "")])
-def test_the_nearest_name(name: str, near: str) -> None:
-    assert nearest(name, ("train", "predict")) == near
 
 
 @pytest.mark.parametrize("is_terminal", [True, False])

@@ -1,5 +1,3 @@
-"""The command line as such: help, mistakes, ``info`` and ``selftest``."""
-
 import dataclasses
 import errno
 import importlib
@@ -61,21 +59,18 @@ def test_without_a_command_the_usage_is_printed(
     [
         ("train imagenet", "there is no recipe 'imagenet'; recipes are scenes, camvid, folder, pascal"),
         ("check pascl", "there is no recipe 'pascl' (did you mean pascal?); recipes are scenes"),
-        ("train --train.epoch 3", "did you mean train.epochs?"),
         ("train --train.method fixmatch", "supervised"),
         ("train pascal --data.root nowhere", "there is no folder /"),
         ("train --data.scenes 3 8 2 --train.batch-size 9", "8 unlabeled images do not fill a batch of 9"),
         ("train --model.weights nowhere.pth", "nowhere.pth: no such file"),
         ("train --run.device cuda", "use cpu or auto"),
         ("check pascal --data.root .", "split file splits/pascal/1_8/labeled.txt: not found"),
-        ("evaluate nowhere", "nowhere: not a run folder (no config.json)"),
         ("evaluate run", "config.json holds no settings of a run"),
         ("train --run.output-dir file", "file: expected a folder"),
         ("train --run.output-dir file/run", "file/run: expected a folder"),
         ("train --data.scale 2 0.5 --run.output-dir new", "data.scale"),
         ("predict model.safetensors photo.png --out file", ": expected a folder"),
         ("convert model.safetensors nowhere/a.safetensors", "there is no folder nowhere"),
-        ("export model.safetensors nowhere/a.onnx", "there is no folder nowhere"),
     ],
 )
 def test_mistakes_are_named(
@@ -133,12 +128,11 @@ def test_unexpected_errors_keep_their_traceback(
         main(["train", *options])
 
 
-def test_info_of_weights(tmp_path: Path, tiny_spec: ModelSpec, capsys: pytest.CaptureFixture[str]) -> None:
+def test_info_of_weights(tmp_path: Path, tiny_spec: ModelSpec, command: Callable[..., str]) -> None:
     model = tiny_spec.build()
     model.decoder.allspark.attn.queue_filled[1] = True
     save_model(model, tiny_spec, tmp_path / "model.safetensors")
-    assert main(["info", str(tmp_path)]) == 0
-    printed = capsys.readouterr().out
+    printed = command("info", tmp_path)
     parameters = f"{sum(x.numel() for x in model.parameters()) / 1e6:.1f} M"
     memory = "memory of 128 channels of 4 tokens a class, initialized empty, 1 of 3 classes filled"
     for part in ("mit_tiny", "AllSpark, 2 heads", "apple, pear, plum", "64 pixels", parameters, memory):
@@ -153,15 +147,14 @@ def test_selftest_says_what_runs_and_fails_if_a_kernel_does(
     capability: tuple[int, int] | None,
     kernels: str,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    command: Callable[..., str],
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     for failure, status in (("", 0), ("wrong by 1", 1)):
         results = [Result("enqueue", "float32", 0.0, failure)]
         monkeypatch.setattr(selftest, "check_kernels", lambda _, results=results: results)
-        assert main(["selftest"]) == status
-        printed = capsys.readouterr().out
+        printed = command("selftest", status=status)
         assert "kernels: plain torch, because " in printed
         assert f"{kernels}\n" in printed
         assert printed.endswith(f"{failure or 'ok'}\n")

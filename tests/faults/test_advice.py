@@ -1,5 +1,3 @@
-"""What messages advise is done here to the letter, and must work."""
-
 import json
 import os
 import re
@@ -37,11 +35,8 @@ def place(weights: Path, tiny_spec: ModelSpec, no_pictures: None, monkeypatch: p
     monkeypatch.delenv("ALLSPARK_DATA_DIR", raising=False)
     nothing_free = SimpleNamespace(f_bavail=0, f_frsize=1)
     monkeypatch.setattr(loader, "os", SimpleNamespace(environ=os.environ, statvfs=lambda _: nothing_free))
-    Path("data").mkdir()
-    for entry in write_folder(Path("data"), 8)[6:]:
-        Path("data", str(entry.label)).unlink()
+    write_folder(Path("data"), 8, labeled=6, names=tiny_spec.info.classes)
     shutil.copy("data/images/00.png", "photo.png")
-    add_to_meta(("", f'"classes": {json.dumps(tiny_spec.info.classes)}'))
     assert main(SPLIT.split()) == 0
     model = tiny_spec.build()
     save_weights(model, "old.pth")
@@ -52,7 +47,7 @@ def place(weights: Path, tiny_spec: ModelSpec, no_pictures: None, monkeypatch: p
 
 def add_to_meta(found: re.Match[str] | Sequence[str]) -> None:
     file = Path("data/meta.json")
-    file.write_text(json.dumps(json.loads(file.read_text() if file.exists() else "{}") | json.loads(f"{{{found[1]}}}")))
+    file.write_text(json.dumps(json.loads(file.read_text()) | json.loads(f"{{{found[1]}}}")))
 
 
 def each(folder: str, change: Callable[[np.ndarray], np.ndarray], meta: str = "") -> Callable[[], object]:

@@ -1,5 +1,3 @@
-"""Files of tensors that are cut, flipped, empty, foreign or malicious, and disks that are full."""
-
 import functools
 import logging
 import pickle

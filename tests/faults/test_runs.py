@@ -1,5 +1,3 @@
-"""Faults of a whole run: full and read-only disks, kills."""
-
 import resource
 import shutil
 import subprocess

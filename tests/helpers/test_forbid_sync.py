@@ -1,5 +1,3 @@
-"""The mode that forbids waiting for the device sees what waits, and nothing else."""
-
 from collections.abc import Callable
 from contextlib import nullcontext
 

@@ -1,5 +1,3 @@
-"""The confusion matrix against counting by hand."""
-
 import pytest
 import torch
 from torch.nn import functional as F

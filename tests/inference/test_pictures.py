@@ -1,5 +1,3 @@
-"""Overlays and panels: what is colored, what is left alone, how large they are."""
-
 from pathlib import Path
 
 import numpy as np

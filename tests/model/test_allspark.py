@@ -1,5 +1,3 @@
-"""The bottleneck and its memory: what enters it, what uses it, switches, mistakes, several processes."""
-
 import copy
 import math
 from collections.abc import Callable
@@ -27,8 +25,6 @@ def batch(images: int = 2) -> tuple[Tensor, Tensor]:
 
 
 class TestMemory:
-    """What training leaves in the memory, and what uses it."""
-
     def test_a_class_stays_filled_when_it_gets_nothing_more(self) -> None:
         memory = bottleneck(memory_init="empty").attn
         features = torch.ones(1, SIDE**2, C)
@@ -83,8 +79,6 @@ class TestMemory:
 
 
 class TestSwitches:
-    """memory_init, class_map, kv_source."""
-
     def test_class_map_softmax_changes_the_grouping(self) -> None:
         received = []
         for kind in ("logits", "softmax"):
@@ -124,41 +118,6 @@ class TestSwitches:
         torch.testing.assert_close(token_class_map(logits, (3, 4), crop_size=crop_size), expected)
         softmax = token_class_map(logits, (3, 4), crop_size=crop_size, kind="softmax")
         torch.testing.assert_close(softmax, expected.softmax(1))
-
-
-class TestMistakes:
-    """Each is named."""
-
-    @pytest.mark.parametrize(
-        ("training", "change", "message"),
-        [
-            (True, {"class_logits": None}, r"needs class_logits.*or call eval\(\)"),
-            (False, {}, r"call train\(\) first"),
-            (True, {"feature_map": torch.ones(3, C, SIDE, SIDE)}, "holds 3 images, expected 2B = 4"),
-            (True, {"feature_map": torch.ones(4, 5, SIDE, SIDE)}, "feature_map has 5 channels, expected 8"),
-            (True, {"feature_map": torch.ones(4, C, 4, 4)}, "channels of 9 tokens, but the features have 16"),
-            (True, {"class_logits": torch.ones(2, 5, 5, 5)}, "class_map has 5 classes, the Semantic Memory 4"),
-            (True, {"class_logits": torch.ones(0, K, 5, 6)}, "class_logits has B = 0"),
-            (True, {"class_logits": torch.ones(2, K, 0, 6)}, "class_logits has h' = 0"),
-        ],
-    )
-    def test_arguments(self, training: bool, change: dict[str, Tensor | None], message: str) -> None:
-        arguments = {"feature_map": torch.ones(4, C, SIDE, SIDE), "class_logits": torch.ones(2, K, 5, 5), **change}
-        with pytest.raises(ValueError, match=message):
-            bottleneck().train(training)(**arguments)
-
-    @pytest.mark.parametrize(
-        ("name", "value", "expected"),
-        [
-            ("memory_init", "zeros", "one of randn, empty"),
-            ("memory_sync", "mean", "one of rank0, all"),
-            ("class_map", "argmax", "one of logits, softmax"),
-            ("dropout", 1.0, r"in \[0, 1\)"),
-        ],
-    )
-    def test_options(self, name: str, value: object, expected: str) -> None:
-        with pytest.raises(ValueError, match=f"{name} must be {expected}, got '?{value}"):
-            bottleneck(**{name: value})
 
 
 def seeded_bottleneck() -> AllSpark:

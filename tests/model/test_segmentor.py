@@ -36,8 +36,6 @@ def fuse(head: SegFormerHead, maps: list[Tensor]) -> Tensor:
 
 
 class TestHead:
-    """The merged head is that of the reference implementation."""
-
     @pytest.mark.parametrize("mode", ["train", "eval", "frozen statistics"])
     def test_equals_the_reference_implementation(self, mode: str) -> None:
         head = SegFormerHead(CHANNELS, 5, 16, dropout=0.0).double().train(mode != "eval")
@@ -109,8 +107,6 @@ def test_mix_ffn_keeps_the_hidden_layer_once_and_multiplies_once() -> None:
 
 
 class TestEncoder:
-    """Mix Transformers."""
-
     # Parameters of the released encoders without classification head, in millions (SegFormer, table 6).
     @pytest.mark.parametrize(
         ("name", "millions"),
@@ -185,8 +181,6 @@ def assert_compiles_as_one_graph(module: nn.Module, inputs: Tensor | list[Tensor
 
 
 class TestSegmentor:
-    """All of it together."""
-
     @pytest.mark.parametrize("use_memory", [False, True])
     def test_a_training_step_on_a_rectangular_crop_reaches_every_parameter(self, use_memory: bool) -> None:
         model = tiny_segmentor(crop=(64, 97))

@@ -1,5 +1,3 @@
-"""Encoders of timm: families, image sizes, BatchNorm, weights, mistakes."""
-
 import math
 import sys
 from pathlib import Path
@@ -31,8 +29,6 @@ FAMILIES = {
 
 
 class TestFamilies:
-    """Four maps of any image, and a training step of the whole model."""
-
     @pytest.mark.parametrize("name", FAMILIES)
     def test_maps_of_any_image_and_a_training_step(self, name: str) -> None:
         crop, strides = (56, 75), FAMILIES[name]
@@ -71,8 +67,6 @@ class TestFamilies:
 
 
 class TestReplacedLayers:
-    """Convolutions and BatchNorm compute what timm's do, under the same names, but skip what is not finite."""
-
     # Kernels of 3 to 11 with TensorFlow's padding; BatchNorm with an activation behind it, and without.
     @pytest.mark.parametrize("name", ["tf_mixnet_s", "test_efficientnet", "test_resnet"])
     def test_compute_the_same(self, name: str) -> None:
@@ -102,8 +96,6 @@ class TestReplacedLayers:
 
 
 class TestWeights:
-    """Files of timm's models."""
-
     @pytest.mark.parametrize(
         ("name", "suffix"), [("convnext_atto", ".pth"), ("test_vit", ".safetensors"), ("pvt_v2_b0", ".pth")]
     )
@@ -145,8 +137,6 @@ class TestWeights:
 
 
 class TestMistakes:
-    """What cannot work is named before training."""
-
     def test_without_timm(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "timm", None)
         with pytest.raises(MissingPackageError, match=r"pip install 'allspark-fast\[timm\]'"):

@@ -1,5 +1,3 @@
-"""What is measured of pseudo labels and memory, by hand, and what is said of it."""
-
 import pytest
 import torch
 
@@ -42,8 +40,6 @@ def test_shares_of_classes_since_they_were_last_read() -> None:
 
 
 class TestProblems:
-    """What a run says of itself."""
-
     def score(self, *pixels: tuple[int, int, int]) -> Scores:
         """Scores of so many pixels of a true class with a prediction."""
         matrix = ConfusionMatrix(2)

@@ -1,5 +1,3 @@
-"""The training step: what it changes, what it skips, that it never waits for the device, that it compiles whole."""
-
 import copy
 from dataclasses import replace
 from unittest.mock import patch
@@ -21,8 +19,6 @@ from tests.helpers.steps import BEYOND, METHODS, build_state, random_batch
 
 
 class TestUpdate:
-    """What a step changes."""
-
     @pytest.mark.parametrize("method", METHODS)
     def test_updates_what_it_uses(self, method: str) -> None:
         state = build_state(method=method)
@@ -87,8 +83,6 @@ class TestUpdate:
 
 
 class TestLosses:
-    """The switches of the losses."""
-
     def test_pseudo_padding(self) -> None:
         model, data = build_state().model, random_batch()
         official = pseudo_pass(model, data, TrainConfig(pseudo_padding=True))[1]
@@ -116,8 +110,6 @@ class TestLosses:
 
 
 class TestBeyondThePaper:
-    """Who labels, which labels count, and what the student sees."""
-
     def test_an_average_labels_as_it_did_while_the_student_changes(self) -> None:
         state, data = build_state(**BEYOND), random_batch(mixing=True)
         before = pseudo_pass(state.teacher, data, state.config)[0]
@@ -247,8 +239,6 @@ def test_loading_copies_into_the_tensors_that_are_there(optimizer: str) -> None:
 
 
 class TestAccumulation:
-    """Micro-batches."""
-
     def test_gradients_are_those_of_the_batch_where_nothing_looks_at_it(self) -> None:
         """In eval mode BatchNorm does not; the same number of pixels counts in every image."""
         states = [build_state(method="supervised", gradient_accumulation_steps=n) for n in (1, 2)]
@@ -276,8 +266,6 @@ class TestAccumulation:
 )
 @pytest.mark.parametrize("cause", ["loss", "gradient"])
 def test_a_step_that_is_not_finite_changes_nothing(options: dict, steps_before: int, cause: str) -> None:
-    """On the first step as on any other."""
-
     def snapshot() -> dict[str, object]:
         models = {name: dict(x.named_parameters()) for name, x in (("model", state.model), ("ema", state.ema))}
         return copy.deepcopy({**models, "optimizer": state.moments})

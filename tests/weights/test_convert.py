@@ -1,13 +1,11 @@
-"""Weights of others in, ours out, and back."""
-
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from allspark_fast.__main__ import main
 from allspark_fast.errors import InputError
 from allspark_fast.model import build_segmentor
 from allspark_fast.model.mit import MIT_CONFIGS
@@ -15,21 +13,17 @@ from allspark_fast.weights.convert import infer_spec, read_model
 from allspark_fast.weights.files import load_weights, save_weights
 from allspark_fast.weights.spec import load_model, save_model
 from tests.helpers.public_code import public_checkpoint
+from tests.helpers.runs import differences
 
 
-def test_there_and_back_is_bit_equal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_there_and_back_is_bit_equal(tmp_path: Path, command: Callable[..., str]) -> None:
     source, ours, target = public_checkpoint(tmp_path / "a.pth"), tmp_path / "b.safetensors", tmp_path / "c.pth"
-    ours.write_bytes(b"mine")
-    assert main(["convert", str(source), str(ours)]) == 1
-    assert f"{ours} exists: pass --overwrite" in capsys.readouterr().err
-    assert main(["convert", str(source), str(ours), "--overwrite"]) == 0
-    assert "21 of pascal: background, aeroplane" in capsys.readouterr().out
-    assert main(["convert", str(ours), str(target)]) == 0
+    assert "21 of pascal: background, aeroplane" in command("convert", source, ours)
+    command("convert", ours, target)
     before, after = (torch.load(path, weights_only=False)["model"] for path in (source, target))
     assert list(before) == list(after)
-    for name, x in before.items():
-        assert x.dtype == after[name].dtype
-        assert torch.equal(x, after[name]), name
+    assert [x.dtype for x in before.values()] == [x.dtype for x in after.values()]
+    assert differences(before, after) == []
 
 
 @pytest.mark.parametrize(
@@ -58,24 +52,22 @@ def test_every_encoder_is_told_apart(name: str) -> None:
     assert infer_spec(state, Path("a.pth")).backbone == name
 
 
-def test_classes_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_classes_of_ones_own(tmp_path: Path, command: Callable[..., str]) -> None:
     source, ours = public_checkpoint(tmp_path / "a.pth", classes=3), tmp_path / "a.safetensors"
     meta = tmp_path / "meta.json"
     meta.write_text(json.dumps({"classes": ["x", "y", "z"], "palette": [[1, 2, 3], [4, 5, 6], [7, 8, 9]]}))
-    assert main(["convert", str(source), str(ours), "--classes", str(meta)]) == 0
+    command("convert", source, ours, "--classes", meta)
     _, spec = load_model(ours)
     assert spec.info.classes == ("x", "y", "z")
     assert spec.info.palette[:3] == ((1, 2, 3), (4, 5, 6), (7, 8, 9))
     _, renamed = read_model(ours, str(meta))
     assert renamed == spec
     for classes, message in (("pascal", "has 3 classes, but pascal names 21"), ("nowhere", "nowhere: no meta.json")):
-        assert main(["convert", str(source), str(tmp_path / "b.safetensors"), "--classes", classes]) == 1
-        assert message in capsys.readouterr().err
+        assert message in command("convert", source, tmp_path / "b.safetensors", "--classes", classes, status=1)
     pytest.importorskip("timm", reason="needs timm")
     spec = replace(spec, backbone="timm/test_efficientnet")
     save_model(spec.build(), spec, ours)
-    assert main(["convert", str(ours), str(tmp_path / "c.pth")]) == 1
-    assert "the public code has MiT encoders only" in capsys.readouterr().err
+    assert "the public code has MiT encoders only" in command("convert", ours, tmp_path / "c.pth", status=1)
     assert not (tmp_path / "c.pth").exists()
 
 

@@ -1,13 +1,11 @@
-"""The model that travels with its weights."""
-
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
-from allspark_fast.__main__ import main
 from allspark_fast.cli import export
 from allspark_fast.errors import InputError
 from allspark_fast.training.trainer import Trainer
@@ -38,13 +36,9 @@ def test_weights_of_part_of_the_model_are_refused(tmp_path: Path, tiny_spec: Mod
         ({"version": 2}, "of another version of allspark-fast.*version is 2, expected 1"),
         ({"allspark": "no"}, "model.allspark is 'no', expected bool"),
         ({"crop": True}, "model.crop is True, expected int"),
-        ({"crop": -1}, "no such model: .* must be at least 1, got -1"),
         ({"backbone": "mit_b9"}, "no such model: backbone must be one of"),
-        ({"classes": []}, "list of names"),
-        ({"palette": [[1, 2]]}, "three integers"),
         ({"mode": "tiled"}, "model.mode is tiled, expected one of whole, sliding"),
         ({"mean": [1, 2]}, r"model.mean is \[1, 2\], expected a list of 3"),
-        ({"std": [1, 1, "1"]}, "model.std is '1', expected float"),
         ({"color": 1}, r"fields \['color'\] are missing or unknown"),
     ],
 )
@@ -66,7 +60,7 @@ def test_files_of_other_kinds(tmp_path: Path, tiny_spec: ModelSpec) -> None:
 @pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize("train", [{}, {"method": "semi", "ema": 0.9}, {"method": "supervised"}])
 def test_a_checkpoint_of_a_run_is_its_model_for_every_command(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, train: dict
+    tmp_path: Path, command: Callable[..., str], monkeypatch: pytest.MonkeyPatch, train: dict
 ) -> None:
     monkeypatch.setattr(export, "export_model", lambda model, spec, path: path.write_text(spec.to_json()) * 0)
     monkeypatch.chdir(tmp_path)
@@ -75,11 +69,9 @@ def test_a_checkpoint_of_a_run_is_its_model_for_every_command(
     Trainer(config, Path("run")).run()
     printed, models = [], []
     for weights in (Path("run"), max(Path("run/checkpoints").iterdir())):
-        capsys.readouterr()
-        assert main(["evaluate", str(weights)]) == 0
-        for command, *words in (("convert", "a.safetensors"), ("export", "a.onnx"), ("predict", "photo.png")):
-            assert main([command, str(weights), *words, "--overwrite"]) == 0
-        printed.append(capsys.readouterr().out)
+        commands = ("convert", "a.safetensors"), ("export", "a.onnx"), ("predict", "photo.png")
+        told = [command(name, weights, word, "--overwrite") for name, word in commands]
+        printed.append([command("evaluate", weights), *told])
         models.append(load_model(weights))
     assert printed[0] == printed[1]
     (best, expected), (model, spec) = models  # of the last step, the only one that was evaluated
