@@ -132,7 +132,7 @@ class TrainConfig(_Group):
         pseudo_from_epoch: first epoch in which pseudo labels count: 0 in the paper, later for an encoder from scratch.
         pseudo_from: part of the run before pseudo labels count, in place of pseudo_from_epoch.
         unlabeled_weight: factor on the loss of pseudo labels.
-        teacher: what labels the unlabeled images: the student itself (the paper), or ema, the average of its weights.
+        teacher: what labels the unlabeled images: the student (the paper, or with ema 0), or ema, its average.
         conf_thresh: least confidence of pseudo labels that count; 0 for all (the paper).
         conf_mode: threshold: the same for all classes; class: at most each one's mean confidence, for hard classes.
         strong: show the student unlabeled crops with colors changed by data.augment; the teacher labels them unchanged.
@@ -199,7 +199,6 @@ class TrainConfig(_Group):
         _expect(self.dist_align == 0 or self.dist_align >= 1, "train.dist_align", self.dist_align, "0, or 1 to 1000")
         threshold, by_class = self.conf_thresh, self.conf_mode == "class"
         _expect(threshold > 0 or not by_class, "train.conf_thresh", threshold, "more than 0 for train.conf_mode=class")
-        _expect(self.ema > 0 or self.teacher != "ema", "train.ema", self.ema, "more than 0 for train.teacher=ema")
         divisor, batch = self.gradient_accumulation_steps, self.batch_size
         expected = f"a divisor of train.batch_size = {batch}"
         _expect(batch % divisor == 0, "train.gradient_accumulation_steps", divisor, expected)

@@ -11,7 +11,7 @@ from allspark_fast.config import Config, DataConfig, EvalConfig, ModelConfig, Ru
 from allspark_fast.errors import InputError
 from allspark_fast.text import nearest
 
-# Beyond the paper, and measured to pay (docs/results.md).
+# Beyond the paper; where this paid, and where not: docs/results.md.
 _UNLABELED = TrainConfig(
     batch_size=8,
     optimizer="adamw",
@@ -86,7 +86,8 @@ def folder() -> Config:
 
     ``pip install -e '.[timm]' && python train.py folder --data.root my_data``
 
-    Encoder and learning rates are those of ``camvid``; the length is a guess, not tuned on any folder.
+    Encoder and learning rates are those of ``camvid``, what it does with unlabeled images is that of ``scenes``; its
+    length is a guess, not tuned on any folder.
     """
     recipe = camvid()
     return replace(

@@ -37,7 +37,7 @@ def draw(index: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
         color = COLORS[kind] + rng.uniform(-0.12, 0.12, 3)
         image = image * (1 - inside) + inside * color * (0.7 + 0.3 * texture(rng, 30))[..., None]
         mask[distance < 1] = kind
-    image = image * rng.uniform(0.35, 1, 3) + rng.normal(0, 0.03, image.shape)
+    image = image * rng.uniform(0.15, 1, 3) + rng.normal(0, 0.03, image.shape)
     return np.uint8(255 * np.clip(image, 0, 1)), mask
 
 

@@ -94,7 +94,6 @@ def test_numbers_that_are_just_out_of_range_are_refused(group: type, name: str, 
 @pytest.mark.parametrize(
     ("train", "message"),
     [
-        ({"teacher": "ema"}, "train.ema is 0.0, expected .* train.teacher=ema"),
         ({"conf_mode": "class"}, "train.conf_thresh is 0.0, expected .* train.conf_mode=class"),
         ({"strong": True}, "train.strong is True, expected False beside data.augment=none"),
     ],

@@ -23,7 +23,7 @@ sys.modules["triton"] = sys.modules["xformers"] = None
 import importlib, pkgutil, torch, allspark_fast
 for module in pkgutil.walk_packages(allspark_fast.__path__, "allspark_fast."):
     leaf = module.name.rpartition(".")[2]
-    if leaf not in ("kernel", "row_kernels", "bilinear_triton", "__main__"):  # need triton by definition
+    if leaf not in ("kernel", "row_kernels", "__main__"):  # need triton by definition
         importlib.import_module(module.name)
 from allspark_fast.kernels.channel_attention import channel_attention
 try:

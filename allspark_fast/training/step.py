@@ -225,7 +225,7 @@ def compute_losses(
         (loss,) = _weigh_ranks([loss], [batch.label != IGNORE_INDEX], config)
         return Losses(loss, loss, torch.zeros_like(loss))
     classes = classes or ClassStatistics.start(model.decoder.decoder.linear_pred.out_channels, batch.image.device)
-    alignment, adapt = classes.alignment(config.dist_align), config.teacher == "ema"
+    alignment, adapt = classes.alignment(config.dist_align), config.teacher == "ema" and config.ema > 0
     class_logits, pseudo_label, confidence = pseudo_pass(
         teacher or model, batch, config, alignment=alignment, adapt=adapt
     )

@@ -16,7 +16,7 @@ from bench import bench_train_step
 from bench.__main__ import main
 from bench.bench_train_step import SIZES, fake_variant, make_variant, without_dropout
 from bench.harness import FLOP_FORMULAS, Case, cell, conditions, flop_counter, gemm_rate, report, run, saved_bytes
-from bench.operators import attention_cases
+from bench.operators import attention_cases, memory_cases, upsample_cases
 
 
 def test_every_benchmark_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -136,6 +136,14 @@ def test_what_a_comparator_raises_is_its_note(capsys: pytest.CaptureFixture[str]
 def test_saved_bytes_counts_storages_once() -> None:
     x = torch.randn(100, requires_grad=True)
     assert saved_bytes(lambda: (x * x) * x.view(10, 10).flatten()) == 800  # x, and its square
+
+
+@pytest.mark.parametrize("cases", [attention_cases, upsample_cases, memory_cases])
+def test_speed(benchmark: Any, cases: Callable[[str], list[Case]]) -> None:
+    """The forward pass of our operator; at Pascal's size with ``--benchmark-enable --benchmark-autosave``."""
+    case = cases("tiny" if benchmark.disabled else "pascal")[0]
+    ours = next(name for name in ("ours", "triton", "chunked") if name in case.variants)
+    assert benchmark(case.variants[ours]).shape == case.variants["naive"]().shape
 
 
 @pytest.mark.slow
