@@ -39,22 +39,19 @@ sys.exit(main(["train", *options, "--run.output-dir", {str(tmp_path)!r}]))
     assert "mIoU" in printed
 
 
-def test_library_parts_import_nothing_they_do_not_use() -> None:
-    """What torch does not import itself, and takes the most time."""
-    code = """
-import sys, allspark_fast.model, allspark_fast.weights.files
-print([name for name in ("triton", "matplotlib", "tyro", "torchvision", "tensorboard", "PIL") if name in sys.modules])
-"""
-    assert python(code) == "[]\n"
-
-
-def test_help_starts_fast() -> None:
-    code = """
-import sys
-from allspark_fast.__main__ import main
-print(main(["--help"]), [name for name in ("torch", "numpy", "matplotlib", "tyro", "PIL") if name in sys.modules])
-"""
-    assert python(code).splitlines()[-1] == "0 []"
+@pytest.mark.parametrize(
+    ("code", "absent"),
+    [
+        (
+            "import allspark_fast.model, allspark_fast.weights.files",
+            "triton matplotlib tyro torchvision tensorboard PIL",
+        ),
+        ("from allspark_fast.__main__ import main; main(['--help'])", "torch numpy matplotlib tyro PIL"),
+    ],
+)
+def test_nothing_is_imported_that_is_not_used(code: str, absent: str) -> None:
+    printed = python(f"import sys; {code}; print([name for name in {absent.split()} if name in sys.modules])")
+    assert printed.splitlines()[-1] == "[]"
 
 
 @pytest.mark.slow

@@ -2,7 +2,6 @@ import functools
 import logging
 import pickle
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -51,35 +50,31 @@ def legacy(path: Path, state: object = STATE) -> None:
     torch.save(state, path, _use_new_zipfile_serialization=False)
 
 
-@pytest.mark.parametrize(
-    "write",
-    [
-        lambda path: path.write_bytes(b""),
-        lambda path: path.write_bytes(path.read_bytes()[:-1]),
-        lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
-        lambda path: path.write_bytes(bytes(5000)),
-        lambda path: path.write_text("this is not a checkpoint"),
-        lambda path: torch.save({"step": 9, "model": {}}, path),
-        lambda path: torch.save([1, 2], path),
-        legacy,
-        lambda path: zipfile.ZipFile(path, "w").close(),
-        lambda path: (path.unlink(), path.mkdir()),
-        lambda path: torch.save({**torch.load(path), "model": Malicious()}, path),
-        lambda path: legacy(path, {**torch.load(path), "model": Malicious()}),
-        lambda path: path.write_bytes(pickle.dumps({**torch.load(path), "model": Malicious()}, protocol=2)),
-    ],
-    ids=[
-        "empty", "cut by a byte", "cut in half", "zeros", "text", "foreign", "a list", "legacy", "zip", "folder",
-        "malicious", "malicious legacy", "malicious pickle",
-    ],
-)  # fmt: skip
+DAMAGES = {
+    "empty": lambda path: path.write_bytes(b""),
+    "cut by a byte": lambda path: path.write_bytes(path.read_bytes()[:-1]),
+    "cut in half": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+    "zeros": lambda path: path.write_bytes(bytes(5000)),
+    "text": lambda path: path.write_text("this is not a checkpoint"),
+    "foreign": lambda path: torch.save({"step": 9, "model": {}}, path),
+    "a list": lambda path: torch.save([1, 2], path),
+    "legacy": legacy,
+    "zip": lambda path: zipfile.ZipFile(path, "w").close(),
+    "folder": lambda path: (path.unlink(), path.mkdir()),
+    "malicious": lambda path: torch.save({**torch.load(path), "model": Malicious()}, path),
+    "malicious legacy": lambda path: legacy(path, {**torch.load(path), "model": Malicious()}),
+    "malicious pickle": lambda path: path.write_bytes(pickle.dumps({**STATE, "model": Malicious()}, protocol=2)),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
 def test_the_one_before_is_used_and_said_so(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, write: Callable[[Path], object]
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     save_checkpoint(tmp_path, 3, STATE, keep_last=2)
     newest = save_checkpoint(tmp_path, 9, {**STATE, "step": 9}, keep_last=2)
-    write(newest)
+    DAMAGES[kind](newest)
     with caplog.at_level(logging.WARNING):
         assert differences(load_latest_checkpoint(tmp_path), STATE) == []
     assert f"{newest} " in caplog.text

@@ -1,4 +1,3 @@
-from collections.abc import Callable
 from contextlib import nullcontext
 
 import pytest
@@ -8,7 +7,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.helpers.forbid_sync import forbid_sync
 
-CALLS: dict[str, tuple[Callable[[Tensor], object], bool]] = {
+CALLS = {
     "item": (lambda x: x.sum().item(), True),
     "nonzero": (lambda x: x.nonzero(), True),
     "boolean index": (lambda x: x[x > 0], True),

@@ -34,6 +34,7 @@ from tests.helpers.runs import differences
 from tests.helpers.steplog import logged_steps
 from tests.helpers.steps import BEYOND
 
+assert_close = functools.partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5)
 STEPS = 3
 TIMM = "timm/regnetx_002"
 
@@ -68,22 +69,18 @@ def own_part(size: int) -> slice:
     return slice(rank() * share, (rank() + 1) * share)
 
 
-def flatten(state: TrainState) -> dict[str, Tensor]:
-    """Copies of whole tensors of weights, buffers, average and optimizer, by name; of rank 0."""
-    gathered = copy.deepcopy(gather_state(state.state_dict()))
-    tensors = {f"{group}.{name}": x for group in ("model", "ema") for name, x in gathered[group].items()}
-    for index, values in enumerate(gathered["optimizer"]):
-        tensors |= {f"optimizer.{index}.{key}": x for key, x in values.items()}
-    return {**tensors, "loss_sums": gathered["loss_sums"], **gathered["classes"]}
+def gathered(state: TrainState) -> dict[str, Any]:
+    """A copy of all that a checkpoint holds; whole tensors on rank 0."""
+    return copy.deepcopy(gather_state(state.state_dict()))
 
 
-def train_steps(size: int, state: TrainState, take: Callable[..., Losses] | None = None) -> dict[str, Tensor]:
+def train_steps(size: int, state: TrainState, take: Callable[..., Losses] | None = None) -> dict[str, Any]:
     """What some steps on this rank's part of the same images leave, and their losses."""
     take = take or functools.partial(train_step, state)
     mixing = state.config.cutmix > 0
     batches = [make_batch(step, size, own_part(size), mixing=mixing) for step in range(STEPS)]
     losses = [torch.stack(take(batch, use_memory=True)).clone() for batch in batches]
-    return {**flatten(state), "losses": torch.stack(losses)}
+    return {**gathered(state), "losses": torch.stack(losses)}
 
 
 def train_recorded_steps(size: int, report: Callable[[Record], object] | None = None, **options: Any) -> dict:
@@ -91,12 +88,6 @@ def train_recorded_steps(size: int, report: Callable[[Record], object] | None = 
     state = make_state(**options)
     with patch.object(cuda_graph, "WARMUP_STEPS", 1):
         return train_steps(size, state, logged_steps(state, report=report))
-
-
-def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert actual.keys() == expected.keys()
-    for name, x in expected.items():
-        torch.testing.assert_close(actual[name], x, rtol=1e-5, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def on_two_ranks() -> dict[str, Any]:
@@ -134,13 +125,13 @@ def skip_a_step() -> bool:
     return unchanged and state.skipped == 1
 
 
-def save_before_and_after_an_evaluation() -> list[dict[str, Tensor]]:
+def save_before_and_after_an_evaluation() -> list[dict[str, Any]]:
     """What a checkpoint holds; a forward pass without backward, as pseudo labels take, leaves parameters gathered."""
     state, batch = make_state(sharding="fsdp"), make_batch(0, 2, own_part(2))
     train_step(state, batch, use_memory=True)
-    before = flatten(state)
+    before = gathered(state)
     pseudo_pass(state.model, batch, state.config)
-    return [before, flatten(state)]
+    return [before, gathered(state)]
 
 
 def attend_before_rank_0_arrives(memory_sync: str) -> float:
@@ -209,7 +200,7 @@ class TestTwoRanks:
         with patch("allspark_fast.training.step.upsample_cross_entropy", mean_of_images):
             expected = train_steps(2, make_state())["losses"]
         means = torch.stack([result["mean per rank"] for result in results]).mean(0)
-        torch.testing.assert_close(means, expected, rtol=1e-5, atol=1e-5)
+        assert_close(means, expected)
         assert (means - results[0]["replicate"]["losses"]).abs().max() > 1e-4
 
     def test_batch_norm_of_an_encoder_is_synchronized(self, results: list[dict[str, Any]]) -> None:
@@ -226,7 +217,7 @@ class TestTwoRanks:
         assert [result["error"] for result in results] == ["no room", "another rank has failed, its message tells why"]
 
 
-def on_four_ranks() -> list[dict[str, Tensor]]:
+def on_four_ranks() -> list[dict[str, Any]]:
     recorded = [train_recorded_steps(4, sharding=sharding) for sharding in ("fsdp", "replicate")]
     return [train_steps(4, make_state(sharding="fsdp")), *recorded]
 
