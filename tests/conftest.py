@@ -1,6 +1,4 @@
 import os
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,20 +18,20 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture(autouse=True)
-def _alike() -> None:
+def _alike():
     """Every test starts from the same seed, with one thread: more only wait for each other on small tensors."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
 
 
 @pytest.fixture
-def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_pictures(monkeypatch):
     """Runs in this process draw nothing: most of the time of a tiny run goes there."""
     monkeypatch.setattr(trainer, "draw_pictures", lambda *_: None)
 
 
 @pytest.fixture
-def command(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+def command(capsys):
     """Run a command in this process, check its exit status, and return all that it printed."""
 
     def run(*words: object, status: int = 0) -> str:
@@ -45,7 +43,7 @@ def command(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
 
 
 @pytest.fixture
-def tiny_spec() -> ModelSpec:
+def tiny_spec():
     """A model of three classes, small enough for any test."""
     return ModelSpec(
         backbone="mit_tiny",
@@ -62,7 +60,7 @@ def tiny_spec() -> ModelSpec:
 
 
 @pytest.fixture
-def weights(tmp_path: Path, tiny_spec: ModelSpec) -> Path:
+def weights(tmp_path, tiny_spec):
     """The file of weights of such a model."""
     save_model(tiny_spec.build(), tiny_spec, tmp_path / "model.safetensors")
     return tmp_path / "model.safetensors"

@@ -20,7 +20,7 @@ from allspark_fast.recipes import RECIPES
 from tests.helpers.runs import changed
 
 
-def test_settings_that_earlier_versions_lacked_take_their_defaults(tmp_path: Path) -> None:
+def test_settings_that_earlier_versions_lacked_take_their_defaults(tmp_path):
     config = changed(Config(), train={"lr": 0.5}, data={"crop": 65})
     fields = json.loads(config.to_json())
     del fields["train"]["ema"], fields["data"]["workers"], fields["eval"]
@@ -36,7 +36,7 @@ def test_settings_that_earlier_versions_lacked_take_their_defaults(tmp_path: Pat
         ({"epochs": 8, "warmup": 0.5, "pseudo_from_epoch": 1}, {"times": 100}, (80, 40, 10, 1)),
     ],
 )
-def test_lengths_in_epochs_steps_and_parts_of_the_run(train: dict, evaluation: dict, expected: tuple) -> None:
+def test_lengths_in_epochs_steps_and_parts_of_the_run(train, evaluation, expected):
     assert changed(Config(), train=train, eval=evaluation).schedule(10) == expected
 
 
@@ -49,7 +49,7 @@ def test_lengths_in_epochs_steps_and_parts_of_the_run(train: dict, evaluation: d
         ("train.attend", "train.attend was renamed: use train.kv_source"),
     ],
 )
-def test_settings_that_do_not_exist_are_refused_with_the_right_name(name: str, message: str, tmp_path: Path) -> None:
+def test_settings_that_do_not_exist_are_refused_with_the_right_name(name, message, tmp_path):
     """On the command line, in a file of settings, and in the config.json of a run."""
     message = re.escape(message)
     group, field = name.split(".")
@@ -61,7 +61,7 @@ def test_settings_that_do_not_exist_are_refused_with_the_right_name(name: str, m
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_every_recipe_survives_json_and_tells_its_command(name: str) -> None:
+def test_every_recipe_survives_json_and_tells_its_command(name):
     config = RECIPES[name]()
     assert from_plain(Config, json.loads(config.to_json()), "config") == config
     if config.model.weights == Path("imagenet"):  # what these were trained with
@@ -85,7 +85,7 @@ def test_every_recipe_survives_json_and_tells_its_command(name: str) -> None:
         (RunConfig, "keep_last", 0),
     ],
 )  # fmt: skip
-def test_numbers_that_are_just_out_of_range_are_refused(group: type, name: str, value: object) -> None:
+def test_numbers_that_are_just_out_of_range_are_refused(group, name, value):
     setting = f"{group.__name__.removesuffix('Config').lower()}.{name}"
     with pytest.raises(InputError, match=rf"^{setting} is {re.escape(str(value))}, expected "):
         group(**{name: value})
@@ -98,12 +98,12 @@ def test_numbers_that_are_just_out_of_range_are_refused(group: type, name: str, 
         ({"strong": True}, "train.strong is True, expected False beside data.augment=none"),
     ],
 )
-def test_settings_without_what_they_need_are_refused(train: dict, message: str) -> None:
+def test_settings_without_what_they_need_are_refused(train, message):
     with pytest.raises(InputError, match=message):
         changed(Config(data=DataConfig(augment="none")), train=train)
 
 
-def test_epochs_that_are_given_replace_the_steps_of_a_recipe() -> None:
+def test_epochs_that_are_given_replace_the_steps_of_a_recipe():
     _, config = parse_config(["folder", "--train.epochs", "4", "--train.warmup-epochs=1", "--eval.every", "2"], "train")
     assert config.schedule(10) == (40, 10, 13, 20)  # pseudo labels from a third of the run, as in the recipe
     assert parse_config(["folder", "--train.steps", "9"], "train")[1].schedule(10) == (9, 1, 3, 1)
@@ -112,7 +112,7 @@ def test_epochs_that_are_given_replace_the_steps_of_a_recipe() -> None:
         parse_config(["folder", "--train.epochs", "3", "--train.steps", "9"], "train")
 
 
-def test_a_file_stands_between_the_recipe_and_the_command_line(tmp_path: Path) -> None:
+def test_a_file_stands_between_the_recipe_and_the_command_line(tmp_path):
     file = tmp_path / "mine.yaml"
     file.write_text(
         "data: {range: [0, 4095], root: /a b, augment: aerial}\n"
@@ -131,14 +131,14 @@ def test_a_file_stands_between_the_recipe_and_the_command_line(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("text", ["[1]", "train: 3", "train: {lr: {a: 1}}", "train: {lr: [", "\xff", ""])
-def test_files_that_hold_no_settings_are_refused(text: str, tmp_path: Path) -> None:
+def test_files_that_hold_no_settings_are_refused(text, tmp_path):
     (tmp_path / "a.yaml").write_bytes(text.encode("latin-1"))
     with pytest.raises(InputError, match=r"a\.yaml: expected groups of settings such as"):
         parse_config(["--config", str(tmp_path / "a.yaml")], "train")
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_printed_settings_are_a_file_of_them(recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_printed_settings_are_a_file_of_them(recipe, tmp_path, capsys):
     with pytest.raises(SystemExit, match=r"^0$"):
         parse_config([recipe, "--train.lr", "1e-5", "--train.compile", "off", "--print-config"], "train")
     (tmp_path / "a.yaml").write_text(capsys.readouterr().out)
@@ -146,7 +146,7 @@ def test_printed_settings_are_a_file_of_them(recipe: str, tmp_path: Path, capsys
     assert printed == changed(RECIPES[recipe](), train={"lr": 1e-5, "compile": "off"})
 
 
-def test_the_papers_hyper_parameters() -> None:
+def test_the_papers_hyper_parameters():
     model = {"backbone": "mit_b5", "embedding_dim": 768, "num_heads": 2, "memory_init": "randn"}
     model |= {"memory_sync": "rank0", "class_map": "logits"}
     train = {"optimizer": "sgd", "weight_decay": 1e-4, "kv_source": "batch", "pseudo_padding": True, "ema": 0}

@@ -16,7 +16,7 @@ def python(code: str) -> str:
     return done.stdout
 
 
-def test_everything_imports_and_trains_without_triton_and_xformers(tmp_path: Path) -> None:
+def test_everything_imports_and_trains_without_triton_and_xformers(tmp_path):
     code = f"""
 import sys
 sys.modules["triton"] = sys.modules["xformers"] = None
@@ -49,13 +49,13 @@ sys.exit(main(["train", *options, "--run.output-dir", {str(tmp_path)!r}]))
         ("from allspark_fast.__main__ import main; main(['--help'])", "torch numpy matplotlib tyro PIL"),
     ],
 )
-def test_nothing_is_imported_that_is_not_used(code: str, absent: str) -> None:
+def test_nothing_is_imported_that_is_not_used(code, absent):
     printed = python(f"import sys; {code}; print([name for name in {absent.split()} if name in sys.modules])")
     assert printed.splitlines()[-1] == "[]"
 
 
 @pytest.mark.slow
-def test_a_hugging_face_model_at_the_root_does_not_load_our_kernels_under_another_name() -> None:
+def test_a_hugging_face_model_at_the_root_does_not_load_our_kernels_under_another_name():
     pytest.importorskip("transformers", reason="needs Hugging Face transformers")
     code = """
 import sys, transformers

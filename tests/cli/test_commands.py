@@ -2,7 +2,6 @@ import dataclasses
 import errno
 import importlib
 import re
-from collections.abc import Callable
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -17,13 +16,13 @@ from allspark_fast.config import Config
 from allspark_fast.errors import InputError
 from allspark_fast.kernels.selftest import Result
 from allspark_fast.recipes import RECIPES
-from allspark_fast.weights.spec import ModelSpec, save_model
+from allspark_fast.weights.spec import save_model
 
 SETTINGS = [(group, setting) for group in dataclasses.fields(Config) for setting in dataclasses.fields(group.type)]
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_every_command_explains_itself(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_command_explains_itself(name, capsys):
     with pytest.raises(SystemExit) as stop:
         main([name, "--help"])
     assert stop.value.code == 0
@@ -42,9 +41,7 @@ def test_every_command_explains_itself(name: str, capsys: pytest.CaptureFixture[
 
 
 @pytest.mark.parametrize(("arguments", "status"), [([], 2), (["trian"], 2), (["--help"], 0)])
-def test_without_a_command_the_usage_is_printed(
-    arguments: list[str], status: int, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_without_a_command_the_usage_is_printed(arguments, status, capsys):
     assert main(arguments) == status
     out, err = capsys.readouterr()
     printed, other = (err, out) if status else (out, err)
@@ -73,9 +70,7 @@ def test_without_a_command_the_usage_is_printed(
         ("convert model.safetensors nowhere/a.safetensors", "there is no folder nowhere"),
     ],
 )
-def test_mistakes_are_named(
-    command: str, message: str, weights: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_mistakes_are_named(command, message, weights, monkeypatch, capsys):
     if "cuda" in command and torch.cuda.is_available():
         pytest.skip("there is a GPU")
     monkeypatch.chdir(weights.parent)
@@ -103,13 +98,7 @@ def test_mistakes_are_named(
         ("train", Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")), None),
     ],
 )
-def test_out_of_memory_is_told_with_what_takes_less(
-    command: str,
-    fail: Callable[[], object],
-    advice: str | None,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_out_of_memory_is_told_with_what_takes_less(command, fail, advice, monkeypatch, capsys):
     monkeypatch.setattr(importlib.import_module(f"allspark_fast.cli.{command}"), "run", lambda _: fail())
     assert main([command]) == 1
     printed = capsys.readouterr().err
@@ -119,16 +108,14 @@ def test_out_of_memory_is_told_with_what_takes_less(
 
 
 @pytest.mark.parametrize(("error", "options"), [(ValueError("a bug"), []), (InputError("a typo"), ["--debug"])])
-def test_unexpected_errors_keep_their_traceback(
-    error: Exception, options: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unexpected_errors_keep_their_traceback(error, options, monkeypatch):
     """All do with --debug."""
     monkeypatch.setattr(train, "run", Mock(side_effect=error))
     with pytest.raises(ValueError, match=str(error)):
         main(["train", *options])
 
 
-def test_info_of_weights(tmp_path: Path, tiny_spec: ModelSpec, command: Callable[..., str]) -> None:
+def test_info_of_weights(tmp_path, tiny_spec, command):
     model = tiny_spec.build()
     model.decoder.allspark.attn.queue_filled[1] = True
     save_model(model, tiny_spec, tmp_path / "model.safetensors")
@@ -143,12 +130,7 @@ def test_info_of_weights(tmp_path: Path, tiny_spec: ModelSpec, command: Callable
     ("capability", "kernels"),
     [(None, "Triton has no kernels for CPUs"), ((7, 5), "compute capability 7.5, the kernels need 8.0")],
 )
-def test_selftest_says_what_runs_and_fails_if_a_kernel_does(
-    capability: tuple[int, int] | None,
-    kernels: str,
-    monkeypatch: pytest.MonkeyPatch,
-    command: Callable[..., str],
-) -> None:
+def test_selftest_says_what_runs_and_fails_if_a_kernel_does(capability, kernels, monkeypatch, command):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     for failure, status in (("", 0), ("wrong by 1", 1)):

@@ -3,7 +3,6 @@
 import csv
 import json
 import unicodedata
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,14 +14,14 @@ from PIL import Image
 from allspark_fast.config import Config, DataConfig, EvalConfig
 from allspark_fast.data.datasets import split_line
 from allspark_fast.inference.evaluate import predict_labels
-from allspark_fast.weights.spec import ModelSpec, load_model, save_model
+from allspark_fast.weights.spec import load_model, save_model
 from tests.helpers.images import write_folder
 
 CLASSES = ("apple", "pear", "plum")
 
 
 @pytest.fixture
-def data(tmp_path: Path) -> Path:
+def data(tmp_path):
     """Three images with labels and a list of them, but no list to train on."""
     folder = tmp_path / "data"
     lines = [split_line(entry) for entry in write_folder(folder, 3, names=CLASSES)]
@@ -32,7 +31,7 @@ def data(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def weights(tmp_path: Path, tiny_spec: ModelSpec) -> Path:
+def weights(tmp_path, tiny_spec):
     """Normalized otherwise than the recipe says."""
     spec = replace(tiny_spec, mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2))
     path = tmp_path / "weights" / "best.safetensors"
@@ -42,7 +41,7 @@ def weights(tmp_path: Path, tiny_spec: ModelSpec) -> Path:
 
 
 @pytest.fixture
-def evaluate(weights: Path, data: Path, command: Callable[..., str]) -> Callable[..., str]:
+def evaluate(weights, data, command):
     recipe = ["folder", "--data.root", data, "--data.val", "val.txt", "--eval.workers", 0]
     return lambda *options, of=weights, status=0: command("evaluate", of, *options, *recipe, status=status)
 
@@ -59,17 +58,13 @@ def expected_confusion(weights: Path, data: Path, names: list[str]) -> np.ndarra
 
 
 @pytest.mark.parametrize(("split", "names"), [([], ["00", "01"]), (["--split", "test.txt"], ["02"])])
-def test_the_images_of_a_recipe(
-    weights: Path, data: Path, evaluate: Callable[..., str], split: list[str], names: list[str]
-) -> None:
+def test_the_images_of_a_recipe(weights, data, evaluate, split, names):
     evaluate(*split, "--json", data / "scores.json")
     scores = json.loads((data / "scores.json").read_text())
     assert scores["confusion"] == expected_confusion(weights, data, names).tolist()
 
 
-def test_the_images_of_a_run(
-    weights: Path, data: Path, evaluate: Callable[..., str], command: Callable[..., str]
-) -> None:
+def test_the_images_of_a_run(weights, data, evaluate, command):
     config = Config(data=DataConfig(dataset="folder", root=data, val=Path("val.txt")), eval=EvalConfig(workers=1))
     (weights.parent / "config.json").write_text(config.to_json())
     assert command("evaluate", weights.parent).startswith(evaluate())
@@ -93,9 +88,7 @@ def test_the_images_of_a_run(
     assert np.mean([float(row["boundary_f1"]) for row in classes]) == pytest.approx(boundary, abs=1e-3)
 
 
-def test_what_cannot_be_scored(
-    weights: Path, data: Path, evaluate: Callable[..., str], command: Callable[..., str]
-) -> None:
+def test_what_cannot_be_scored(weights, data, evaluate, command):
     for options in ((), ("--data.root", data)):
         printed = command("evaluate", weights, *options, status=1)
         assert "not a run folder (no config.json); for other weights name a RECIPE" in printed
@@ -104,9 +97,7 @@ def test_what_cannot_be_scored(
 
 
 @pytest.mark.parametrize("names", [("apple", "pear", "plum"), ("plum", "apple", "pear"), ("pear", "plum", "äpple")])
-def test_labels_are_matched_by_the_names_of_their_classes(
-    weights: Path, data: Path, tiny_spec: ModelSpec, names: tuple[str, ...], evaluate: Callable[..., str]
-) -> None:
+def test_labels_are_matched_by_the_names_of_their_classes(weights, data, tiny_spec, names, evaluate):
     """Whatever their order, and however accents are composed."""
     ours = tuple(sorted(names))
     spec = replace(tiny_spec, info=replace(tiny_spec.info, classes=ours))
@@ -123,9 +114,7 @@ def test_labels_are_matched_by_the_names_of_their_classes(
 
 
 @pytest.mark.parametrize("names", [("apple", "pear"), ("apple", "pear", "Plum")])
-def test_other_names_of_classes_are_refused(
-    weights: Path, data: Path, tiny_spec: ModelSpec, names: tuple[str, ...], evaluate: Callable, command: Callable
-) -> None:
+def test_other_names_of_classes_are_refused(weights, data, tiny_spec, names, evaluate, command):
     spec = replace(tiny_spec, info=replace(tiny_spec.info, classes=names))
     save_model(spec.build(), spec, weights)
     error = evaluate(status=1)

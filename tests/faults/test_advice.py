@@ -15,7 +15,7 @@ from PIL import Image
 from allspark_fast.__main__ import main
 from allspark_fast.data import loader
 from allspark_fast.weights.files import save_weights
-from allspark_fast.weights.spec import ModelSpec, save_model
+from allspark_fast.weights.spec import save_model
 from tests.helpers.images import write_folder
 
 SETTINGS = (
@@ -29,7 +29,7 @@ CONVERT = "convert old.pth a.safetensors"
 
 
 @pytest.fixture(autouse=True)
-def place(weights: Path, tiny_spec: ModelSpec, no_pictures: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def place(weights, tiny_spec, no_pictures, monkeypatch):
     """The working directory has data/ with split files, photo.png and weights of many kinds, but no shared memory."""
     monkeypatch.chdir(weights.parent)
     monkeypatch.delenv("ALLSPARK_DATA_DIR", raising=False)
@@ -100,9 +100,7 @@ ADVICE = [
 
 
 @pytest.mark.parametrize(("before", "command", "message", "advice"), ADVICE)
-def test_advice_works(
-    before: str | Callable, command: str, message: str, advice: str | Callable, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_advice_works(before, command, message, advice, capsys):
     def said(line: str) -> tuple[int, re.Match[str] | None]:
         return main(line.split()), re.search(message, "".join(capsys.readouterr()), re.DOTALL)
 

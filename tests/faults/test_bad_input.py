@@ -2,8 +2,6 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
-from pathlib import Path
 from typing import get_args, get_origin, get_type_hints
 
 import numpy as np
@@ -65,7 +63,7 @@ LABELS = torch.zeros(4, 4, dtype=torch.int64)
         (lambda: updated(LABELS, LABELS[None]), "expected one shape"),
     ],
 )
-def test_wrong_values_are_named(call: Callable[[], object], message: str) -> None:
+def test_wrong_values_are_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
 
@@ -84,18 +82,18 @@ def test_wrong_values_are_named(call: Callable[[], object], message: str) -> Non
         (lambda: updated(LABELS.float(), LABELS), "expected integer classes"),
     ],
 )
-def test_wrong_types_are_named(call: Callable[[], object], message: str) -> None:
+def test_wrong_types_are_named(call, message):
     with pytest.raises(TypeError, match=message):
         call()
 
 
-def test_numbers_of_numpy() -> None:
+def test_numbers_of_numpy():
     options = AllSparkOptions(dropout=np.float32(0.1))
     assert AllSpark(np.int64(4), np.int64(3), 4, options).eval()(torch.ones(1, 4, 2, 2)).shape == (1, 4, 2, 2)
 
 
 @pytest.mark.parametrize("pointer", [-1, 64])
-def test_pointers_outside_the_memory_are_refused(tmp_path: Path, pointer: int) -> None:
+def test_pointers_outside_the_memory_are_refused(tmp_path, pointer):
     source, target = tiny_segmentor(), tiny_segmentor()
     slots = source.decoder.allspark.attn.kv_queue.shape[1]
     source.decoder.allspark.attn.queue_ptr[1] = pointer if pointer < 0 else slots
@@ -107,7 +105,7 @@ def test_pointers_outside_the_memory_are_refused(tmp_path: Path, pointer: int) -
 
 
 @pytest.mark.parametrize(("prediction", "target"), [(2, 0), (-1, 0), (0, 2), (0, -1)])
-def test_classes_that_there_are_not(prediction: int, target: int) -> None:
+def test_classes_that_there_are_not(prediction, target):
     with pytest.raises(RuntimeError, match=r"a class outside \[0, 2\)"):
         updated(torch.tensor([0, prediction]), torch.tensor([0, target]))
     updated(torch.tensor([prediction]), torch.tensor([255]))
@@ -125,7 +123,7 @@ EXTREMES = [-math.inf, -1e30, -1, 0, 5e-324, 1, 10**9, 2**31, 2**63 - 1, 2**63, 
 
 
 @pytest.mark.parametrize(("group", "name", "hint"), NUMBERS)
-def test_any_number_of_the_settings(tmp_path: Path, group: str, name: str, hint: type) -> None:
+def test_any_number_of_the_settings(tmp_path, group, name, hint):
     """It is refused by the setting's name, or trains; every setting has a range."""
     right, refused = [], []
     for number in EXTREMES:

@@ -26,7 +26,7 @@ def flip(path: Path, bit: int) -> None:
 
 
 @pytest.mark.parametrize("name", ["step_00000003.pt", "a.safetensors", "a.pth"])
-def test_no_flipped_bit_changes_what_a_file_gives(tmp_path: Path, name: str) -> None:
+def test_no_flipped_bit_changes_what_a_file_gives(tmp_path, name):
     path = tmp_path / name
     if name.startswith("step"):
         save_checkpoint(tmp_path, 3, STATE, keep_last=1)
@@ -68,9 +68,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("kind", DAMAGES)
-def test_the_one_before_is_used_and_said_so(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, kind: str
-) -> None:
+def test_the_one_before_is_used_and_said_so(tmp_path, caplog, monkeypatch, kind):
     monkeypatch.chdir(tmp_path)
     save_checkpoint(tmp_path, 3, STATE, keep_last=2)
     newest = save_checkpoint(tmp_path, 9, {**STATE, "step": 9}, keep_last=2)
@@ -85,7 +83,7 @@ def test_the_one_before_is_used_and_said_so(
     assert not Path("pwned").exists()
 
 
-def test_a_checkpoint_of_another_model_is_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_checkpoint_of_another_model_is_passed_over(tmp_path, caplog):
     save_checkpoint(tmp_path, 3, STATE, keep_last=2)
     for step, model in ((8, {"a": torch.ones(4), "b": STATE["model"]["b"]}), (9, {"a": STATE["model"]["a"]})):
         save_checkpoint(tmp_path, step, {**STATE, "model": model}, keep_last=3)
@@ -95,7 +93,7 @@ def test_a_checkpoint_of_another_model_is_passed_over(tmp_path: Path, caplog: py
 
 
 @pytest.mark.parametrize("cut", [0, 1, 10, 200, 500, 700])
-def test_cut_legacy_files_are_refused(tmp_path: Path, cut: int) -> None:
+def test_cut_legacy_files_are_refused(tmp_path, cut):
     legacy(tmp_path / "mit.pth")
     whole = (tmp_path / "mit.pth").read_bytes()
     (tmp_path / "mit.pth").write_bytes(whole[: min(cut, len(whole) - 1)])
@@ -103,7 +101,7 @@ def test_cut_legacy_files_are_refused(tmp_path: Path, cut: int) -> None:
         read_weights(tmp_path / "mit.pth")
 
 
-def test_too_full_a_disk_is_told_before_work_starts(tmp_path: Path) -> None:
+def test_too_full_a_disk_is_told_before_work_starts(tmp_path):
     state = {"model": {"a": torch.empty(2**40, 2**10, device="meta")}, "step": 1}
     with pytest.raises(OSError, match=r"MB are free, but 3 more checkpoints take at least 13510798882\.1 MB"):
         require_space(tmp_path / "checkpoints", state, keep_last=2)

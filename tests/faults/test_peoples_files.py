@@ -22,7 +22,7 @@ PLAIN = "0 errors, 0 warnings"
 
 
 @pytest.fixture(autouse=True)
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def place(tmp_path, monkeypatch):
     """The working directory has data/ with eight images, six masks of three classes, and lists."""
     monkeypatch.chdir(tmp_path)
     write_folder(DATA, 8, labeled=6, names=["a", "b", "c"])
@@ -182,14 +182,7 @@ FAULTS = {
     ("change", "command", "status", "said"),
     [pytest.param(*case, id=f"{kind} {number}") for kind, cases in FAULTS.items() for number, case in enumerate(cases)],
 )
-def test_it_is_said_or_read_as_meant(
-    change: Callable[[], object],
-    command: str,
-    status: int,
-    said: str,
-    request: pytest.FixtureRequest,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_it_is_said_or_read_as_meant(change, command, status, said, request, capsys):
     change()
     if command.startswith("predict"):
         request.getfixturevalue("weights")

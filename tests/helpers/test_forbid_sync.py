@@ -22,7 +22,7 @@ CALLS = {
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_what_waits_is_refused_and_nothing_else(name: str) -> None:
+def test_what_waits_is_refused_and_nothing_else(name):
     call, waits = CALLS[name]
     refused = pytest.raises(AssertionError, match="waits for the device") if waits else nullcontext()
     with refused, forbid_sync():
@@ -34,12 +34,12 @@ def peek(x: Tensor) -> Tensor:
     return x * x[0].item()
 
 
-def test_operators_are_looked_into_if_asked() -> None:
+def test_operators_are_looked_into_if_asked():
     with pytest.raises(AssertionError, match="item"), forbid_sync(inside_operators=True):
         peek(torch.ones(3))
 
 
-def test_copies_between_host_and_device() -> None:
+def test_copies_between_host_and_device():
     with FakeTensorMode(), forbid_sync():
         x = torch.ones(3, device="cuda")
         x.copy_(torch.ones(3), non_blocking=True)

@@ -1,7 +1,6 @@
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +21,7 @@ def picture(width: int, height: int, mode: str = "RGB") -> Image.Image:
 
 
 @pytest.fixture
-def photos(tmp_path: Path) -> Path:
+def photos(tmp_path):
     """Images of every mode, three of one size."""
     folder = tmp_path / "photos"
     folder.mkdir()
@@ -49,7 +48,7 @@ def names_in(folder: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("mode", ["whole", "sliding"])
-def test_predicts_what_evaluation_scores(weights: Path, mode: str) -> None:
+def test_predicts_what_evaluation_scores(weights, mode):
     model, spec = load_model(weights)
     image = picture(100, 150)
     labels, confidence = Predictor(model, spec, mode=mode).predict(image)
@@ -62,7 +61,7 @@ def test_predicts_what_evaluation_scores(weights: Path, mode: str) -> None:
     assert 1 / 3 < confidence.min() < confidence.max() < 1
 
 
-def test_large_images_go_through_windows_unless_told(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_images_go_through_windows_unless_told(weights, monkeypatch):
     modes = []
 
     def spy(_: object, images: torch.Tensor, *, mode: str, crop: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -79,7 +78,7 @@ def test_large_images_go_through_windows_unless_told(weights: Path, monkeypatch:
 
 
 @pytest.mark.slow
-def test_a_large_photo_takes_less_than_4_gib() -> None:
+def test_a_large_photo_takes_less_than_4_gib():
     """The resident memory of a whole process; windows and classes decide it, not the encoder."""
     code = """
 from pathlib import Path
@@ -100,7 +99,7 @@ print(Path("/proc/self/status").read_text())
     assert int(peak) * 1024 < 4 * 2**30
 
 
-def test_every_kind_of_image(weights: Path, photos: Path, tmp_path: Path, command: Callable[..., str]) -> None:
+def test_every_kind_of_image(weights, photos, tmp_path, command):
     out = tmp_path / "out"
     command("predict", weights, photos, "--confidence", "--out", out)
     images = {path.stem: path for path in photos.iterdir() if path.suffix != ".txt"}
@@ -116,8 +115,8 @@ def test_every_kind_of_image(weights: Path, photos: Path, tmp_path: Path, comman
 
 
 def test_files_that_cannot_be_read_or_written_are_named_and_the_rest_done(
-    weights: Path, photos: Path, tmp_path: Path, command: Callable[..., str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+    weights, photos, tmp_path, command, monkeypatch
+):
     out = tmp_path / "out"
     long_name = "é" * 123 + "abc"  # 249 bytes; 255 are allowed
     picture(70, 80).save(photos / f"{long_name}.png")
@@ -145,9 +144,7 @@ def test_files_that_cannot_be_read_or_written_are_named_and_the_rest_done(
     assert long_name in names_in(out / "overlays")
 
 
-def test_nothing_is_overwritten_unless_asked_for(
-    weights: Path, photos: Path, tmp_path: Path, command: Callable[..., str]
-) -> None:
+def test_nothing_is_overwritten_unless_asked_for(weights, photos, tmp_path, command):
     words = ["predict", weights, photos / "a.png", "--out", tmp_path / "out"]
     command(*words)
     label = tmp_path / "out" / "labels" / "a.png"
@@ -158,9 +155,7 @@ def test_nothing_is_overwritten_unless_asked_for(
     assert Image.open(label).size == (90, 70)
 
 
-def test_images_that_are_left_out_are_named(
-    weights: Path, photos: Path, tmp_path: Path, command: Callable[..., str]
-) -> None:
+def test_images_that_are_left_out_are_named(weights, photos, tmp_path, command):
     options = ["--overwrite", "--out", tmp_path / "out"]
     # notes.txt
     assert "1 files that are no images were left out" in command("predict", weights, photos, *options)
@@ -174,7 +169,7 @@ def test_images_that_are_left_out_are_named(
     command("predict", weights, photos / "site/scan.jfif", *options)
 
 
-def test_files_folders_and_patterns(photos: Path, tmp_path: Path) -> None:
+def test_files_folders_and_patterns(photos, tmp_path):
     def find(*arguments: Path) -> list[str]:
         return [path.name for path in find_images(map(str, arguments), skip=tmp_path / "predictions")[0]]
 
@@ -194,7 +189,7 @@ def test_files_folders_and_patterns(photos: Path, tmp_path: Path) -> None:
         find_images([""], skip=tmp_path)
 
 
-def test_folders_in_a_folder_are_mirrored(weights: Path, photos: Path, command: Callable[..., str]) -> None:
+def test_folders_in_a_folder_are_mirrored(weights, photos, command):
     for folder in ("site_a/deep", "site_b", ".hidden"):
         (photos / folder).mkdir(parents=True)
         picture(64, 64).save(photos / folder / "a.png")

@@ -1,7 +1,5 @@
 import copy
 import math
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -25,7 +23,7 @@ def batch(images: int = 2) -> tuple[Tensor, Tensor]:
 
 
 class TestMemory:
-    def test_a_class_stays_filled_when_it_gets_nothing_more(self) -> None:
+    def test_a_class_stays_filled_when_it_gets_nothing_more(self):
         memory = bottleneck(memory_init="empty").attn
         features = torch.ones(1, SIDE**2, C)
         for cls in (2, 0):
@@ -36,14 +34,14 @@ class TestMemory:
 
     @pytest.mark.parametrize("use_memory", [False, True])
     @pytest.mark.parametrize("grad", [False, True])
-    def test_every_channel_is_enqueued_in_warm_up_and_without_gradients_too(self, use_memory: bool, grad: bool) -> None:
+    def test_every_channel_is_enqueued_in_warm_up_and_without_gradients_too(self, use_memory, grad):
         module = bottleneck(memory_init="empty")
         with torch.set_grad_enabled(grad):
             assert module(*batch(), use_memory=use_memory).requires_grad == grad
         assert (module.attn.kv_queue.abs().sum(2) > 0).sum() == module.attn.received.sum() == 2 * C
         assert torch.equal(module.attn.queue_filled, module.attn.received > 0)
 
-    def test_eval_neither_uses_nor_changes_it(self) -> None:
+    def test_eval_neither_uses_nor_changes_it(self):
         module = bottleneck().eval()
         features = batch()[0]
         expected = module(features)
@@ -53,13 +51,13 @@ class TestMemory:
         assert torch.equal(module.attn.kv_queue, before + 1)
 
     @pytest.mark.parametrize("clone", [copy.deepcopy, lambda module: module.double().float()])
-    def test_strides_survive(self, clone: Callable[[AllSpark], AllSpark]) -> None:
+    def test_strides_survive(self, clone):
         module = clone(bottleneck())
         assert module.attn.stored_channels().is_contiguous()
         module.load_state_dict({name: x.contiguous() for name, x in module.state_dict().items()})
         assert module.attn.stored_channels().is_contiguous()
 
-    def test_backward_comes_once_and_before_the_next_forward(self) -> None:
+    def test_backward_comes_once_and_before_the_next_forward(self):
         module = bottleneck()
         first, second = (module(*batch(), use_memory=True).sum() for _ in range(2))
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -69,7 +67,7 @@ class TestMemory:
             second.backward()
 
     @pytest.mark.parametrize("bad", [math.nan, math.inf])
-    def test_skips_images_that_are_not_finite(self, bad: float) -> None:
+    def test_skips_images_that_are_not_finite(self, bad):
         features, class_logits = batch()
         features[3, 1, 1, 1] = bad  # the second unlabeled image
         module = bottleneck(memory_init="empty")
@@ -79,7 +77,7 @@ class TestMemory:
 
 
 class TestSwitches:
-    def test_class_map_softmax_changes_the_grouping(self) -> None:
+    def test_class_map_softmax_changes_the_grouping(self):
         received = []
         for kind in ("logits", "softmax"):
             torch.manual_seed(0)
@@ -88,7 +86,7 @@ class TestSwitches:
             received.append(module.attn.received)
         assert not torch.equal(*received)
 
-    def test_empty_leaves_out_classes_without_a_channel(self) -> None:
+    def test_empty_leaves_out_classes_without_a_channel(self):
         features, class_logits = batch()
         class_logits[:, 2:] = 0  # two classes cannot win
         class_logits[:, :2] += 3
@@ -102,7 +100,7 @@ class TestSwitches:
         other.attn.kv_queue[absent] = 100.0
         assert torch.equal(other(features, class_logits, use_memory=True), output)
 
-    def test_kv_source_batch_sees_the_other_images_and_image_does_not(self) -> None:
+    def test_kv_source_batch_sees_the_other_images_and_image_does_not(self):
         module = bottleneck().eval()
         features = batch()[0]
         alone = torch.cat([module(x, kv_source="image") for x in features.split(1)])
@@ -111,7 +109,7 @@ class TestSwitches:
         torch.testing.assert_close(module(features[:1], kv_source="batch"), alone[:1])
 
     @pytest.mark.parametrize("crop_size", [(65, 97), (33, 21), None])
-    def test_class_map_is_resized_to_the_crop_and_then_to_the_tokens(self, crop_size: tuple[int, int] | None) -> None:
+    def test_class_map_is_resized_to_the_crop_and_then_to_the_tokens(self, crop_size):
         logits = torch.randn(2, K, 17, 25)
         full = logits if crop_size is None else F.interpolate(logits, crop_size, mode="bilinear", align_corners=False)
         expected = F.interpolate(full, (3, 4), mode="bilinear", align_corners=False).flatten(2)
@@ -139,7 +137,7 @@ def states_of_this_rank() -> list[dict[str, Tensor]]:
 
 
 @pytest.mark.slow
-def test_memory_sync_rank0_starts_each_step_from_rank_0(tmp_path: Path) -> None:
+def test_memory_sync_rank0_starts_each_step_from_rank_0(tmp_path):
     """``all`` is tested in tests/training/test_distributed.py."""
     states = run_on_ranks(states_of_this_rank, 2, tmp_path)
     start = seeded_bottleneck()

@@ -7,7 +7,7 @@ from allspark_fast.training.diagnostics import class_record, find_problems, memo
 
 
 @pytest.mark.parametrize("hidden", [True, False])
-def test_accuracy_and_coverage_of_pseudo_labels(hidden: bool) -> None:
+def test_accuracy_and_coverage_of_pseudo_labels(hidden):
     """Of six crops of 2 x 4 pixels, of which the last column is padding; certain, except in the last crop."""
     confidence, valid = torch.ones(6, 2, 4), torch.ones(6, 2, 4, dtype=torch.bool)
     confidence[5] = 0.5
@@ -29,7 +29,7 @@ def test_accuracy_and_coverage_of_pseudo_labels(hidden: bool) -> None:
         assert pseudo_label_record(pseudo_label, confidence, 3, batch) == expected
 
 
-def test_shares_of_classes_since_they_were_last_read() -> None:
+def test_shares_of_classes_since_they_were_last_read():
     pixels = torch.tensor([[30.0, 10.0, 0.0], [75.0, 5.0, 0.0], [75.0, 1.0, 0.0]])
     assert class_record(pixels) == {
         "label_share": [0.75, 0.25, 0],
@@ -50,12 +50,12 @@ class TestProblems:
     def find(self, scores: Scores, best: float = 0.0, loss: float = 1.0, **record: object) -> dict[str, str]:
         return find_problems(record, scores, ("ground", "object"), best=best, loss=loss)
 
-    def test_none_in_a_good_run(self) -> None:
+    def test_none_in_a_good_run(self):
         scores = self.score((0, 0, 950), (1, 1, 40), (1, 0, 10))
         shares = {"label_share": [0.95, 0.05], "pseudo_label_share": [0.97, 0.03], "pseudo_label_coverage": 1.0}
         assert self.find(scores, best=0.9, loss=0.1, **shares) == {}
 
-    def test_a_collapse_to_one_class(self) -> None:
+    def test_a_collapse_to_one_class(self):
         scores = self.score((0, 0, 950), (1, 0, 49), (1, 1, 1))
         shares = {"label_share": [0.95, 0.05], "pseudo_label_share": [0.999, 0.001], "pseudo_label_coverage": 1.0}
         problems = self.find(scores, best=0.8, loss=0.001, **shares)
@@ -65,10 +65,10 @@ class TestProblems:
         assert "vanishes (0.0010)" in problems["certain"]
         assert problems["below"].endswith("the best was 80.0")
 
-    def test_classes_without_labels_are_not_missed(self) -> None:
+    def test_classes_without_labels_are_not_missed(self):
         assert self.find(self.score((0, 0, 9)), label_share=[1, 0], pseudo_label_share=[1, 0]) == {}
 
 
-def test_memory_fill_and_use() -> None:
+def test_memory_fill_and_use():
     assert memory_record(torch.tensor([3, 0, 4])) == {"memory_filled": 2, "memory_received": [3, 0, 4]}
     assert memory_record(torch.zeros(0, dtype=torch.int64)) == {}  # no bottleneck

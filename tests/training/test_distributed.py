@@ -4,7 +4,6 @@ import copy
 import functools
 from collections.abc import Callable
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -157,7 +156,7 @@ def fail_on_rank0() -> str:
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def results(tmp_path_factory):
     return run_on_ranks(on_two_ranks, 2, tmp_path_factory.mktemp("ranks"))
 
 
@@ -167,7 +166,7 @@ class TestTwoRanks:
     """Two ranks with an image each, and one process with both."""
 
     @pytest.mark.parametrize("sharding", ["fsdp", "replicate"])
-    def test_steps_equal_those_of_one_process(self, results: list[dict[str, Any]], sharding: str) -> None:
+    def test_steps_equal_those_of_one_process(self, results, sharding):
         state = make_state()
         expected = train_steps(2, state)
         assert_close(results[0][sharding], expected)
@@ -181,16 +180,16 @@ class TestTwoRanks:
         assert all(torch.equal(x, other[name]) for name, x in memory.items())
         assert torch.equal(memory["queue_ptr"], state.model.decoder.allspark.attn.queue_ptr)
 
-    def test_an_averaged_teacher_and_thresholds_of_classes(self, results: list[dict[str, Any]]) -> None:
+    def test_an_averaged_teacher_and_thresholds_of_classes(self, results):
         assert_close(results[0]["beyond"], train_steps(4, make_state(**BEYOND)))
 
     @pytest.mark.parametrize("sharding", ["fsdp", "replicate"])
-    def test_recorded_steps_with_their_collectives(self, results: list[dict[str, Any]], sharding: str) -> None:
+    def test_recorded_steps_with_their_collectives(self, results, sharding):
         for result in results:
             assert differences(result[f"recorded {sharding}"], result[sharding]) == []
             assert result["errors of replays"] == [0, 0]
 
-    def test_means_over_pixels_of_each_rank(self, results: list[dict[str, Any]]) -> None:
+    def test_means_over_pixels_of_each_rank(self, results):
         """The public code's: pixels count more on the rank that has fewer."""
 
         def mean_of_images(logits: Tensor, label: Tensor, **options: Any) -> Tensor:
@@ -203,16 +202,16 @@ class TestTwoRanks:
         assert_close(means, expected)
         assert (means - results[0]["replicate"]["losses"]).abs().max() > 1e-4
 
-    def test_batch_norm_of_an_encoder_is_synchronized(self, results: list[dict[str, Any]]) -> None:
+    def test_batch_norm_of_an_encoder_is_synchronized(self, results):
         assert_close(results[0][TIMM], train_steps(2, make_state(backbone=TIMM)))
 
-    def test_channels_travel_during_the_self_attention(self, results: list[dict[str, Any]]) -> None:
+    def test_channels_travel_during_the_self_attention(self, results):
         assert results[0]["overlapped"] == [1.0, 1.0]
 
-    def test_an_evaluation_changes_nothing_that_is_saved(self, results: list[dict[str, Any]]) -> None:
+    def test_an_evaluation_changes_nothing_that_is_saved(self, results):
         assert differences(*results[0]["saved"]) == []
 
-    def test_all_skip_a_step_or_fail_where_one_does(self, results: list[dict[str, Any]]) -> None:
+    def test_all_skip_a_step_or_fail_where_one_does(self, results):
         assert all(result["skipped"] for result in results)
         assert [result["error"] for result in results] == ["no room", "another rank has failed, its message tells why"]
 
@@ -223,14 +222,14 @@ def on_four_ranks() -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
-def test_four_ranks_equal_one_process(tmp_path: Path) -> None:
+def test_four_ranks_equal_one_process(tmp_path):
     """One of them has no part of what has a row for each of the three classes."""
     expected = train_steps(4, make_state())
     for actual in run_on_ranks(on_four_ranks, 4, tmp_path)[0]:
         assert_close(actual, expected)
 
 
-def test_restarts_that_would_hang_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_restarts_that_would_hang_are_refused(monkeypatch):
     """Those on one host are in tests/training/test_distributed_runs.py."""
     places = {"RANK": "0", "GROUP_WORLD_SIZE": "2", "TORCHELASTIC_MAX_RESTARTS": "1"}
     for name, value in {**places, "TORCHELASTIC_USE_AGENT_STORE": "True"}.items():
@@ -240,7 +239,7 @@ def test_restarts_that_would_hang_are_refused(monkeypatch: pytest.MonkeyPatch) -
         pass
 
 
-def test_a_batch_that_ranks_cannot_share(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_batch_that_ranks_cannot_share(monkeypatch):
     monkeypatch.setattr("allspark_fast.training.setup.world_size", lambda: 3)
     with pytest.raises(ValueError, match=r"train.batch_size 8 .* by 3 processes with 2 .* multiple of 6"):
         check_batch(TrainConfig(batch_size=8, gradient_accumulation_steps=2))

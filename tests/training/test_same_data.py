@@ -31,7 +31,7 @@ def config(root: str, **lists: str) -> Config:
 
 
 @pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_pictures: None) -> Path:
+def run(tmp_path, monkeypatch, no_pictures):
     """A finished run, on data/ in the working directory."""
     monkeypatch.chdir(tmp_path)
     write_folder(Path("data"), 9)
@@ -59,13 +59,13 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_pictures: None) -> P
         (lines("val", "7", "6"), "data.val .*: 0 added, 0 removed, first none: their order differs"),
     ],
 )
-def test_other_classes_or_lists_are_refused_by_name(run: Path, change: Callable, message: str) -> None:
+def test_other_classes_or_lists_are_refused_by_name(run, change, message):
     change()
     with pytest.raises(InputError, match=f"{run.name} holds a run with other settings or data .*{message}"):
         Trainer(config("data"), run)
 
 
-def test_the_same_data_elsewhere(run: Path, monkeypatch: pytest.MonkeyPatch, command: Callable[..., str]) -> None:
+def test_the_same_data_elsewhere(run, monkeypatch, command):
     data = run.parent / "data"
     os.symlink(data, "link")
     lines("again", "./images/00.png labels//00.png", "1")()
@@ -88,7 +88,7 @@ def test_the_same_data_elsewhere(run: Path, monkeypatch: pytest.MonkeyPatch, com
     assert Trainer(config("data"), run).finished
 
 
-def test_a_run_without_its_record_goes_on_and_says_so(run: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_run_without_its_record_goes_on_and_says_so(run, caplog):
     (run / "data.json").unlink()
     assert Trainer(config("data"), run).finished
     assert "run: without data.json it is unknown whether classes and lists are the same" in caplog.text

@@ -1,5 +1,4 @@
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from tests.helpers.public_code import public_checkpoint
 from tests.helpers.runs import differences
 
 
-def test_there_and_back_is_bit_equal(tmp_path: Path, command: Callable[..., str]) -> None:
+def test_there_and_back_is_bit_equal(tmp_path, command):
     source, ours, target = public_checkpoint(tmp_path / "a.pth"), tmp_path / "b.safetensors", tmp_path / "c.pth"
     assert "21 of pascal: background, aeroplane" in command("convert", source, ours)
     command("convert", ours, target)
@@ -30,9 +29,7 @@ def test_there_and_back_is_bit_equal(tmp_path: Path, command: Callable[..., str]
     ("classes", "crop", "num_heads", "mode", "dataset"),
     [(21, 65, 2, "whole", "pascal"), (19, 97, 1, "sliding", "cityscapes"), (5, 65, 4, "whole", "a")],
 )
-def test_everything_is_read_off_the_shapes(
-    tmp_path: Path, classes: int, crop: int, num_heads: int, mode: str, dataset: str
-) -> None:
+def test_everything_is_read_off_the_shapes(tmp_path, classes, crop, num_heads, mode, dataset):
     model, spec = read_model(public_checkpoint(tmp_path / "a.pth", classes, crop, num_heads=num_heads))
     assert (spec.backbone, spec.embedding_dim, spec.num_heads, spec.crop) == ("mit_tiny", 16, num_heads, crop)
     assert (spec.mode, spec.info.name, len(spec.info.classes)) == (mode, dataset, classes)
@@ -46,13 +43,13 @@ def test_everything_is_read_off_the_shapes(
 
 
 @pytest.mark.parametrize("name", MIT_CONFIGS)
-def test_every_encoder_is_told_apart(name: str) -> None:
+def test_every_encoder_is_told_apart(name):
     with torch.device("meta"):
         state = build_segmentor(name, 3, (65, 65), embedding_dim=8).state_dict()
     assert infer_spec(state, Path("a.pth")).backbone == name
 
 
-def test_classes_of_ones_own(tmp_path: Path, command: Callable[..., str]) -> None:
+def test_classes_of_ones_own(tmp_path, command):
     source, ours = public_checkpoint(tmp_path / "a.pth", classes=3), tmp_path / "a.safetensors"
     meta = tmp_path / "meta.json"
     meta.write_text(json.dumps({"classes": ["x", "y", "z"], "palette": [[1, 2, 3], [4, 5, 6], [7, 8, 9]]}))
@@ -71,7 +68,7 @@ def test_classes_of_ones_own(tmp_path: Path, command: Callable[..., str]) -> Non
     assert not (tmp_path / "c.pth").exists()
 
 
-def test_what_is_no_model_of_ours_is_refused(tmp_path: Path) -> None:
+def test_what_is_no_model_of_ours_is_refused(tmp_path):
     model, path = build_segmentor("mit_tiny", 3, (65, 65), embedding_dim=16), tmp_path / "a.pth"
     lacking = {name: x for name, x in model.state_dict().items() if not name.startswith("backbone.block3.")}
     tall = build_segmentor("mit_tiny", 3, (65, 97), embedding_dim=16).state_dict()
@@ -85,7 +82,7 @@ def test_what_is_no_model_of_ours_is_refused(tmp_path: Path) -> None:
             read_model(path)
 
 
-def test_the_encoder_of_a_hugging_face_segformer(tmp_path: Path) -> None:
+def test_the_encoder_of_a_hugging_face_segformer(tmp_path):
     transformers = pytest.importorskip("transformers", reason="needs Hugging Face transformers")
     sizes = MIT_CONFIGS["mit_tiny"]
     config = transformers.SegformerConfig(

@@ -47,7 +47,7 @@ def load_onnx(path: Path) -> tuple[Callable[[torch.Tensor], torch.Tensor], str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "load"), [("model.pt2", load_pt2), ("model.onnx", load_onnx)])
-def test_graphs(weights: Path, name: str, load: Callable, tmp_path: Path, command: Callable[..., str]) -> None:
+def test_graphs(weights, name, load, tmp_path, command):
     assert f"{name}: largest error of the logits" in command("export", weights, tmp_path / name)
     program, text = load(tmp_path / name)
     assert ModelSpec.from_json(text, tmp_path) == load_model(weights)[1]
@@ -58,7 +58,7 @@ def test_graphs(weights: Path, name: str, load: Callable, tmp_path: Path, comman
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["model.pt2", "model.onnx"])
-def test_an_encoder_of_timm(tiny_spec: ModelSpec, tmp_path: Path, name: str) -> None:
+def test_an_encoder_of_timm(tiny_spec, tmp_path, name):
     """With TensorFlow's padding, which in timm depends on the size of each map."""
     pytest.importorskip("timm", reason="needs the extra timm")
     spec = replace(tiny_spec, backbone="timm/tf_mobilenetv3_small_minimal_100")
@@ -66,7 +66,7 @@ def test_an_encoder_of_timm(tiny_spec: ModelSpec, tmp_path: Path, name: str) -> 
     assert (tmp_path / name).is_file()
 
 
-def test_plain_operators_compute_the_same_and_leave_the_model_alone(weights: Path) -> None:
+def test_plain_operators_compute_the_same_and_leave_the_model_alone(weights):
     model, spec = load_model(weights)
     before = copy.deepcopy(model.state_dict())
     pixels = torch.rand(2, 3, 70, 97)
@@ -76,7 +76,7 @@ def test_plain_operators_compute_the_same_and_leave_the_model_alone(weights: Pat
     assert differences(model.state_dict(), before) == []
 
 
-def test_a_graph_that_differs_is_refused(weights: Path) -> None:
+def test_a_graph_that_differs_is_refused(weights):
     module = PixelsToLogits(*load_model(weights)).eval()
     assert export.largest_error(module, module, Path("model.pt2")) == 0
     for wrong in (lambda x: module(x) * 1.001, lambda x: module(x) * torch.nan):
@@ -84,9 +84,7 @@ def test_a_graph_that_differs_is_refused(weights: Path) -> None:
             export.largest_error(wrong, module, Path("model.pt2"))
 
 
-def test_usage_errors(
-    weights: Path, tiny_spec: ModelSpec, command: Callable[..., str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_usage_errors(weights, tiny_spec, command, monkeypatch):
     def error(suffix: str) -> str:
         return command("export", weights, weights.with_suffix(suffix), status=1)
 
