@@ -6,15 +6,7 @@ from pathlib import Path
 import pytest
 
 from allspark_fast.cli.recipe import parse_config
-from allspark_fast.config import (
-    Config,
-    DataConfig,
-    EvalConfig,
-    ModelConfig,
-    RunConfig,
-    TrainConfig,
-    from_plain,
-)
+from allspark_fast.config import Config, DataConfig, EvalConfig, ModelConfig, RunConfig, TrainConfig, from_plain
 from allspark_fast.errors import InputError
 from allspark_fast.recipes import RECIPES
 from tests.helpers.runs import changed

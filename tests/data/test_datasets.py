@@ -30,10 +30,7 @@ def test_split_files(tmp_path, text, entries):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [
-        (b"a.jpg b.png\n\na.jpg b.png c.png\n", ", line 3: more than two image paths"),
-        (None, ": cannot be read"),
-    ],
+    [(b"a.jpg b.png\n\na.jpg b.png c.png\n", ", line 3: more than two image paths"), (None, ": cannot be read")],
 )
 def test_faulty_and_absent_split_files_are_named(tmp_path, content, message):
     if content is not None:
