@@ -32,12 +32,13 @@ def no_pictures(monkeypatch):
 
 @pytest.fixture
 def command(capsys):
-    """Run a command in this process, check its exit status, and return all that it printed."""
+    """Run a command in this process, check its exit status, and return what it printed; errors too if it fails."""
 
     def run(*words: object, status: int = 0) -> str:
         capsys.readouterr()
         assert main([*map(str, words)]) == status
-        return "".join(capsys.readouterr())
+        out, err = capsys.readouterr()
+        return out + err if status else out
 
     return run
 
