@@ -199,9 +199,6 @@ class TrainConfig(_Group):
         _expect(self.dist_align == 0 or self.dist_align >= 1, "train.dist_align", self.dist_align, "0, or 1 to 1000")
         threshold, by_class = self.conf_thresh, self.conf_mode == "class"
         _expect(threshold > 0 or not by_class, "train.conf_thresh", threshold, "more than 0 for train.conf_mode=class")
-        divisor, batch = self.gradient_accumulation_steps, self.batch_size
-        expected = f"a divisor of train.batch_size = {batch}"
-        _expect(batch % divisor == 0, "train.gradient_accumulation_steps", divisor, expected)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -301,26 +298,15 @@ class Config:
             raise InputError(f"{path} holds no settings of a run ({error}); put it back or remove it") from error
 
 
-class Change(NamedTuple):
-    """A setting ``group.field`` that differs between two configurations."""
-
-    name: str
-    old: Any
-    new: Any
-
-    def __str__(self) -> str:
-        return f"{self.name}: {self.old} -> {self.new}"
+def changed_fields(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
+    """Return the old and the new value of all settings ``group.field`` that differ."""
+    before, after = _settings(old), _settings(new)
+    return {name: (value, after[name]) for name, value in before.items() if value != after[name]}
 
 
-def changed_fields(old: Config, new: Config) -> list[Change]:
-    """Return all settings that differ."""
-    before, after = dataclasses.asdict(old), dataclasses.asdict(new)
-    return [
-        Change(f"{group}.{name}", value, after[group][name])
-        for group, settings in before.items()
-        for name, value in settings.items()
-        if value != after[group][name]
-    ]
+def _settings(config: Config) -> dict[str, Any]:
+    groups = dataclasses.asdict(config)
+    return {f"{group}.{name}": value for group, settings in groups.items() for name, value in settings.items()}
 
 
 def _is_range(low: str, high: str) -> bool:
@@ -376,10 +362,7 @@ def require_setting(name: str) -> None:
     """Raise InputError unless there is a setting ``group.field``; the message gives its new name or the nearest one."""
     if name in RENAMED:
         raise InputError(f"{name} was renamed: use {RENAMED[name]}")
-    known = [
-        f"{group}.{field_name}" for group, settings in dataclasses.asdict(Config()).items() for field_name in settings
-    ]
-    if name not in known:
+    if name not in (known := _settings(Config())):
         raise InputError(f"there is no setting {name}{nearest(name, known)}; names are group.field, see --help-all")
 
 

@@ -14,7 +14,6 @@ logger = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
 _LONGEST = 60
-_LISTED = 5
 # Invisible, but Persian, Indic scripts and emoji need them: joiners and the selectors of forms.
 _JOINERS = "\u200c\u200d\ufe0e\ufe0f"
 
@@ -49,6 +48,12 @@ def property_table(properties: Mapping[str, str]) -> str:
     width = max(map(len, properties))
     indented = {name: value.replace("\n", "\n" + " " * (width + 4)) for name, value in properties.items()}
     return "\n".join(f"  {name:<{width}}  {value}" for name, value in indented.items())
+
+
+def first_of(texts: Sequence[str], most: int = 5, separator: str = ", ") -> str:
+    """Join the first of some texts, and count those beyond the most."""
+    more = [f"and {len(texts) - most} more"] if len(texts) > most else []
+    return separator.join([*texts[:most], *more])
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
@@ -99,8 +104,8 @@ def drawable(names: tuple[str, ...]) -> Sequence[str]:
     font = font_manager.get_font(font_file())
     lines = ["".join(x if font.get_char_index(ord(x)) else "?" for x in one_line(name)) for name in names]
     if replaced := [f"{index} {one_line(names[index])}" for index, line in enumerate(lines) if line != names[index]]:
-        listed = ", ".join([*replaced[:_LISTED], *["..."] * (len(replaced) > _LISTED)])
-        logger.warning("pictures show these classes by their index, as the font cannot draw their names: %s", listed)
+        message = "pictures show these classes by their index, as the font cannot draw their names: %s"
+        logger.warning(message, first_of(replaced))
     return [
         line if line == name else f"{index} {line}" for index, (name, line) in enumerate(zip(names, lines, strict=True))
     ]

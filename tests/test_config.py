@@ -72,7 +72,6 @@ def test_every_recipe_survives_json_and_tells_its_command(name):
         (DataConfig, "scenes", (3, 8, 0)), (DataConfig, "std", (0, 1, 1)), (ModelConfig, "num_heads", 0),
         (ModelConfig, "embedding_dim", 0), (TrainConfig, "epochs", 0), (TrainConfig, "batch_size", 0),
         (TrainConfig, "ema", 1.0), (TrainConfig, "ohem_threshold", 2), (TrainConfig, "gradient_accumulation_steps", 0),
-        (TrainConfig, "gradient_accumulation_steps", 3),  # no divisor of the batch size
         (EvalConfig, "every", 0), (RunConfig, "log_every", 0), (RunConfig, "save_every", 0),
         (RunConfig, "keep_last", 0),
     ],

@@ -5,8 +5,7 @@ from pathlib import Path
 from allspark_fast.cli import command_parser, require_new
 from allspark_fast.errors import InputError
 from allspark_fast.text import property_table
-from allspark_fast.weights.convert import read_model
-from allspark_fast.weights.spec import describe_model, save_model
+from allspark_fast.weights.spec import describe_model, read_model, save_model
 
 PARSER = command_parser("convert")
 PARSER.add_argument(

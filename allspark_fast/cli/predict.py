@@ -9,9 +9,9 @@ from allspark_fast.cli import command_parser
 from allspark_fast.inference.predict import (
     MAX_WHOLE_PIXELS,
     OTHER_SUFFIXES,
-    OutputFolder,
     Predictor,
     find_images,
+    plan_files,
     predict_files,
 )
 from allspark_fast.text import progress
@@ -54,10 +54,9 @@ def run(arguments: list[str]) -> int:
     model, spec = load_model(options.weights)
     predictor = Predictor(model, spec, device=options.device, mode=options.mode)
     images, others = find_images(options.images, skip=options.out)
-    output = OutputFolder(options.out, spec.info, confidence=options.confidence)
-    output.claim(images, overwrite=options.overwrite)
+    plan = plan_files(images, options.out, confidence=options.confidence, overwrite=options.overwrite)
     failed = 0
-    for error in progress(predict_files(predictor, images, output), total=len(images), unit="image"):
+    for error in progress(predict_files(predictor, plan), total=len(images), unit="image"):
         if error is not None:
             failed += not isinstance(error, UserWarning)
             tqdm.write(f"{'warning' if isinstance(error, UserWarning) else 'error'}: {error}", file=sys.stderr)

@@ -50,10 +50,9 @@ def run(arguments: list[str]) -> int:
     if options.val is None:
         entries = _without_val(entries, earlier)
     total = sum(entry.label is not None for entry in entries)
-    if total == 0:
-        raise DataError(f"{root}: no image has a label; labels/a.png belongs to images/a.jpg (or .png, ...)")
-    if total < (folds or 1):
-        raise InputError(f"--folds {folds} needs as many labels, but {total} images have one")
+    if total < (needed := folds or 1):
+        expected = f"expected at least {needed}; labels/a.png belongs to images/a.jpg (or .png, ...)"
+        raise DataError(f"{root}: {total} images have a label, {expected}")
     info = read_info(root) if (root / "meta.json").is_file() else None
     contents = splits.read_contents(SegmentationDataset(root, entries, info=info))
     order = splits.spread(entries, options.seed, contents)

@@ -6,7 +6,7 @@ import posixpath
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -54,21 +54,6 @@ class _Reading:
     counts: Sequence[int] = ()
     colors: Mapping[Color, int] = field(default_factory=dict)
 
-    def read_image(self, image: ImageFile, pixel_range: images.PixelRange | None) -> None:
-        self.mode = _mode(image)
-        self.pages, self.turned = images.pages_of(image), images.orientation_of(image) != 1
-        self.size = images.to_rgb(image, pixel_range).size
-        if image.mode.startswith("I;"):  # for which Pillow has no getextrema if they are big-endian
-            self.values = [float(np.asarray(image).min()), float(np.asarray(image).max())]
-        elif image.mode != "P":
-            self.values = np.array(image.getextrema(), float).ravel().tolist()  # of every channel
-
-    def read_label(self, image: ImageFile, entry: Entry, info: DatasetInfo | None) -> None:
-        self.mask = f"{image.width}x{image.height}, {_mode(image)}"
-        label = images.to_classes(image, info)
-        self.counts, self.colors = label.histogram(), images.colors_of(image, np.asarray(image))
-        datasets.require_equal_size(entry, self.size or label.size, label.size)
-
 
 def _mode(image: ImageFile) -> str:
     return f"{image.mode}, {images.stored_form(image)[1].bit_length()} bits"
@@ -78,7 +63,26 @@ def _read(dataset: SegmentationDataset, needs_labels: bool, chosen: Set[int], in
     """Read the files of a chosen entry; of others, check that they exist."""
     root, entry, reading = dataset.root, dataset.entries[index], _Reading()
 
-    def read(file: str, note: Callable[[ImageFile], None]) -> None:
+    def read_image(image: ImageFile) -> None:
+        reading.mode = _mode(image)
+        reading.pages, reading.turned = images.pages_of(image), images.orientation_of(image) != 1
+        reading.size = images.to_rgb(image, dataset.pixel_range).size
+        if image.mode.startswith("I;"):  # for which Pillow has no getextrema if they are big-endian
+            reading.values = [float(np.asarray(image).min()), float(np.asarray(image).max())]
+        elif image.mode != "P":
+            reading.values = np.array(image.getextrema(), float).ravel().tolist()  # of every channel
+
+    def read_label(image: ImageFile) -> None:
+        reading.mask = f"{image.width}x{image.height}, {_mode(image)}"
+        label = images.to_classes(image, dataset.info)
+        reading.counts, reading.colors = label.histogram(), images.colors_of(image, np.asarray(image))
+        datasets.require_equal_size(entry, reading.size or label.size, label.size)
+
+    if needs_labels and entry.label is None:
+        reading.problems.append(Problem(entry.image, "has no label, but its list needs labels"))
+    for file, note in ((entry.image, read_image), (entry.label if needs_labels else None, read_label)):
+        if file is None:
+            continue
         try:
             path = files.resolve_path(root, file)
             if index in chosen:
@@ -88,12 +92,6 @@ def _read(dataset: SegmentationDataset, needs_labels: bool, chosen: Set[int], in
         except DataError as error:
             message = str(error).removeprefix(f"{root / file}: ").removeprefix(f"{file}: ")
             reading.problems.append(Problem(file, message))
-
-    if needs_labels and entry.label is None:
-        reading.problems.append(Problem(entry.image, "has no label, but its list needs labels"))
-    read(entry.image, partial(reading.read_image, pixel_range=dataset.pixel_range))
-    if needs_labels and entry.label is not None:
-        read(entry.label, partial(reading.read_label, entry=entry, info=dataset.info))
     return reading
 
 
@@ -112,19 +110,17 @@ def _summary(readings: Collection[_Reading], classes: Sequence[str]) -> Summary:
     }
 
 
-def _check_images(name: str, read: Mapping[Entry, _Reading]) -> Iterator[Problem]:
+def _check_images(
+    name: str, read: Mapping[Entry, _Reading], ranges: Mapping[str, Sequence[float]]
+) -> Iterator[Problem]:
     """Name images of a list of which something is read otherwise than it may be meant."""
-    turned = [x.image for x, reading in read.items() if reading.turned and reading.counts and not reading.problems]
-    if turned:
-        # A label drawn on the pixels as stored has the size of the turned image for half of the orientations.
+    # A label drawn on the pixels as stored has the size of the turned image for half of the orientations.
+    if turned := [x.image for x, reading in read.items() if reading.turned and reading.counts and not reading.problems]:
         drawn = "make sure that these labels were drawn on the images as viewers show them"
         yield _warning(name, f"EXIF turns {len(turned)} images with labels, {turned[0]} first; {drawn}")
     if paged := [x.image for x, reading in read.items() if reading.pages > 1]:
         yield _warning(name, f"{len(paged)} images have several pages, {paged[0]} first; only the first page is read")
-
-
-def _check_ranges(name: str, values: Mapping[str, tuple[float, float]]) -> Iterator[Problem]:
-    for mode, (low, high) in values.items():
+    for mode, (low, high) in ranges.items():
         full = 65535 if mode.startswith("I") else 255
         if 4 * high < full:
             levels = f"images of mode {mode} hold {low:g}..{high:g} of 0..{full}, so few gray levels are left"
@@ -198,32 +194,27 @@ def check_unused(root: Path, entries: Iterable[Entry]) -> tuple[list[Problem], l
     """
     there = {name: files.list_files(root / name) for name in ("images", "labels")}
     paths = {file: file.relative_to(root).as_posix() for found in there.values() for file in found}
-    regular = set(filter(Path.is_file, paths))
-    usable = {name: [x for x in found if x in regular and files.is_image(x)] for name, found in there.items()}
     used = {posixpath.normpath(file) for entry in entries for file in (entry.image, entry.label) if file is not None}
+    usable: dict[str, list[Path]] = {name: [] for name in there}
+    left_out: dict[tuple[str, str], list[Path]] = {}
+    for name, file in ((name, file) for name, found in there.items() for file in found):
+        if not file.is_file():
+            left_out.setdefault((name, "a broken link, or no file"), []).append(file)
+        elif files.is_image(file):
+            usable[name].append(file)
+        else:
+            why = f"its suffix is none of {', '.join(files.IMAGE_SUFFIXES)}; convert images"
+            left_out.setdefault((name, why), []).append(file)
     stems = {datasets.stem_of(file, root / "images") for file in usable["images"]}
-    unmatched = [
-        x for x in usable["labels"] if datasets.stem_of(x, root / "labels") not in stems and paths[x] not in used
-    ]
-    reason = "no image has that name"
-    if unmatched and (likely := _likely_image(unmatched[0], there["images"])) is not None:
-        reason = f"{paths[likely]} is probably its image"
-    suffixes = f"its suffix is none of {', '.join(files.IMAGE_SUFFIXES)}; convert images"
-    left_out = [
-        *((name, [x for x in found if x not in regular], "a broken link, or no file") for name, found in there.items()),
-        *(
-            (name, [x for x in found if x in regular and not files.is_image(x)], suffixes)
-            for name, found in there.items()
-        ),
-        ("labels", unmatched if stems else [], f"{reason}; give image and label the same name before the suffix"),
-    ]
-    problems = [
-        _warning(
-            name, f"{len(part)} {'file is' if len(part) == 1 else 'files are'} left out, {paths[part[0]]!r} first: {x}"
-        )
-        for name, part, x in left_out
-        if part
-    ]
+    unmatched = [x for x in usable["labels"] if datasets.stem_of(x, root / "labels") not in stems]
+    if stems and (unmatched := [x for x in unmatched if paths[x] not in used]):
+        likely = _likely_image(unmatched[0], there["images"])
+        why = "no image has that name" if likely is None else f"{paths[likely]} is probably its image"
+        left_out["labels", f"{why}; give image and label the same name before the suffix"] = unmatched
+    problems = []
+    for (name, why), part in left_out.items():
+        count = f"{len(part)} {'file is' if len(part) == 1 else 'files are'} left out"
+        problems.append(_warning(name, f"{count}, {paths[part[0]]!r} first: {why}"))
     return problems, [paths[file] for file in usable["images"] if paths[file] not in used]
 
 
@@ -242,15 +233,11 @@ def _check_classes(read: Mapping[Entry, _Reading], info: DatasetInfo, *, all_rea
     held = {x.label: {value for value, count in enumerate(found.counts) if count} for x, found in read.items()}
     values = set().union(*held.values())
     masks = [label for label, found in held.items() if IGNORE_INDEX in found and found <= {0, IGNORE_INDEX}]
-    if info.values is not None or len(info.classes) == 1:
-        masks = []
+    masks = masks if info.values is None and len(info.classes) > 1 else []
     if masks and values <= {0, IGNORE_INDEX}:
-        yield Problem(
-            "labeled",
-            f"all labels read hold only 0 and 255, which is ignored, so no class but {info.classes[0]} would be"
-            ' learned; for black-and-white masks add "values": [0, 255] to meta.json, or "values": [0, 1, ...] if 255'
-            " is meant to be ignored",
-        )
+        message = f"all labels read hold only 0 and 255, which is ignored, so no class but {info.classes[0]} would be"
+        add = 'for black-and-white masks add "values": [0, 255] to meta.json, or "values": [0, 1, ...] if 255 is meant'
+        yield Problem("labeled", f"{message} learned; {add} to be ignored")
         return
     if masks:
         message = f"{len(masks)} labels hold only 0 and 255, which is ignored, {masks[0]} first; if they are"
@@ -268,8 +255,7 @@ def check_sources(
     Args:
         sources: the opened dataset.
         crop: side of the training crops in pixels.
-        sample: number of entries per list to read; None reads all. That files exist and are not empty, and how the
-            lists fit together, is checked in any case.
+        sample: number of entries per list to read, None for all; files and lists are checked in any case.
         labeled_only: whether training does not read the unlabeled images, which may then be labeled ones as well.
 
     Returns:
@@ -289,10 +275,8 @@ def check_sources(
         readings = files.map_in_threads(partial(_read, dataset, name != "unlabeled", chosen), distinct)
         problems.extend(problem for reading in readings for problem in reading.problems)
         read = {dataset.entries[i]: x for i, x in zip(distinct, readings, strict=True) if i in chosen}
-        problems.extend(_check_images(name, read))
         summary[name] = _summary(read.values(), sources.info.classes)
-        if dataset.pixel_range is None:
-            problems.extend(_check_ranges(name, summary[name]["values"]))
+        problems.extend(_check_images(name, read, summary[name]["values"] if dataset.pixel_range is None else {}))
         masks |= read
         if name == "labeled":
             problems.extend(_check_classes(read, sources.info, all_read=len(chosen) == len(distinct)))

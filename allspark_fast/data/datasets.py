@@ -76,26 +76,17 @@ def split_file(root: Path, file: Path) -> Path | None:
 
 def find_split(root: Path, file: Path) -> list[Entry]:
     """Read a split file; raises DataError if ``split_file`` does not find it, or it is malformed."""
-    if (path := split_file(root, file)) is not None:
-        return read_split(path)
-    raise DataError(
-        f"split file {file}: not found below {root} nor in the working directory; check both paths"
-        " (`python -m allspark_fast splits` writes split files for a folder)"
-    )
+    if (path := split_file(root, file)) is None:
+        where = f"not found below {root} nor in the working directory; check both paths"
+        raise DataError(
+            f"split file {file}: {where} (`python -m allspark_fast splits` writes split files for a folder)"
+        )
+    return read_split(path)
 
 
 def stem_of(file: Path, folder: Path) -> str:
     """Return what a label and its image have in common: the path below their folders, without the suffix."""
     return file.relative_to(folder).with_suffix("").as_posix()
-
-
-def _files_by_stem(folder: Path) -> dict[str, Path]:
-    files: dict[str, Path] = {}
-    for file in list_images(folder):
-        first = files.setdefault(stem_of(file, folder), file)
-        if first is not file:
-            raise DataError(f"{file}: has the same stem as {first.name}; keep one (stems match labels to images)")
-    return files
 
 
 def scan_folder(root: Path) -> list[Entry]:
@@ -108,7 +99,11 @@ def scan_folder(root: Path) -> list[Entry]:
     """
     if not (root / "images").is_dir():
         raise DataError(f"{root}: expected a folder with images/ (and labels/), found no {root / 'images'}")
-    images, labels = _files_by_stem(root / "images"), _files_by_stem(root / "labels")
+    images, labels = dict[str, Path](), dict[str, Path]()
+    for folder, found in ((root / "images", images), (root / "labels", labels)):
+        for file in list_images(folder):
+            if (first := found.setdefault(stem_of(file, folder), file)) is not file:
+                raise DataError(f"{file}: has the same stem as {first.name}; keep one (stems match labels to images)")
     if labels and not labels.keys() & images.keys():
         stem, file = next(iter(labels.items()))
         raise DataError(
@@ -160,9 +155,7 @@ class Sources(NamedTuple):
 class SegmentationDataset:
     """Images and labels of a list of entries below a root as PIL images; the loaders apply the transforms.
 
-    Attributes:
-        info: meaning of labels, see ``to_classes``.
-        pixel_range: see ``to_rgb``.
+    ``info`` is the meaning of labels, see ``to_classes``; for ``pixel_range`` see ``to_rgb``.
     """
 
     root: Path

@@ -1,6 +1,7 @@
 """Files of a dataset: paths of split files, and what lies in a folder."""
 
 import os
+from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -59,24 +60,21 @@ def list_files(folder: Path) -> list[Path]:
     Hidden files and folders are left out. Links to folders are followed, but for those that lead back to a folder in
     which they or ``folder`` lie. A folder is entered once, and of several ways to it one without links is taken.
     """
-    found: list[Path] = []
-    entered: set[str] = set()
-    folders, links = [folder] * folder.is_dir(), list[Path]()
-    while folders or links:
-        current = folders.pop() if folders else links.pop(0)
+    found, entered, waiting = list[Path](), set[str](), deque([folder] * folder.is_dir())
+    while waiting:
+        current = waiting.popleft()
         real = os.path.realpath(current)
         inside = () if current == folder else (folder, current.parent)
-        is_loop = any(Path(os.path.realpath(x)).is_relative_to(real) for x in inside)
-        if real in entered or is_loop:
+        if real in entered or any(Path(os.path.realpath(x)).is_relative_to(real) for x in inside):
             continue
         entered.add(real)
-        for path in sorted(current.iterdir()):
-            if path.name.startswith("."):
-                continue
-            if path.is_dir():
-                (links if path.is_symlink() else folders).append(path)
-            else:
+        for path in sorted(path for path in current.iterdir() if not path.name.startswith(".")):
+            if not path.is_dir():
                 found.append(path)
+            elif path.is_symlink():
+                waiting.append(path)
+            else:
+                waiting.appendleft(path)
     return sorted(found)
 
 

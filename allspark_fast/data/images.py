@@ -13,6 +13,7 @@ from PIL.ImageFile import ImageFile
 from allspark_fast.data.files import Result, require_bytes
 from allspark_fast.data.info import IGNORE_INDEX, VOC_PALETTE, Color, DatasetInfo
 from allspark_fast.errors import DataError
+from allspark_fast.text import first_of
 
 # Pillow identifies files by content, not by suffix, and for some formats (EPS) it starts other programs.
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
@@ -88,10 +89,8 @@ def to_rgb(image: Image.Image, pixel_range: PixelRange | None) -> Image.Image:
 
     Applies the EXIF orientation, converts gray, palette and CMYK images, drops alpha, and scales values to 0..255.
 
-    Args:
-        image: what ``decode`` opened.
-        pixel_range: values that become 0 and 255, for files of all kinds: ``("0", "4095")``, or percentiles of each
-            image, ``("1%", "99%")``. None scales gray of 16 bits from 0..65535, and refuses what has no fixed range.
+    Values of ``pixel_range`` become 0 and 255, for files of all kinds: ``("0", "4095")``, or percentiles of each image,
+    ``("1%", "99%")``. None scales gray of 16 bits from 0..65535, and refuses what has no fixed range.
 
     Raises:
         DataError: the image has no fixed range, or values that are not finite.
@@ -155,9 +154,7 @@ def to_classes(image: ImageFile, info: DatasetInfo | None) -> Image.Image:
     A label whose own EXIF orientation is not 1 is refused: whether its pixels match the image as stored or upright
     cannot be known, and half of the orientations do not change the size.
 
-    Args:
-        image: what ``decode`` opened.
-        info: meaning of values and colors; others are refused. None returns values as stored, and refuses colors.
+    Values and colors without a meaning in ``info`` are refused. Without it values are as stored, and colors refused.
 
     Returns:
         PIL image of mode L, 255 ignored.
@@ -237,10 +234,9 @@ def _values_of_colors(pixels: npt.NDArray[np.uint8], colors: Mapping[Color, int]
     known = np.array(sorted([(red << 16) + (green << 8) + blue, index] for (red, green, blue), index in colors.items()))
     position = known[:, 0].searchsorted(codes).clip(max=len(known) - 1)
     if unknown := np.unique(codes[codes != known[position, 0]]).tolist():
-        shown = [[code >> 16, code >> 8 & 255, code & 255] for code in unknown[:5]]
-        more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
+        shown = first_of([str([code >> 16, code >> 8 & 255, code & 255]) for code in unknown])
         raise DataError(
-            f"holds colors that do not stand for exactly one class: {shown}{more}; known are"
+            f"holds colors that do not stand for exactly one class: {shown}; known are"
             f" {sorted(map(list, colors))}. Correct 'palette' in meta.json (one color per class, in class order), or"
             " repaint these pixels; many similar colors come from anti-aliasing or JPEG compression"
         )

@@ -170,15 +170,13 @@ class SemiLoader(Dataset[Sample]):
         for step in range(start_step, stop_step):
             epoch, position = divmod(step, self.steps_per_epoch)
             if epoch != shuffled_epoch:
-                orders, shuffled_epoch = [self._order(stream, epoch) for stream in streams], epoch
+                length, shuffled_epoch = len(self.unlabeled.entries), epoch
+                # Of the labeled list an epoch uses as many positions as there are unlabeled images.
+                places = {_LABELED: max(length, len(self.labeled.entries)), _UNLABELED: length}
+                generators = {x: make_generator(self.seed, _ORDER, x, epoch) for x in streams}
+                orders = {x: torch.randperm(places[x], generator=generators[x]).tolist() for x in streams}
             first = position * self.batch_size + self.rank * share
             yield [_Key(stream, epoch, place) for stream in streams for place in orders[stream][first : first + share]]
-
-    def _order(self, stream: int, epoch: int) -> list[int]:
-        length = len(self.unlabeled.entries)
-        # Of the labeled list an epoch uses as many positions as there are unlabeled images.
-        places = max(length, len(self.labeled.entries)) if stream == _LABELED else length
-        return torch.randperm(places, generator=make_generator(self.seed, _ORDER, stream, epoch)).tolist()
 
     def __getitem__(self, key: _Key) -> Sample:
         """Read and transform a crop; workers do."""
@@ -315,15 +313,13 @@ def evaluation_loader(
     rank: int = 0,
     world_size: int = 1,
 ) -> Iterator[EvalSample]:
-    """Return whole labeled images in order, one at a time; ``evaluate`` puts those of equal size together.
+    """Return whole labeled images in order, one at a time: rank r of w gets the images r, r + w, ..., none repeated.
 
-    Rank r of w gets the images r, r + w, ...: each image goes to one rank, none is repeated to fill up, so
-    ranks may get unequal numbers. Arguments are as for ``normalize_image`` and SemiLoader.
+    Arguments are as for ``normalize_image`` and SemiLoader.
 
     Raises:
         DataError: an entry has no label, or there is none at all.
     """
     _require_labels(source.entries)
-    order = range(rank, len(source.entries), world_size)
-    images = _WholeImages(source, mean, std)
+    images, order = _WholeImages(source, mean, std), range(rank, len(source.entries), world_size)
     return _deliver(images, num_workers, pin_memory, asked, batch_size=None, sampler=order)

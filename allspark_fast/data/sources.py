@@ -31,6 +31,7 @@ from allspark_fast.data.scenes import SCENES, ScenesDataset
 from allspark_fast.data.transforms import CropTransform
 from allspark_fast.distributed import rank, world_size
 from allspark_fast.errors import DataError, InputError
+from allspark_fast.text import first_of
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +107,7 @@ def data_root(config: DataConfig) -> Path:
         folder = Path(os.environ["ALLSPARK_DATA_DIR"])
         root = folder / config.dataset if (folder / config.dataset).is_dir() else folder
     if not root.is_dir():
-        raise DataError(f"data.root: there is no folder {root.absolute()}")
+        raise DataError(f"data.root: there is no folder {root.absolute()}: give another --data.root")
     return root
 
 
@@ -135,26 +136,17 @@ def read_record(folder: Path) -> Record | None:
 
 
 def find_data(config: DataConfig, folder: Path) -> DataConfig:
-    """Return the settings of a run, with relative paths that lead nowhere from here taken from where it started.
-
-    Raises:
-        DataError: there is no root there either; the message names both.
-    """
+    """Return the settings of a run, with relative paths that lead nowhere from here taken from where it started."""
     if config.dataset == "scenes" or (record := read_record(folder)) is None:
         return config
-    found, root = {}, config.root
-    if root is not None and not (root.is_absolute() or root.is_dir()):
-        found["root"] = record["start"] / root
-        if not found["root"].is_dir():
-            raise DataError(
-                f"data.root: there is no folder {root.absolute()}, nor, where the run started, {found['root']}: give "
-                "another --data.root"
-            )
+    found, start = {}, record["start"]
+    if config.root is not None and not config.root.is_dir() and (start / config.root).is_dir():
+        found["root"] = start / config.root
     root = data_root(replace(config, **found))
     for name in LISTS:
         file = getattr(config, name)
-        if file is not None and split_file(root, file) is None and (record["start"] / file).is_file():
-            found[name] = record["start"] / file
+        if file is not None and split_file(root, file) is None and (start / file).is_file():
+            found[name] = start / file
     for name, path in found.items():
         logger.info("data.%s: taken from where the run started, %s", name, path)
     return replace(config, **found)
@@ -180,18 +172,12 @@ def differences(old: Record, new: Record) -> Iterator[str]:
 
 
 def _list_problems(problems: Sequence[Problem]) -> str:
-    more = [f"and {len(problems) - _LISTED} more"] if len(problems) > _LISTED else []
-    listed = "\n".join([*map(str, problems[:_LISTED]), *more])
-    return f"{len(problems)} problems in the data; `python -m allspark_fast check` lists all:\n{listed}"
+    some = first_of([*map(str, problems)], _LISTED, "\n")
+    return f"{len(problems)} problems in the data; `python -m allspark_fast check` lists all:\n{some}"
 
 
 class TrainingData:
     """Labeled, unlabeled and validation images of a configuration, on a device; each rank gets its part of them.
-
-    Attributes:
-        sources: what was opened.
-        info: names and colors of the classes.
-        steps_per_epoch: steps of one pass over the unlabeled images.
 
     Raises:
         DataError: a folder or file is missing or malformed, or there are too few images.

@@ -38,12 +38,7 @@ class Preset(NamedTuple):
     turn: bool = False
 
 
-_PHOTO = (
-    ("brightness", 0.5, 1.5),
-    ("contrast", 0.5, 1.5),
-    ("saturation", 0.5, 1.5),
-    ("hue", -0.25, 0.25),
-)
+_PHOTO = (*((name, 0.5, 1.5) for name in ("brightness", "contrast", "saturation")), ("hue", -0.25, 0.25))
 _INTENSITY = (("brightness", 0.7, 1.3), ("contrast", 0.7, 1.3), ("gamma", 0.7, 1.4))
 _AERIAL = (*_INTENSITY, ("saturation", 0.7, 1.3), ("hue", -0.03, 0.03))
 PRESETS: dict[Augment, Preset] = {
@@ -187,11 +182,8 @@ class CropTransform:
     """Random resize, crop, flip and turn of image and label, and photometric changes of the image.
 
     Attributes:
-        crop_size: side of the square crop in pixels.
         photometric: whether to change colors; the reference implementation does so for labeled images only.
         augment: name of the Preset of flips, turns and changes of colors.
-        mean: mean per channel that is subtracted, for images in 0..1.
-        std: standard deviation per channel that is divided by.
         scale_range: least and greatest scale of the resize.
         strong: whether to return the crop after photometric changes too.
         cutmix: probability of a box that CutMix takes from another crop.

@@ -32,21 +32,11 @@ def evaluate(
     amp: bool = False,
     each: Callable[[int, EvalSample, Tensor], object] | None = None,
 ) -> Scores:
-    """Score a model; it is in eval mode afterwards.
+    """Score a model on whole images with labels, as ``predict_labels`` labels them; it is in eval mode afterwards.
 
-    Args:
-        model: what to score.
-        samples: whole images with labels. With several processes these are a part for each rank, and all must call.
-        num_classes: number of classes K.
-        mode: ``whole`` (Pascal, COCO) or ``sliding`` (Cityscapes).
-        crop: side of the windows in pixels.
-        device: where to compute.
-        batch_size: images of equal size computed together; the scores change by rounding only.
-        amp: bfloat16 autocast, on a GPU.
-        each: called with the place in ``samples`` of every image, the sample, and its predicted labels (H, W).
-
-    Returns:
-        scores of all pixels of all ranks together.
+    With several processes the samples are a part for each rank, all must call, and the scores are of all together. They
+    change with ``batch_size``, of images of equal size, by rounding only; ``amp`` is bfloat16 autocast, on a GPU.
+    ``each`` is called with the place in ``samples`` of every image, the sample, and its predicted labels (H, W).
     """
     model.eval()
     device = torch.device(device)

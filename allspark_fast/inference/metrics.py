@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from allspark_fast.data.info import IGNORE_INDEX, DatasetInfo
 from allspark_fast.distributed import all_reduce_sum
@@ -40,12 +41,7 @@ class Scores:
 
 
 class ConfusionMatrix:
-    """Counts of pixels by true and predicted class, without synchronizing with the device.
-
-    Args:
-        num_classes: number of classes K, at least 1.
-        device: where predictions are.
-    """
+    """Counts of pixels by true and predicted class out of K, without synchronizing with the device."""
 
     def __init__(self, num_classes: int, *, device: torch.device | str = "cpu") -> None:
         check_count("num_classes", num_classes)
@@ -54,11 +50,7 @@ class ConfusionMatrix:
         self._counts = torch.zeros(num_classes**2 + 1, dtype=torch.int64, device=device)
 
     def update(self, prediction: Tensor, target: Tensor) -> None:
-        """Count the pixels of ``prediction`` and ``target``.
-
-        Args:
-            prediction: integer classes in [0, K), any shape.
-            target: of the same shape, integer classes in [0, K), or 255, which is ignored.
+        """Count the pixels of integer classes in [0, K), of any one shape; a target of 255 is ignored.
 
         Raises:
             TypeError: one of them is floating point.
@@ -95,7 +87,7 @@ class ConfusionMatrix:
 
 
 def score_image(prediction: Tensor, target: Tensor, num_classes: int) -> Scores:
-    """Score the labels of one image, also their outlines; arguments as of ``boundary_f1``."""
+    """Score the labels of one image, also by ``boundary_f1``."""
     confusion = ConfusionMatrix(num_classes, device=prediction.device)
     confusion.update(prediction, target)
     scores = confusion.compute()
@@ -104,16 +96,11 @@ def score_image(prediction: Tensor, target: Tensor, num_classes: int) -> Scores:
 
 
 def boundary_f1(prediction: Tensor, target: Tensor, num_classes: int) -> Tensor:
-    """Score the outlines of the classes of an image by the boundary F1 of Csurka et al., BMVC 2013.
+    """Score the outlines of classes in [0, K), 255 ignored, of (H, W) by the boundary F1 of Csurka et al., BMVC 2013.
 
     Precision is the share of the outline of a class in the prediction that is near its outline in the label, recall the
     converse: at most 0.75 % of the image's diagonal away, here in rows and in columns. Their harmonic mean is the
     score. The outline of a class are its pixels beside those of another.
-
-    Args:
-        prediction: (H, W), integer classes in [0, K).
-        target: (H, W), integer classes in [0, K), or 255, which is ignored.
-        num_classes: number of classes K.
 
     Returns:
         (K,) float64; NaN for classes without an outline in either.
@@ -144,14 +131,8 @@ def find_borders(labels: Tensor) -> Tensor:
 def dilate(mask: Tensor, radius: int) -> Tensor:
     """Mark what is at most so many rows and columns away from what is marked (H, W)."""
     for _ in range(2):
-        reach = 0
-        while reach < radius:
-            step = min(2 * reach + 1, radius - reach)
-            grown = mask.clone()
-            grown[step:] |= mask[:-step]
-            grown[:-step] |= mask[step:]
-            mask, reach = grown, reach + step
-        mask = mask.T
+        sums = F.pad(mask.int(), (0, 0, radius + 1, radius)).cumsum(0)
+        mask = (sums[2 * radius + 1 :] > sums[: -2 * radius - 1]).T  # whether a window of 2 radius + 1 holds any
     return mask
 
 

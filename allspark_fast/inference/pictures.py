@@ -63,7 +63,7 @@ def to_image(pixels: Tensor, spec: ModelSpec) -> Image.Image:
 
 def label_map(labels: Labels | Tensor, info: DatasetInfo) -> Image.Image:
     """Return labels (H, W) as an image with a palette; ignored pixels are white."""
-    picture = Image.fromarray(np.asarray(torch.as_tensor(labels).byte().cpu()))
+    picture = Image.fromarray(np.asarray(labels.cpu() if isinstance(labels, Tensor) else labels, np.uint8))
     picture.putpalette(palette_of(info).ravel().tolist())
     return picture
 
@@ -80,23 +80,19 @@ def comparison(sample: EvalSample, prediction: Tensor, spec: ModelSpec) -> dict[
 
 def draw_panel(path: Path, rows: Sequence[Row], info: DatasetInfo) -> None:
     """Write a picture of at least one row of pictures with their captions, titles above and a legend below."""
-    cells = [(caption, [_fit(picture) for picture in pictures.values()]) for caption, pictures in rows]
     titles = list(rows[0][1])
     width = len(titles) * (_CELL + _GAP) + _GAP
     parts = [_line(titles, width)]
-    for caption, pictures in cells:
-        row = Image.new("RGB", (width, max(picture.height for picture in pictures) + _GAP), "white")
-        for column, picture in enumerate(pictures):
+    for caption, pictures in rows:
+        scales = [(picture, _CELL / max(picture.size)) for picture in pictures.values()]
+        # Pillow never mixes the indices of a palette.
+        cells = [picture.resize([max(1, round(side * scale)) for side in picture.size]) for picture, scale in scales]
+        row = Image.new("RGB", (width, max(picture.height for picture in cells) + _GAP), "white")
+        for column, picture in enumerate(cells):
             row.paste(picture, (_GAP + column * (_CELL + _GAP) + (_CELL - picture.width) // 2, 0))
         parts += [*([_line([caption], width)] if caption else []), row]
     panel = _stack([*parts, _legend(info, range(len(info.classes)), width, _TEXT)])
     write_atomically(path, panel.save)
-
-
-def _fit(picture: Image.Image) -> Image.Image:
-    """Scale a picture to the size of a cell; Pillow never mixes the indices of a palette."""
-    scale = _CELL / max(picture.size)
-    return picture.resize([max(1, round(side * scale)) for side in picture.size])
 
 
 @functools.cache

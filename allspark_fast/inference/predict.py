@@ -6,7 +6,6 @@ import itertools
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -92,59 +91,6 @@ class Predictor:
         return Prediction(labels[0].byte().cpu().numpy(), confidence[0].float().cpu().numpy())
 
 
-@dataclass(frozen=True)
-class OutputFolder:
-    """Where predictions go: ``labels/NAME.png``, ``overlays/NAME.jpg`` and, if asked for, ``confidence/NAME.png``."""
-
-    path: Path
-    info: DatasetInfo
-    confidence: bool = False
-
-    def claim(self, images: Mapping[Path, Path], *, overwrite: bool = False) -> None:
-        """Make the folders for predictions, and check that those of the images of ``find_images`` may be written.
-
-        Raises:
-            InputError: two images would share a file, or a file exists and ``overwrite`` is False.
-            NotADirectoryError: one of the folders is a file.
-        """
-        name, count = Counter(images.values()).most_common(1)[0]
-        if count > 1:
-            shared = ", ".join(str(path) for path in images if images[path] == name)
-            raise InputError(f"{shared}: these would share one file {name}.png; predict them into different folders")
-        files = [file for name in images.values() for file in self._files(name).values()]
-        existing = list(filter(os.path.exists, files))  # False for a name that is too long
-        if existing and not overwrite:
-            there = f"{existing[0]} exists ({len(existing)} files in all)"
-            raise InputError(f"{there}: pass --overwrite, or write to another folder (--out)")
-        for file in self._files(Path("name")).values():
-            make_folder(file.parent)
-
-    def write(self, name: Path, image: Image.Image, prediction: Prediction) -> None:
-        """Write the prediction of an RGB image, its labels first.
-
-        Raises:
-            DataError: a side has more than MAX_OVERLAY_SIDE pixels; all but the overlay is written.
-            OSError: a file cannot be written.
-        """
-        pictures = {
-            "labels": label_map(prediction.labels, self.info),
-            "confidence": Image.fromarray((255 * prediction.confidence).round().astype(np.uint8)),
-            "overlays": overlay(image, prediction.labels, self.info),
-        }
-        for kind, file in self._files(name).items():
-            if kind == "overlays" and max(pictures[kind].size) > MAX_OVERLAY_SIDE:
-                raise DataError(
-                    f"{file} was not written: the image is {image.width}x{image.height} pixels, and a JPEG has at most"
-                    f" {MAX_OVERLAY_SIDE} a side; its labels were written"
-                )
-            make_folder(file.parent)
-            write_atomically(file, pictures[kind].save)
-
-    def _files(self, name: Path) -> dict[str, Path]:
-        suffixes = {"labels": ".png"} | ({"confidence": ".png"} if self.confidence else {}) | {"overlays": ".jpg"}
-        return {kind: self.path / kind / f"{name}{suffix}" for kind, suffix in suffixes.items()}
-
-
 def find_images(arguments: Iterable[str], *, skip: Path) -> tuple[dict[Path, Path], list[Path]]:
     """Find the images that files, folders (searched recursively) and patterns (``**`` for any folders) name.
 
@@ -162,17 +108,17 @@ def find_images(arguments: Iterable[str], *, skip: Path) -> tuple[dict[Path, Pat
     """
     found: dict[Path, Path] = {}
     others: set[Path] = set()
-    predictions = skip.resolve()
     for argument in arguments:
-        if os.path.lexists(argument) and not os.path.isdir(argument):
-            found.setdefault(Path(argument), Path(Path(argument).stem))
+        path = Path(argument)
+        if os.path.lexists(argument) and not path.is_dir():
+            found.setdefault(path, Path(path.stem))
             continue
         base, listed = _search(argument)
-        files = [path for path in listed if not path.resolve().is_relative_to(predictions)]
+        files = [file for file in listed if not file.resolve().is_relative_to(skip.resolve())]
         if not any(map(is_image, files)):
             raise FileNotFoundError(f"{argument!r}: no image, no folder with images, and no pattern that matches any")
-        for path in filter(is_image, files):
-            found.setdefault(path, path.relative_to(base).with_suffix(""))
+        for file in filter(is_image, files):
+            found.setdefault(file, file.relative_to(base).with_suffix(""))
         others |= set(itertools.filterfalse(is_image, files))
     return found, sorted(others - found.keys())
 
@@ -198,14 +144,42 @@ def _matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:
     return bool(parts) and fnmatch.fnmatch(parts[0], pattern[0]) and _matches(parts[1:], pattern[1:])
 
 
-def predict_files(predictor: Predictor, files: Mapping[Path, Path], output: OutputFolder) -> Iterator[Exception | None]:
-    """Predict what ``find_images`` found; yields for each as it is done None, what went wrong, or a UserWarning."""
-    for path, name in files.items():
+def plan_files(
+    images: Mapping[Path, Path], out: Path, *, confidence: bool = False, overwrite: bool = False
+) -> dict[Path, dict[str, Path]]:
+    """Make the folders for predictions of the images of ``find_images``, and check that their files may be written.
+
+    Returns:
+        files of each image by kind: ``labels/NAME.png``, ``confidence/NAME.png`` if asked for, ``overlays/NAME.jpg``.
+
+    Raises:
+        InputError: two images would share a file, or a file exists and ``overwrite`` is False.
+        NotADirectoryError: one of the folders is a file.
+    """
+    kinds = {"labels": ".png"} | ({"confidence": ".png"} if confidence else {}) | {"overlays": ".jpg"}
+    plan = {path: {kind: out / kind / f"{x}{suffix}" for kind, suffix in kinds.items()} for path, x in images.items()}
+    name, count = Counter(images.values()).most_common(1)[0]
+    if count > 1:
+        shared = ", ".join(str(path) for path in images if images[path] == name)
+        raise InputError(f"{shared}: these would share one file {name}.png; predict them into different folders")
+    # False for a name that is too long.
+    existing = [file for files in plan.values() for file in files.values() if os.path.exists(file)]
+    if existing and not overwrite:
+        there = f"{existing[0]} exists ({len(existing)} files in all)"
+        raise InputError(f"{there}: pass --overwrite, or write to another folder (--out)")
+    for kind in kinds:
+        make_folder(out / kind)
+    return plan
+
+
+def predict_files(predictor: Predictor, plan: Mapping[Path, Mapping[str, Path]]) -> Iterator[Exception | None]:
+    """Predict what ``plan_files`` planned; yields for each as it is done None, what went wrong, or a UserWarning."""
+    for path, files in plan.items():
         error: Exception | None = None
         try:
             pages = decode(path, pages_of)
             image = read_image(path, predictor.spec.range)
-            output.write(name, image, predictor.predict(image))
+            _write(files, image, predictor.predict(image), predictor.spec.info)
             if pages > 1:
                 error = UserWarning(f"{path}: has {pages} pages, of which only the first is labeled")
         except (DataError, OSError) as failure:
@@ -213,3 +187,19 @@ def predict_files(predictor: Predictor, files: Mapping[Path, Path], output: Outp
         except (MemoryError, torch.OutOfMemoryError):
             error = RunError(f"{path}: out of memory: pass --window, or make the image smaller")
         yield error
+
+
+def _write(files: Mapping[str, Path], image: Image.Image, prediction: Prediction, info: DatasetInfo) -> None:
+    pictures = {
+        "labels": label_map(prediction.labels, info),
+        "confidence": Image.fromarray((255 * prediction.confidence).round().astype(np.uint8)),
+        "overlays": overlay(image, prediction.labels, info),
+    }
+    for kind, file in files.items():
+        if kind == "overlays" and max(pictures[kind].size) > MAX_OVERLAY_SIDE:
+            raise DataError(
+                f"{file} was not written: the image is {image.width}x{image.height} pixels, and a JPEG has at most"
+                f" {MAX_OVERLAY_SIDE} a side; its labels were written"
+            )
+        make_folder(file.parent)
+        write_atomically(file, pictures[kind].save)

@@ -158,13 +158,9 @@ class GraphedSteps:
 
 
 def largest_difference(copies: Sequence[dict[str, Any]]) -> Record:
-    """Return how far a replay is from an ordinary step, in the worst tensor, and how far it may be.
+    """Return how far a replay is from an ordinary step, in the worst tensor, and how far it may be, in norms.
 
-    Args:
-        copies: of what a step changes, in trees of tensors: before it, after it, after it again, and after the replay.
-
-    Returns:
-        name of the tensor, and norms: error, noise between ordinary steps, change by the step, what is allowed.
+    The copies of what a step changes are of before it, after it, after it again, and after the replay.
     """
     figures: list[Record] = []
     for (path, start), *others in zip(*(pytree.tree_flatten_with_path(x)[0] for x in copies), strict=True):

@@ -9,7 +9,11 @@ from allspark_fast.data.info import IGNORE_INDEX
 from allspark_fast.data.loader import SemiBatch
 from allspark_fast.distributed import all_reduce_sum
 from allspark_fast.inference.metrics import Scores
+from allspark_fast.kernels.upsample_argmax import upsample_argmax
+from allspark_fast.model import Segmentor
 from allspark_fast.training.log import Record
+from allspark_fast.training.pseudo_labels import pseudo_pass
+from allspark_fast.training.step import TrainState
 
 # The threshold of FixMatch and its kin.
 CONFIDENT = 0.95
@@ -20,14 +24,31 @@ _FAR_BELOW = 0.85
 
 
 @torch.no_grad()
-def pseudo_label_record(pseudo_label: Tensor, confidence: Tensor, classes: int, batch: SemiBatch) -> Record:
-    """Measure pseudo labels over all pixels of all crops of all ranks together; all ranks have to call this.
+def measure(state: TrainState, model: Segmentor, batch: SemiBatch) -> tuple[dict[str, Tensor], Record]:
+    """Measure pseudo labels, classes and memory; all ranks have to call this, which waits for the device.
 
     Args:
-        pseudo_label: (B, H, W), of the pseudo-label pass.
-        confidence: (B, H, W), of the pseudo-label pass.
-        classes: number of classes K.
-        batch: the crops, with hidden labels (B, H, W) or without.
+        state: of the run; its counts of pixels by class are set to zero.
+        model: what is evaluated.
+        batch: unlabeled crops, with hidden labels or without.
+
+    Returns:
+        labels (B, H, W) of the crops by their title: truth where there is some, pseudo label, prediction of the model;
+        and the figures of ``pseudo_label_record``, ``class_record`` and ``memory_record``.
+    """
+    alignment = state.classes.alignment(state.config.dist_align)
+    _, pseudo_label, confidence = pseudo_pass(state.teacher, batch, state.config, alignment=alignment)
+    logits = model.eval()(batch.unlabeled_image)
+    prediction, _ = upsample_argmax(logits, (pseudo_label.shape[1], pseudo_label.shape[2]))
+    truth = batch.unlabeled_label
+    labels = {} if truth is None or (truth == IGNORE_INDEX).all() else {"truth": truth}
+    record = pseudo_label_record(pseudo_label, confidence, logits.shape[1], batch)
+    record |= class_record(state.classes.pixels) | memory_record(state.received)
+    return labels | {"pseudo label": pseudo_label, "prediction": prediction}, record
+
+
+def pseudo_label_record(pseudo_label: Tensor, confidence: Tensor, classes: int, batch: SemiBatch) -> Record:
+    """Measure pseudo labels and their confidence (B, H, W) over all pixels of all crops of all ranks together.
 
     Returns:
         ``pseudo_label_coverage``, the share of the pixels, without padding, whose pseudo label has a probability of at
@@ -61,10 +82,7 @@ def _ratios(parts: Sequence[float], wholes: Sequence[float]) -> list[float | Non
 
 
 def class_record(pixels: Tensor) -> Record:
-    """Return shares of each class since the last call, and set the counts to zero; this waits for the device.
-
-    Args:
-        pixels: (3, K), see ClassStatistics.
+    """Return shares of each class since the last call, and set the counts (3, K) of ClassStatistics to zero.
 
     Returns:
         ``label_share`` and ``pseudo_label_share``, of all pixels with a label or a pseudo label; ``pseudo_label_kept``,
@@ -86,12 +104,7 @@ def find_problems(
 ) -> dict[str, str]:
     """Say what looks wrong at an evaluation of a run whose pseudo labels count, or at its end.
 
-    Args:
-        record: of the evaluation, as it is logged.
-        scores: on the validation images.
-        classes: names.
-        best: the best mean IoU before.
-        loss: the last mean loss on pseudo labels.
+    It looks at what ``measure`` recorded, the scores, the best mean IoU before, and the last loss on pseudo labels.
 
     Returns:
         messages, each under a key that stays the same as long as the problem does.
@@ -125,16 +138,6 @@ def find_problems(
 
 
 def memory_record(received: Tensor) -> Record:
-    """Say how the Semantic Memory is filled and used; this waits for the device.
-
-    Args:
-        received: (K,) int64, channels that each class received in this run; (0,) without a memory.
-
-    Returns:
-        ``memory_filled``, how many classes received a channel, and ``memory_received``, how many each received in this
-        run so far. Empty without a memory.
-    """
-    if not len(received):
-        return {}
+    """Say how many channels each class received in this run (K,), and how many classes any; (0,) without a memory."""
     counts = received.tolist()
-    return {"memory_filled": sum(count > 0 for count in counts), "memory_received": counts}
+    return {"memory_filled": sum(count > 0 for count in counts), "memory_received": counts} if counts else {}

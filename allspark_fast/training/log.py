@@ -5,17 +5,17 @@ import sys
 import textwrap
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import nn
 
+from allspark_fast.config import Config, Schedule
+from allspark_fast.data.datasets import Sources
 from allspark_fast.files import write_atomically
 from allspark_fast.text import one_line, property_table
-
-if TYPE_CHECKING:
-    from allspark_fast.training.trainer import Trainer
 
 try:
     import resource
@@ -28,10 +28,7 @@ Record = dict[str, Any]
 class MetricsLog:
     """metrics.jsonl and TensorBoard events of a run folder, cut back to the step from which it resumes.
 
-    Args:
-        folder: the run folder.
-        step: steps taken before; records of later ones are removed.
-        evaluated: whether the last of them is evaluated; otherwise a record of its evaluation is removed too.
+    Records of later steps are removed, and that of the step's evaluation unless it is ``evaluated``.
     """
 
     def __init__(self, folder: Path, step: int, *, evaluated: bool = True) -> None:
@@ -82,19 +79,22 @@ def read_metrics(folder: Path) -> list[Record]:
     return records
 
 
-def start_summary(run: "Trainer") -> str:
-    """Return a table of what a run is about to do, in lines of 80 columns where names are short."""
-    data, train, schedule = run.config.data, run.config.train, run.schedule
-    info, *lists = run.data.sources
+def start_summary(
+    config: Config, sources: Sources, schedule: Schedule, model: nn.Module, folder: Path, *, step: int
+) -> str:
+    """Return a table of what a run is about to do from a step on, in lines of 80 columns where names are short."""
+    data, train = config.data, config.train
+    info, *lists = sources
+    device = next(model.parameters()).device
     counts = zip(map(len, (x.entries for x in lists)), ("labeled", "unlabeled", "validation images"), strict=True)
-    is_supervised, on_gpu = train.method == "supervised", run.device.type == "cuda"
+    is_supervised, on_gpu = train.method == "supervised", device.type == "cuda"
     phases = {
         "pseudo labels": schedule.total if is_supervised else schedule.pseudo_from,
         "the memory": schedule.memory_from if train.method == "allspark" else schedule.total,
     }
     begin = (f"{name} from {start}" for name, start in phases.items() if start < schedule.total)
-    parameters = sum(x.numel() for x in run.state.model.parameters()) / 1e6
-    device = torch.cuda.get_device_name(run.device) if on_gpu else f"CPU, threads: {torch.get_num_threads()}"
+    parameters = sum(x.numel() for x in model.parameters()) / 1e6
+    name = torch.cuda.get_device_name(device) if on_gpu else f"CPU, threads: {torch.get_num_threads()}"
     return property_table(
         {
             "method": train.method,
@@ -102,28 +102,28 @@ def start_summary(run: "Trainer") -> str:
             "classes": textwrap.shorten(
                 f"{len(info.classes)}: {', '.join(map(one_line, info.classes))}", 66, placeholder=" ..."
             ),
-            "model": f"{run.config.model.backbone}, {parameters:.1f} M parameters, "
-            f"from {run.config.model.weights or 'random weights'}",
+            "model": f"{config.model.backbone}, {parameters:.1f} M parameters, "
+            f"from {config.model.weights or 'random weights'}",
             "step": f"{train.batch_size} labeled{'' if is_supervised else f' + {train.batch_size} unlabeled'} crops of "
             f"{data.crop}x{data.crop}, {train.optimizer}, lr {train.lr:g}",
-            "schedule": ", ".join([f"steps {run.step + 1} to {schedule.total}", *begin]),
+            "schedule": ", ".join([f"steps {step + 1} to {schedule.total}", *begin]),
             "scored": f"after every {schedule.evaluate_every} and the last",
-            "device": f"{device}, {'bfloat16 autocast' if train.amp and on_gpu else 'float32'}",
-            "folder": f"{run.folder}; live: tensorboard --logdir {run.folder}",
+            "device": f"{name}, {'bfloat16 autocast' if train.amp and on_gpu else 'float32'}",
+            "folder": f"{folder}; live: tensorboard --logdir {folder}",
             "stop": "Ctrl-C, which saves; the same command goes on",
         }
     )
 
 
-def end_summary(run: "Trainer", miou: float, *, steps: int, seconds: float) -> str:
-    """Return a table of what a run has reached, what its last steps took, where all is, and what to type next."""
-    command = f"python -m allspark_fast {{}} {run.folder}"
+def end_summary(folder: Path, best: tuple[float, int], last: tuple[float, int], *, steps: int, seconds: float) -> str:
+    """Return a table of the best and the last mIoU and their steps, what the last steps took, and what to type next."""
+    command = f"python -m allspark_fast {{}} {folder}"
     return property_table(
         {
-            "best": f"mIoU {100 * run.best:.1f} of step {run.best_step} (best.safetensors)",
-            "last": f"mIoU {100 * miou:.1f} of step {run.step} (last.safetensors)",
+            "best": f"mIoU {100 * best[0]:.1f} of step {best[1]} (best.safetensors)",
+            "last": f"mIoU {100 * last[0]:.1f} of step {last[1]} (last.safetensors)",
             "took": f"{timedelta(seconds=round(seconds))} for {steps} steps{_peak_memory()}",
-            "folder": f"{run.folder}: look at validation.png, predictions.png, curves.png",
+            "folder": f"{folder}: look at validation.png, predictions.png, curves.png",
             "next": f"{command.format('evaluate')}\n{command.format('predict')} IMAGE_OR_FOLDER",
         }
     )

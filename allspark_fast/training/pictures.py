@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import Tensor
@@ -15,9 +14,6 @@ from allspark_fast.inference.pictures import comparison, draw_panel, label_map, 
 from allspark_fast.text import drawable
 from allspark_fast.training.log import MetricsLog, Record
 from allspark_fast.weights.spec import ModelSpec
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 logger = logging.getLogger(__name__)
 
@@ -43,11 +39,8 @@ def draw_pictures(
 ) -> None:
     """Draw curves.png, predictions.png and validation.png of a run, which goes on if they cannot be drawn.
 
-    Args:
-        log: of the run; its TensorBoard shows the panels too.
-        crops: unlabeled ones (B, 3, H, W), and their labels (B, H, W) by the title of their column.
-        validation: name, sample and prediction (H, W) of some validation images.
-        spec: of the model.
+    They show unlabeled crops (B, 3, H, W) with labels (B, H, W) by the title of their column; and of some validation
+    images name, sample and prediction (H, W). TensorBoard shows the panels too.
     """
     try:
         draw_curves(log.path.parent, log.records, spec.info)
@@ -92,21 +85,14 @@ def draw_curves(folder: Path, records: Sequence[Record], info: DatasetInfo) -> N
             if name == "memory_received":  # counted from the start of the run: the shares since the evaluation before
                 counts = np.diff(values, axis=0, prepend=0)
                 values = counts / counts.sum(1, keepdims=True).clip(min=1)
-            axes.set(title=title, xlabel="step")
-            _draw_by_class(axes, steps, values, greatest, drawable(info.classes))
+            shown = axes.imshow(values.T, aspect="auto", interpolation="nearest", vmin=0, vmax=greatest)
+            axes.set(title=title, xlabel="step", facecolor="lightgray")  # of NaN
+            figure.colorbar(shown, ax=axes)
+            named = range(0, len(steps), -(-len(steps) // _STEPS_NAMED))
+            axes.set_xticks(list(named), [str(steps[i]) for i in named])
+            # Names are no formulas, whatever dollars they hold.
+            size = min(8, 210 / len(info.classes))
+            axes.set_yticks(range(len(info.classes)), drawable(info.classes), fontsize=size, parse_math=False)
         else:
             axes.remove()
     write_atomically(folder / "curves.png", lambda temporary: figure.savefig(temporary, dpi=100))
-
-
-def _draw_by_class(
-    axes: "Axes", steps: Sequence[int], values: np.ndarray[Any, Any], greatest: float | None, names: Sequence[str]
-) -> None:
-    """Draw values (evaluations, K) from 0 on as a map with a row for each class; NaN stays gray."""
-    shown = axes.imshow(values.T, aspect="auto", interpolation="nearest", vmin=0, vmax=greatest, cmap="viridis")
-    axes.set_facecolor("lightgray")
-    axes.figure.colorbar(shown, ax=axes)
-    named = range(0, len(steps), -(-len(steps) // _STEPS_NAMED))
-    axes.set_xticks(list(named), [str(steps[i]) for i in named])
-    # Names are no formulas, whatever dollars they hold.
-    axes.set_yticks(range(len(names)), list(names), fontsize=min(8, 210 / len(names)), parse_math=False)

@@ -62,19 +62,17 @@ def claim_folder(folder: Path, config: Config, sources: Sources) -> IO[str] | No
     if path.is_file() and list_checkpoints(folder / "checkpoints"):
         if (before := read_record(folder)) is None:
             logger.warning("%s: without %s it is unknown whether classes and lists are the same", folder, RECORD_FILE)
-        refused = [*differences(before or record, record)]
-        for change in (changed := changed_fields(Config.read(path), config)):
-            name, old, new = change
+        refused, allowed = [*differences(before or record, record)], list[str]()
+        for name, (old, new) in changed_fields(Config.read(path), config).items():
             longer = name in ("train.epochs", "train.steps") and None not in (old, new) and new > old
-            if not (longer or name in _FREE):
-                refused.append(str(change))
+            (allowed if longer or name in _FREE else refused).append(f"{name}: {old} -> {new}")
         if refused:
             raise InputError(
                 f"{folder} holds a run with other settings or data ({'; '.join(refused)}): give another "
                 "--run.output-dir, or what was there before"
             )
-        if changed:
-            logger.info("changed since the last start of this run: %s", "; ".join(map(str, changed)))
+        if allowed:
+            logger.info("changed since the last start of this run: %s", "; ".join(allowed))
     for file, text in ((path, config.to_json()), (folder / RECORD_FILE, json.dumps(record))):
         write_atomically(file, functools.partial(Path.write_text, data=text, encoding="utf-8"))
     return lock

@@ -17,7 +17,6 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from allspark_fast.config import Config
-from allspark_fast.data.info import IGNORE_INDEX
 from allspark_fast.data.loader import EvalSample, SemiBatch
 from allspark_fast.data.sources import TrainingData, find_data
 from allspark_fast.device import limit_threads
@@ -26,16 +25,13 @@ from allspark_fast.errors import RunError
 from allspark_fast.inference.evaluate import evaluate
 from allspark_fast.inference.metrics import Scores, score_table
 from allspark_fast.kernels.triton_support import set_kernels
-from allspark_fast.kernels.upsample_argmax import upsample_argmax
-from allspark_fast.model import Segmentor
 from allspark_fast.signals import stop_signals
 from allspark_fast.text import one_line, progress
 from allspark_fast.training import checkpoint, setup
 from allspark_fast.training.cuda_graph import GraphedSteps
-from allspark_fast.training.diagnostics import class_record, find_problems, memory_record, pseudo_label_record
+from allspark_fast.training.diagnostics import find_problems, measure
 from allspark_fast.training.log import MetricsLog, Record, end_summary, start_summary
 from allspark_fast.training.pictures import draw_pictures
-from allspark_fast.training.pseudo_labels import pseudo_pass
 from allspark_fast.training.sharding import gather_state
 from allspark_fast.training.step import train_step
 from allspark_fast.weights.spec import ModelSpec, save_model
@@ -124,7 +120,8 @@ class Trainer:
         """
         log = MetricsLog(self.folder, self.step, evaluated=not self.evaluation_due) if rank() == 0 else None
         if log is not None:
-            print(start_summary(self))
+            about = self.config, self.data.sources, self.schedule, self.state.model, self.folder
+            print(start_summary(*about, step=self.step))
         scores, stopping = None, False
         bar: tqdm[Any]
         # An error closes the bar, so that its message has a line for itself.
@@ -213,56 +210,32 @@ class Trainer:
         if all_reduce_any(asked()):
             return None
         self.evaluation_due = False
-        images, labels, measured = self._pseudo_labels(model)
-        measured |= class_record(self.state.classes.pixels)
-        problems = self._find_problems(measured, scores)
+        labels, measured = measure(self.state, model, self.data.first_batch)
+        problems: dict[str, str] = {}
+        counting = self.config.train.method != "supervised" and self.step > self.schedule.pseudo_from
+        if counting or self.step == self.total_steps:
+            classes = [*map(one_line, self.data.info.classes)]
+            problems = find_problems(measured, scores, classes, best=self.best, loss=self._unlabeled_loss)
         improved = scores.mean_iou > self.best
         if improved:
             self.best, self.best_step = scores.mean_iou, self.step
         with failing_together():
             if log is not None:
                 mean_scores = {"miou": scores.mean_iou, "miou_present": scores.mean_iou_present}
-                memory = memory_record(self.state.received)
-                log.write(
-                    {**self._position(), **mean_scores, "iou": scores.by_class["iou"].tolist(), **measured, **memory}
-                )
+                log.write({**self._position(), **mean_scores, "iou": scores.by_class["iou"].tolist(), **measured})
                 for name in ("last", "best") if improved else ("last",):
                     save_model(model, self.spec, self.folder / f"{name}.safetensors")
-                draw_pictures(log, (images, labels), pictured, self.spec)
+                crops = self.data.first_batch.unlabeled_image[:_PICTURED]
+                draw_pictures(log, (crops, labels), pictured, self.spec)
                 bar.write(f"step {self.step}: mIoU {100 * scores.mean_iou:.1f}" + improved * ", the best so far")
-                for problem in problems:
-                    logger.warning("step %d: %s", self.step, problem)
+                for problem in (x for x in problems if x not in self._named):
+                    logger.warning("step %d: %s", self.step, problems[problem])
+        self._named.update(problems)
         self._logged = time.perf_counter(), self.step
         return scores
 
-    def _find_problems(self, measured: Record, scores: Scores) -> list[str]:
-        """Say what looks wrong and was not said before, once pseudo labels count, or at the end."""
-        counting = self.config.train.method != "supervised" and self.step > self.schedule.pseudo_from
-        if not (counting or self.step == self.total_steps):
-            return []
-        names = [*map(one_line, self.data.info.classes)]
-        problems = find_problems(measured, scores, names, best=self.best, loss=self._unlabeled_loss)
-        new = [message for key, message in problems.items() if key not in self._named]
-        self._named.update(problems)
-        return new
-
     def _position(self) -> Record:
         return {"step": self.step, "epoch": self.step / self.data.steps_per_epoch}
-
-    @torch.no_grad()
-    def _pseudo_labels(self, model: Segmentor) -> tuple[Tensor, dict[str, Tensor], Record]:
-        """Label the unlabeled crops of the first step; return some of them to draw, and what all measure."""
-        batch = self.data.first_batch
-        alignment = self.state.classes.alignment(self.config.train.dist_align)
-        _, pseudo_label, confidence = pseudo_pass(self.state.teacher, batch, self.config.train, alignment=alignment)
-        logits = model.eval()(batch.unlabeled_image)
-        prediction, _ = upsample_argmax(logits, (pseudo_label.shape[1], pseudo_label.shape[2]))
-        measured = pseudo_label_record(pseudo_label, confidence, len(self.data.info.classes), batch)
-        assert batch.unlabeled_label is not None
-        known = {"truth": batch.unlabeled_label} if (batch.unlabeled_label != IGNORE_INDEX).any() else {}
-        labels = {**known, "pseudo label": pseudo_label, "prediction": prediction}
-        pictured = {name: x[:_PICTURED] for name, x in labels.items()}
-        return batch.unlabeled_image[:_PICTURED], pictured, measured
 
     def _save(self) -> None:
         state = gather_state(self._state())
@@ -314,6 +287,6 @@ def train(config: Config, folder: Path) -> bool:
             tell(f"{folder}: stopped as asked at step {trainer.step}; the same command goes on from there")
             return False
         tell(score_table(scores, trainer.data.info))
-        steps, seconds = trainer.step - first, time.perf_counter() - started
-        tell(end_summary(trainer, scores.mean_iou, steps=steps, seconds=seconds))
+        seconds, last = time.perf_counter() - started, (scores.mean_iou, trainer.step)
+        tell(end_summary(folder, (trainer.best, trainer.best_step), last, steps=trainer.step - first, seconds=seconds))
         return True

@@ -53,7 +53,7 @@ def export_model(model: Segmentor, spec: ModelSpec, path: Path) -> float:
     Args:
         model: in eval mode on the CPU.
         spec: what ``load_model`` returned with it.
-        path: ``.pt2`` for torch.export, ``.onnx`` for ONNX.
+        path: ``.pt2`` or ``.onnx``.
 
     Returns:
         the largest difference to the model, relative to its largest logit, at some batches and sizes.

@@ -21,19 +21,16 @@ from allspark_fast.data.info import DatasetInfo, match_classes
 from allspark_fast.errors import InputError, MissingPackageError
 from allspark_fast.files import reason, write_atomically
 from allspark_fast.model import Segmentor
+from allspark_fast.text import first_of
 
 logger = logging.getLogger(__name__)
 
 _QUEUE = "decoder.allspark.attn.kv_queue"
 _POINTERS = "decoder.allspark.attn.queue_ptr"
-# What depends on the classes and on the crop, and may be reset when those change.
-_RESETTABLE = {
-    "classifier": "decoder.decoder.linear_pred.",
-    "Semantic Memory": "decoder.allspark.attn.queue_",
-    "Semantic Memory's channels": _QUEUE,
-    "AllSpark bottleneck": "decoder.allspark.",
-}
-_OF_CLASSES = tuple(_RESETTABLE.values())[:3]
+_CLASSIFIER = "decoder.decoder.linear_pred."
+# What depends on the classes; and what depends on them, the crop and the method, and may be reset when those change.
+_OF_CLASSES = (_CLASSIFIER, _QUEUE, "decoder.allspark.attn.queue_")
+_RESETTABLE = (_CLASSIFIER, "decoder.allspark.")
 # The public code stores its best mIoU as a numpy scalar, which weights_only refuses unless told that it is harmless.
 _NUMPY_SCALAR: list[Any] = [np.float64(0).__reduce__()[0], np.dtype, np.dtypes.Float64DType]
 _TIMM = "backbone.features.model."
@@ -130,15 +127,13 @@ def load_state_dict(
             raise InputError(f"{path}: queue_ptr is {pointers.tolist()}, expected slots in [0, {slots})")
     dropped = tuple(name for name in state if name not in fitting)
     fresh = tuple(name for name in own if name not in fitting and not name.endswith("queue_filled"))
-    misfits = [name for name in fresh if name.startswith("backbone.")] if encoder_only else [*dropped, *fresh]
-    parts = {name: next((part for part, x in _RESETTABLE.items() if name.startswith(x)), None) for name in misfits}
-    if wrong := sorted(name for name, part in parts.items() if part is None):
+    misfits = [name for name in fresh if name.startswith("backbone.")] if encoder_only else sorted({*dropped, *fresh})
+    if wrong := [name for name in misfits if not name.startswith(_RESETTABLE)]:
         raise InputError(f"{path}: these weights are of another model: {_describe(wrong, state, own)}")
     if misfits and not reset:
-        named = ", ".join(dict.fromkeys(filter(None, parts.values())))
         raise InputError(
-            f"{path}: {named} do not fit the model ({_describe(misfits, state, own)}). Pass --model.reset True (in "
-            "Python reset=True) to start them afresh and load the rest"
+            f"{path}: classifier or bottleneck do not fit the model ({_describe(misfits, state, own)}). Pass "
+            "--model.reset True (in Python reset=True) to start them afresh and load the rest"
         )
     model.load_state_dict(fitting, strict=False)
     return LoadReport(dropped, fresh)
@@ -318,8 +313,6 @@ def _digest(state: Mapping[str, Tensor]) -> str:
 
 def _describe(names: list[str], state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
     """Return the first few names, each with its shapes in the file and in the model."""
-    lines = []
-    for name in names[:3]:
-        theirs, ours = (tuple(x[name].shape) if name in x else "absent" for x in (state, own))
-        lines.append(f"{name} is {theirs} in the file, {ours} in the model")
-    return "; ".join(lines) + (f"; and {len(names) - 3} more" if len(names) > 3 else "")
+    shapes = [[tuple(x[name].shape) if name in x else "absent" for x in (state, own)] for name in names]
+    lines = zip(names, shapes, strict=True)
+    return first_of([f"{name} is {theirs} in the file, {ours} in the model" for name, (theirs, ours) in lines], 3, "; ")

@@ -89,9 +89,9 @@ def test_colors_stand_for_classes(tmp_path, mode):
     for good in (info, replace(info, values=(7, 0))):
         assert label_of(tmp_path, good) == [[1, 255, 0, 1]]
     for bad, unknown in (
-        (replace(info, palette=hex_palette("000000 ffc800")), r"\[\[9, 9, 9\]\]"),
-        (replace(info, palette=hex_palette("090909 090909")), r"\[\[9, 9, 9\], \[255, 200, 0\]\]"),
-        (replace(info, values=(0, 255)), r"\[\[0, 0, 0\]\]"),  # 255 is not ignored, so black stands for nothing
+        (replace(info, palette=hex_palette("000000 ffc800")), r"\[9, 9, 9\]"),
+        (replace(info, palette=hex_palette("090909 090909")), r"\[9, 9, 9\], \[255, 200, 0\]"),
+        (replace(info, values=(0, 255)), r"\[0, 0, 0\]"),  # 255 is not ignored, so black stands for nothing
     ):
         with pytest.raises(
             DataError, match=rf"a\.png: holds colors .* exactly one class: {unknown}; known are .*'palette'"

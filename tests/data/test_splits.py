@@ -126,7 +126,7 @@ def test_validation_is_set_aside_and_training_keeps_rare_classes(tmp_path, comma
     printed = command("splits", tmp_path, "--val", 7, "--overwrite", status=1)
     assert "--val 7 leaves no label to train on: 7 images have one" in printed
     shutil.rmtree(tmp_path / "labels")
-    assert "no image has a label" in command("splits", tmp_path, status=1)
+    assert "0 images have a label, expected at least 1; labels" in command("splits", tmp_path, status=1)
 
 
 def test_lists_are_replaced_only_on_request(tmp_path, command):
@@ -166,8 +166,7 @@ def test_folds_validate_on_every_labeled_image_once(tmp_path, command):
     assert sorted((entry for fold in folds for entry in fold["val"]), key=entries.index) == entries[:8]
     for fold in folds:
         assert sorted(entry.image for part in fold.values() for entry in part) == [entry.image for entry in entries]
-    printed = command("splits", tmp_path, "--folds", 9, status=1)
-    assert "--folds 9 needs as many labels, but 8 images have one" in printed
+    assert "8 images have a label, expected at least 9" in command("splits", tmp_path, "--folds", 9, status=1)
     # Of a shell variable that is not set, say.
     assert "'': expected a fraction" in command("splits", tmp_path, "", status=1)
     for wrong in (["--folds", 1], ["--folds", 3, "--val", 2]):

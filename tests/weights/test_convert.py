@@ -8,9 +8,8 @@ import torch
 from allspark_fast.errors import InputError
 from allspark_fast.model import build_segmentor
 from allspark_fast.model.mit import MIT_CONFIGS
-from allspark_fast.weights.convert import infer_spec, read_model
 from allspark_fast.weights.files import load_weights, save_weights
-from allspark_fast.weights.spec import load_model, save_model
+from allspark_fast.weights.spec import infer_spec, load_model, read_model, save_model
 from tests.helpers.public_code import public_checkpoint
 from tests.helpers.runs import differences
 

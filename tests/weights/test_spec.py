@@ -8,9 +8,8 @@ from PIL import Image
 from allspark_fast.cli import export
 from allspark_fast.errors import InputError
 from allspark_fast.training.trainer import Trainer
-from allspark_fast.weights.convert import read_model
 from allspark_fast.weights.files import load_weights, save_weights
-from allspark_fast.weights.spec import load_model, save_model
+from allspark_fast.weights.spec import load_model, read_model, save_model
 from tests.helpers.runs import changed, differences, tiny_config
 
 
