@@ -1,7 +1,3 @@
-"""The package from Python."""
-
-from pathlib import Path
-
 import numpy as np
 import pytest
 from PIL import Image
@@ -12,7 +8,7 @@ from allspark_fast.errors import InputError
 TINY = {"data_scenes": (3, 4, 1), "data_crop": 64, "data_workers": 0, "train_epochs": 1, "train_batch_size": 2}
 
 
-def test_a_run_is_trained_loaded_and_labels_files_images_and_arrays(tmp_path: Path) -> None:
+def test_a_run_is_trained_loaded_and_labels_files_images_and_arrays(tmp_path):
     run = allspark_fast.train("scenes", **TINY, run_output_dir=tmp_path / "run")
     assert run == (tmp_path / "run", True)
     image = Image.effect_noise((40, 30), 50)
@@ -29,18 +25,16 @@ def test_a_run_is_trained_loaded_and_labels_files_images_and_arrays(tmp_path: Pa
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"recipe": "pascl"}, "no recipe 'pascl'"),
         ({"colour": 3}, "no setting colour.; names are group.field"),
-        ({"train_epoch": 3}, "no setting train.epoch .did you mean train.epochs"),
         ({"train_epochs": "3"}, "config.train.epochs is '3', expected int"),
     ],
 )
-def test_settings_that_do_not_exist_are_refused(settings: dict[str, object], message: str) -> None:
+def test_settings_that_do_not_exist_are_refused(settings, message):
     with pytest.raises(InputError, match=message):
         allspark_fast.train(**settings)
 
 
-def test_other_names_are_refused() -> None:
+def test_other_names_are_refused():
     assert set(allspark_fast.__all__) <= set(dir(allspark_fast))
     with pytest.raises(AttributeError, match="its names are AllSpark"):
         allspark_fast.predict  # noqa: B018

@@ -1,5 +1,3 @@
-"""Settings and recipes."""
-
 import dataclasses
 import json
 import re
@@ -8,58 +6,18 @@ from pathlib import Path
 import pytest
 
 from allspark_fast.cli.recipe import parse_config
-from allspark_fast.config import (
-    Config,
-    DataConfig,
-    EvalConfig,
-    ModelConfig,
-    RunConfig,
-    TrainConfig,
-    changed_fields,
-    from_plain,
-)
+from allspark_fast.config import Config, DataConfig, EvalConfig, ModelConfig, RunConfig, TrainConfig, from_plain
 from allspark_fast.errors import InputError
 from allspark_fast.recipes import RECIPES
 from tests.helpers.runs import changed
 
 
-def through_json(config: Config) -> Config:
-    return from_plain(Config, json.loads(config.to_json()), "config")
-
-
-def test_every_field_survives_json() -> None:
-    config = Config(
-        data=DataConfig(root=Path("a b"), labeled=Path("l.txt"), scenes=(1, 2, 3), mean=(0.5, 0.5, 0.5)),
-        model=ModelConfig(weights=Path("w.pth"), reset=True),
-    )
-    assert through_json(config) == config
-
-
-@pytest.mark.parametrize(
-    ("right", "wrong", "message"),
-    [
-        ('"crop"', '"crop_size"', r"there is no setting data\.crop_size \(did you mean data\.crop\?"),
-        ('"kernels": "auto"', '"kernels": 1', "config.run.kernels is 1, expected one of auto, torch"),
-    ],
-)
-def test_damaged_settings_of_a_run_are_named(right: str, wrong: str, message: str) -> None:
-    text = Config().to_json().replace(right, wrong)
-    with pytest.raises(InputError, match=message):
-        from_plain(Config, json.loads(text), "config")
-    with pytest.raises(InputError, match=r"config.run is \[\], expected an object"):
-        from_plain(RunConfig, [], "config.run")
-
-
-def test_settings_that_earlier_versions_lacked_take_their_defaults(tmp_path: Path) -> None:
+def test_settings_that_earlier_versions_lacked_take_their_defaults(tmp_path):
     config = changed(Config(), train={"lr": 0.5}, data={"crop": 65})
     fields = json.loads(config.to_json())
     del fields["train"]["ema"], fields["data"]["workers"], fields["eval"]
     (tmp_path / "config.json").write_text(json.dumps(fields))
     assert Config.read(tmp_path / "config.json") == config
-    for text in ('{"train": {"lr": 0.5, "momentum": 0.9}}', '{"id2label": {}}', "[]"):
-        (tmp_path / "config.json").write_text(text)
-        with pytest.raises(InputError, match=r"config\.json holds no settings of a run"):
-            Config.read(tmp_path / "config.json")
 
 
 @pytest.mark.parametrize(
@@ -70,7 +28,7 @@ def test_settings_that_earlier_versions_lacked_take_their_defaults(tmp_path: Pat
         ({"epochs": 8, "warmup": 0.5, "pseudo_from_epoch": 1}, {"times": 100}, (80, 40, 10, 1)),
     ],
 )
-def test_lengths_in_epochs_steps_and_parts_of_the_run(train: dict, evaluation: dict, expected: tuple) -> None:
+def test_lengths_in_epochs_steps_and_parts_of_the_run(train, evaluation, expected):
     assert changed(Config(), train=train, eval=evaluation).schedule(10) == expected
 
 
@@ -83,7 +41,7 @@ def test_lengths_in_epochs_steps_and_parts_of_the_run(train: dict, evaluation: d
         ("train.attend", "train.attend was renamed: use train.kv_source"),
     ],
 )
-def test_settings_that_do_not_exist_are_refused_with_the_right_name(name: str, message: str, tmp_path: Path) -> None:
+def test_settings_that_do_not_exist_are_refused_with_the_right_name(name, message, tmp_path):
     """On the command line, in a file of settings, and in the config.json of a run."""
     message = re.escape(message)
     group, field = name.split(".")
@@ -94,15 +52,10 @@ def test_settings_that_do_not_exist_are_refused_with_the_right_name(name: str, m
             parse_config(["pascal", *words.split()], "train")
 
 
-def test_changes_are_listed() -> None:
-    new = Config(train=TrainConfig(lr=0.5), data=DataConfig(crop=65))
-    assert changed_fields(Config(), new) == {"data.crop": (513, 65), "train.lr": (0.001, 0.5)}
-
-
 @pytest.mark.parametrize("name", RECIPES)
-def test_every_recipe_survives_json_and_tells_its_command(name: str) -> None:
+def test_every_recipe_survives_json_and_tells_its_command(name):
     config = RECIPES[name]()
-    assert through_json(config) == config
+    assert from_plain(Config, json.loads(config.to_json()), "config") == config
     if config.model.weights == Path("imagenet"):  # what these were trained with
         assert config.data.mean == config.data.std == (0.5, 0.5, 0.5)
     documentation = RECIPES[name].__doc__
@@ -123,7 +76,7 @@ def test_every_recipe_survives_json_and_tells_its_command(name: str) -> None:
         (RunConfig, "keep_last", 0),
     ],
 )  # fmt: skip
-def test_numbers_that_are_just_out_of_range_are_refused(group: type, name: str, value: object) -> None:
+def test_numbers_that_are_just_out_of_range_are_refused(group, name, value):
     setting = f"{group.__name__.removesuffix('Config').lower()}.{name}"
     with pytest.raises(InputError, match=rf"^{setting} is {re.escape(str(value))}, expected "):
         group(**{name: value})
@@ -136,12 +89,12 @@ def test_numbers_that_are_just_out_of_range_are_refused(group: type, name: str, 
         ({"strong": True}, "train.strong is True, expected False beside data.augment=none"),
     ],
 )
-def test_settings_without_what_they_need_are_refused(train: dict, message: str) -> None:
+def test_settings_without_what_they_need_are_refused(train, message):
     with pytest.raises(InputError, match=message):
         changed(Config(data=DataConfig(augment="none")), train=train)
 
 
-def test_epochs_that_are_given_replace_the_steps_of_a_recipe() -> None:
+def test_epochs_that_are_given_replace_the_steps_of_a_recipe():
     _, config = parse_config(["folder", "--train.epochs", "4", "--train.warmup-epochs=1", "--eval.every", "2"], "train")
     assert config.schedule(10) == (40, 10, 13, 20)  # pseudo labels from a third of the run, as in the recipe
     assert parse_config(["folder", "--train.steps", "9"], "train")[1].schedule(10) == (9, 1, 3, 1)
@@ -150,7 +103,7 @@ def test_epochs_that_are_given_replace_the_steps_of_a_recipe() -> None:
         parse_config(["folder", "--train.epochs", "3", "--train.steps", "9"], "train")
 
 
-def test_a_file_stands_between_the_recipe_and_the_command_line(tmp_path: Path) -> None:
+def test_a_file_stands_between_the_recipe_and_the_command_line(tmp_path):
     file = tmp_path / "mine.yaml"
     file.write_text(
         "data: {range: [0, 4095], root: /a b, augment: aerial}\n"
@@ -165,17 +118,18 @@ def test_a_file_stands_between_the_recipe_and_the_command_line(tmp_path: Path) -
     (tmp_path / "config.json").write_text(expected.to_json())
     words = ["--config", str(tmp_path / "config.json"), "--train.seed", "3"]
     assert parse_config(words, "train") == ("scenes", changed(expected, train={"seed": 3}))
+    assert parse_config([], "train") == ("scenes", RECIPES["scenes"]())
 
 
 @pytest.mark.parametrize("text", ["[1]", "train: 3", "train: {lr: {a: 1}}", "train: {lr: [", "\xff", ""])
-def test_files_that_hold_no_settings_are_refused(text: str, tmp_path: Path) -> None:
+def test_files_that_hold_no_settings_are_refused(text, tmp_path):
     (tmp_path / "a.yaml").write_bytes(text.encode("latin-1"))
     with pytest.raises(InputError, match=r"a\.yaml: expected groups of settings such as"):
         parse_config(["--config", str(tmp_path / "a.yaml")], "train")
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_printed_settings_are_a_file_of_them(recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_printed_settings_are_a_file_of_them(recipe, tmp_path, capsys):
     with pytest.raises(SystemExit, match=r"^0$"):
         parse_config([recipe, "--train.lr", "1e-5", "--train.compile", "off", "--print-config"], "train")
     (tmp_path / "a.yaml").write_text(capsys.readouterr().out)
@@ -183,29 +137,21 @@ def test_printed_settings_are_a_file_of_them(recipe: str, tmp_path: Path, capsys
     assert printed == changed(RECIPES[recipe](), train={"lr": 1e-5, "compile": "off"})
 
 
-def test_the_papers_hyper_parameters() -> None:
-    pascal, cityscapes, coco = (RECIPES[name]() for name in ("pascal", "cityscapes", "coco"))
-    for config in (pascal, cityscapes, coco):
-        assert (config.model.backbone, config.model.embedding_dim, config.model.num_heads) == ("mit_b5", 768, 2)
-        assert (config.train.optimizer, config.train.weight_decay) == ("sgd", 1e-4)
-        official = {"memory_init": "randn", "memory_sync": "rank0", "class_map": "logits"}
-        assert official.items() <= dataclasses.asdict(config.model).items()
-        official = {"kv_source": "batch", "pseudo_padding": True, "pseudo_from_epoch": 0, "teacher": "student"}
-        official |= {"conf_thresh": 0, "strong": False, "cutmix": 0, "copy_paste": 0, "unlabeled_weight": 1, "ema": 0}
-        assert official.items() <= dataclasses.asdict(config.train).items()
-
-    def schedule(config: Config) -> tuple[float, ...]:
-        train = config.train
-        return config.data.crop, train.epochs, train.batch_size, train.lr, train.lr_multi, train.warmup_epochs
-
-    assert schedule(pascal) == (513, 80, 8, 0.001, 10.0, 5)
-    assert schedule(cityscapes) == (801, 240, 8, 0.005, 1.0, 15)
-    assert schedule(coco) == (513, 10, 16, 0.001, 10.0, 1)
-    assert (cityscapes.train.loss, cityscapes.train.ohem_min_kept, cityscapes.eval.mode) == ("ohem", 200_000, "sliding")
-
-
-def test_overrides() -> None:
-    recipe, config = parse_config(["pascal", "--train.lr", "0.2", "--model.reset", "True"], "train")
-    assert recipe == "pascal"
-    assert config == changed(RECIPES["pascal"](), train={"lr": 0.2}, model={"reset": True})
-    assert parse_config([], "train") == ("scenes", RECIPES["scenes"]())
+def test_the_papers_hyper_parameters():
+    model = {"backbone": "mit_b5", "embedding_dim": 768, "num_heads": 2, "memory_init": "randn"}
+    model |= {"memory_sync": "rank0", "class_map": "logits"}
+    train = {"optimizer": "sgd", "weight_decay": 1e-4, "kv_source": "batch", "pseudo_padding": True, "ema": 0}
+    train |= {"pseudo_from_epoch": 0, "teacher": "student", "conf_thresh": 0, "strong": False, "cutmix": 0}
+    train |= {"copy_paste": 0, "unlabeled_weight": 1}
+    own = {
+        "pascal": (513, "whole", "ce", 80, 8, 0.001, 10.0, 5),
+        "cityscapes": (801, "sliding", "ohem", 240, 8, 0.005, 1.0, 15),
+        "coco": (513, "whole", "ce", 10, 16, 0.001, 10.0, 1),
+    }
+    for name, expected in own.items():
+        config = dataclasses.asdict(RECIPES[name]())
+        assert model.items() <= config["model"].items()
+        assert train.items() <= config["train"].items()
+        names = ("loss", "epochs", "batch_size", "lr", "lr_multi", "warmup_epochs")
+        assert (config["data"]["crop"], config["eval"]["mode"], *(config["train"][x] for x in names)) == expected
+    assert RECIPES["cityscapes"]().train.ohem_min_kept == 200_000

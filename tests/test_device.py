@@ -1,5 +1,3 @@
-"""The device that work runs on, and the CPUs that there are for it."""
-
 import pytest
 import torch
 
@@ -8,9 +6,7 @@ from allspark_fast.errors import InputError
 
 
 @pytest.mark.parametrize(("processes", "workers", "threads"), [(1, 0, 4), (1, 3, 3), (2, 1, 2), (8, 1, 1)])
-def test_threads_leave_cpus_to_workers_and_other_processes(
-    processes: int, workers: int, threads: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_threads_leave_cpus_to_workers_and_other_processes(processes, workers, threads, monkeypatch):
     """Of six CPUs, where four threads were asked for."""
     monkeypatch.setattr("allspark_fast.device.available_cpus", lambda: 6)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
@@ -19,7 +15,7 @@ def test_threads_leave_cpus_to_workers_and_other_processes(
     assert torch.get_num_threads() == threads
 
 
-def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_devices(monkeypatch):
     for there, device in ((True, "cuda"), (False, "cpu")):
         monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
         assert choose_device("auto") == torch.device(device)

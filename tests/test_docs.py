@@ -80,7 +80,7 @@ PYTHON = [block for page in PAGES for block in blocks(page, "python")]
 
 
 @pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def place(tmp_path, monkeypatch):
     """A working directory with train.py, the folder of docs/quickstart.md, and the photographs of README."""
     (tmp_path / "train.py").symlink_to(ROOT / "train.py")
     for folder in ("my_data/images", "my_data/labels", "more_photos", "others/deep"):
@@ -103,13 +103,13 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize("number", range(len(PYTHON)))
 @pytest.mark.usefixtures("place")
-def test_python_block_runs(number: int) -> None:
+def test_python_block_runs(number):
     smaller = "train_steps=1, train_batch_size=2, data_scenes=(3, 4, 2), data_crop=65, data_workers=0"
     code = PYTHON[number].replace("train_steps=1000", smaller)
     exec(compile(code, f"Python block {number}", "exec"), {})
 
 
-def test_there_are_blocks_and_commands() -> None:
+def test_there_are_blocks_and_commands():
     """The patterns above still match, and nothing is left out in vain."""
     commands = [command for page in TO_RUN for command in TO_RUN[page]]
     assert len(PYTHON) == 2
@@ -121,7 +121,7 @@ def test_there_are_blocks_and_commands() -> None:
 
 
 @pytest.mark.parametrize("command", all_commands())
-def test_commands_exist(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commands_exist(command, tmp_path, monkeypatch):
     """What they name: options and settings, benchmarks and their sizes, modules, files of tests."""
     monkeypatch.chdir(tmp_path)
     Path("mine.yaml").write_text("train: {lr: 1e-3}")
@@ -146,14 +146,14 @@ def test_commands_exist(command: str, tmp_path: Path, monkeypatch: pytest.Monkey
         assert find_spec(words[1]) is not None
 
 
-def test_settings_exist() -> None:
+def test_settings_exist():
     setting = re.compile(r"^(data|model|train|eval|run)\.(?!json|safetensors)(\w{3,})")
     for group, field in {x for span in spans() for x in setting.findall(span)}:
         assert hasattr(getattr(Config(), group), field), f"{group}.{field}"
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_links_files_and_lines(page: str) -> None:
+def test_links_files_and_lines(page):
     """Links and named files exist; lines fit into 120 columns, but for tables of results."""
     for target, _, anchor in re.findall(r"\]\((?!http)([^)#]*)(#([^)]*))?\)", PROSE[page]):
         linked = (ROOT / page).parent / target if target else ROOT / page
@@ -165,7 +165,7 @@ def test_links_files_and_lines(page: str) -> None:
     assert page.startswith("bench/") or [line for line in PAGES[page].splitlines() if len(line) > 120] == []
 
 
-def test_the_quickstart_prints_what_it_shows(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_quickstart_prints_what_it_shows(place, capsys):
     for command in TO_RUN["docs/quickstart.md"][:2]:
         assert main(shlex.split(command)[3:]) == 0
     assert capsys.readouterr().out in blocks("docs/quickstart.md", "")
@@ -174,7 +174,7 @@ def test_the_quickstart_prints_what_it_shows(place: Path, capsys: pytest.Capture
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("page", TO_RUN)
-def test_commands_run(page: str, place: Path) -> None:
+def test_commands_run(page, place):
     python = f'python() {{ "{sys.executable}" "$@"; }}\n'
     environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
     for command in TO_RUN[page]:

@@ -1,5 +1,3 @@
-"""The examples run."""
-
 import os
 import runpy
 import sys
@@ -12,7 +10,7 @@ NEEDS = {"smp_unet": "segmentation_models_pytorch"}
 
 
 @pytest.mark.parametrize("example", ["plain_model", "smp_unet"])
-def test_example_runs(example: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_example_runs(example, capsys):
     if example in NEEDS:
         pytest.importorskip(NEEDS[example], reason=f"this example needs {NEEDS[example]}")
     # In this process: most of the time of another one would go into imports.
@@ -22,7 +20,7 @@ def test_example_runs(example: str, capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_the_notebook_runs_and_holds_no_outputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_notebook_runs_and_holds_no_outputs(tmp_path, monkeypatch):
     nbformat, client = (pytest.importorskip(x, reason=f"needs {x}") for x in ("nbformat", "nbclient"))
     pytest.importorskip("onnxruntime", reason="needs the extra export")
     notebook = nbformat.read(EXAMPLES / "tour.ipynb", as_version=4)
@@ -34,7 +32,7 @@ def test_the_notebook_runs_and_holds_no_outputs(tmp_path: Path, monkeypatch: pyt
     assert (tmp_path / "runs/tour/model.onnx").is_file()
 
 
-def test_two_classes_are_drawn() -> None:
+def test_two_classes_are_drawn():
     draw = runpy.run_path(str(EXAMPLES / "two_classes.py"))["draw"]
     for index in range(3):
         image, mask = draw(index)

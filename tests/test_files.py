@@ -1,5 +1,3 @@
-"""Files are written whole or not at all, whoever else writes them."""
-
 import os
 import stat
 from pathlib import Path
@@ -9,7 +7,7 @@ import pytest
 from allspark_fast.files import remove_unfinished, write_atomically
 
 
-def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
+def test_a_write_that_fails_leaves_what_was_there(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("before")
 
@@ -23,7 +21,7 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
     assert path.read_text() == "before"
 
 
-def test_file_and_folder_are_flushed_around_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_file_and_folder_are_flushed_around_the_rename(tmp_path, monkeypatch):
     events, fsync, replace = [], os.fsync, Path.replace
 
     def noted_fsync(descriptor: int) -> None:
@@ -37,7 +35,7 @@ def test_file_and_folder_are_flushed_around_the_rename(tmp_path: Path, monkeypat
     assert events == ["flush file", "rename", "flush folder"]
 
 
-def test_what_a_crash_left_is_removed(tmp_path: Path) -> None:
+def test_what_a_crash_left_is_removed(tmp_path):
     def crash(temporary: Path) -> None:
         temporary.write_text("half")
         raise KeyboardInterrupt  # stands for kill -9

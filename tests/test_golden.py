@@ -220,7 +220,7 @@ def golden_files(*, trajectories: bool) -> pytest.MarkDecorator:
 
 
 @golden_files(trajectories=False)
-def test_parity(name: str) -> None:
+def test_parity(name):
     """``RESULTS`` tells which tensors must be computed, beside all of a mode."""
     compute, pattern = next(x for prefix, x in RESULTS.items() if name.startswith(prefix))
     golden = Golden(name)
@@ -237,7 +237,7 @@ def test_parity(name: str) -> None:
 
 
 @golden_files(trajectories=True)
-def test_trajectory(name: str) -> None:
+def test_trajectory(name):
     golden = Golden(name)
     meta = golden.meta
     model = build_model(meta)

@@ -16,7 +16,7 @@ def python(code: str) -> str:
     return done.stdout
 
 
-def test_everything_imports_and_trains_without_triton_and_xformers(tmp_path: Path) -> None:
+def test_everything_imports_and_trains_without_triton_and_xformers(tmp_path):
     code = f"""
 import sys
 sys.modules["triton"] = sys.modules["xformers"] = None
@@ -39,26 +39,23 @@ sys.exit(main(["train", *options, "--run.output-dir", {str(tmp_path)!r}]))
     assert "mIoU" in printed
 
 
-def test_library_parts_import_nothing_they_do_not_use() -> None:
-    """What torch does not import itself, and takes the most time."""
-    code = """
-import sys, allspark_fast.model, allspark_fast.weights.files
-print([name for name in ("triton", "matplotlib", "tyro", "torchvision", "tensorboard", "PIL") if name in sys.modules])
-"""
-    assert python(code) == "[]\n"
-
-
-def test_help_starts_fast() -> None:
-    code = """
-import sys
-from allspark_fast.__main__ import main
-print(main(["--help"]), [name for name in ("torch", "numpy", "matplotlib", "tyro", "PIL") if name in sys.modules])
-"""
-    assert python(code).splitlines()[-1] == "0 []"
+@pytest.mark.parametrize(
+    ("code", "absent"),
+    [
+        (
+            "import allspark_fast.model, allspark_fast.weights.files",
+            "triton matplotlib tyro torchvision tensorboard PIL",
+        ),
+        ("from allspark_fast.__main__ import main; main(['--help'])", "torch numpy matplotlib tyro PIL"),
+    ],
+)
+def test_nothing_is_imported_that_is_not_used(code, absent):
+    printed = python(f"import sys; {code}; print([name for name in {absent.split()} if name in sys.modules])")
+    assert printed.splitlines()[-1] == "[]"
 
 
 @pytest.mark.slow
-def test_a_hugging_face_model_at_the_root_does_not_load_our_kernels_under_another_name() -> None:
+def test_a_hugging_face_model_at_the_root_does_not_load_our_kernels_under_another_name():
     pytest.importorskip("transformers", reason="needs Hugging Face transformers")
     code = """
 import sys, transformers

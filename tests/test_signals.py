@@ -6,7 +6,6 @@ import signal
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
@@ -26,7 +25,7 @@ from tests.helpers.runs import assert_same_run, changed, tiny_arguments, tiny_co
 pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
-def test_after_signals_that_ask_to_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_after_signals_that_ask_to_stop(tmp_path, monkeypatch):
     """SIGTERM, SIGUSR1 and that of Ctrl-C, to loading processes too: the step in hand is finished and saved."""
     config = changed(tiny_config(), data={"workers": 1})
     Trainer(config, tmp_path / "whole").run()
@@ -50,7 +49,7 @@ def test_after_signals_that_ask_to_stop(tmp_path: Path, monkeypatch: pytest.Monk
     assert_same_run(tmp_path / "whole", tmp_path / "broken")
 
 
-def test_a_second_ctrl_c_ends_at_once(capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_second_ctrl_c_ends_at_once(capfd):
     with stop_signals() as asked:
         os.kill(os.getpid(), signal.SIGINT)
         assert asked()
@@ -60,7 +59,7 @@ def test_a_second_ctrl_c_ends_at_once(capfd: pytest.CaptureFixture[str]) -> None
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_after_signals_during_evaluations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_after_signals_during_evaluations(tmp_path, monkeypatch):
     """One in the middle of the run, then one at the end: either is broken off, saved as due, and made on resuming.
 
     Between them the run dies, after the record of the resumed evaluation and before its checkpoint.
@@ -95,12 +94,12 @@ def test_after_signals_during_evaluations(tmp_path: Path, monkeypatch: pytest.Mo
     assert_same_run(tmp_path / "whole", broken)
 
 
-def test_a_run_in_a_thread(tmp_path: Path) -> None:
+def test_a_run_in_a_thread(tmp_path):
     with ThreadPoolExecutor(1) as pool:
         assert pool.submit(train, tiny_config(), tmp_path).result()
 
 
-def test_a_run_without_standard_streams(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_without_standard_streams(tmp_path, monkeypatch):
     for name in ("stdout", "stderr"):
         monkeypatch.setattr(sys, name, None)
     assert main(["train", *tiny_arguments(tmp_path, {"train.epochs": 1})]) == 0

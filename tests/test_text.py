@@ -5,7 +5,6 @@ import logging
 import sys
 import warnings
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,9 +13,9 @@ from PIL import Image
 from allspark_fast.data.info import VOC_PALETTE, DatasetInfo
 from allspark_fast.inference.metrics import ConfusionMatrix, score_table
 from allspark_fast.inference.pictures import draw_panel, label_map
-from allspark_fast.text import columns, drawable, nearest, one_line, progress
+from allspark_fast.text import columns, drawable, one_line, progress
 from allspark_fast.training.pictures import draw_curves
-from allspark_fast.weights.spec import ModelSpec, describe_model
+from allspark_fast.weights.spec import describe_model
 
 # What people give, and how it is shown in one line.
 SHOWN = {
@@ -39,11 +38,11 @@ INFO = DatasetInfo("any", tuple(SHOWN), VOC_PALETTE)
 
 
 @pytest.mark.parametrize("name", SHOWN)
-def test_names_are_shown_in_one_line(name: str) -> None:
+def test_names_are_shown_in_one_line(name):
     assert one_line(name) == SHOWN[name]
 
 
-def test_tables_have_a_line_for_each_class(tiny_spec: ModelSpec) -> None:
+def test_tables_have_a_line_for_each_class(tiny_spec):
     lines = score_table(ConfusionMatrix(len(SHOWN)).compute(), INFO).splitlines()
     assert len(lines) == len(SHOWN) + 4
     assert {columns(line.removesuffix("  (in no label)")) for line in lines[:-1]} == {60 + 3 * 13}
@@ -53,9 +52,7 @@ def test_tables_have_a_line_for_each_class(tiny_spec: ModelSpec) -> None:
 
 
 @pytest.mark.parametrize("names", [INFO.classes, ("two\nlines",), ("道路",) * 80])
-def test_pictures_are_drawn_and_say_once_what_they_cannot_show(
-    names: tuple[str, ...], tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_pictures_are_drawn_and_say_once_what_they_cannot_show(names, tmp_path, caplog):
     drawable.cache_clear()
     info = DatasetInfo("any", names, VOC_PALETTE)
     with warnings.catch_warnings(), caplog.at_level(logging.WARNING):
@@ -73,7 +70,7 @@ def test_pictures_are_drawn_and_say_once_what_they_cannot_show(
     assert drawn[0] == {"road": "road", "two\nlines": r"0 two\nlines", "道路": "0 ??"}[names[0]]
 
 
-def test_curves_show_the_memory_and_bear_numbers_that_are_not_finite(tmp_path: Path) -> None:
+def test_curves_show_the_memory_and_bear_numbers_that_are_not_finite(tmp_path):
     info, pictures = DatasetInfo("any", ("a", "_b", "$c$"), VOC_PALETTE), []
     for received in ([4, 0, 0], [1, 1, 1]):
         record = {"miou": torch.nan, "iou": [0.5, torch.nan, 0], "memory_received": received}
@@ -82,13 +79,8 @@ def test_curves_show_the_memory_and_bear_numbers_that_are_not_finite(tmp_path: P
     assert pictures[0] != pictures[1]
 
 
-@pytest.mark.parametrize(("name", "near"), [("trian", " (did you mean train?)"), ("xyz", "")])
-def test_the_nearest_name(name: str, near: str) -> None:
-    assert nearest(name, ("train", "predict")) == near
-
-
 @pytest.mark.parametrize("is_terminal", [True, False])
-def test_progress_is_a_bar_or_a_line_a_minute(is_terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_is_a_bar_or_a_line_a_minute(is_terminal, monkeypatch):
     stream, now = io.StringIO(), [0.0]
     monkeypatch.setattr(stream, "isatty", lambda: is_terminal)
     monkeypatch.setattr(sys, "stderr", stream)

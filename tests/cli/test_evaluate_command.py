@@ -11,30 +11,27 @@ import pytest
 import torch
 from PIL import Image
 
-from allspark_fast.__main__ import main
 from allspark_fast.config import Config, DataConfig, EvalConfig
 from allspark_fast.data.datasets import split_line
 from allspark_fast.inference.evaluate import predict_labels
-from allspark_fast.weights.spec import ModelSpec, load_model, save_model
+from allspark_fast.weights.spec import load_model, save_model
 from tests.helpers.images import write_folder
 
 CLASSES = ("apple", "pear", "plum")
 
 
 @pytest.fixture
-def data(tmp_path: Path) -> Path:
+def data(tmp_path):
     """Three images with labels and a list of them, but no list to train on."""
     folder = tmp_path / "data"
-    folder.mkdir()
-    lines = [split_line(entry) for entry in write_folder(folder, 3)]
-    (folder / "meta.json").write_text(json.dumps({"classes": CLASSES}))
+    lines = [split_line(entry) for entry in write_folder(folder, 3, names=CLASSES)]
     (folder / "val.txt").write_text("\n".join(lines[:2]))
     (folder / "test.txt").write_text(lines[2])
     return folder
 
 
 @pytest.fixture
-def weights(tmp_path: Path, tiny_spec: ModelSpec) -> Path:
+def weights(tmp_path, tiny_spec):
     """Normalized otherwise than the recipe says."""
     spec = replace(tiny_spec, mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2))
     path = tmp_path / "weights" / "best.safetensors"
@@ -43,9 +40,10 @@ def weights(tmp_path: Path, tiny_spec: ModelSpec) -> Path:
     return path
 
 
-def evaluate(weights: Path, data: Path, *options: str) -> int:
-    recipe = ["folder", "--data.root", str(data), "--data.val", "val.txt", "--eval.workers", "0"]
-    return main(["evaluate", str(weights), *options, *recipe])
+@pytest.fixture
+def evaluate(weights, data, command):
+    recipe = ["folder", "--data.root", data, "--data.val", "val.txt", "--eval.workers", 0]
+    return lambda *options, of=weights, status=0: command("evaluate", of, *options, *recipe, status=status)
 
 
 def expected_confusion(weights: Path, data: Path, names: list[str]) -> np.ndarray:
@@ -60,21 +58,18 @@ def expected_confusion(weights: Path, data: Path, names: list[str]) -> np.ndarra
 
 
 @pytest.mark.parametrize(("split", "names"), [([], ["00", "01"]), (["--split", "test.txt"], ["02"])])
-def test_the_images_of_a_recipe(weights: Path, data: Path, tmp_path: Path, split: list[str], names: list[str]) -> None:
-    assert evaluate(weights, data, *split, "--json", str(tmp_path / "scores.json")) == 0
-    scores = json.loads((tmp_path / "scores.json").read_text())
+def test_the_images_of_a_recipe(weights, data, evaluate, split, names):
+    evaluate(*split, "--json", data / "scores.json")
+    scores = json.loads((data / "scores.json").read_text())
     assert scores["confusion"] == expected_confusion(weights, data, names).tolist()
 
 
-def test_the_images_of_a_run(weights: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_images_of_a_run(weights, data, evaluate, command):
     config = Config(data=DataConfig(dataset="folder", root=data, val=Path("val.txt")), eval=EvalConfig(workers=1))
     (weights.parent / "config.json").write_text(config.to_json())
-    assert evaluate(weights, data) == 0
-    of_recipe = capsys.readouterr().out
-    assert main(["evaluate", str(weights.parent)]) == 0
-    assert capsys.readouterr().out.startswith(of_recipe)
+    assert command("evaluate", weights.parent).startswith(evaluate())
     folder = weights.parent / "evaluation"
-    assert main(["evaluate", str(weights.parent), "--split", "test.txt"]) == 0
+    command("evaluate", weights.parent, "--split", "test.txt")
     assert {path.name for path in weights.parent.glob("evaluation*")} == {"evaluation", "evaluation_test"}
     assert Image.open(folder / "worst.png").height > 2 * 200
     classes, images = (list(csv.DictReader((folder / name).open())) for name in ("classes.csv", "images.csv"))
@@ -93,20 +88,16 @@ def test_the_images_of_a_run(weights: Path, data: Path, capsys: pytest.CaptureFi
     assert np.mean([float(row["boundary_f1"]) for row in classes]) == pytest.approx(boundary, abs=1e-3)
 
 
-def test_what_cannot_be_scored(weights: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["evaluate", str(weights)]) == 1
-    assert "not a run folder (no config.json); for other weights name a RECIPE" in capsys.readouterr().err
-    assert main(["evaluate", str(weights), "--data.root", str(data)]) == 1
-    assert "for other weights name a RECIPE" in capsys.readouterr().err
+def test_what_cannot_be_scored(weights, data, evaluate, command):
+    for options in ((), ("--data.root", data)):
+        printed = command("evaluate", weights, *options, status=1)
+        assert "not a run folder (no config.json); for other weights name a RECIPE" in printed
     for option, message in (("--split", "split file nowhere/a: not found"), ("--json", "there is no folder nowhere")):
-        assert evaluate(weights, data, option, "nowhere/a") == 1
-        assert message in capsys.readouterr().err
+        assert message in evaluate(option, "nowhere/a", status=1)
 
 
 @pytest.mark.parametrize("names", [("apple", "pear", "plum"), ("plum", "apple", "pear"), ("pear", "plum", "äpple")])
-def test_labels_are_matched_by_the_names_of_their_classes(
-    weights: Path, data: Path, tiny_spec: ModelSpec, names: tuple[str, ...], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_labels_are_matched_by_the_names_of_their_classes(weights, data, tiny_spec, names, evaluate):
     """Whatever their order, and however accents are composed."""
     ours = tuple(sorted(names))
     spec = replace(tiny_spec, info=replace(tiny_spec.info, classes=ours))
@@ -116,23 +107,19 @@ def test_labels_are_matched_by_the_names_of_their_classes(
         # The same masks: their values stay, and so do the names of these.
         meta = {"classes": classes, "values": [ours.index(unicodedata.normalize("NFC", name)) for name in classes]}
         (data / "meta.json").write_text(json.dumps(meta))
-        assert evaluate(weights, data, "--json", str(file)) == 0
-        assert ("matched by name" in capsys.readouterr().out) == (classes != ours)
+        assert ("matched by name" in evaluate("--json", file)) == (classes != ours)
         scores.append(json.loads(file.read_text()))
     assert scores[0] == scores[1]
     assert scores[0]["classes"] == list(ours)
 
 
 @pytest.mark.parametrize("names", [("apple", "pear"), ("apple", "pear", "Plum")])
-def test_other_names_of_classes_are_refused(
-    weights: Path, data: Path, tiny_spec: ModelSpec, names: tuple[str, ...], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_other_names_of_classes_are_refused(weights, data, tiny_spec, names, evaluate, command):
     spec = replace(tiny_spec, info=replace(tiny_spec.info, classes=names))
     save_model(spec.build(), spec, weights)
-    assert evaluate(weights, data) == 1
-    message = f"weights are {', '.join(names)}, but those of the labels of data are {', '.join(CLASSES)}: "
-    assert message in (error := capsys.readouterr().err)
+    error = evaluate(status=1)
+    assert f"weights are {', '.join(names)}, but those of the labels of data are {', '.join(CLASSES)}: " in error
     renamed, fits = weights.with_name("renamed.safetensors"), len(names) == len(CLASSES)
     assert ("name the classes of the weights by `convert --classes`" in error) == fits
-    assert main(["convert", str(weights), str(renamed), "--classes", str(data / "meta.json")]) == (0 if fits else 1)
-    assert not fits or evaluate(renamed, data) == 0
+    command("convert", weights, renamed, "--classes", data / "meta.json", status=0 if fits else 1)
+    assert not fits or evaluate(of=renamed)

@@ -5,7 +5,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from allspark_fast.cli.splits import run
 from allspark_fast.data.datasets import Entry, SegmentationDataset, read_split
 from allspark_fast.data.info import VOC_PALETTE, DatasetInfo
 from allspark_fast.data.splits import (
@@ -106,87 +105,73 @@ def read_lists(folder: Path):
     return {file.stem: read_split(file) for file in folder.glob("*.txt")}
 
 
-def test_validation_is_set_aside_and_training_keeps_rare_classes(tmp_path, capsys):
-    entries = write_folder(tmp_path, 8, classes=2)
+def test_validation_is_set_aside_and_training_keeps_rare_classes(tmp_path, command):
+    entries = write_folder(tmp_path, 8, labeled=7, classes=2)
     write_image(tmp_path / entries[5].label, np.full((40, 50), 2, np.uint8))
-    (tmp_path / entries[7].label).unlink()
-    assert run([str(tmp_path), "--val", "3"]) == 0
-    assert "splits: 4 labeled, 1 unlabeled, 3 for validation\n" in capsys.readouterr().out
+    printed = command("splits", tmp_path, "--val", 3)
+    assert "splits: 4 labeled, 1 unlabeled, 3 for validation\n" in printed
     lists = read_lists(tmp_path / "splits")
     assert entries[5] in lists["labeled"]
-    assert lists["unlabeled"] == [Entry(entries[7].image, None)]
+    assert lists["unlabeled"] == entries[7:]
     assert sorted(entry.image for part in lists.values() for entry in part) == [entry.image for entry in entries]
     (tmp_path / "images/photo.heic").write_bytes(b"")
     aside = {entry.image for entry in lists["val"]}
     for amount, options in ("2", []), ("3", ["--list", "all.txt"]):
         (tmp_path / "all.txt").write_text("".join(f"./{entry.image} {entry.label}\n" for entry in entries[:7]))
-        assert run([str(tmp_path), amount, *options]) == 0
-        printed = capsys.readouterr().out
+        printed = command("splits", tmp_path, amount, *options)
         assert f"{tmp_path / 'splits/val.txt'}: 3 images stay aside for validation" in printed
         assert ("'images/photo.heic' first" in printed) == (not options)
         later = read_lists(tmp_path / "splits" / amount)
         assert not aside & {entry.image.removeprefix("./") for part in later.values() for entry in part}
-    with pytest.raises(InputError, match="--val 7 leaves no label to train on: 7 images have one"):
-        run([str(tmp_path), "--val", "7", "--overwrite"])
+    printed = command("splits", tmp_path, "--val", 7, "--overwrite", status=1)
+    assert "--val 7 leaves no label to train on: 7 images have one" in printed
     shutil.rmtree(tmp_path / "labels")
-    with pytest.raises(DataError, match="0 images have a label, expected at least 1; labels"):
-        run([str(tmp_path)])
+    assert "0 images have a label, expected at least 1; labels" in command("splits", tmp_path, status=1)
 
 
-def test_lists_are_replaced_only_on_request(tmp_path):
+def test_lists_are_replaced_only_on_request(tmp_path, command):
     write_folder(tmp_path, 8)
-    run([str(tmp_path), "--val", "3"])
+    command("splits", tmp_path, "--val", 3)
     before = read_lists(tmp_path / "splits")
-    for again in ([], ["--val", "2", "--seed", "1"]):
-        with pytest.raises(InputError, match=r"labeled\.txt exists: --overwrite replaces the lists, --out FOLDER"):
-            run([str(tmp_path), *again])
+    assert "labeled.txt exists: --overwrite replaces" in command("splits", tmp_path, "--val", 2, "--seed", 1, status=1)
+    # One set of validation images a folder.
+    assert "splits/val.txt exists" in command("splits", tmp_path, "1/2", "--val", 2, status=1)
     assert read_lists(tmp_path / "splits") == before
-    with pytest.raises(InputError, match=r"splits/val\.txt exists"):  # one set of validation images a folder
-        run([str(tmp_path), "1/2", "--val", "2"])
-    run([str(tmp_path), "1/2", "--val", "2", "--out", str(tmp_path / "splits/elsewhere")])
-    run([str(tmp_path), "--val", "2", "--overwrite"])
+    command("splits", tmp_path, "--val", 2, "--overwrite")
     assert len(read_lists(tmp_path / "splits")["val"]) == 2
-    # Later lists beside another val.txt keep its images out too.
-    run([str(tmp_path), "2", "--out", str(tmp_path / "splits/elsewhere"), "--overwrite"])
-    later = read_lists(tmp_path / "splits/elsewhere")
-    assert not set(later["val"]) & set(later["labeled"] + later["unlabeled"])
 
 
-def test_later_splits_know_of_validation_images_elsewhere(tmp_path, capsys):
+def test_later_splits_know_of_validation_images_elsewhere(tmp_path, command):
     root, (first, second, third) = tmp_path / "data", (tmp_path / name for name in "ABC")
-    root.mkdir()
     write_folder(root, 12)
-    run([str(root), "--val", "3", "--out", str(first)])
-    capsys.readouterr()
+    command("splits", root, "--val", 3, "--out", first)
     root = root.rename(tmp_path / "moved")
-    run([str(root), "4", "--out", str(second)])
-    assert f"{first / 'val.txt'}: 3 images stay aside for validation" in capsys.readouterr().out
+    printed = command("splits", root, 4, "--out", second)
+    assert f"{first / 'val.txt'}: 3 images stay aside for validation" in printed
     aside, later = {entry.image for entry in read_lists(first)["val"]}, read_lists(second)
     assert not aside & {entry.image for part in later.values() for entry in part}
-    run([str(root), "--val", "3", "--seed", "2", "--out", str(third)])
-    assert f"images of {first / 'val.txt'} are trained on in these lists" in capsys.readouterr().out
+    printed = command("splits", root, "--val", 3, "--seed", 2, "--out", third)
+    assert f"images of {first / 'val.txt'} are trained on in these lists" in printed
     shutil.rmtree(root / "splits")
     (root / "splits").write_text("a file, so that nothing can be noted")
-    run([str(root), "--val", "3", "--out", str(third), "--overwrite"])
-    assert f"later splits will not know of {third / 'val.txt'}" in capsys.readouterr().out
+    printed = command("splits", root, "--val", 3, "--out", third, "--overwrite")
+    assert f"later splits will not know of {third / 'val.txt'}" in printed
 
 
-def test_folds_validate_on_every_labeled_image_once(tmp_path, capsys):
-    entries = write_folder(tmp_path, 9)
-    (tmp_path / entries[8].label).unlink()
-    run([str(tmp_path), "2", "--folds", "4", "--out", str(tmp_path / "folds")])
-    assert capsys.readouterr().out.count("2 labeled, 5 unlabeled, 2 for validation") == 4
+def test_folds_validate_on_every_labeled_image_once(tmp_path, command):
+    entries = write_folder(tmp_path, 9, labeled=8)
+    printed = command("splits", tmp_path, 2, "--folds", 4, "--out", tmp_path / "folds")
+    assert printed.count("2 labeled, 5 unlabeled, 2 for validation") == 4
     folds = [read_lists(tmp_path / f"folds/fold{number}") for number in (1, 2, 3, 4)]
     assert sorted((entry for fold in folds for entry in fold["val"]), key=entries.index) == entries[:8]
     for fold in folds:
         assert sorted(entry.image for part in fold.values() for entry in part) == [entry.image for entry in entries]
-    with pytest.raises(DataError, match="8 images have a label, expected at least 9"):
-        run([str(tmp_path), "--folds", "9"])
-    with pytest.raises(InputError, match="'': expected a fraction"):  # of a shell variable that is not set, say
-        run([str(tmp_path), ""])
-    for wrong in (["--folds", "1"], ["--folds", "3", "--val", "2"]):
+    assert "8 images have a label, expected at least 9" in command("splits", tmp_path, "--folds", 9, status=1)
+    # Of a shell variable that is not set, say.
+    assert "'': expected a fraction" in command("splits", tmp_path, "", status=1)
+    for wrong in (["--folds", 1], ["--folds", 3, "--val", 2]):
         with pytest.raises(SystemExit):
-            run([str(tmp_path), *wrong])
+            command("splits", tmp_path, *wrong)
 
 
 def test_contents_are_read_from_images_and_labels(tmp_path):

@@ -1,5 +1,3 @@
-"""What messages advise is done here to the letter, and must work."""
-
 import json
 import os
 import re
@@ -17,7 +15,7 @@ from PIL import Image
 from allspark_fast.__main__ import main
 from allspark_fast.data import loader
 from allspark_fast.weights.files import save_weights
-from allspark_fast.weights.spec import ModelSpec, save_model
+from allspark_fast.weights.spec import save_model
 from tests.helpers.images import write_folder
 
 SETTINGS = (
@@ -31,17 +29,14 @@ CONVERT = "convert old.pth a.safetensors"
 
 
 @pytest.fixture(autouse=True)
-def place(weights: Path, tiny_spec: ModelSpec, no_pictures: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def place(weights, tiny_spec, no_pictures, monkeypatch):
     """The working directory has data/ with split files, photo.png and weights of many kinds, but no shared memory."""
     monkeypatch.chdir(weights.parent)
     monkeypatch.delenv("ALLSPARK_DATA_DIR", raising=False)
     nothing_free = SimpleNamespace(f_bavail=0, f_frsize=1)
     monkeypatch.setattr(loader, "os", SimpleNamespace(environ=os.environ, statvfs=lambda _: nothing_free))
-    Path("data").mkdir()
-    for entry in write_folder(Path("data"), 8)[6:]:
-        Path("data", str(entry.label)).unlink()
+    write_folder(Path("data"), 8, labeled=6, names=tiny_spec.info.classes)
     shutil.copy("data/images/00.png", "photo.png")
-    add_to_meta(("", f'"classes": {json.dumps(tiny_spec.info.classes)}'))
     assert main(SPLIT.split()) == 0
     model = tiny_spec.build()
     save_weights(model, "old.pth")
@@ -52,7 +47,7 @@ def place(weights: Path, tiny_spec: ModelSpec, no_pictures: None, monkeypatch: p
 
 def add_to_meta(found: re.Match[str] | Sequence[str]) -> None:
     file = Path("data/meta.json")
-    file.write_text(json.dumps(json.loads(file.read_text() if file.exists() else "{}") | json.loads(f"{{{found[1]}}}")))
+    file.write_text(json.dumps(json.loads(file.read_text()) | json.loads(f"{{{found[1]}}}")))
 
 
 def each(folder: str, change: Callable[[np.ndarray], np.ndarray], meta: str = "") -> Callable[[], object]:
@@ -105,9 +100,7 @@ ADVICE = [
 
 
 @pytest.mark.parametrize(("before", "command", "message", "advice"), ADVICE)
-def test_advice_works(
-    before: str | Callable, command: str, message: str, advice: str | Callable, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_advice_works(before, command, message, advice, capsys):
     def said(line: str) -> tuple[int, re.Match[str] | None]:
         return main(line.split()), re.search(message, "".join(capsys.readouterr()), re.DOTALL)
 

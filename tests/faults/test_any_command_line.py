@@ -1,17 +1,16 @@
 """Any words among a command's arguments: it says what is wrong with them or does what they ask, without a traceback."""
 
 import shutil
-from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from PIL import Image
 
 from allspark_fast.__main__ import main
 from allspark_fast.cli import COMMANDS, selftest, train
 from allspark_fast.training import compare
-from allspark_fast.weights.spec import ModelSpec, save_model
+from allspark_fast.weights.spec import save_model
+from tests.helpers.images import write_folder
 
 # Right arguments of each command, and some of its options.
 ARGUMENTS = {
@@ -46,14 +45,12 @@ def command_lines(draw: st.DrawFn, command: str) -> list[str]:
 
 
 @pytest.fixture
-def folder(tmp_path: Path, tiny_spec: ModelSpec, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(tmp_path, tiny_spec, monkeypatch):
     """Weights, a photo and data; what takes long is left out."""
-    for name in ("images", "labels"):
-        (tmp_path / "given" / "data" / name).mkdir(parents=True)
-        Image.new("L", (40, 40)).save(tmp_path / "given" / "data" / name / "a.png")
-    save_model(tiny_spec.build(), tiny_spec, tmp_path / "given" / "model.safetensors")
-    Image.new("RGB", (40, 40)).save(tmp_path / "given" / "photo.png")
-    (tmp_path / "given" / "data" / "meta.json").write_text('{"classes": ["one", "two"]}')
+    given = tmp_path / "given"
+    write_folder(given / "data", 1, classes=2, names=["one", "two"])
+    save_model(tiny_spec.build(), tiny_spec, given / "model.safetensors")
+    shutil.copy(given / "data/images/00.png", given / "photo.png")
     monkeypatch.delenv("ALLSPARK_DATA_DIR", raising=False)
     monkeypatch.setattr(train, "train", lambda *_: True)
     monkeypatch.setattr(compare, "compare", lambda *_, **__: [])
@@ -65,13 +62,7 @@ def folder(tmp_path: Path, tiny_spec: ModelSpec, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("command", COMMANDS)
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_any_words(
-    command: str,
-    data: st.DataObject,
-    folder: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_any_words(command, data, folder, monkeypatch, capsys):
     words = data.draw(command_lines(command))
     shutil.rmtree(folder / "here", ignore_errors=True)
     monkeypatch.chdir(shutil.copytree(folder / "given", folder / "here"))

@@ -1,10 +1,7 @@
-"""Files of tensors that are cut, flipped, empty, foreign or malicious, and disks that are full."""
-
 import functools
 import logging
 import pickle
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -29,7 +26,7 @@ def flip(path: Path, bit: int) -> None:
 
 
 @pytest.mark.parametrize("name", ["step_00000003.pt", "a.safetensors", "a.pth"])
-def test_no_flipped_bit_changes_what_a_file_gives(tmp_path: Path, name: str) -> None:
+def test_no_flipped_bit_changes_what_a_file_gives(tmp_path, name):
     path = tmp_path / name
     if name.startswith("step"):
         save_checkpoint(tmp_path, 3, STATE, keep_last=1)
@@ -53,35 +50,29 @@ def legacy(path: Path, state: object = STATE) -> None:
     torch.save(state, path, _use_new_zipfile_serialization=False)
 
 
-@pytest.mark.parametrize(
-    "write",
-    [
-        lambda path: path.write_bytes(b""),
-        lambda path: path.write_bytes(path.read_bytes()[:-1]),
-        lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
-        lambda path: path.write_bytes(bytes(5000)),
-        lambda path: path.write_text("this is not a checkpoint"),
-        lambda path: torch.save({"step": 9, "model": {}}, path),
-        lambda path: torch.save([1, 2], path),
-        legacy,
-        lambda path: zipfile.ZipFile(path, "w").close(),
-        lambda path: (path.unlink(), path.mkdir()),
-        lambda path: torch.save({**torch.load(path), "model": Malicious()}, path),
-        lambda path: legacy(path, {**torch.load(path), "model": Malicious()}),
-        lambda path: path.write_bytes(pickle.dumps({**torch.load(path), "model": Malicious()}, protocol=2)),
-    ],
-    ids=[
-        "empty", "cut by a byte", "cut in half", "zeros", "text", "foreign", "a list", "legacy", "zip", "folder",
-        "malicious", "malicious legacy", "malicious pickle",
-    ],
-)  # fmt: skip
-def test_the_one_before_is_used_and_said_so(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, write: Callable[[Path], object]
-) -> None:
+DAMAGES = {
+    "empty": lambda path: path.write_bytes(b""),
+    "cut by a byte": lambda path: path.write_bytes(path.read_bytes()[:-1]),
+    "cut in half": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+    "zeros": lambda path: path.write_bytes(bytes(5000)),
+    "text": lambda path: path.write_text("this is not a checkpoint"),
+    "foreign": lambda path: torch.save({"step": 9, "model": {}}, path),
+    "a list": lambda path: torch.save([1, 2], path),
+    "legacy": legacy,
+    "zip": lambda path: zipfile.ZipFile(path, "w").close(),
+    "folder": lambda path: (path.unlink(), path.mkdir()),
+    "malicious": lambda path: torch.save({**torch.load(path), "model": Malicious()}, path),
+    "malicious legacy": lambda path: legacy(path, {**torch.load(path), "model": Malicious()}),
+    "malicious pickle": lambda path: path.write_bytes(pickle.dumps({**STATE, "model": Malicious()}, protocol=2)),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_the_one_before_is_used_and_said_so(tmp_path, caplog, monkeypatch, kind):
     monkeypatch.chdir(tmp_path)
     save_checkpoint(tmp_path, 3, STATE, keep_last=2)
     newest = save_checkpoint(tmp_path, 9, {**STATE, "step": 9}, keep_last=2)
-    write(newest)
+    DAMAGES[kind](newest)
     with caplog.at_level(logging.WARNING):
         assert differences(load_latest_checkpoint(tmp_path), STATE) == []
     assert f"{newest} " in caplog.text
@@ -92,7 +83,7 @@ def test_the_one_before_is_used_and_said_so(
     assert not Path("pwned").exists()
 
 
-def test_a_checkpoint_of_another_model_is_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_checkpoint_of_another_model_is_passed_over(tmp_path, caplog):
     save_checkpoint(tmp_path, 3, STATE, keep_last=2)
     for step, model in ((8, {"a": torch.ones(4), "b": STATE["model"]["b"]}), (9, {"a": STATE["model"]["a"]})):
         save_checkpoint(tmp_path, step, {**STATE, "model": model}, keep_last=3)
@@ -102,7 +93,7 @@ def test_a_checkpoint_of_another_model_is_passed_over(tmp_path: Path, caplog: py
 
 
 @pytest.mark.parametrize("cut", [0, 1, 10, 200, 500, 700])
-def test_cut_legacy_files_are_refused(tmp_path: Path, cut: int) -> None:
+def test_cut_legacy_files_are_refused(tmp_path, cut):
     legacy(tmp_path / "mit.pth")
     whole = (tmp_path / "mit.pth").read_bytes()
     (tmp_path / "mit.pth").write_bytes(whole[: min(cut, len(whole) - 1)])
@@ -110,7 +101,7 @@ def test_cut_legacy_files_are_refused(tmp_path: Path, cut: int) -> None:
         read_weights(tmp_path / "mit.pth")
 
 
-def test_too_full_a_disk_is_told_before_work_starts(tmp_path: Path) -> None:
+def test_too_full_a_disk_is_told_before_work_starts(tmp_path):
     state = {"model": {"a": torch.empty(2**40, 2**10, device="meta")}, "step": 1}
     with pytest.raises(OSError, match=r"MB are free, but 3 more checkpoints take at least 13510798882\.1 MB"):
         require_space(tmp_path / "checkpoints", state, keep_last=2)

@@ -3,7 +3,6 @@
 import io
 import random
 import warnings
-from pathlib import Path
 from unittest.mock import Mock
 
 import numpy as np
@@ -48,7 +47,7 @@ def harm(content: bytes, kind: str, source: random.Random) -> bytes:
 
 
 @pytest.mark.parametrize(("mode", "kind"), KINDS)
-def test_an_image_is_read_upright_and_a_damaged_one_is_named(tmp_path: Path, mode: str, kind: str) -> None:
+def test_an_image_is_read_upright_and_a_damaged_one_is_named(tmp_path, mode, kind):
     path, whole, source = tmp_path / "a.img", encoded(mode, kind), random.Random(0)
     path.write_bytes(whole)
     if mode not in ("F", "I"):
@@ -65,7 +64,7 @@ def test_an_image_is_read_upright_and_a_damaged_one_is_named(tmp_path: Path, mod
                     assert str(path) in str(error)  # noqa: PT017 both outcomes are right
 
 
-def test_what_the_system_refuses_is_not_called_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_system_refuses_is_not_called_damaged(tmp_path, monkeypatch):
     """Permissions, which do not bind a superuser."""
     monkeypatch.setattr(Image, "open", Mock(side_effect=PermissionError(13, "Permission denied")))
     (tmp_path / "a.png").write_text("there")
@@ -73,7 +72,7 @@ def test_what_the_system_refuses_is_not_called_damaged(tmp_path: Path, monkeypat
         read_image(tmp_path / "a.png")
 
 
-def test_a_decompression_bomb_is_refused_without_decoding(tmp_path: Path) -> None:
+def test_a_decompression_bomb_is_refused_without_decoding(tmp_path):
     path = tmp_path / "bomb.png"
     Image.new("1", (20_000, 20_000)).save(path)
     assert path.stat().st_size < 100_000
@@ -83,7 +82,7 @@ def test_a_decompression_bomb_is_refused_without_decoding(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("kind", ["EPS", "PCX", "TGA"])
-def test_other_formats_are_refused_whatever_their_suffix(tmp_path: Path, kind: str) -> None:
+def test_other_formats_are_refused_whatever_their_suffix(tmp_path, kind):
     """For EPS, Pillow starts Ghostscript."""
     Image.new("L", (8, 8)).save(tmp_path / "a.png", kind)
     assert Image.open(tmp_path / "a.png").format == kind

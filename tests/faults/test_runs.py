@@ -1,5 +1,3 @@
-"""Faults of a whole run: full and read-only disks, kills."""
-
 import resource
 import shutil
 import subprocess
@@ -55,7 +53,7 @@ train("")
 
 
 @pytest.mark.slow
-def test_disks_that_are_read_only_too_small_or_fill_up(tmp_path: Path) -> None:
+def test_disks_that_are_read_only_too_small_or_fill_up(tmp_path):
     """The first two are told before work starts; a full one loses nothing, and the run goes on once there is room."""
     mounted = ["unshare", "-rm"]
     if shutil.which("unshare") is None or subprocess.run([*mounted, "true"], check=False).returncode:
@@ -75,7 +73,7 @@ def test_disks_that_are_read_only_too_small_or_fill_up(tmp_path: Path) -> None:
     assert "Traceback" not in errors
 
 
-def test_a_limit_on_the_size_of_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_limit_on_the_size_of_files(tmp_path, capsys):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4_000_000, limits[1]))
     try:
@@ -88,7 +86,7 @@ def test_a_limit_on_the_size_of_files(tmp_path: Path, capsys: pytest.CaptureFixt
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_kills_at_random_moments() -> None:
+def test_kills_at_random_moments():
     """Four of the kills of ``python -m tests.faults.kill_and_resume``."""
     run_python("-m", "tests.faults.kill_and_resume", "--kills", "4", "--seed", "1")
 
@@ -104,6 +102,6 @@ next(batches)
 
 
 @pytest.mark.slow
-def test_workers_end_with_the_process_that_holds_them() -> None:
+def test_workers_end_with_the_process_that_holds_them():
     """They ignore SIGTERM, with which Python ends children at exit, and for which it then waits without a limit."""
     run_python("-c", HOLDS_BATCHES)

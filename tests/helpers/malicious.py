@@ -1,5 +1,3 @@
-"""A pickle that does something when it is read."""
-
 from pathlib import Path
 
 

@@ -1,5 +1,3 @@
-"""Tiny models, stand-ins for models whose answer is known, and images to score them on."""
-
 from typing import Any
 
 import torch

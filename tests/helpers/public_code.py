@@ -1,5 +1,3 @@
-"""Checkpoints in the layout of the public AllSpark code."""
-
 from pathlib import Path
 
 import numpy as np

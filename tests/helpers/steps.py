@@ -1,5 +1,3 @@
-"""Training states and batches that are small enough for any test."""
-
 import torch
 
 from allspark_fast.config import TrainConfig

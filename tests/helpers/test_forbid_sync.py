@@ -1,6 +1,3 @@
-"""The mode that forbids waiting for the device sees what waits, and nothing else."""
-
-from collections.abc import Callable
 from contextlib import nullcontext
 
 import pytest
@@ -10,7 +7,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.helpers.forbid_sync import forbid_sync
 
-CALLS: dict[str, tuple[Callable[[Tensor], object], bool]] = {
+CALLS = {
     "item": (lambda x: x.sum().item(), True),
     "nonzero": (lambda x: x.nonzero(), True),
     "boolean index": (lambda x: x[x > 0], True),
@@ -25,7 +22,7 @@ CALLS: dict[str, tuple[Callable[[Tensor], object], bool]] = {
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_what_waits_is_refused_and_nothing_else(name: str) -> None:
+def test_what_waits_is_refused_and_nothing_else(name):
     call, waits = CALLS[name]
     refused = pytest.raises(AssertionError, match="waits for the device") if waits else nullcontext()
     with refused, forbid_sync():
@@ -37,12 +34,12 @@ def peek(x: Tensor) -> Tensor:
     return x * x[0].item()
 
 
-def test_operators_are_looked_into_if_asked() -> None:
+def test_operators_are_looked_into_if_asked():
     with pytest.raises(AssertionError, match="item"), forbid_sync(inside_operators=True):
         peek(torch.ones(3))
 
 
-def test_copies_between_host_and_device() -> None:
+def test_copies_between_host_and_device():
     with FakeTensorMode(), forbid_sync():
         x = torch.ones(3, device="cuda")
         x.copy_(torch.ones(3), non_blocking=True)

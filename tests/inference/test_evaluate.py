@@ -9,7 +9,7 @@ from allspark_fast.inference.metrics import ConfusionMatrix
 from tests.helpers.models import Threshold, sample, tiny_segmentor
 
 
-def test_images_of_equal_size_are_evaluated_together() -> None:
+def test_images_of_equal_size_are_evaluated_together():
     model = Threshold()
     samples = [sample(height, 70) for height in (45, 45, 33, 45, 33, 45)]
     scores = evaluate(model, samples, 3, batch_size=2)
@@ -19,7 +19,7 @@ def test_images_of_equal_size_are_evaluated_together() -> None:
 
 @pytest.mark.parametrize("mode", ["whole", "sliding"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_batches_score_as_single_images_do(mode: str, dtype: torch.dtype) -> None:
+def test_batches_score_as_single_images_do(mode, dtype):
     """Images smaller than the model takes included: what pads one is never seen by another."""
     model = tiny_segmentor().eval().to(dtype)
     sizes = [(70, 100), (20, 90), (70, 100), (5, 6), (20, 90), (70, 100), (5, 6)]
@@ -33,7 +33,7 @@ def test_batches_score_as_single_images_do(mode: str, dtype: torch.dtype) -> Non
         assert torch.equal(sum(x.confusion for x in scores), confusion.compute().confusion)
 
 
-def test_batches_hold_every_item_once_and_few_items_wait() -> None:
+def test_batches_hold_every_item_once_and_few_items_wait():
     items = [(size, i) for i, size in enumerate([*"abcdefghabcdefgh", *"aaaaab"])]
     taken: list[tuple[str, int]] = []
     seen: list[tuple[str, int]] = []
@@ -46,14 +46,14 @@ def test_batches_hold_every_item_once_and_few_items_wait() -> None:
 
 
 @pytest.mark.gpu
-def test_autocast_changes_few_labels() -> None:
+def test_autocast_changes_few_labels():
     model, samples = tiny_segmentor().cuda(), [sample(70, 100) for _ in range(3)]
     exact, fast = (evaluate(model, samples, 3, device="cuda", amp=amp).confusion for amp in (False, True))
     assert (exact - fast).abs().sum() < 0.05 * exact.sum()
 
 
 @pytest.mark.parametrize("classes", [3, 40])
-def test_sliding_windows_are_those_of_the_reference_implementation(classes: int) -> None:
+def test_sliding_windows_are_those_of_the_reference_implementation(classes):
     """Stride int(2/3 crop), windows cut at the border, softmax summed, argmax."""
     image, crop, stride = torch.randn(1, 3, 150, 190), 90, 60
     model = Threshold(classes).eval()
@@ -74,7 +74,7 @@ def test_sliding_windows_are_those_of_the_reference_implementation(classes: int)
 
 @pytest.mark.parametrize("backbone", ["mit_tiny", "timm/test_efficientnet"])
 @pytest.mark.parametrize("mode", ["whole", "sliding"])
-def test_small_images_are_padded_and_cut(backbone: str, mode: str) -> None:
+def test_small_images_are_padded_and_cut(backbone, mode):
     if backbone.startswith("timm"):
         pytest.importorskip("timm", reason="needs the extra timm")
     model = tiny_segmentor(backbone).eval()

@@ -1,7 +1,3 @@
-"""Overlays and panels: what is colored, what is left alone, how large they are."""
-
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -10,12 +6,11 @@ from PIL import Image
 from allspark_fast.data.info import DATASETS, VOC_PALETTE, DatasetInfo, hex_palette
 from allspark_fast.data.loader import EvalSample
 from allspark_fast.inference.pictures import comparison, draw_panel, overlay, palette_of
-from allspark_fast.weights.spec import ModelSpec
 
 PLAIN = DatasetInfo("plain", ("ground", "_ball", "$x$"), VOC_PALETTE)
 
 
-def test_colors_are_those_of_the_data_set_or_distinct_ones() -> None:
+def test_colors_are_those_of_the_data_set_or_distinct_ones():
     assert palette_of(DATASETS["camvid"])[0].tolist() == [128, 128, 128]
     assert palette_of(DATASETS["pascal"])[:21].tolist() == [list(color) for color in VOC_PALETTE[:21]]
     assert palette_of(PLAIN)[:3].tolist() == [[0, 0, 0], [230, 159, 0], [86, 180, 233]]
@@ -25,7 +20,7 @@ def test_colors_are_those_of_the_data_set_or_distinct_ones() -> None:
 
 
 @pytest.mark.parametrize(("palette", "left_alone"), [(VOC_PALETTE, 0), (hex_palette("ff0000 00ff00 0000ff"), 2)])
-def test_an_overlay_leaves_the_background_and_outlines_the_rest(palette: tuple, left_alone: int) -> None:
+def test_an_overlay_leaves_the_background_and_outlines_the_rest(palette, left_alone):
     """Black, or named background."""
     info = DatasetInfo("any", ("a", "b", "Background"), palette)
     labels = np.full((60, 80), left_alone, np.uint8)
@@ -42,7 +37,7 @@ def test_an_overlay_leaves_the_background_and_outlines_the_rest(palette: tuple, 
     assert abs(inside - (0.55 * before[30, 30] + 0.45 * palette_of(info)[1])).max() <= 1
 
 
-def test_a_panel_of_images_of_any_size_shows_where_they_are_wrong(tmp_path: Path, tiny_spec: ModelSpec) -> None:
+def test_a_panel_of_images_of_any_size_shows_where_they_are_wrong(tmp_path, tiny_spec):
     rows = []
     for height, width in ((40, 700), (33, 20)):
         truth, prediction = torch.zeros(1, height, width, dtype=torch.uint8), torch.zeros(height, width)

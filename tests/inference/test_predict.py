@@ -1,5 +1,3 @@
-"""Predictions for images of every kind."""
-
 import re
 import subprocess
 import sys
@@ -10,7 +8,6 @@ import pytest
 import torch
 from PIL import Image
 
-from allspark_fast.__main__ import main
 from allspark_fast.data.images import read_image
 from allspark_fast.inference.evaluate import predict_labels
 from allspark_fast.inference.predict import MAX_WHOLE_PIXELS, Prediction, Predictor, find_images
@@ -24,7 +21,7 @@ def picture(width: int, height: int, mode: str = "RGB") -> Image.Image:
 
 
 @pytest.fixture
-def photos(tmp_path: Path) -> Path:
+def photos(tmp_path):
     """Images of every mode, three of one size."""
     folder = tmp_path / "photos"
     folder.mkdir()
@@ -51,7 +48,7 @@ def names_in(folder: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("mode", ["whole", "sliding"])
-def test_predicts_what_evaluation_scores(weights: Path, mode: str) -> None:
+def test_predicts_what_evaluation_scores(weights, mode):
     model, spec = load_model(weights)
     image = picture(100, 150)
     labels, confidence = Predictor(model, spec, mode=mode).predict(image)
@@ -64,7 +61,7 @@ def test_predicts_what_evaluation_scores(weights: Path, mode: str) -> None:
     assert 1 / 3 < confidence.min() < confidence.max() < 1
 
 
-def test_large_images_go_through_windows_unless_told(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_images_go_through_windows_unless_told(weights, monkeypatch):
     modes = []
 
     def spy(_: object, images: torch.Tensor, *, mode: str, crop: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -81,7 +78,7 @@ def test_large_images_go_through_windows_unless_told(weights: Path, monkeypatch:
 
 
 @pytest.mark.slow
-def test_a_large_photo_takes_less_than_4_gib() -> None:
+def test_a_large_photo_takes_less_than_4_gib():
     """The resident memory of a whole process; windows and classes decide it, not the encoder."""
     code = """
 from pathlib import Path
@@ -102,9 +99,9 @@ print(Path("/proc/self/status").read_text())
     assert int(peak) * 1024 < 4 * 2**30
 
 
-def test_every_kind_of_image(weights: Path, photos: Path, tmp_path: Path) -> None:
+def test_every_kind_of_image(weights, photos, tmp_path, command):
     out = tmp_path / "out"
-    assert main(["predict", str(weights), str(photos), "--confidence", "--out", str(out)]) == 0
+    command("predict", weights, photos, "--confidence", "--out", out)
     images = {path.stem: path for path in photos.iterdir() if path.suffix != ".txt"}
     for kind, suffix in (("labels", "png"), ("overlays", "jpg"), ("confidence", "png")):
         assert {path.name for path in (out / kind).iterdir()} == {f"{name}.{suffix}" for name in images}
@@ -118,8 +115,8 @@ def test_every_kind_of_image(weights: Path, photos: Path, tmp_path: Path) -> Non
 
 
 def test_files_that_cannot_be_read_or_written_are_named_and_the_rest_done(
-    weights: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+    weights, photos, tmp_path, command, monkeypatch
+):
     out = tmp_path / "out"
     long_name = "é" * 123 + "abc"  # 249 bytes; 255 are allowed
     picture(70, 80).save(photos / f"{long_name}.png")
@@ -135,56 +132,44 @@ def test_files_that_cannot_be_read_or_written_are_named_and_the_rest_done(
     (photos / "gray.png").write_bytes((photos / "gray.png").read_bytes()[:100])
     monkeypatch.setattr("allspark_fast.inference.predict.MAX_OVERLAY_SIDE", 105)
     monkeypatch.setattr(Predictor, "predict", predict_small)
-    arguments = [str(photos), str(too_long), "--out", str(out), "--overwrite"]
-    assert main(["predict", str(weights), *arguments]) == 1
-    printed = capsys.readouterr()
-    assert "5 images labeled, 7 failed" in printed.out
+    printed = command("predict", weights, photos, too_long, "--out", out, "--overwrite", status=1)
     for message in (
+        "5 images labeled, 7 failed",
         "gray.png: cannot be read", "labels/a.png was not written (", "labels/site: expected a folder",
         "File name too long", "huge.png: out of memory: pass --window",
         "overlays/b.jpg was not written: the image is 110x70 pixels", "overlays/c.jpg was not written",
     ):  # fmt: skip
-        assert message in printed.err
+        assert message in printed
     assert names_in(out / "labels") == names_in(photos) - {"notes", "site/d", "gray", "huge"}
     assert long_name in names_in(out / "overlays")
 
 
-def test_nothing_is_overwritten_unless_asked_for(
-    weights: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    picture(64, 64).save(photos / "a.jpg")
-    assert main(["predict", str(weights), str(photos), "--out", str(tmp_path / "out")]) == 1
-    assert "would share one file a.png" in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
-    command = ["predict", str(weights), str(photos / "a.png"), "--out", str(tmp_path / "out")]
-    assert main(command) == 0
+def test_nothing_is_overwritten_unless_asked_for(weights, photos, tmp_path, command):
+    words = ["predict", weights, photos / "a.png", "--out", tmp_path / "out"]
+    command(*words)
     label = tmp_path / "out" / "labels" / "a.png"
     label.write_bytes(b"mine")
-    assert main(command) == 1
-    assert "a.png exists" in capsys.readouterr().err
+    assert "a.png exists" in command(*words, status=1)
     assert label.read_bytes() == b"mine"
-    assert main([*command, "--overwrite"]) == 0
+    command(*words, "--overwrite")
     assert Image.open(label).size == (90, 70)
 
 
-def test_images_that_are_left_out_are_named(
-    weights: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    command = ["predict", str(weights), str(photos), "--overwrite", "--out", str(tmp_path / "out")]
-    assert main(command) == 0  # notes.txt is no image
-    assert "1 files that are no images were left out" in capsys.readouterr().out
+def test_images_that_are_left_out_are_named(weights, photos, tmp_path, command):
+    options = ["--overwrite", "--out", tmp_path / "out"]
+    # notes.txt
+    assert "1 files that are no images were left out" in command("predict", weights, photos, *options)
     others = ["phone.HEIC", "raw.NEF", "site/scan.jfif", "without_suffix"]
     (photos / "site").mkdir()
     for name in others:
         picture(64, 64).save(photos / name, "JPEG")
-    assert main(command) == 1
-    printed = capsys.readouterr()
-    assert "8 images labeled\n" in printed.out
-    assert all(f"{photos / name}: left out" in printed.err for name in others)
-    assert main([*command[:2], str(photos / "site/scan.jfif"), *command[3:]]) == 0
+    printed = command("predict", weights, photos, *options, status=1)
+    assert "8 images labeled\n" in printed
+    assert all(f"{photos / name}: left out" in printed for name in others)
+    command("predict", weights, photos / "site/scan.jfif", *options)
 
 
-def test_files_folders_and_patterns(photos: Path, tmp_path: Path) -> None:
+def test_files_folders_and_patterns(photos, tmp_path):
     def find(*arguments: Path) -> list[str]:
         return [path.name for path in find_images(map(str, arguments), skip=tmp_path / "predictions")[0]]
 
@@ -204,13 +189,13 @@ def test_files_folders_and_patterns(photos: Path, tmp_path: Path) -> None:
         find_images([""], skip=tmp_path)
 
 
-def test_folders_in_a_folder_are_mirrored(weights: Path, photos: Path) -> None:
+def test_folders_in_a_folder_are_mirrored(weights, photos, command):
     for folder in ("site_a/deep", "site_b", ".hidden"):
         (photos / folder).mkdir(parents=True)
         picture(64, 64).save(photos / folder / "a.png")
     out = photos / "predictions"
     for _ in range(2):  # the second time, the first predictions are there too
-        assert main(["predict", str(weights), str(photos), "--out", str(out), "--overwrite"]) == 0
+        command("predict", weights, photos, "--out", out, "--overwrite")
         assert len(names_in(out / "labels")) == 10
         assert {"a", "site_a/deep/a", "site_b/a"} < names_in(out / "labels") & names_in(out / "overlays")
     by_pattern, _ = find_images([str(photos / "site_*" / "**" / "a.png")], skip=out)

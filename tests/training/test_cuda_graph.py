@@ -34,7 +34,7 @@ PHASES = [{"use_memory": False, "use_pseudo": False}] * 4 + [{"use_memory": True
 
 
 @pytest.fixture(autouse=True)
-def _record_early(monkeypatch: pytest.MonkeyPatch) -> None:
+def _record_early(monkeypatch):
     monkeypatch.setattr(cuda_graph, "WARMUP_STEPS", 1)
 
 
@@ -60,7 +60,7 @@ def differences_of_replays(
 
 
 @pytest.mark.parametrize("options", [*CASES, {"amp": True, **BEYOND}], ids=str)
-def test_replays_equal_ordinary_steps(options: dict[str, Any]) -> None:
+def test_replays_equal_ordinary_steps(options):
     assert differences_of_replays(**options) == []
 
 
@@ -80,7 +80,7 @@ MUTANTS = {
 
 
 @pytest.mark.parametrize("mutant", MUTANTS)
-def test_what_a_recording_would_bake_is_noticed(mutant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_recording_would_bake_is_noticed(mutant, monkeypatch):
     monkeypatch.setattr(*MUTANTS[mutant])
     with pytest.raises(AssertionError, match=r"waits for the device|assert \[.*\] == \[\]"):
         assert differences_of_replays() == []
@@ -102,15 +102,13 @@ def run_out_of_memory(_: StepLog) -> None:
         ("__enter__", run_out_of_memory, "longer: CUDA out of memory."),
     ],
 )
-def test_steps_are_ordinary_after_a_recording_that_is_wrong_or_fails(
-    name: str, fault: Any, warning: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_steps_are_ordinary_after_a_recording_that_is_wrong_or_fails(name, fault, warning, monkeypatch, caplog):
     monkeypatch.setattr(StepLog, name, fault)
     assert differences_of_replays(lambda _: None, optimizer="adamw") == []
     assert caplog.text.count("not recorded as a CUDA graph") == caplog.text.count(warning) == 1
 
 
-def test_a_failed_recording_of_a_sharded_model_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_recording_of_a_sharded_model_ends_the_run(monkeypatch):
     monkeypatch.setattr(StepLog, "__enter__", run_out_of_memory)
     state = build_state()
     state.replica = state.model
@@ -122,7 +120,7 @@ def test_a_failed_recording_of_a_sharded_model_ends_the_run(monkeypatch: pytest.
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("options", CASES, ids=str)
-def test_replays_on_a_gpu_differ_by_its_noise(options: dict[str, Any]) -> None:
+def test_replays_on_a_gpu_differ_by_its_noise(options):
     with torch.device("cuda"):
         state = build_state(**options)
         batches = [random_batch(mixing=state.config.cutmix > 0) for _ in PHASES]
@@ -135,7 +133,7 @@ def test_replays_on_a_gpu_differ_by_its_noise(options: dict[str, Any]) -> None:
 
 
 @pytest.mark.usefixtures("no_pictures")
-def test_a_run_of_recorded_steps_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_of_recorded_steps_resumes(tmp_path, monkeypatch):
     """Three phases, one of them twice, an evaluation between two steps, a death, and figures in the log."""
 
     def recorded(folder: Path) -> Trainer:

@@ -1,15 +1,13 @@
-"""What is measured of pseudo labels and memory, by hand, and what is said of it."""
-
 import pytest
 import torch
 
 from allspark_fast.data.loader import SemiBatch
-from allspark_fast.inference.metrics import ConfusionMatrix, Scores
+from allspark_fast.inference.metrics import ConfusionMatrix
 from allspark_fast.training.diagnostics import class_record, find_problems, memory_record, pseudo_label_record
 
 
 @pytest.mark.parametrize("hidden", [True, False])
-def test_accuracy_and_coverage_of_pseudo_labels(hidden: bool) -> None:
+def test_accuracy_and_coverage_of_pseudo_labels(hidden):
     """Of six crops of 2 x 4 pixels, of which the last column is padding; certain, except in the last crop."""
     confidence, valid = torch.ones(6, 2, 4), torch.ones(6, 2, 4, dtype=torch.bool)
     confidence[5] = 0.5
@@ -21,17 +19,14 @@ def test_accuracy_and_coverage_of_pseudo_labels(hidden: bool) -> None:
     truth[~valid] = truth[0, 0, 0] = 255
     for known in (truth,) if hidden else (None, torch.full_like(truth, 255)):
         batch = SemiBatch(image, valid.long(), image, valid, known)
-        expected = {
-            "pseudo_label_coverage": pytest.approx(5 / 6),
-            "pseudo_label_class_coverage": [0, 1, None],
-        }
+        expected = {"pseudo_label_coverage": pytest.approx(5 / 6), "pseudo_label_class_coverage": [0, 1, None]}
         if hidden:
             expected["pseudo_label_accuracy"] = pytest.approx((5 * 6 - 1) / (6 * 6 - 1))
             expected["pseudo_label_recall"] = [0.5, 1, None]
         assert pseudo_label_record(pseudo_label, confidence, 3, batch) == expected
 
 
-def test_shares_of_classes_since_they_were_last_read() -> None:
+def test_shares_of_classes_since_they_were_last_read():
     pixels = torch.tensor([[30.0, 10.0, 0.0], [75.0, 5.0, 0.0], [75.0, 1.0, 0.0]])
     assert class_record(pixels) == {
         "label_share": [0.75, 0.25, 0],
@@ -41,38 +36,30 @@ def test_shares_of_classes_since_they_were_last_read() -> None:
     assert class_record(pixels) == {}
 
 
-class TestProblems:
-    """What a run says of itself."""
-
-    def score(self, *pixels: tuple[int, int, int]) -> Scores:
-        """Scores of so many pixels of a true class with a prediction."""
-        matrix = ConfusionMatrix(2)
-        for true, predicted, count in pixels:
-            matrix.update(torch.full((count,), predicted), torch.full((count,), true))
-        return matrix.compute()
-
-    def find(self, scores: Scores, best: float = 0.0, loss: float = 1.0, **record: object) -> dict[str, str]:
-        return find_problems(record, scores, ("ground", "object"), best=best, loss=loss)
-
-    def test_none_in_a_good_run(self) -> None:
-        scores = self.score((0, 0, 950), (1, 1, 40), (1, 0, 10))
-        shares = {"label_share": [0.95, 0.05], "pseudo_label_share": [0.97, 0.03], "pseudo_label_coverage": 1.0}
-        assert self.find(scores, best=0.9, loss=0.1, **shares) == {}
-
-    def test_a_collapse_to_one_class(self) -> None:
-        scores = self.score((0, 0, 950), (1, 0, 49), (1, 1, 1))
-        shares = {"label_share": [0.95, 0.05], "pseudo_label_share": [0.999, 0.001], "pseudo_label_coverage": 1.0}
-        problems = self.find(scores, best=0.8, loss=0.001, **shares)
-        assert list(problems) == ["labels object", "labels", "predictions object", "certain", "below"]
-        assert "almost no pseudo labels: 0.10% of them, but 5.00% of the labels" in problems["labels object"]
-        assert "object is almost never predicted" in problems["predictions object"]
-        assert "vanishes (0.0010)" in problems["certain"]
-        assert problems["below"].endswith("the best was 80.0")
-
-    def test_classes_without_labels_are_not_missed(self) -> None:
-        assert self.find(self.score((0, 0, 9)), label_share=[1, 0], pseudo_label_share=[1, 0]) == {}
+def problems(*pixels: tuple[int, int, int], best: float = 0.0, loss: float = 1.0, **record: object) -> dict[str, str]:
+    """What is said of so many pixels of a true class with a prediction."""
+    matrix = ConfusionMatrix(2)
+    for true, predicted, count in pixels:
+        matrix.update(torch.full((count,), predicted), torch.full((count,), true))
+    return find_problems(record, matrix.compute(), ("ground", "object"), best=best, loss=loss)
 
 
-def test_memory_fill_and_use() -> None:
+def test_no_problem_in_a_good_run_nor_of_classes_without_labels():
+    shares = {"label_share": [0.95, 0.05], "pseudo_label_share": [0.97, 0.03], "pseudo_label_coverage": 1.0}
+    assert problems((0, 0, 950), (1, 1, 40), (1, 0, 10), best=0.9, loss=0.1, **shares) == {}
+    assert problems((0, 0, 9), label_share=[1, 0], pseudo_label_share=[1, 0]) == {}
+
+
+def test_a_collapse_to_one_class():
+    shares = {"label_share": [0.95, 0.05], "pseudo_label_share": [0.999, 0.001], "pseudo_label_coverage": 1.0}
+    found = problems((0, 0, 950), (1, 0, 49), (1, 1, 1), best=0.8, loss=0.001, **shares)
+    assert list(found) == ["labels object", "labels", "predictions object", "certain", "below"]
+    assert "almost no pseudo labels: 0.10% of them, but 5.00% of the labels" in found["labels object"]
+    assert "object is almost never predicted" in found["predictions object"]
+    assert "vanishes (0.0010)" in found["certain"]
+    assert found["below"].endswith("the best was 80.0")
+
+
+def test_memory_fill_and_use():
     assert memory_record(torch.tensor([3, 0, 4])) == {"memory_filled": 2, "memory_received": [3, 0, 4]}
     assert memory_record(torch.zeros(0, dtype=torch.int64)) == {}  # no bottleneck

@@ -4,7 +4,6 @@ import copy
 import functools
 from collections.abc import Callable
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -34,6 +33,7 @@ from tests.helpers.runs import differences
 from tests.helpers.steplog import logged_steps
 from tests.helpers.steps import BEYOND
 
+assert_close = functools.partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5)
 STEPS = 3
 TIMM = "timm/regnetx_002"
 
@@ -68,22 +68,18 @@ def own_part(size: int) -> slice:
     return slice(rank() * share, (rank() + 1) * share)
 
 
-def flatten(state: TrainState) -> dict[str, Tensor]:
-    """Copies of whole tensors of weights, buffers, average and optimizer, by name; of rank 0."""
-    gathered = copy.deepcopy(gather_state(state.state_dict()))
-    tensors = {f"{group}.{name}": x for group in ("model", "ema") for name, x in gathered[group].items()}
-    for index, values in enumerate(gathered["optimizer"]):
-        tensors |= {f"optimizer.{index}.{key}": x for key, x in values.items()}
-    return {**tensors, "loss_sums": gathered["loss_sums"], **gathered["classes"]}
+def gathered(state: TrainState) -> dict[str, Any]:
+    """A copy of all that a checkpoint holds; whole tensors on rank 0."""
+    return copy.deepcopy(gather_state(state.state_dict()))
 
 
-def train_steps(size: int, state: TrainState, take: Callable[..., Losses] | None = None) -> dict[str, Tensor]:
+def train_steps(size: int, state: TrainState, take: Callable[..., Losses] | None = None) -> dict[str, Any]:
     """What some steps on this rank's part of the same images leave, and their losses."""
     take = take or functools.partial(train_step, state)
     mixing = state.config.cutmix > 0
     batches = [make_batch(step, size, own_part(size), mixing=mixing) for step in range(STEPS)]
     losses = [torch.stack(take(batch, use_memory=True)).clone() for batch in batches]
-    return {**flatten(state), "losses": torch.stack(losses)}
+    return {**gathered(state), "losses": torch.stack(losses)}
 
 
 def train_recorded_steps(size: int, report: Callable[[Record], object] | None = None, **options: Any) -> dict:
@@ -91,12 +87,6 @@ def train_recorded_steps(size: int, report: Callable[[Record], object] | None = 
     state = make_state(**options)
     with patch.object(cuda_graph, "WARMUP_STEPS", 1):
         return train_steps(size, state, logged_steps(state, report=report))
-
-
-def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert actual.keys() == expected.keys()
-    for name, x in expected.items():
-        torch.testing.assert_close(actual[name], x, rtol=1e-5, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def on_two_ranks() -> dict[str, Any]:
@@ -134,13 +124,13 @@ def skip_a_step() -> bool:
     return unchanged and state.skipped == 1
 
 
-def save_before_and_after_an_evaluation() -> list[dict[str, Tensor]]:
+def save_before_and_after_an_evaluation() -> list[dict[str, Any]]:
     """What a checkpoint holds; a forward pass without backward, as pseudo labels take, leaves parameters gathered."""
     state, batch = make_state(sharding="fsdp"), make_batch(0, 2, own_part(2))
     train_step(state, batch, use_memory=True)
-    before = flatten(state)
+    before = gathered(state)
     pseudo_pass(state.model, batch, state.config)
-    return [before, flatten(state)]
+    return [before, gathered(state)]
 
 
 def attend_before_rank_0_arrives(memory_sync: str) -> float:
@@ -166,7 +156,7 @@ def fail_on_rank0() -> str:
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def results(tmp_path_factory):
     return run_on_ranks(on_two_ranks, 2, tmp_path_factory.mktemp("ranks"))
 
 
@@ -176,7 +166,7 @@ class TestTwoRanks:
     """Two ranks with an image each, and one process with both."""
 
     @pytest.mark.parametrize("sharding", ["fsdp", "replicate"])
-    def test_steps_equal_those_of_one_process(self, results: list[dict[str, Any]], sharding: str) -> None:
+    def test_steps_equal_those_of_one_process(self, results, sharding):
         state = make_state()
         expected = train_steps(2, state)
         assert_close(results[0][sharding], expected)
@@ -190,16 +180,16 @@ class TestTwoRanks:
         assert all(torch.equal(x, other[name]) for name, x in memory.items())
         assert torch.equal(memory["queue_ptr"], state.model.decoder.allspark.attn.queue_ptr)
 
-    def test_an_averaged_teacher_and_thresholds_of_classes(self, results: list[dict[str, Any]]) -> None:
+    def test_an_averaged_teacher_and_thresholds_of_classes(self, results):
         assert_close(results[0]["beyond"], train_steps(4, make_state(**BEYOND)))
 
     @pytest.mark.parametrize("sharding", ["fsdp", "replicate"])
-    def test_recorded_steps_with_their_collectives(self, results: list[dict[str, Any]], sharding: str) -> None:
+    def test_recorded_steps_with_their_collectives(self, results, sharding):
         for result in results:
             assert differences(result[f"recorded {sharding}"], result[sharding]) == []
             assert result["errors of replays"] == [0, 0]
 
-    def test_means_over_pixels_of_each_rank(self, results: list[dict[str, Any]]) -> None:
+    def test_means_over_pixels_of_each_rank(self, results):
         """The public code's: pixels count more on the rank that has fewer."""
 
         def mean_of_images(logits: Tensor, label: Tensor, **options: Any) -> Tensor:
@@ -209,37 +199,37 @@ class TestTwoRanks:
         with patch("allspark_fast.training.step.upsample_cross_entropy", mean_of_images):
             expected = train_steps(2, make_state())["losses"]
         means = torch.stack([result["mean per rank"] for result in results]).mean(0)
-        torch.testing.assert_close(means, expected, rtol=1e-5, atol=1e-5)
+        assert_close(means, expected)
         assert (means - results[0]["replicate"]["losses"]).abs().max() > 1e-4
 
-    def test_batch_norm_of_an_encoder_is_synchronized(self, results: list[dict[str, Any]]) -> None:
+    def test_batch_norm_of_an_encoder_is_synchronized(self, results):
         assert_close(results[0][TIMM], train_steps(2, make_state(backbone=TIMM)))
 
-    def test_channels_travel_during_the_self_attention(self, results: list[dict[str, Any]]) -> None:
+    def test_channels_travel_during_the_self_attention(self, results):
         assert results[0]["overlapped"] == [1.0, 1.0]
 
-    def test_an_evaluation_changes_nothing_that_is_saved(self, results: list[dict[str, Any]]) -> None:
+    def test_an_evaluation_changes_nothing_that_is_saved(self, results):
         assert differences(*results[0]["saved"]) == []
 
-    def test_all_skip_a_step_or_fail_where_one_does(self, results: list[dict[str, Any]]) -> None:
+    def test_all_skip_a_step_or_fail_where_one_does(self, results):
         assert all(result["skipped"] for result in results)
         assert [result["error"] for result in results] == ["no room", "another rank has failed, its message tells why"]
 
 
-def on_four_ranks() -> list[dict[str, Tensor]]:
+def on_four_ranks() -> list[dict[str, Any]]:
     recorded = [train_recorded_steps(4, sharding=sharding) for sharding in ("fsdp", "replicate")]
     return [train_steps(4, make_state(sharding="fsdp")), *recorded]
 
 
 @pytest.mark.slow
-def test_four_ranks_equal_one_process(tmp_path: Path) -> None:
+def test_four_ranks_equal_one_process(tmp_path):
     """One of them has no part of what has a row for each of the three classes."""
     expected = train_steps(4, make_state())
     for actual in run_on_ranks(on_four_ranks, 4, tmp_path)[0]:
         assert_close(actual, expected)
 
 
-def test_restarts_that_would_hang_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_restarts_that_would_hang_are_refused(monkeypatch):
     """Those on one host are in tests/training/test_distributed_runs.py."""
     places = {"RANK": "0", "GROUP_WORLD_SIZE": "2", "TORCHELASTIC_MAX_RESTARTS": "1"}
     for name, value in {**places, "TORCHELASTIC_USE_AGENT_STORE": "True"}.items():
@@ -250,7 +240,7 @@ def test_restarts_that_would_hang_are_refused(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize(("ranks", "micro_batches"), [(3, 2), (1, 3)])
-def test_a_batch_that_ranks_cannot_share(monkeypatch: pytest.MonkeyPatch, ranks: int, micro_batches: int) -> None:
+def test_a_batch_that_ranks_cannot_share(monkeypatch, ranks, micro_batches):
     monkeypatch.setattr("allspark_fast.training.setup.world_size", lambda: ranks)
     message = rf"train.batch_size 8 .* by {ranks} processes with {micro_batches} .* multiple of {ranks * micro_batches}"
     with pytest.raises(ValueError, match=message):

@@ -45,7 +45,7 @@ def assert_close_runs(a: Path, b: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_same_ranks_go_on_bit_for_bit_under_torchrun(tmp_path: Path) -> None:
+def test_the_same_ranks_go_on_bit_for_bit_under_torchrun(tmp_path):
     """After torchrun was stopped or killed, and when it starts all again as one of them was killed."""
     whole, restarted = tmp_path / "whole", tmp_path / "restarted"
     adamw = {"train.optimizer": "adamw"}
@@ -73,7 +73,7 @@ def test_the_same_ranks_go_on_bit_for_bit_under_torchrun(tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-def test_signals_deaths_and_other_numbers_of_ranks(tmp_path: Path) -> None:
+def test_signals_deaths_and_other_numbers_of_ranks(tmp_path):
     """Runs of two ranks, and of one, two and again one, end as a run of one process."""
     alone, both, broken = tmp_path / "alone", tmp_path / "both", tmp_path / "broken"
     for process in (*start_run(arguments(alone), 1), *start_run(arguments(both), 2)):
@@ -104,7 +104,7 @@ def test_signals_deaths_and_other_numbers_of_ranks(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_rank_that_is_stuck_does_not_hold_the_other_up(tmp_path: Path) -> None:
+def test_a_rank_that_is_stuck_does_not_hold_the_other_up(tmp_path):
     stuck, waits = reversed(start_run(arguments(tmp_path), 2, Fault(1, 2, signal.SIGSTOP)))
     try:
         assert ANOTHER_ENDED in waits.finish(1)

@@ -22,7 +22,7 @@ from tests.helpers.steps import build_state, random_batch
     ],
     ids=str,
 )
-def test_steps_are_those_of_autocast_bit_for_bit(options: dict) -> None:
+def test_steps_are_those_of_autocast_bit_for_bit(options):
     switches = {name: options.pop(name, False) for name in ("activation_checkpointing", "compiled")}
     autocast = build_state(**options)
     halves = build_state(**options)
@@ -42,7 +42,7 @@ def test_steps_are_those_of_autocast_bit_for_bit(options: dict) -> None:
     assert autocast.read_metrics() == halves.read_metrics()
 
 
-def test_they_are_there_in_a_step_only() -> None:
+def test_they_are_there_in_a_step_only():
     state = build_state()
     state.half_weights = HalfWeights(state.model)
     weights = list(state.model.parameters())
@@ -59,6 +59,6 @@ def test_they_are_there_in_a_step_only() -> None:
     assert [x.data_ptr() for x in again] == addresses
 
 
-def test_an_outer_autocast_is_refused() -> None:
+def test_an_outer_autocast_is_refused():
     with torch.autocast("cpu"), pytest.raises(RuntimeError, match=r"outside of torch\.autocast"):
         train_step(build_state(), random_batch(), use_memory=True)

@@ -1,5 +1,3 @@
-"""A run goes on with the data that it began with, wherever that lies by now, and with no other."""
-
 import json
 import os
 from collections.abc import Callable
@@ -7,7 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from allspark_fast.__main__ import main
 from allspark_fast.config import Config
 from allspark_fast.errors import InputError
 from allspark_fast.training.trainer import Trainer
@@ -34,10 +31,9 @@ def config(root: str, **lists: str) -> Config:
 
 
 @pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_pictures: None) -> Path:
+def run(tmp_path, monkeypatch, no_pictures):
     """A finished run, on data/ in the working directory."""
     monkeypatch.chdir(tmp_path)
-    Path("data").mkdir()
     write_folder(Path("data"), 9)
     meta()()
     for name, numbers in LISTS.items():
@@ -63,15 +59,13 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_pictures: None) -> P
         (lines("val", "7", "6"), "data.val .*: 0 added, 0 removed, first none: their order differs"),
     ],
 )
-def test_other_classes_or_lists_are_refused_by_name(run: Path, change: Callable, message: str) -> None:
+def test_other_classes_or_lists_are_refused_by_name(run, change, message):
     change()
     with pytest.raises(InputError, match=f"{run.name} holds a run with other settings or data .*{message}"):
         Trainer(config("data"), run)
 
 
-def test_the_same_data_elsewhere(
-    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_same_data_elsewhere(run, monkeypatch, command):
     data = run.parent / "data"
     os.symlink(data, "link")
     lines("again", "./images/00.png labels//00.png", "1")()
@@ -80,9 +74,8 @@ def test_the_same_data_elsewhere(
         assert Trainer(config(root, labeled="again.txt"), run).finished
     monkeypatch.chdir("/")
     moved = data.rename(data.with_name("moved"))
-    assert main(["evaluate", str(run)]) == 1
-    assert "there is no folder /data: give another --data.root" in capsys.readouterr().err
-    assert main(["evaluate", str(run), "--data.root", str(moved)]) == 0
+    assert "there is no folder /data: give another --data.root" in command("evaluate", run, status=1)
+    command("evaluate", run, "--data.root", moved)
     with pytest.raises(InputError, match=r"no folder /nowhere: give another"):
         Trainer(config("/nowhere"), run)
     assert Trainer(config(str(moved)), run).finished
@@ -90,11 +83,11 @@ def test_the_same_data_elsewhere(
     monkeypatch.chdir(run.parent)
     assert Trainer(config("data"), run).finished
     monkeypatch.chdir("/")
-    assert main(["evaluate", str(run)]) == 0
+    command("evaluate", run)
     assert Trainer(config("data"), run).finished
 
 
-def test_a_run_without_its_record_goes_on_and_says_so(run: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_run_without_its_record_goes_on_and_says_so(run, caplog):
     (run / "data.json").unlink()
     assert Trainer(config("data"), run).finished
     assert "run: without data.json it is unknown whether classes and lists are the same" in caplog.text

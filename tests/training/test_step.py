@@ -1,5 +1,3 @@
-"""The training step: what it changes, what it skips, that it never waits for the device, that it compiles whole."""
-
 import copy
 from dataclasses import replace
 from unittest.mock import patch
@@ -21,10 +19,8 @@ from tests.helpers.steps import BEYOND, METHODS, build_state, random_batch
 
 
 class TestUpdate:
-    """What a step changes."""
-
     @pytest.mark.parametrize("method", METHODS)
-    def test_updates_what_it_uses(self, method: str) -> None:
+    def test_updates_what_it_uses(self, method):
         state = build_state(method=method)
         before = {name: x.clone() for name, x in state.model.state_dict().items()}
         losses = train_step(state, random_batch(), use_memory=True)
@@ -35,7 +31,7 @@ class TestUpdate:
         assert all(not torch.equal(x, before[name]) for name, x in state.model.state_dict().items())
 
     @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-    def test_fused_optimizers_are_those_of_the_textbook(self, optimizer: str) -> None:
+    def test_fused_optimizers_are_those_of_the_textbook(self, optimizer):
         """At the learning rates of backbone and rest, of which the first two steps share the base rate."""
         state = build_state(optimizer=optimizer, lr_multi=10.0, weight_decay=0.1, total_steps=10)
         model = copy.deepcopy(state.model)
@@ -54,7 +50,7 @@ class TestUpdate:
         for expected, actual in zip(model.parameters(), state.model.parameters(), strict=True):
             torch.testing.assert_close(actual, expected)
 
-    def test_the_average_follows_weights_and_statistics(self) -> None:
+    def test_the_average_follows_weights_and_statistics(self):
         state = build_state(ema=0.75)
         start = {name: x.clone() for name, x in state.model.named_parameters()}
         train_step(state, random_batch(), use_memory=True)
@@ -70,7 +66,7 @@ class TestUpdate:
             elif "running" not in name:
                 assert torch.equal(x, present), name
 
-    def test_metrics_are_means_of_what_was_not_skipped_since_they_were_last_read(self) -> None:
+    def test_metrics_are_means_of_what_was_not_skipped_since_they_were_last_read(self):
         state, bad = build_state(total_steps=10), random_batch()
         bad.image.fill_(float("inf"))
         for steps in (2, 3):
@@ -87,9 +83,7 @@ class TestUpdate:
 
 
 class TestLosses:
-    """The switches of the losses."""
-
-    def test_pseudo_padding(self) -> None:
+    def test_pseudo_padding(self):
         model, data = build_state().model, random_batch()
         official = pseudo_pass(model, data, TrainConfig(pseudo_padding=True))[1]
         corrected = pseudo_pass(model, data, TrainConfig(pseudo_padding=False))[1]
@@ -97,7 +91,7 @@ class TestLosses:
         assert torch.equal(corrected, official.where(data.unlabeled_valid, 255))
 
     @pytest.mark.parametrize("loss", ["ce", "ohem"])
-    def test_a_batch_without_a_labeled_pixel_trains_on_pseudo_labels_alone(self, loss: str) -> None:
+    def test_a_batch_without_a_labeled_pixel_trains_on_pseudo_labels_alone(self, loss):
         state = build_state(loss=loss)
         batch = random_batch()._replace(label=torch.full((2, 64, 64), 255))
         losses = train_step(state, batch, use_memory=True)
@@ -106,7 +100,7 @@ class TestLosses:
         assert state.skipped == 0
         assert all(x.isfinite().all() for x in state.model.state_dict().values())
 
-    def test_ohem_is_for_the_labeled_images(self) -> None:
+    def test_ohem_is_for_the_labeled_images(self):
         model, data = without_dropout(build_state(method="semi").model), random_batch()
         plain = compute_losses(model, data, TrainConfig(method="semi"), use_memory=False)
         options = {"loss": "ohem", "ohem_threshold": 0.0, "ohem_min_kept": 100}
@@ -116,9 +110,7 @@ class TestLosses:
 
 
 class TestBeyondThePaper:
-    """Who labels, which labels count, and what the student sees."""
-
-    def test_an_average_labels_as_it_did_while_the_student_changes(self) -> None:
+    def test_an_average_labels_as_it_did_while_the_student_changes(self):
         state, data = build_state(**BEYOND), random_batch(mixing=True)
         before = pseudo_pass(state.teacher, data, state.config)[0]
         with torch.no_grad():
@@ -128,7 +120,7 @@ class TestBeyondThePaper:
             other = build_state(**{**BEYOND, **change})
             assert other.teacher is other.model
 
-    def test_an_average_that_labels_has_the_statistics_of_what_it_labels(self) -> None:
+    def test_an_average_that_labels_has_the_statistics_of_what_it_labels(self):
         state, data = build_state(**BEYOND), random_batch(mixing=True)
         norm = state.ema.decoder.decoder.linear_fuse.bn
         before = copy.deepcopy(state.ema)
@@ -138,7 +130,7 @@ class TestBeyondThePaper:
         assert torch.equal(norm.running_mean, before.decoder.decoder.linear_fuse.bn.running_mean)
         assert not any(module.training for module in state.ema.modules())
 
-    def test_thresholds(self) -> None:
+    def test_thresholds(self):
         label = torch.tensor([[[0, 0, 1], [1, 2, 255]]])
         confidence = torch.tensor([[[0.99, 0.9, 0.7], [0.5, 0.4, 1.0]]])
         classes = ClassStatistics.start(3, torch.device("cpu"))._replace(confidence=torch.tensor([0.97, 0.6, 0.0]))
@@ -150,7 +142,7 @@ class TestBeyondThePaper:
             assert confident(label, confidence, classes, config).tolist() == [expected]
         assert confident(label, confidence, classes, TrainConfig()).sum() == 5
 
-    def test_classes_are_counted_and_their_confidence_follows(self) -> None:
+    def test_classes_are_counted_and_their_confidence_follows(self):
         state = build_state(**{**BEYOND, "method": "semi"})
         for _ in range(3):
             data, before = random_batch(mixing=True), copy.deepcopy(state.classes)
@@ -167,7 +159,7 @@ class TestBeyondThePaper:
                 mean = confidence[label == i].mean() if counted[1] else old
                 torch.testing.assert_close(new, torch.lerp(old, mean, 0.02) if old > 0 else mean)
 
-    def test_classes_that_are_predicted_too_rarely_are_labeled_more_often(self) -> None:
+    def test_classes_that_are_predicted_too_rarely_are_labeled_more_often(self):
         classes = ClassStatistics.start(3, torch.device("cpu"))
         assert classes.alignment(0) is None
         assert classes.alignment(10).tolist() == [[[0.0]]] * 3
@@ -191,13 +183,13 @@ class TestBeyondThePaper:
                 assert set(label[:, :40].unique().tolist()) == {1}
 
     @pytest.mark.parametrize(("size", "order"), [(1, [0]), (2, [1, 0]), (3, [1, 0, 2]), (4, [1, 0, 3, 2])])
-    def test_pairs_of_crops_are_mixed(self, size: int, order: list[int]) -> None:
+    def test_pairs_of_crops_are_mixed(self, size, order):
         data = random_batch(size)._replace(mixed=torch.ones(size, 64, 64, dtype=torch.bool))
         logits, label, valid = torch.randn(size, 3, 16, 16), torch.randint(3, (size, 64, 64)), data.unlabeled_valid
         given = [data.unlabeled_image, logits, label, valid]
         assert all(torch.equal(x, y[order]) for x, y in zip(mix(data, *given), given, strict=True))
 
-    def test_a_mixed_batch_by_hand(self) -> None:
+    def test_a_mixed_batch_by_hand(self):
         """Two crops of 4 x 4: a box of the other one, then a pasted corner; the logits have half the resolution."""
         images, labels = torch.arange(2.0).view(2, 1, 1, 1).expand(2, 3, 4, 4), torch.full((2, 4, 4), 2)
         mixed, pasted = torch.zeros(2, 2, 4, 4, dtype=torch.bool)
@@ -216,7 +208,7 @@ class TestBeyondThePaper:
         assert logits[0].tolist() == [[[-1, 3], [3, 3]], [[-4, 0], [0, 0]], [[-5, -1], [-1, -1]]]
         assert logits[1].tolist() == [[[-1, -1], [-1, -5]], [[-4, -4], [-4, -5]], [[-5, -5], [-5, -1]]]
 
-    def test_the_loss_is_divided_by_all_valid_pixels(self) -> None:
+    def test_the_loss_is_divided_by_all_valid_pixels(self):
         state, data = build_state(method="semi", conf_thresh=0.4, pseudo_padding=False), random_batch()
         without_dropout(state.model)
         _, label, confidence = pseudo_pass(state.model, data, state.config)
@@ -233,7 +225,7 @@ class TestBeyondThePaper:
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_loading_copies_into_the_tensors_that_are_there(optimizer: str) -> None:
+def test_loading_copies_into_the_tensors_that_are_there(optimizer):
     """A recorded step goes on reading and writing those."""
     saved, state = build_state(optimizer=optimizer), build_state(optimizer=optimizer)
     train_step(saved, random_batch(), use_memory=True)
@@ -249,9 +241,7 @@ def test_loading_copies_into_the_tensors_that_are_there(optimizer: str) -> None:
 
 
 class TestAccumulation:
-    """Micro-batches."""
-
-    def test_gradients_are_those_of_the_batch_where_nothing_looks_at_it(self) -> None:
+    def test_gradients_are_those_of_the_batch_where_nothing_looks_at_it(self):
         """In eval mode BatchNorm does not; the same number of pixels counts in every image."""
         states = [build_state(method="supervised", gradient_accumulation_steps=n) for n in (1, 2)]
         states[1].model.load_state_dict(states[0].model.state_dict())
@@ -264,7 +254,7 @@ class TestAccumulation:
             torch.testing.assert_close(two.grad, one.grad, rtol=1e-4, atol=1e-6)
         assert [state.step.item() for state in states] == [1, 1]
 
-    def test_the_memory_takes_every_micro_batch(self) -> None:
+    def test_the_memory_takes_every_micro_batch(self):
         state = build_state(gradient_accumulation_steps=2)
         train_step(state, random_batch(), use_memory=True)
         assert state.received.sum() == 2 * 128  # all channels of both images
@@ -277,9 +267,7 @@ class TestAccumulation:
     ids=str,
 )
 @pytest.mark.parametrize("cause", ["loss", "gradient"])
-def test_a_step_that_is_not_finite_changes_nothing(options: dict, steps_before: int, cause: str) -> None:
-    """On the first step as on any other."""
-
+def test_a_step_that_is_not_finite_changes_nothing(options, steps_before, cause):
     def snapshot() -> dict[str, object]:
         models = {name: dict(x.named_parameters()) for name, x in (("model", state.model), ("ema", state.ema))}
         return copy.deepcopy({**models, "optimizer": state.moments})
@@ -303,7 +291,7 @@ def test_a_step_that_is_not_finite_changes_nothing(options: dict, steps_before: 
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_nothing_waits_for_the_device(optimizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_waits_for_the_device(optimizer, monkeypatch):
     """On fake CUDA tensors; inside our operators: tests/training/test_cuda_graph.py.
 
     All but backward, for which torch asks for a driver, and the fused kernels, which have no fake.
@@ -327,7 +315,7 @@ def test_nothing_waits_for_the_device(optimizer: str, monkeypatch: pytest.Monkey
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(("method", "beyond"), [("allspark", {}), ("allspark", BEYOND), ("supervised", {})], ids=str)
-def test_compiled_losses_are_one_graph_and_one_more_after_warm_up(method: str, beyond: dict) -> None:
+def test_compiled_losses_are_one_graph_and_one_more_after_warm_up(method, beyond):
     """With AOTAutograd: tests/training/test_distributed.py; with inductor: tests/model/test_allspark.py."""
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("eager")

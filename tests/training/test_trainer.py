@@ -1,5 +1,3 @@
-"""Runs from beginning to end: what they leave, exact resume, mistakes."""
-
 import itertools
 import json
 import multiprocessing
@@ -15,7 +13,6 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from allspark_fast.__main__ import main
 from allspark_fast.data.scenes import SCENES
 from allspark_fast.data.sources import open_sources
 from allspark_fast.errors import InputError, RunError
@@ -35,7 +32,7 @@ from tests.helpers.runs import assert_same_run, changed, run_and_die, tiny_argum
 from tests.helpers.steps import METHODS
 
 
-def test_leaves_what_it_promises(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_leaves_what_it_promises(tmp_path, capsys, command):
     config = tiny_config(pseudo_from_epoch=1)
     train(config, tmp_path / "run")
     names = {path.name for path in (tmp_path / "run").iterdir()}
@@ -83,16 +80,14 @@ def test_leaves_what_it_promises(tmp_path: Path, capsys: pytest.CaptureFixture[s
     settings = tmp_path / "run" / "config.json"
     settings.write_text(settings.read_text().replace('"weights": null', '"weights": "gone.pth"'))
     assert "gone.pth" in settings.read_text()
-    best = max(record["miou"] for record in records if "miou" in record)
-    assert main(["evaluate", str(tmp_path / "run"), "--json", str(tmp_path / "scores.json")]) == 0
-    assert f"{100 * best:.1f}" in capsys.readouterr().out
+    assert f"{100 * best[1]:.1f}" in command("evaluate", tmp_path / "run", "--json", tmp_path / "scores.json")
     scores = json.loads((tmp_path / "scores.json").read_text())
-    assert scores["miou"] == best
+    assert scores["miou"] == best[1]
     assert sum(map(sum, scores["confusion"])) == 2 * 80 * 80
 
 
 @pytest.mark.usefixtures("no_pictures")
-def test_a_run_that_teaches_only_background_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_run_that_teaches_only_background_says_so(tmp_path, caplog):
     """All pseudo labels are background, from a classifier that is not trained."""
     config = changed(tiny_config("semi", steps=8, pseudo_from=0.5, lr=0.0), eval={"times": 2})
     trainer = Trainer(config, tmp_path)
@@ -110,7 +105,7 @@ def test_a_run_that_teaches_only_background_says_so(tmp_path: Path, caplog: pyte
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("no_pictures")
-def test_compiled_blocks_train_and_validation_compiles_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_blocks_train_and_validation_compiles_nothing(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")  # so that it is put back
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
@@ -130,7 +125,7 @@ def test_compiled_blocks_train_and_validation_compiles_nothing(tmp_path: Path, m
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("method", METHODS)
-def test_a_run_on_a_gpu_resumes(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_on_a_gpu_resumes(method, tmp_path, monkeypatch):
     config = changed(tiny_config(method, ema=0.9), run={"device": "cuda", "log_every": 1})
     device = torch.device("cuda")
     run_and_die(Trainer(config, tmp_path, device), 7, monkeypatch)
@@ -143,9 +138,7 @@ def test_a_run_on_a_gpu_resumes(method: str, tmp_path: Path, monkeypatch: pytest
 
 
 @pytest.mark.usefixtures("no_pictures")
-def test_supervised_learns_from_labeled_images_and_counts_no_others(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_supervised_learns_from_labeled_images_and_counts_no_others(tmp_path, monkeypatch):
     step = Mock(wraps=train_step)
     monkeypatch.setattr(trainer_module, "train_step", step)
     # One second for each line of the log.
@@ -166,9 +159,7 @@ def test_supervised_learns_from_labeled_images_and_counts_no_others(
 class TestResume:
     """N steps = k steps + death + the rest, bit for bit."""
 
-    def test_with_other_settings_that_do_not_decide_the_numbers(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-    ) -> None:
+    def test_with_other_settings_that_do_not_decide_the_numbers(self, tmp_path, monkeypatch, caplog):
         """Recomputation among them, which the advice on too little memory recommends; tests/test_signals.py: none."""
         caplog.set_level("INFO", logger="allspark_fast")
         config = tiny_config(ema=0.9)
@@ -182,7 +173,7 @@ class TestResume:
         resumed.run()
         assert_same_run(tmp_path / "whole", tmp_path / "broken")
 
-    def test_a_second_run_in_the_same_folder_is_refused(self, tmp_path: Path) -> None:
+    def test_a_second_run_in_the_same_folder_is_refused(self, tmp_path):
         """As long as the first one lives: it ends here without any cleaning up."""
         context = multiprocessing.get_context("fork")
         locked = context.Event()
@@ -196,9 +187,7 @@ class TestResume:
         assert claim_folder(tmp_path, tiny_config(), open_sources(tiny_config().data)) is not None
 
     @pytest.mark.parametrize(("name", "length"), [("epochs", 1), ("steps", 4)])
-    def test_a_finished_run_is_extended_and_other_settings_are_refused_by_name(
-        self, name: str, length: int, tmp_path: Path
-    ) -> None:
+    def test_a_finished_run_is_extended_and_other_settings_are_refused_by_name(self, name, length, tmp_path):
         short, long = ({name: length * factor} for factor in (1, 2))
         assert train(tiny_config(**short), tmp_path)
         with pytest.raises(InputError, match=r"data \(train.lr: 0.01 -> 0.02; .*gradient_accumulation_steps: 1 -> 2\)"):
@@ -208,7 +197,7 @@ class TestResume:
         with pytest.raises(InputError, match=f"train.{name}: {2 * length} -> {length}"):
             Trainer(tiny_config(**short), tmp_path)
 
-    def test_starting_weights_may_be_gone(self, tmp_path: Path) -> None:
+    def test_starting_weights_may_be_gone(self, tmp_path):
         """From a run that was begun; otherwise nothing is written before that is known."""
         config, weights = tiny_config(epochs=1), tmp_path / "start.safetensors"
         save_weights(build_model(config, SCENES), weights)
@@ -220,7 +209,7 @@ class TestResume:
             Trainer(config, tmp_path / "another")
         assert not (tmp_path / "another").exists()
 
-    def test_statistics_of_classes_that_an_earlier_version_did_not_keep(self, tmp_path: Path) -> None:
+    def test_statistics_of_classes_that_an_earlier_version_did_not_keep(self, tmp_path):
         config = tiny_config(epochs=1)
         train(config, tmp_path)
         path = list_checkpoints(tmp_path / "checkpoints")[0]
@@ -231,9 +220,7 @@ class TestResume:
         assert resumed.finished
         assert torch.equal(resumed.state.classes.shares, torch.zeros_like(shares))
 
-    def test_settings_that_led_to_no_checkpoint_may_be_mended(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_settings_that_led_to_no_checkpoint_may_be_mended(self, tmp_path, monkeypatch):
         config = tiny_config()
         run_and_die(Trainer(config, tmp_path), 1, monkeypatch)
         assert Trainer(changed(config, train={"lr": 0.005}), tmp_path).step == 0
@@ -247,9 +234,7 @@ def hold_lock(folder: Path, locked: Event) -> None:
     signal.pause()
 
 
-def test_a_picture_that_cannot_be_drawn_does_not_end_a_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_picture_that_cannot_be_drawn_does_not_end_a_run(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(pictures, "draw_curves", Mock(side_effect=RuntimeError("no fonts")))
     assert train(tiny_config(epochs=1), tmp_path)
     assert "the pictures of step 4 were not drawn: RuntimeError('no fonts')" in caplog.text
@@ -257,7 +242,7 @@ def test_a_picture_that_cannot_be_drawn_does_not_end_a_run(
 
 
 @pytest.mark.usefixtures("no_pictures")
-def test_deterministic_operations_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_deterministic_operations_train(tmp_path, monkeypatch):
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # so that it is put back
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
     try:
@@ -268,7 +253,7 @@ def test_deterministic_operations_train(tmp_path: Path, monkeypatch: pytest.Monk
         torch.use_deterministic_algorithms(False)
 
 
-def test_recording_where_it_cannot_be_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_recording_where_it_cannot_be_is_told(tmp_path, caplog):
     Trainer(changed(tiny_config(cuda_graph="on"), run={"device": "cpu"}), tmp_path)
     assert "train.cuda_graph on: no step is recorded, because nothing on the device cpu is" in caplog.text
 
@@ -277,7 +262,7 @@ def test_recording_where_it_cannot_be_is_told(tmp_path: Path, caplog: pytest.Log
 @pytest.mark.parametrize(
     ("max_skipped", "stopped_at", "limit"), [(2, 3, r"train\.max_skipped .*, 2"), (50, 9, "half of the run, 6")]
 )
-def test_too_many_skipped_steps_stop_the_run(tmp_path: Path, max_skipped: int, stopped_at: int, limit: str) -> None:
+def test_too_many_skipped_steps_stop_the_run(tmp_path, max_skipped, stopped_at, limit):
     """A run of 12 steps, fewer than the default of max_skipped."""
     trainer = Trainer(tiny_config(max_skipped=max_skipped), tmp_path)
     trainer.state.model.backbone.norm4.weight.data.fill_(float("nan"))
@@ -289,18 +274,14 @@ def test_too_many_skipped_steps_stop_the_run(tmp_path: Path, max_skipped: int, s
 
 
 @pytest.fixture
-def root(tmp_path: Path) -> Path:
+def root(tmp_path):
     """A data set of one's own: the last two of six images have no label."""
-    for entry in write_folder(tmp_path, 6)[4:]:
-        (tmp_path / entry.label).unlink()
-    (tmp_path / "meta.json").write_text('{"classes": ["one", "two", "three"]}')
+    write_folder(tmp_path, 6, labeled=4, names=["one", "two", "three"])
     (tmp_path / "val.txt").write_text("images/03.png labels/03.png\n")
     return tmp_path
 
 
-def test_needs_no_split_files_but_for_validation_and_no_hidden_labels(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_needs_no_split_files_but_for_validation_and_no_hidden_labels(root, tmp_path, monkeypatch):
     drawn = Mock()
     monkeypatch.setattr(trainer_module, "draw_pictures", drawn)
     folder = {"dataset": "folder", "root": root, "val": Path("val.txt")}
@@ -314,10 +295,9 @@ def test_needs_no_split_files_but_for_validation_and_no_hidden_labels(
     assert "pseudo_label_accuracy" not in read_metrics(tmp_path / "run")[-1]
 
 
-def test_bad_data_is_listed_before_training(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_data_is_listed_before_training(root, tmp_path, command):
     (root / "images/01.png").write_bytes(b"")
     arguments = tiny_arguments(tmp_path / "run", {"data.dataset": "folder", "data.root": root, "data.val": "val.txt"})
-    for command in ("train", "check"):
-        assert main([command, *arguments]) == 1
-    assert "images/01.png" in capsys.readouterr().err
+    for name in ("train", "check"):
+        assert "images/01.png" in command(name, *arguments, status=1)
     assert not (tmp_path / "run").exists()

@@ -1,5 +1,3 @@
-"""Weights of others in, ours out, and back."""
-
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -7,37 +5,30 @@ from pathlib import Path
 import pytest
 import torch
 
-from allspark_fast.__main__ import main
 from allspark_fast.errors import InputError
 from allspark_fast.model import build_segmentor
 from allspark_fast.model.mit import MIT_CONFIGS
 from allspark_fast.weights.files import load_weights, save_weights
 from allspark_fast.weights.spec import infer_spec, load_model, read_model, save_model
 from tests.helpers.public_code import public_checkpoint
+from tests.helpers.runs import differences
 
 
-def test_there_and_back_is_bit_equal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_there_and_back_is_bit_equal(tmp_path, command):
     source, ours, target = public_checkpoint(tmp_path / "a.pth"), tmp_path / "b.safetensors", tmp_path / "c.pth"
-    ours.write_bytes(b"mine")
-    assert main(["convert", str(source), str(ours)]) == 1
-    assert f"{ours} exists: pass --overwrite" in capsys.readouterr().err
-    assert main(["convert", str(source), str(ours), "--overwrite"]) == 0
-    assert "21 of pascal: background, aeroplane" in capsys.readouterr().out
-    assert main(["convert", str(ours), str(target)]) == 0
+    assert "21 of pascal: background, aeroplane" in command("convert", source, ours)
+    command("convert", ours, target)
     before, after = (torch.load(path, weights_only=False)["model"] for path in (source, target))
     assert list(before) == list(after)
-    for name, x in before.items():
-        assert x.dtype == after[name].dtype
-        assert torch.equal(x, after[name]), name
+    assert [x.dtype for x in before.values()] == [x.dtype for x in after.values()]
+    assert differences(before, after) == []
 
 
 @pytest.mark.parametrize(
     ("classes", "crop", "num_heads", "mode", "dataset"),
     [(21, 65, 2, "whole", "pascal"), (19, 97, 1, "sliding", "cityscapes"), (5, 65, 4, "whole", "a")],
 )
-def test_everything_is_read_off_the_shapes(
-    tmp_path: Path, classes: int, crop: int, num_heads: int, mode: str, dataset: str
-) -> None:
+def test_everything_is_read_off_the_shapes(tmp_path, classes, crop, num_heads, mode, dataset):
     model, spec = read_model(public_checkpoint(tmp_path / "a.pth", classes, crop, num_heads=num_heads))
     assert (spec.backbone, spec.embedding_dim, spec.num_heads, spec.crop) == ("mit_tiny", 16, num_heads, crop)
     assert (spec.mode, spec.info.name, len(spec.info.classes)) == (mode, dataset, classes)
@@ -51,34 +42,32 @@ def test_everything_is_read_off_the_shapes(
 
 
 @pytest.mark.parametrize("name", MIT_CONFIGS)
-def test_every_encoder_is_told_apart(name: str) -> None:
+def test_every_encoder_is_told_apart(name):
     with torch.device("meta"):
         state = build_segmentor(name, 3, (65, 65), embedding_dim=8).state_dict()
     assert infer_spec(state, Path("a.pth")).backbone == name
 
 
-def test_classes_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_classes_of_ones_own(tmp_path, command):
     source, ours = public_checkpoint(tmp_path / "a.pth", classes=3), tmp_path / "a.safetensors"
     meta = tmp_path / "meta.json"
     meta.write_text(json.dumps({"classes": ["x", "y", "z"], "palette": [[1, 2, 3], [4, 5, 6], [7, 8, 9]]}))
-    assert main(["convert", str(source), str(ours), "--classes", str(meta)]) == 0
+    command("convert", source, ours, "--classes", meta)
     _, spec = load_model(ours)
     assert spec.info.classes == ("x", "y", "z")
     assert spec.info.palette[:3] == ((1, 2, 3), (4, 5, 6), (7, 8, 9))
     _, renamed = read_model(ours, str(meta))
     assert renamed == spec
     for classes, message in (("pascal", "has 3 classes, but pascal names 21"), ("nowhere", "nowhere: no meta.json")):
-        assert main(["convert", str(source), str(tmp_path / "b.safetensors"), "--classes", classes]) == 1
-        assert message in capsys.readouterr().err
+        assert message in command("convert", source, tmp_path / "b.safetensors", "--classes", classes, status=1)
     pytest.importorskip("timm", reason="needs timm")
     spec = replace(spec, backbone="timm/test_efficientnet")
     save_model(spec.build(), spec, ours)
-    assert main(["convert", str(ours), str(tmp_path / "c.pth")]) == 1
-    assert "the public code has MiT encoders only" in capsys.readouterr().err
+    assert "the public code has MiT encoders only" in command("convert", ours, tmp_path / "c.pth", status=1)
     assert not (tmp_path / "c.pth").exists()
 
 
-def test_what_is_no_model_of_ours_is_refused(tmp_path: Path) -> None:
+def test_what_is_no_model_of_ours_is_refused(tmp_path):
     model, path = build_segmentor("mit_tiny", 3, (65, 65), embedding_dim=16), tmp_path / "a.pth"
     lacking = {name: x for name, x in model.state_dict().items() if not name.startswith("backbone.block3.")}
     tall = build_segmentor("mit_tiny", 3, (65, 97), embedding_dim=16).state_dict()
@@ -92,7 +81,7 @@ def test_what_is_no_model_of_ours_is_refused(tmp_path: Path) -> None:
             read_model(path)
 
 
-def test_the_encoder_of_a_hugging_face_segformer(tmp_path: Path) -> None:
+def test_the_encoder_of_a_hugging_face_segformer(tmp_path):
     transformers = pytest.importorskip("transformers", reason="needs Hugging Face transformers")
     sizes = MIT_CONFIGS["mit_tiny"]
     config = transformers.SegformerConfig(

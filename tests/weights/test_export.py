@@ -1,5 +1,4 @@
-"""Exported graphs compute what the model does, at sizes and batches they were not traced with."""
-
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -9,11 +8,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from allspark_fast.__main__ import main
 from allspark_fast.errors import InputError, RunError
 from allspark_fast.weights import export
 from allspark_fast.weights.export import MIN_SIDE, PixelsToLogits
 from allspark_fast.weights.spec import ModelSpec, load_model
+from tests.helpers.runs import differences
 
 SIZES = [(1, MIN_SIDE, MIN_SIDE), (1, 97, 130), (3, 130, 97), (2, 200, 64)]
 
@@ -48,9 +47,8 @@ def load_onnx(path: Path) -> tuple[Callable[[torch.Tensor], torch.Tensor], str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "load"), [("model.pt2", load_pt2), ("model.onnx", load_onnx)])
-def test_graphs(weights: Path, name: str, load: Callable, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["export", str(weights), str(tmp_path / name)]) == 0
-    assert f"{name}: largest error of the logits" in capsys.readouterr().out
+def test_graphs(weights, name, load, tmp_path, command):
+    assert f"{name}: largest error of the logits" in command("export", weights, tmp_path / name)
     program, text = load(tmp_path / name)
     assert ModelSpec.from_json(text, tmp_path) == load_model(weights)[1]
     for batch, height, width in SIZES:
@@ -60,7 +58,7 @@ def test_graphs(weights: Path, name: str, load: Callable, tmp_path: Path, capsys
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["model.pt2", "model.onnx"])
-def test_an_encoder_of_timm(tiny_spec: ModelSpec, tmp_path: Path, name: str) -> None:
+def test_an_encoder_of_timm(tiny_spec, tmp_path, name):
     """With TensorFlow's padding, which in timm depends on the size of each map."""
     pytest.importorskip("timm", reason="needs the extra timm")
     spec = replace(tiny_spec, backbone="timm/tf_mobilenetv3_small_minimal_100")
@@ -68,18 +66,17 @@ def test_an_encoder_of_timm(tiny_spec: ModelSpec, tmp_path: Path, name: str) -> 
     assert (tmp_path / name).is_file()
 
 
-def test_plain_operators_compute_the_same_and_leave_the_model_alone(weights: Path) -> None:
+def test_plain_operators_compute_the_same_and_leave_the_model_alone(weights):
     model, spec = load_model(weights)
-    before = {name: x.clone() for name, x in model.state_dict().items()}
+    before = copy.deepcopy(model.state_dict())
     pixels = torch.rand(2, 3, 70, 97)
     with torch.no_grad():
         assert_close(PixelsToLogits(model, spec)(pixels), expected_logits(weights, pixels))
     assert model.decoder.allspark.attn.backend == "auto"
-    for name, x in model.state_dict().items():
-        assert torch.equal(x, before[name])
+    assert differences(model.state_dict(), before) == []
 
 
-def test_a_graph_that_differs_is_refused(weights: Path) -> None:
+def test_a_graph_that_differs_is_refused(weights):
     module = PixelsToLogits(*load_model(weights)).eval()
     assert export.largest_error(module, module, Path("model.pt2")) == 0
     for wrong in (lambda x: module(x) * 1.001, lambda x: module(x) * torch.nan):
@@ -87,17 +84,14 @@ def test_a_graph_that_differs_is_refused(weights: Path) -> None:
             export.largest_error(wrong, module, Path("model.pt2"))
 
 
-def test_usage_errors(
-    weights: Path, tiny_spec: ModelSpec, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def error(out: Path) -> str:
-        assert main(["export", str(weights), str(out)]) == 1
-        return capsys.readouterr().err
+def test_usage_errors(weights, tiny_spec, command, monkeypatch):
+    def error(suffix: str) -> str:
+        return command("export", weights, weights.with_suffix(suffix), status=1)
 
-    assert ".pt2 or .onnx; `convert` writes weights" in error(weights.with_suffix(".bin"))
+    assert ".pt2 or .onnx; `convert` writes weights" in error(".bin")
     with pytest.raises(InputError, match="Swin cannot be exported"):
         export.export_model(nn.Identity(), replace(tiny_spec, backbone="timm/swinv2_tiny_window8_256"), Path("x.pt2"))
     monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None)
-    assert "onnxruntime: pip install 'allspark-fast[export]'" in error(weights.with_suffix(".onnx"))
+    assert "onnxruntime: pip install 'allspark-fast[export]'" in error(".onnx")
     weights.with_suffix(".pt2").write_bytes(b"mine")
-    assert "--overwrite" in error(weights.with_suffix(".pt2"))
+    assert "--overwrite" in error(".pt2")

@@ -1,5 +1,3 @@
-"""The model that travels with its weights."""
-
 import json
 from pathlib import Path
 
@@ -7,23 +5,22 @@ import pytest
 import torch
 from PIL import Image
 
-from allspark_fast.__main__ import main
 from allspark_fast.cli import export
 from allspark_fast.errors import InputError
 from allspark_fast.training.trainer import Trainer
 from allspark_fast.weights.files import load_weights, save_weights
-from allspark_fast.weights.spec import ModelSpec, load_model, read_model, save_model
+from allspark_fast.weights.spec import load_model, read_model, save_model
 from tests.helpers.runs import changed, differences, tiny_config
 
 
-def test_weights_without_it_are_refused_with_the_remedy(tmp_path: Path, tiny_spec: ModelSpec) -> None:
+def test_weights_without_it_are_refused_with_the_remedy(tmp_path, tiny_spec):
     for name in ("old.safetensors", "old.pth"):
         save_weights(tiny_spec.build(), tmp_path / name)
         with pytest.raises(InputError, match=rf"{name} does not say what its model is .* allspark_fast convert"):
             load_model(tmp_path / name)
 
 
-def test_weights_of_part_of_the_model_are_refused(tmp_path: Path, tiny_spec: ModelSpec) -> None:
+def test_weights_of_part_of_the_model_are_refused(tmp_path, tiny_spec):
     model = tiny_spec.build()
     model.decoder = torch.nn.Identity()
     save_model(model, tiny_spec, tmp_path / "part.safetensors")
@@ -37,24 +34,20 @@ def test_weights_of_part_of_the_model_are_refused(tmp_path: Path, tiny_spec: Mod
         ({"version": 2}, "of another version of allspark-fast.*version is 2, expected 1"),
         ({"allspark": "no"}, "model.allspark is 'no', expected bool"),
         ({"crop": True}, "model.crop is True, expected int"),
-        ({"crop": -1}, "no such model: .* must be at least 1, got -1"),
         ({"backbone": "mit_b9"}, "no such model: backbone must be one of"),
-        ({"classes": []}, "list of names"),
-        ({"palette": [[1, 2]]}, "three integers"),
         ({"mode": "tiled"}, "model.mode is tiled, expected one of whole, sliding"),
         ({"mean": [1, 2]}, r"model.mean is \[1, 2\], expected a list of 3"),
-        ({"std": [1, 1, "1"]}, "model.std is '1', expected float"),
         ({"color": 1}, r"fields \['color'\] are missing or unknown"),
     ],
 )
-def test_damage_is_named(change: dict, message: str, tmp_path: Path, tiny_spec: ModelSpec) -> None:
+def test_damage_is_named(change, message, tmp_path, tiny_spec):
     text = json.dumps(json.loads(tiny_spec.to_json()) | change)
     save_weights(tiny_spec.build(), tmp_path / "odd.safetensors", text)
     with pytest.raises(InputError, match=rf"odd\.safetensors: .*{message}"):
         load_model(tmp_path / "odd.safetensors")
 
 
-def test_files_of_other_kinds(tmp_path: Path, tiny_spec: ModelSpec) -> None:
+def test_files_of_other_kinds(tmp_path, tiny_spec):
     with pytest.raises(FileNotFoundError, match=r"none of best\.safetensors"):
         load_model(tmp_path)
     with pytest.raises(InputError, match=r"model\.bin: weights are saved as \.safetensors or \.pth"):
@@ -64,9 +57,7 @@ def test_files_of_other_kinds(tmp_path: Path, tiny_spec: ModelSpec) -> None:
 
 @pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize("train", [{}, {"method": "semi", "ema": 0.9}, {"method": "supervised"}])
-def test_a_checkpoint_of_a_run_is_its_model_for_every_command(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, train: dict
-) -> None:
+def test_a_checkpoint_of_a_run_is_its_model_for_every_command(tmp_path, command, monkeypatch, train):
     monkeypatch.setattr(export, "export_model", lambda model, spec, path: path.write_text(spec.to_json()) * 0)
     monkeypatch.chdir(tmp_path)
     Image.new("RGB", (70, 60)).save("photo.png")
@@ -74,11 +65,9 @@ def test_a_checkpoint_of_a_run_is_its_model_for_every_command(
     Trainer(config, Path("run")).run()
     printed, models = [], []
     for weights in (Path("run"), max(Path("run/checkpoints").iterdir())):
-        capsys.readouterr()
-        assert main(["evaluate", str(weights)]) == 0
-        for command, *words in (("convert", "a.safetensors"), ("export", "a.onnx"), ("predict", "photo.png")):
-            assert main([command, str(weights), *words, "--overwrite"]) == 0
-        printed.append(capsys.readouterr().out)
+        commands = ("convert", "a.safetensors"), ("export", "a.onnx"), ("predict", "photo.png")
+        told = [command(name, weights, word, "--overwrite") for name, word in commands]
+        printed.append([command("evaluate", weights), *told])
         models.append(load_model(weights))
     assert printed[0] == printed[1]
     (best, expected), (model, spec) = models  # of the last step, the only one that was evaluated
@@ -87,9 +76,7 @@ def test_a_checkpoint_of_a_run_is_its_model_for_every_command(
     assert differences(model.state_dict(), best.state_dict()) == []
 
 
-def test_a_checkpoint_of_an_earlier_version_is_not_taken_for_weights_of_others(
-    tmp_path: Path, tiny_spec: ModelSpec
-) -> None:
+def test_a_checkpoint_of_an_earlier_version_is_not_taken_for_weights_of_others(tmp_path, tiny_spec):
     state = {"format": "allspark_fast checkpoint 2", "model": tiny_spec.build().state_dict(), "ema": None}
     torch.save(state, tmp_path / "step.pt")
     for read in (load_model, read_model):
