@@ -95,6 +95,7 @@ def test_imagenet_is_fetched_from_the_hub_unless_its_cache_has_it(
     caplog
 ):  # fmt: skip
     hub = pytest.importorskip("huggingface_hub", reason="needs the extra timm")
+    pytest.importorskip("huggingface_hub.constants")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     source, target = tiny_segmentor(backbone), tiny_segmentor(backbone)
