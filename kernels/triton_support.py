@@ -39,7 +39,7 @@ def set_kernels(kernels: Kernels) -> Kernels:
 def why_no_triton(device: torch.device, dtype: torch.dtype = torch.float32) -> str | None:
     """Return why the Triton kernels cannot run, or None if they can."""
     if not _INSTALLED:
-        return "the package triton is not installed; pip install triton"
+        return "the package triton is not installed: pip install triton"
     if dtype not in _DTYPES:
         return f"there are no kernels for {dtype}"
     if device.type != "cuda":
