@@ -91,11 +91,9 @@ def test_what_does_not_fit_is_named_and_reset_on_request(tmp_path, source, part,
     ],
 )
 def test_imagenet_is_fetched_from_the_hub_unless_its_cache_has_it(
-    backbone, repo, name, in_cache, tmp_path, monkeypatch,
-    caplog
-):  # fmt: skip
+    backbone, repo, name, in_cache, tmp_path, monkeypatch, caplog
+):
     hub = pytest.importorskip("huggingface_hub", reason="needs the extra timm")
-    pytest.importorskip("huggingface_hub.constants")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     source, target = tiny_segmentor(backbone), tiny_segmentor(backbone)
