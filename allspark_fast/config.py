@@ -149,7 +149,8 @@ class TrainConfig(_Group):
         amp: bfloat16 autocast on a GPU.
         compile: torch.compile of the blocks of mit_*: on, off, or auto, on a GPU for runs of more than 5,000 steps.
         cuda_graph: record a step and replay it, many times faster: on, off, or auto, on GPUs unless fsdp shards the
-            model, and only if the first replay equals ordinary steps.
+            model (on records that too, and ends the run if it cannot), and only if the first replay equals ordinary
+            steps.
         gradient_accumulation_steps: micro-batches that a batch is split into, to need less memory. BatchNorm, the means
             of losses, OHEM, the memory and kv_source=batch then see one of them at a time.
         sharding: with several processes, fsdp shards weights, gradients and optimizer state; replicate, auto do not.

@@ -78,12 +78,14 @@ def logged_steps(state: TrainState, **options: Any) -> GraphedSteps:
         checks = patch.object(cross_entropy, "_check_classes"), patch.object(memory, "_check_pointers")
         log = StepLog()
         sharded = patch.multiple(_fsdp_param, free_storage=lambda _: None, alloc_storage=log.allocate)
-        with checks[0], checks[1], sharded, log:
-            losses = step()
         rates, halves = [group["lr"] for group in state.optimizer.param_groups], [*vars(state.half_weights).values()]
-        assert not log.foreign([state.state_dict(), rates, halves, step.args])
-        state.load_state_dict(before)
-        set_random_states(random)
+        try:
+            with checks[0], checks[1], sharded, log:
+                losses = step()
+            assert not log.foreign([state.state_dict(), rates, halves, step.args])
+        finally:  # a capture takes no step, even if it fails
+            state.load_state_dict(before)
+            set_random_states(random)
         return losses, log.replay
 
     return GraphedSteps(state, record=record, **options)

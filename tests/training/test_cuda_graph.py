@@ -39,14 +39,18 @@ def _record_early(monkeypatch):
 
 
 def differences_of_replays(
-    report: Callable[[Record], object] | None = None, *, amp: bool = False, **options: Any
+    report: Callable[[Record], object] | None = None,
+    *,
+    amp: bool = False,
+    sizes: tuple[int, ...] = (2,) * len(PHASES),
+    **options: Any,
 ) -> list[str]:
     """Names of all that differs between runs of ordinary and of recorded steps; a replay and an ordinary one skip."""
     plain, recorded = build_state(**options), build_state(**options)
     recorded.load_state_dict(copy.deepcopy(plain.state_dict()))
     for state in (plain, recorded) if amp else ():
         state.amp, state.half_weights = True, HalfWeights(state.model, state.teacher)
-    batches = [random_batch(mixing=plain.config.cutmix > 0) for _ in PHASES]
+    batches = [random_batch(size, mixing=plain.config.cutmix > 0) for size in sizes]
     for index in (2, 4):
         batches[index].image[0, 0, 5, 5] = float("nan")
     results, ordinary = [], functools.partial(train_step, plain)
@@ -62,6 +66,10 @@ def differences_of_replays(
 @pytest.mark.parametrize("options", [*CASES, {"amp": True, **BEYOND}], ids=str)
 def test_replays_equal_ordinary_steps(options):
     assert differences_of_replays(**options) == []
+
+
+def test_a_batch_of_another_size_is_a_phase_of_its_own() -> None:
+    assert differences_of_replays(sizes=(2, 2, 2, 1, 1, 2, 2, 2)) == []
 
 
 def branch_on_data(state: TrainState, losses: torch.Tensor, update: Any = step._update) -> Losses:
@@ -95,11 +103,20 @@ def run_out_of_memory(_: StepLog) -> None:
     raise torch.OutOfMemoryError("CUDA out of memory.")
 
 
+def run_out_of_memory_in_backward(
+    log: StepLog, func: Any, *arguments: Any, call: Any = StepLog.__torch_dispatch__
+) -> Any:
+    if "convolution_backward" in str(func):
+        run_out_of_memory(log)
+    return call(log, func, *arguments)
+
+
 @pytest.mark.parametrize(
     ("name", "fault", "warning"),
     [
         ("replay", forget_the_update, "a replay is no ordinary step"),
         ("__enter__", run_out_of_memory, "longer: CUDA out of memory."),
+        ("__torch_dispatch__", run_out_of_memory_in_backward, "longer: CUDA out of memory."),
     ],
 )
 def test_steps_are_ordinary_after_a_recording_that_is_wrong_or_fails(name, fault, warning, monkeypatch, caplog):
