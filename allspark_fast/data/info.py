@@ -83,12 +83,18 @@ def _is_byte(value: Any) -> bool:
 
 
 def _parse_palette(palette: Any, classes: int) -> Palette:
+    """Accept [[r, g, b], ...] and the flat [r, g, b, r, g, b, ...]."""
     _expect(isinstance(palette, list), "'palette' must be a list of colors [r, g, b]")
-    are_colors = all(isinstance(x, list) and len(x) == 3 and all(map(_is_byte, x)) for x in palette)
-    _expect(are_colors, "'palette' must hold three integers in 0..255 per color, [[r, g, b], ...] without alpha")
-    count = len(palette)
-    _expect(classes <= count <= 256, f"'palette' must hold a color for each of {classes} classes, found {count}")
-    return tuple((red, green, blue) for red, green, blue in [*palette, *[[0, 0, 0]] * (256 - count)])
+    is_flat = all(map(_is_byte, palette))
+    has_alpha = is_flat and len(palette) % 4 == 0 and len(palette) >= 4 * classes and set(palette[3::4]) == {255}
+    _expect(not has_alpha, "'palette' looks like colors [r, g, b, a]; leave out the alpha, or write [[r, g, b], ...]")
+    colors = [palette[i : i + 3] for i in range(0, len(palette), 3)] if is_flat else palette
+    are_colors = all(isinstance(x, list) and len(x) == 3 and all(map(_is_byte, x)) for x in colors)
+    _expect(are_colors, "'palette' must hold three integers in 0..255 per color, [r, g, b] without alpha")
+    _expect(
+        classes <= len(colors) <= 256, f"'palette' must hold a color for each of {classes} classes, found {len(colors)}"
+    )
+    return tuple((red, green, blue) for red, green, blue in [*colors, *[[0, 0, 0]] * (256 - len(colors))])
 
 
 def parse_meta(meta: Any, name: str) -> DatasetInfo:

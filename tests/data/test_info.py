@@ -17,7 +17,7 @@ def test_known_datasets():
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le"])  # with marks, as of Windows
-@pytest.mark.parametrize("palette", [[[1, 2, 3], [4, 5, 6]], None])
+@pytest.mark.parametrize("palette", [[[1, 2, 3], [4, 5, 6]], [1, 2, 3, 4, 5, 6], None])
 def test_meta_file(tmp_path, palette, encoding):
     meta = {"classes": ["sea", "land"]}
     if palette is not None:
@@ -39,7 +39,7 @@ def test_meta_file(tmp_path, palette, encoding):
         ('{"classes": ["a"], "palette": [[1, 2, 300]]}', "three integers"),
         ('{"classes": ["a", "b"], "values": [7, 7]}', "list of 2 different integers in 0..255"),
         ('{"classes": ["a", "b"], "palette": [[1, 2, 3]]}', "each of 2 classes, found 1"),
-        ('{"classes": ["a", "b"], "palette": [1, 2, 3, 255, 4, 5, 6, 255]}', "\\[r, g, b\\], ...\\] without alpha"),
+        ('{"classes": ["a", "b"], "palette": [1, 2, 3, 255, 4, 5, 6, 255]}', "looks like colors \\[r, g, b, a\\]"),
         ('{"classes": ["a", "b"], "palette": {"a": [0, 0, 0]}}', "list of colors"),
         ('{"classes": ["caf\u00e9", "cafe\u0301"]}', "equal names: caf\u00e9"),
         ('{"classes": ["a", "b"], "classes": ["c", "d"]}', "a key is there more than once: \\['classes', 'classes'\\]"),

@@ -129,7 +129,7 @@ FAULTS = {
         (partial(each, "labels", exif=exif(6)), CHECK, 1, "its EXIF orientation is 6"),
         (partial(each, "images", exif=exif(3)), CHECK, 0, "EXIF turns 4 images with labels"),
         (lambda: lists(lambda _: TWO_IMAGES, name="labeled"), CHECK, 0, r"labels/00\.png: is the label of 2 images"),
-        (partial(meta, palette=[[0, 0, 0], [1, 1, 1], [255] * 4]), CHECK, 1, r"\[\[r, g, b\], ...\] without alpha"),
+        (partial(meta, palette=[[0, 0, 0], [1, 1, 1], [255] * 4]), CHECK, 1, r"\[r, g, b\] without alpha"),
         (partial(meta, values=[0, 1, "2"]), CHECK, 1, "list of 3 different integers"),
     ],
     "what a pixel means": [
