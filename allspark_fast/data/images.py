@@ -202,9 +202,9 @@ def to_classes(image: ImageFile, info: DatasetInfo | None) -> Image.Image:
 
 
 def _refuse_what_changes_numbers(image: ImageFile, raw: str) -> None:
-    # Lossless pixels are in a chunk of this name.
-    is_webp = image.format == "WEBP" and b"VP8L" not in Path(str(image.filename)).read_bytes()
-    if image.format in ("JPEG", "MPO") or is_webp or image.info.get("compression") in _LOSSY:
+    # Lossy pixels are in chunks of this name.
+    is_lossy_webp = image.format == "WEBP" and b"VP8 " in Path(str(image.filename)).read_bytes()
+    if image.format in ("JPEG", "MPO") or is_lossy_webp or image.info.get("compression") in _LOSSY:
         name = image.info.get("compression", image.format)
         raise DataError(f"{name} compression changes class indices; save labels as PNG where they were drawn")
     if (pages := pages_of(image)) > 1:

@@ -136,12 +136,19 @@ def read_record(folder: Path) -> Record | None:
 
 
 def find_data(config: DataConfig, folder: Path) -> DataConfig:
-    """Return the settings of a run, with relative paths that lead nowhere from here taken from where it started."""
+    """Return the settings of a run, with relative paths that lead nowhere from here taken from where it started.
+
+    Raises:
+        DataError: there is no root here, nor there; the message names both.
+    """
     if config.dataset == "scenes" or (record := read_record(folder)) is None:
         return config
     found, start = {}, record["start"]
-    if config.root is not None and not config.root.is_dir() and (start / config.root).is_dir():
+    if config.root is not None and not config.root.is_dir():
         found["root"] = start / config.root
+        if not found["root"].is_dir():
+            before = f", nor {found['root']}, from where the run started" if found["root"] != config.root else ""
+            raise DataError(f"data.root: there is no folder {config.root.absolute()}{before}: give another --data.root")
     root = data_root(replace(config, **found))
     for name in LISTS:
         file = getattr(config, name)

@@ -74,7 +74,8 @@ def test_the_same_data_elsewhere(run, monkeypatch, command):
         assert Trainer(config(root, labeled="again.txt"), run).finished
     monkeypatch.chdir("/")
     moved = data.rename(data.with_name("moved"))
-    assert "there is no folder /data: give another --data.root" in command("evaluate", run, status=1)
+    message = f"there is no folder /data, nor {data}, from where the run started: give another --data.root"
+    assert message in command("evaluate", run, status=1)
     command("evaluate", run, "--data.root", moved)
     with pytest.raises(InputError, match=r"no folder /nowhere: give another"):
         Trainer(config("/nowhere"), run)
