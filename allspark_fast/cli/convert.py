@@ -5,7 +5,7 @@ from pathlib import Path
 from allspark_fast.cli import command_parser, require_new
 from allspark_fast.errors import InputError
 from allspark_fast.text import property_table
-from allspark_fast.weights.spec import describe_model, read_model, save_model
+from allspark_fast.weights.spec import describe_model, load_model, save_model
 
 PARSER = command_parser("convert")
 PARSER.add_argument(
@@ -32,7 +32,7 @@ def run(arguments: list[str]) -> int:
     if target.suffix not in (".safetensors", ".pth"):
         PARSER.error(f"DST must be .safetensors or .pth, got {target}")
     require_new(target, overwrite=options.overwrite)
-    model, spec = read_model(options.source, options.classes)
+    model, spec = load_model(options.source, infer=True, classes=options.classes)
     if target.suffix == ".pth" and spec.backbone.startswith("timm/"):
         raise InputError(f"{target}: the public code has MiT encoders only, not {spec.backbone}; use .safetensors")
     save_model(model, spec, target)
