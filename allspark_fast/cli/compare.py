@@ -5,7 +5,7 @@ from pathlib import Path
 
 from allspark_fast.cli import command_parser
 from allspark_fast.cli.recipe import parse_config
-from allspark_fast.files import make_folder, write_atomically
+from allspark_fast.files import make_folder, write_text
 from allspark_fast.recipes import RECIPES
 from allspark_fast.signals import STOPPED
 from allspark_fast.training import compare
@@ -61,6 +61,5 @@ def run(arguments: list[str]) -> int:
 
 
 def _write(folder: Path, records: list[compare.Record]) -> None:
-    text = json.dumps(records, indent=2)
-    write_atomically(folder / "compare.json", lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_text(folder / "compare.json", json.dumps(records, indent=2))
     compare.draw(folder / "compare.png", records)

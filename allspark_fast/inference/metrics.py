@@ -130,14 +130,11 @@ def find_borders(labels: Tensor) -> Tensor:
 def dilate(mask: Tensor, radius: int) -> Tensor:
     """Mark what is at most so many rows and columns away from what is marked (H, W)."""
     for _ in range(2):
-        reach = 0
-        while reach < radius:
-            step = min(2 * reach + 1, radius - reach)
-            grown = mask.clone()
+        grown = mask.clone()
+        for step in range(1, radius + 1):
             grown[step:] |= mask[:-step]
             grown[:-step] |= mask[step:]
-            mask, reach = grown, reach + step
-        mask = mask.T
+        mask = grown.T
     return mask
 
 

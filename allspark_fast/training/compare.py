@@ -9,13 +9,11 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from allspark_fast.config import Config, DataConfig, Method
 from allspark_fast.data.datasets import SegmentationDataset
-from allspark_fast.data.loader import evaluation_loader
 from allspark_fast.data.sources import open_sources, open_val
 from allspark_fast.data.splits import make_split, read_contents, spread, write_lists
-from allspark_fast.device import choose_device
 from allspark_fast.errors import InputError
-from allspark_fast.files import write_atomically
-from allspark_fast.inference.evaluate import evaluate
+from allspark_fast.files import write_atomically, write_text
+from allspark_fast.inference.evaluate import evaluate_images
 from allspark_fast.training.log import read_metrics
 from allspark_fast.training.trainer import train
 from allspark_fast.weights.spec import load_model
@@ -146,7 +144,7 @@ def _record(run: Run, test: Path | None) -> Record:
     scores = run.folder / "test.json"
     if not scores.is_file():
         tested = _test(config, run.folder / "last.safetensors", test)
-        write_atomically(scores, lambda temporary: temporary.write_text(json.dumps(tested), encoding="utf-8"))
+        write_text(scores, json.dumps(tested))
     return {
         "method": run.method,
         "labels": len(open_sources(config.data).labeled.entries),
@@ -159,20 +157,8 @@ def _record(run: Run, test: Path | None) -> Record:
 
 
 def _test(config: Config, weights: Path, test: Path | None) -> float:
-    info, images = open_val(config.data if test is None else replace(config.data, val=test), held_out=True)
-    model, spec = load_model(weights)
-    device = choose_device(config.run.device)
-    scores = evaluate(
-        model.to(device),
-        evaluation_loader(images, mean=spec.mean, std=spec.std, num_workers=config.eval.workers),
-        len(info.classes),
-        mode=config.eval.mode,
-        crop=spec.crop,
-        device=device,
-        batch_size=config.eval.batch_size,
-        amp=config.train.amp,
-    )
-    return scores.mean_iou
+    images = open_val(config.data if test is None else replace(config.data, val=test), held_out=True)
+    return evaluate_images(*load_model(weights), *images, config).mean_iou
 
 
 def summary(records: Sequence[Record]) -> str:

@@ -14,7 +14,7 @@ from torch import nn
 
 from allspark_fast.config import Config, Schedule
 from allspark_fast.data.datasets import Sources
-from allspark_fast.files import write_atomically
+from allspark_fast.files import write_text
 from allspark_fast.text import one_line, property_table
 
 try:
@@ -39,7 +39,7 @@ class MetricsLog:
         earlier = [record for record in read_metrics(folder) if record["step"] <= step]
         self.records = [x for x in earlier if evaluated or x["step"] < step or "miou" not in x]
         lines = "".join(f"{json.dumps(record)}\n" for record in self.records)
-        write_atomically(self.path, lambda temporary: temporary.write_text(lines, encoding="utf-8"))
+        write_text(self.path, lines)
         self._events = SummaryWriter(str(folder), purge_step=step + 1)
 
     def write(self, record: Record) -> None:

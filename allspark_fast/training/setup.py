@@ -1,7 +1,6 @@
 """What is settled before a run takes its first step: its folder, its batch, its model and state."""
 
 import copy
-import functools
 import json
 import logging
 import os
@@ -17,7 +16,7 @@ from allspark_fast.data.info import DatasetInfo
 from allspark_fast.data.sources import RECORD_FILE, differences, read_record, record_data
 from allspark_fast.distributed import world_size
 from allspark_fast.errors import InputError
-from allspark_fast.files import make_folder, remove_unfinished, write_atomically
+from allspark_fast.files import make_folder, remove_unfinished, write_text
 from allspark_fast.model import AllSparkOptions, Segmentor, build_segmentor, compile_blocks
 from allspark_fast.model.mit import MixTransformer
 from allspark_fast.training.checkpoint import list_checkpoints
@@ -73,8 +72,8 @@ def claim_folder(folder: Path, config: Config, sources: Sources) -> IO[str] | No
             )
         if allowed:
             logger.info("changed since the last start of this run: %s", "; ".join(allowed))
-    for file, text in ((path, config.to_json()), (folder / RECORD_FILE, json.dumps(record))):
-        write_atomically(file, functools.partial(Path.write_text, data=text, encoding="utf-8"))
+    write_text(path, config.to_json())
+    write_text(folder / RECORD_FILE, json.dumps(record))
     return lock
 
 
