@@ -1,6 +1,5 @@
 """The Semantic Memory: class-wise ring buffers of unlabeled channels, and the class map that assigns channels."""
 
-
 import torch
 from torch import Tensor, nn
 

@@ -46,9 +46,9 @@ def plan(
 
     Args:
         config: of all runs, whose method and seed are replaced.
-        folder: of their folders.
+        folder: where the folders of the runs lie.
         methods: some of ``METHODS``.
-        seeds: of the runs, and of which images are labeled: ``seed0`` in the paths of split files becomes ``seed1``.
+        seeds: of the runs; ``seed0`` in the paths of split files becomes ``seed1``.
         labels: numbers of images with labels, drawn by the seed from the labeled list; empty for all of it.
         every_label: split file of all training images with labels, for ``full``, and to draw from; not for scenes.
 
@@ -143,8 +143,9 @@ def _record(run: Run, test: Path | None) -> Record:
     rates = [line["images_per_s"] / (streams * config.train.batch_size) for line in lines if "images_per_s" in line]
     scores = run.folder / "test.json"
     if not scores.is_file():
-        tested = _test(config, run.folder / "last.safetensors", test)
-        write_text(scores, json.dumps(tested))
+        images = open_val(config.data if test is None else replace(config.data, val=test), held_out=True)
+        tested = evaluate_images(*load_model(run.folder / "last.safetensors"), *images, config)
+        write_text(scores, json.dumps(tested.mean_iou))
     return {
         "method": run.method,
         "labels": len(open_sources(config.data).labeled.entries),
@@ -156,21 +157,16 @@ def _record(run: Run, test: Path | None) -> Record:
     }
 
 
-def _test(config: Config, weights: Path, test: Path | None) -> float:
-    images = open_val(config.data if test is None else replace(config.data, val=test), held_out=True)
-    return evaluate_images(*load_model(weights), *images, config).mean_iou
-
-
 def summary(records: Sequence[Record]) -> str:
     """Return a Markdown table: mean ± sample standard deviation over seeds, and the test score of every seed."""
     header = ["method", "labels", "steps", *_MEANS.values(), "each seed"]
-    lines = [" | ".join(header), " | ".join("---" for _ in header)]
+    rows = [header, ["---"] * len(header)]
     for (method, labels), part in _groups(records).items():
         means = [_mean([record[name] for record in part]) for name in _MEANS]
         seeds = ", ".join(f"{record['test']:.1f}" for record in part)
         steps = "/".join(str(steps) for steps in dict.fromkeys(record["steps"] for record in part))
-        lines.append(" | ".join([method, str(labels), steps, *means, seeds]))
-    return "\n".join(f"| {line} |" for line in lines)
+        rows.append([method, str(labels), steps, *means, seeds])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def _groups(records: Sequence[Record]) -> dict[tuple[str, int], list[Record]]:
