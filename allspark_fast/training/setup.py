@@ -47,11 +47,8 @@ def claim_folder(folder: Path, config: Config, sources: Sources) -> IO[str] | No
     """Lock a run folder, made if need be, and write its settings and data, which must be those of a run that is there.
 
     What does not decide the numbers may change, and a run may be given more epochs or steps. The lock is held for as
-    long as the returned file is open, at most until the process ends. Windows has none.
-
-    Raises:
-        NotADirectoryError: it is a file.
-        InputError: another process trains there, or the folder holds a run with other settings or data; they are named.
+    long as the returned file is open, at most until the process ends. Windows has none. Raises InputError if another
+    process trains there, or the folder holds a run with other settings or data, which are named.
     """
     make_folder(folder)
     lock = _lock(folder)
@@ -111,11 +108,7 @@ def check_schedule(config: TrainConfig, schedule: Schedule) -> None:
 
 
 def check_batch(config: TrainConfig) -> None:
-    """Check that the processes can share the batch of a step equally, and log how if there are several parts.
-
-    Raises:
-        InputError: they cannot.
-    """
+    """Log how the processes share the batch of a step, if they have to; InputError if they cannot do so equally."""
     ranks, micro_batches = world_size(), config.gradient_accumulation_steps
     parts = ranks * micro_batches
     share, rest = divmod(config.batch_size, parts)
@@ -139,10 +132,8 @@ def check_batch(config: TrainConfig) -> None:
 def build_model(config: Config, info: DatasetInfo, *, repays: bool = False, resumed: bool = False) -> Segmentor:
     """Build the model of a configuration; without starting weights if a checkpoint overwrites them (``resumed``).
 
-    Blocks are compiled if that is asked for, or pays in a run of this length (``repays``).
-
-    Raises:
-        InputError: the weights do not fit, or the model is to be compiled, and its encoder has no blocks.
+    Blocks are compiled if that is asked for, or pays in a run of this length (``repays``). Raises InputError if weights
+    do not fit, or blocks are to be compiled, and the encoder has none.
     """
     model, names = config.model, ("num_heads", "memory_init", "memory_sync", "class_map")
     options = AllSparkOptions(**{name: getattr(model, name) for name in names})

@@ -209,18 +209,10 @@ def save_model(model: Segmentor, spec: ModelSpec, path: str | Path) -> None:
 
 def describe_model(model: Segmentor, spec: ModelSpec) -> dict[str, str]:
     """Return what a model is, as text by property."""
-    bottleneck = "none, plain SegFormer"
-    if model.decoder.allspark is not None:
-        memory = model.decoder.allspark.attn
-        classes, slots, tokens = memory.kv_queue.shape
-        filled = classes if memory.queue_filled is None else int(memory.queue_filled.sum())
-        bottleneck = (
-            f"AllSpark, {spec.num_heads} heads; memory of {slots} channels of {tokens} tokens a class, initialized "
-            f"{spec.memory_init}, {filled} of {classes} classes filled"
-        )
+    bottleneck = f"AllSpark, {spec.num_heads} heads, memory initialized {spec.memory_init}"
     return {
         "encoder": spec.backbone,
-        "bottleneck": bottleneck,
+        "bottleneck": bottleneck if spec.allspark else "none, plain SegFormer",
         "head": f"{spec.embedding_dim} channels",
         "parameters": f"{sum(x.numel() for x in model.parameters()) / 1e6:.1f} M",
         "crop": f"{spec.crop} pixels, validated on {'whole images' if spec.mode == 'whole' else 'sliding windows'}",
