@@ -29,8 +29,6 @@ def run(arguments: list[str]) -> int:
     """Convert weights."""
     options = PARSER.parse_args(arguments)
     target = options.target
-    if target.suffix not in (".safetensors", ".pth"):
-        PARSER.error(f"DST must be .safetensors or .pth, got {target}")
     require_new(target, overwrite=options.overwrite)
     model, spec = load_model(options.source, infer=True, classes=options.classes)
     if target.suffix == ".pth" and spec.backbone.startswith("timm/"):

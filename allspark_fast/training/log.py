@@ -57,8 +57,7 @@ class MetricsLog:
         self.path = folder / "metrics.jsonl"
         earlier = [record for record in read_metrics(folder) if record["step"] <= step]
         self.records = [x for x in earlier if evaluated or x["step"] < step or "miou" not in x]
-        lines = "".join(f"{json.dumps(record)}\n" for record in self.records)
-        write_text(self.path, lines)
+        write_text(self.path, "".join(f"{json.dumps(record)}\n" for record in self.records))
         self._events = SummaryWriter(str(folder), purge_step=step + 1)
 
     def write(self, record: Record) -> None:
@@ -70,10 +69,6 @@ class MetricsLog:
         for name, value in record.items():
             if isinstance(value, int | float) and name != "step":
                 self._events.add_scalar(name, value, step)
-            elif isinstance(value, list):  # a number for each class
-                for index, x in enumerate(value):
-                    if x is not None:
-                        self._events.add_scalar(f"{name}/{index}", x, step)
         self._events.flush()
 
     def close(self) -> None:
