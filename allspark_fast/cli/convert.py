@@ -9,9 +9,7 @@ from allspark_fast.weights.spec import describe_model, load_model, save_model
 
 PARSER = command_parser("convert")
 PARSER.add_argument(
-    "source",
-    metavar="SRC",
-    help="checkpoint of the public AllSpark code (.pth), a run folder, or weights of ours",
+    "source", metavar="SRC", help="checkpoint of the public AllSpark code (.pth), a run folder, or weights of ours"
 )
 PARSER.add_argument(
     "target", metavar="DST", type=Path, help=".safetensors, or .pth for the layout of the public AllSpark code"

@@ -155,11 +155,7 @@ class _ScaledAdd(torch.autograd.Function):
 
 
 def compile_blocks(model: nn.Module, backend: str | Callable[..., Any]) -> None:
-    """Compile the Mix Transformer blocks of a model in place, with one graph for all blocks of a stage.
-
-    Raises:
-        InputError: the model has no such blocks.
-    """
+    """Compile the Mix Transformer blocks of a model in place, one graph for a stage; InputError if it has none."""
     blocks = [module for module in model.modules() if isinstance(module, Block)]
     if not blocks:
         raise InputError("only the blocks of mit_* backbones can be compiled, and this model has none: leave it out")

@@ -17,12 +17,13 @@ from allspark_fast.data.sources import RECORD_FILE, differences, read_record, re
 from allspark_fast.distributed import world_size
 from allspark_fast.errors import InputError
 from allspark_fast.files import make_folder, remove_unfinished, write_text
-from allspark_fast.model import AllSparkOptions, Segmentor, build_segmentor, compile_blocks
+from allspark_fast.model import Segmentor, compile_blocks
 from allspark_fast.model.mit import MixTransformer
 from allspark_fast.training.checkpoint import list_checkpoints
 from allspark_fast.training.sharding import shard
 from allspark_fast.training.step import TrainState
 from allspark_fast.weights.files import load_weights
+from allspark_fast.weights.spec import ModelSpec
 
 try:
     import fcntl
@@ -135,16 +136,9 @@ def build_model(config: Config, info: DatasetInfo, *, repays: bool = False, resu
     Blocks are compiled if that is asked for, or pays in a run of this length (``repays``). Raises InputError if weights
     do not fit, or blocks are to be compiled, and the encoder has none.
     """
-    model, names = config.model, ("num_heads", "memory_init", "memory_sync", "class_map")
-    options = AllSparkOptions(**{name: getattr(model, name) for name in names})
-    segmentor = build_segmentor(
-        model.backbone,
-        len(info.classes),
-        (config.data.crop, config.data.crop),
-        allspark=options if config.train.method == "allspark" else None,
-        embedding_dim=model.embedding_dim,
-        activation_checkpointing=model.activation_checkpointing,
-    )
+    model = config.model
+    switches = {name: getattr(model, name) for name in ("memory_sync", "class_map", "activation_checkpointing")}
+    segmentor = ModelSpec.of_run(config, info).build(**switches)
     if model.weights is not None and not resumed:
         report = load_weights(segmentor, model.weights, reset=model.reset, info=info)
         unused, fresh = len(report.dropped), len(report.fresh)

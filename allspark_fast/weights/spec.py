@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -90,14 +91,16 @@ class ModelSpec:
                 f"{path}: damaged description of the model, or of another version of allspark-fast ({detail})"
             ) from error
 
-    def build(self) -> Segmentor:
-        """Build the model, with random weights."""
+    def build(self, *, activation_checkpointing: bool = False, **switches: Any) -> Segmentor:
+        """Build the model, with random weights; for training, with other fields of AllSparkOptions."""
+        options = AllSparkOptions(num_heads=self.num_heads, memory_init=self.memory_init, **switches)
         return build_segmentor(
             self.backbone,
             len(self.info.classes),
             (self.crop, self.crop),
-            allspark=AllSparkOptions(num_heads=self.num_heads, memory_init=self.memory_init) if self.allspark else None,
+            allspark=options if self.allspark else None,
             embedding_dim=self.embedding_dim,
+            activation_checkpointing=activation_checkpointing,
         )
 
 
