@@ -1,5 +1,6 @@
 """Methods against each other: each trained over the same seeds and numbers of labels, and scored on held-out images."""
 
+import itertools
 import json
 import statistics
 from collections.abc import Iterator, Sequence
@@ -58,28 +59,19 @@ def plan(
     """
     groups = []
     counts: Sequence[int | None] = labels or [None]
-    for count in counts:
-        for seed in seeds:
-            few = _choose_labels(_with_seed(config.data, seed), folder, count, seed, every_label)
-            group = []
-            for method in methods:
-                # It is the same for all numbers of labels.
-                if method == "full" and count != counts[0]:
-                    continue
-                data = _with_every_label(few, every_label) if method == "full" else few
-                open_sources(data)
-                own: Method = "supervised" if method == "full" else method
-                settings = replace(config, data=data, train=replace(config.train, seed=seed, method=own))
-                group.append(Run(method, settings, folder / f"{method}_{count or 'all'}_labels_seed{seed}"))
-            groups.append(group)
+    for count, seed in itertools.product(counts, seeds):
+        few, group = _choose_labels(config.data, folder, count, seed, every_label), []
+        for method in methods:
+            # It is the same for all numbers of labels.
+            if method == "full" and count != counts[0]:
+                continue
+            data = _with_every_label(few, every_label) if method == "full" else few
+            open_sources(data)
+            own: Method = "supervised" if method == "full" else method
+            settings = replace(config, data=data, train=replace(config.train, seed=seed, method=own))
+            group.append(Run(method, settings, folder / f"{method}_{count or 'all'}_labels_seed{seed}"))
+        groups.append(group)
     return groups
-
-
-def _with_seed(data: DataConfig, seed: int) -> DataConfig:
-    labeled, unlabeled = (
-        path and Path(str(path).replace("seed0", f"seed{seed}")) for path in (data.labeled, data.unlabeled)
-    )
-    return replace(data, labeled=labeled, unlabeled=unlabeled)
 
 
 def _with_every_label(data: DataConfig, every_label: Path | None) -> DataConfig:
@@ -94,11 +86,14 @@ def _with_every_label(data: DataConfig, every_label: Path | None) -> DataConfig:
 def _choose_labels(
     data: DataConfig, folder: Path, count: int | None, seed: int, every_label: Path | None
 ) -> DataConfig:
-    """Keep so many labels; the other images of the list become unlabeled."""
+    """Take the lists of a seed and keep so many labels; the other images of the list become unlabeled."""
+    if data.dataset == "scenes":
+        return data if count is None else replace(data, scenes=(count, *data.scenes[1:]))
+    paths = {name: getattr(data, name) for name in ("labeled", "unlabeled")}
+    of_seed = {name: Path(str(path).replace("seed0", f"seed{seed}")) for name, path in paths.items() if path}
+    data = replace(data, **of_seed)
     if count is None:
         return data
-    if data.dataset == "scenes":
-        return replace(data, scenes=(count, *data.scenes[1:]))
     sources = open_sources(data if every_label is None else replace(data, labeled=every_label))
     assert isinstance(sources.labeled, SegmentationDataset)
     entries = sources.labeled.entries

@@ -132,8 +132,8 @@ class TestMistakes:
     @pytest.mark.parametrize(
         ("name", "message"),
         [
-            ("efficientnet_lite_0", r"no model 'efficientnet_lite_0': did you mean .*efficientnet_lite0"),
-            ("?", r"no model '\?': timm\.list_models\(\) lists all"),
+            ("efficientnet_lite_0", r"no model 'efficientnet_lite_0' \(did you mean .*efficientnet_lite0"),
+            ("?", r"no model '\?'; timm\.list_models\(\) lists all"),
             ("levit_128", "levit_128 gives 3 feature maps, but four are needed"),
             ("coat_tiny", "coat_tiny does not take images of any size"),
         ],
