@@ -80,7 +80,8 @@ class ConfusionMatrix:
         iou, present = by_class["iou"], true > 0
         pixels, classes = (x.sum().clamp(min=1) for x in (true, present))
         means = (iou.mean(), iou[present].sum() / classes, hits.sum() / pixels)
-        return Scores(by_class, present, *(x.item() for x in means), matrix)
+        mean, mean_present, right = (x.item() for x in means)
+        return Scores(by_class, present, mean, mean_present, right, matrix)
 
 
 def score_image(prediction: Tensor, target: Tensor, num_classes: int) -> Scores:

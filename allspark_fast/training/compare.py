@@ -89,9 +89,8 @@ def _choose_labels(
     """Take the lists of a seed and keep so many labels; the other images of the list become unlabeled."""
     if data.dataset == "scenes":
         return data if count is None else replace(data, scenes=(count, *data.scenes[1:]))
-    paths = {name: getattr(data, name) for name in ("labeled", "unlabeled")}
-    of_seed = {name: Path(str(path).replace("seed0", f"seed{seed}")) for name, path in paths.items() if path}
-    data = replace(data, **of_seed)
+    labeled, unlabeled = (x and Path(str(x).replace("seed0", f"seed{seed}")) for x in (data.labeled, data.unlabeled))
+    data = replace(data, labeled=labeled, unlabeled=unlabeled)
     if count is None:
         return data
     sources = open_sources(data if every_label is None else replace(data, labeled=every_label))
