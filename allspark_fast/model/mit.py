@@ -85,8 +85,6 @@ class MixTransformer(Backbone):
         height, width = map_size(images)
         if min(height, width) < self.min_size:
             raise ValueError(f"images are {height} x {width} pixels, expected at least {self.min_size} a side")
-        if images.shape[1] != 3:
-            raise ValueError(f"images have {images.shape[1]} channels, expected 3")
         features, feature_map = [], images
         scales = iter(self.draw_scales(images))
         for stage in range(1, 5):
