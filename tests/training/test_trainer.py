@@ -29,7 +29,7 @@ from allspark_fast.training.trainer import Trainer, train
 from allspark_fast.weights.files import save_weights
 from tests.helpers.images import write_folder
 from tests.helpers.runs import assert_same_run, changed, run_and_die, tiny_arguments, tiny_config
-from tests.helpers.steps import METHODS
+from tests.helpers.steps import BEYOND, METHODS
 
 
 def test_leaves_what_it_promises(tmp_path, capsys, command):
@@ -120,15 +120,19 @@ def test_compiled_blocks_train_and_validation_compiles_nothing(tmp_path, monkeyp
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("method", METHODS)
-def test_a_run_on_a_gpu_resumes(method, tmp_path, monkeypatch):
-    config = changed(tiny_config(method, ema=0.9), run={"device": "cuda", "log_every": 1})
+@pytest.mark.parametrize(
+    "options", [*({"method": method, "ema": 0.9} for method in METHODS), {**BEYOND, "optimizer": "adamw"}], ids=str
+)
+def test_a_run_on_a_gpu_resumes(options, tmp_path, monkeypatch):
+    """Its recorded steps differ from ordinary ones by their noise."""
+    config = changed(tiny_config(**options), run={"device": "cuda", "log_every": 1})
     device = torch.device("cuda")
     run_and_die(Trainer(config, tmp_path, device), 7, monkeypatch)
     trainer = Trainer(config, tmp_path, device)
     assert 0 < trainer.step <= 7
-    assert isinstance(trainer.train_step, GraphedSteps)
     assert 0 < trainer.run().mean_iou < 1
+    assert isinstance(trainer.train_step, GraphedSteps)
+    assert trainer.train_step.recording
     assert trainer.state.skipped == 0
     assert (tmp_path / "predictions.png").exists()
 
