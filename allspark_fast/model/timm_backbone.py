@@ -80,9 +80,7 @@ def _replace_layers(features: nn.Module, layers: ModuleType) -> None:
         elif type(module) is layers.BatchNormAct2d:
             replacement = _FiniteBatchNormAct(module)
         elif isinstance(module, _BatchNorm):
-            raise InputError(
-                f"{name} is a {type(module).__name__}, which cannot be synchronized: take another backbone"
-            )
+            raise InputError(f"{name}, a {type(module).__name__}, cannot be synchronized: take another backbone")
         else:
             continue
         replacement.load_state_dict(module.state_dict(keep_vars=True), assign=True)
