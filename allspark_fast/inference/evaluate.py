@@ -135,8 +135,8 @@ class Report:
 def _write_csv(path: Path, header: Iterable[str], rows: Iterable[Sequence[Any]]) -> None:
     """Write a table of text and numbers; NaN is empty."""
     text = io.StringIO(newline="")
-    cells = ([f"{x:.4f}" if isinstance(x, float) else x for x in row] for row in rows)
-    csv.writer(text).writerows([header, *(["" if x == "nan" else x for x in row] for row in cells)])
+    cells = ([f"{x:.4f}".replace("nan", "") if isinstance(x, float) else x for x in row] for row in rows)
+    csv.writer(text).writerows([header, *cells])
     write_text(path, text.getvalue())
 
 
