@@ -14,7 +14,7 @@ from allspark_fast.data.info import VOC_PALETTE, DatasetInfo
 from allspark_fast.inference.metrics import ConfusionMatrix, score_table
 from allspark_fast.inference.pictures import draw_panel, label_map
 from allspark_fast.text import columns, drawable, one_line, progress
-from allspark_fast.training.pictures import draw_curves
+from allspark_fast.training.log import draw_curves
 from allspark_fast.weights.spec import describe_model
 
 # What people give, and how it is shown in one line.
@@ -57,7 +57,7 @@ def test_pictures_are_drawn_and_say_once_what_they_cannot_show(names, tmp_path, 
     info = DatasetInfo("any", names, VOC_PALETTE)
     with warnings.catch_warnings(), caplog.at_level(logging.WARNING):
         warnings.filterwarnings("error", "Glyph|constrained_layout")  # of signs that the font lacks, and of no room
-        record = {"step": 1, "iou": [0.5] * len(names), "memory_received": [1] * len(names), "memory_filled": 1}
+        record = {"step": 1, "iou": [0.5] * len(names), "memory_received": [1] * len(names)}
         draw_curves(tmp_path, [record], info)
         draw_panel(tmp_path / "p.png", [("", {"truth": label_map(torch.zeros(40, 50), info)})], info)
     for picture in ("curves.png", "p.png"):

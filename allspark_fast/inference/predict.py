@@ -94,9 +94,7 @@ class Predictor:
 def find_images(arguments: Iterable[str], *, skip: Path) -> tuple[dict[Path, Path], list[Path]]:
     """Find the images that files, folders (searched recursively) and patterns (``**`` for any folders) name.
 
-    Args:
-        arguments: of the command line.
-        skip: folder whose images do not count, that of earlier predictions, unless they are named one by one.
+    Images in the folder ``skip``, that of earlier predictions, do not count unless they are named one by one.
 
     Returns:
         names of predictions by paths of images: where an image lies below its folder, or below what stands before the
@@ -104,7 +102,7 @@ def find_images(arguments: Iterable[str], *, skip: Path) -> tuple[dict[Path, Pat
         folders count in neither, and linked folders once.
 
     Raises:
-        FileNotFoundError: one of them names no image.
+        FileNotFoundError: one of the arguments names no image.
     """
     found, others, predictions = dict[Path, Path](), set[Path](), skip.resolve()
     for argument in arguments:
@@ -146,14 +144,10 @@ def _matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:
 def plan_files(
     images: Mapping[Path, Path], out: Path, *, confidence: bool = False, overwrite: bool = False
 ) -> dict[Path, dict[str, Path]]:
-    """Make the folders for predictions of the images of ``find_images``, and check that their files may be written.
+    """Make the folders for predictions of the images of ``find_images``, and return the files of each image by kind.
 
-    Returns:
-        files of each image by kind: ``labels/NAME.png``, ``confidence/NAME.png`` if asked for, ``overlays/NAME.jpg``.
-
-    Raises:
-        InputError: two images would share a file, or a file exists and ``overwrite`` is False.
-        NotADirectoryError: one of the folders is a file.
+    These are ``labels/NAME.png``, ``confidence/NAME.png`` if asked for, and ``overlays/NAME.jpg``. Raises InputError if
+    two images would share a file, or a file exists and ``overwrite`` is False.
     """
     kinds = {"labels": ".png"} | ({"confidence": ".png"} if confidence else {}) | {"overlays": ".jpg"}
     plan = {path: {kind: out / kind / f"{x}{suffix}" for kind, suffix in kinds.items()} for path, x in images.items()}
