@@ -24,7 +24,8 @@ class Entry:
 
 
 def _parse_line(line: str, where: str = "") -> Entry:
-    if not is_image(line):
+    # Two paths with a comma between them would be one, of a file in a folder named like an image.
+    if not is_image(line) or any(map(is_image, re.split("[,;]", line)[:-1])):
         raise DataError(f"{where}: expected `image_path label_path` or `image_path`, found {line!r}")
     cuts = [(line[: gap.start()], line[gap.end() :]) for gap in re.finditer(r"\s+", line)]
     pairs = [Entry(*cut) for cut in cuts if all(map(is_image, cut))]

@@ -148,13 +148,15 @@ def make_split(entries: Sequence[Entry], order: Sequence[int], val: Collection[i
     return Split._make([entries[i] for i in sorted(part)] for part in (labeled, unlabeled, aside))
 
 
-def doubts_about(split: Split, contents: Mapping[Entry, Contents], names: Sequence[str]) -> list[str]:
-    """Say what a split cannot teach or tell; ``names`` are those of the classes."""
+def doubts_about(
+    split: Split, contents: Mapping[Entry, Contents], names: Sequence[str], *, is_fold: bool = False
+) -> list[str]:
+    """Say what a split cannot teach or tell; ``names`` are those of the classes. Means over folds tell more."""
     labeled, unlabeled, val = (classes_of(part, contents)[: len(names)] for part in split)
     there, enough = labeled + unlabeled + val > 0, min(_FEW_OF_CLASS, len(split.val))
     absent, rare = ([names[i] for i in np.flatnonzero(there & few).tolist()] for few in (labeled == 0, val < enough))
     doubts = [f"in no labeled image: {', '.join(absent)}"] if absent else []
-    if 0 < len(split.val) < _FEW_IMAGES:
+    if 0 < len(split.val) < _FEW_IMAGES and not is_fold:
         doubts.append(
             f"{len(split.val)} validation images are too few to tell methods apart (aim at {_FEW_IMAGES}); label more,"
             " or compare means over --folds 4"

@@ -4,7 +4,6 @@ import fnmatch
 import glob
 import itertools
 import os
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -152,15 +151,11 @@ def plan_files(
         files of each image by kind: ``labels/NAME.png``, ``confidence/NAME.png`` if asked for, ``overlays/NAME.jpg``.
 
     Raises:
-        InputError: two images would share a file, or a file exists and ``overwrite`` is False.
+        InputError: a file exists and ``overwrite`` is False.
         NotADirectoryError: one of the folders is a file.
     """
     kinds = {"labels": ".png"} | ({"confidence": ".png"} if confidence else {}) | {"overlays": ".jpg"}
     plan = {path: {kind: out / kind / f"{x}{suffix}" for kind, suffix in kinds.items()} for path, x in images.items()}
-    name, count = Counter(images.values()).most_common(1)[0]
-    if count > 1:
-        shared = ", ".join(str(path) for path in images if images[path] == name)
-        raise InputError(f"{shared}: these would share one file {name}.png; predict them into different folders")
     # False for a name that is too long.
     existing = [file for files in plan.values() for file in files.values() if os.path.exists(file)]
     if existing and not overwrite:
@@ -172,10 +167,17 @@ def plan_files(
 
 
 def predict_files(predictor: Predictor, plan: Mapping[Path, Mapping[str, Path]]) -> Iterator[Exception | None]:
-    """Predict what ``plan_files`` planned; yields for each as it is done None, what went wrong, or a UserWarning."""
+    """Predict what ``plan_files`` planned; yields for each as it is done None, what went wrong, or a UserWarning.
+
+    Of images that share a name, such as a.jpg and a.png, the first is labeled.
+    """
+    owners: dict[Path, Path] = {}
     for path, files in plan.items():
         error: Exception | None = None
         try:
+            if (owner := owners.setdefault(files["labels"], path)) is not path:
+                instead = "name it alone, with another --out"
+                raise DataError(f"{path}: its prediction would replace that of {owner}; {instead}")
             pages = decode(path, pages_of)
             image = read_image(path, predictor.spec.range)
             _write(files, image, predictor.predict(image), predictor.spec.info)
