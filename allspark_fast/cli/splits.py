@@ -63,7 +63,7 @@ def run(arguments: list[str]) -> int:
         dealt = splits.deal(entries, order, contents, folds)
         parts = {out / f"fold{number}": part for number, part in enumerate(dealt, start=1)}
     if total in map(len, parts.values()):
-        raise InputError(f"--val {options.val} leaves no label to train on: {total} images have one: give less than {total}")
+        raise InputError(f"--val {options.val} leaves no label to train on: give less than {total}, all there are")
     amount = "1/1" if options.amount is None else options.amount
     divided = {
         folder: splits.make_split(entries, order, val, splits.parse_amount(amount, total - len(val)))

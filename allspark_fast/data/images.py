@@ -1,20 +1,22 @@
 """Images and labels on disk, in whatever mode they were saved."""
 
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 from PIL import ExifTags, Image, UnidentifiedImageError
 from PIL.ImageFile import ImageFile
 
-from allspark_fast.data.files import Result, require_bytes
 from allspark_fast.data.info import IGNORE_INDEX, VOC_PALETTE, Color, DatasetInfo
 from allspark_fast.errors import DataError
 from allspark_fast.text import first_of
 
+Result = TypeVar("Result")
 # Pillow identifies files by content, not by suffix, and for some formats (EPS) it starts other programs.
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 
@@ -31,6 +33,17 @@ _TRANSPOSITIONS = {
 _LOSSY = ("jpeg", "tiff_jpeg", "webp", "tiff_sgilog", "tiff_sgilog24")
 # Stored values that become 0 and 255: numbers, or percentiles such as "1%".
 PixelRange = tuple[str, str]
+
+
+def require_bytes(path: Path) -> None:
+    """Raise DataError unless a file exists and is not empty, without reading it."""
+    if not path.is_file():
+        if os.path.lexists(path):
+            raise DataError(f"{path}: a broken link, a folder or a device, where a file was expected; replace it")
+        hint = ", in which folders are separated by /" if "\\" in path.name else ""
+        raise DataError(f"{path}: no such file; check the data root and the split file that lists it{hint}")
+    if path.stat().st_size == 0:
+        raise DataError(f"{path}: the file is empty (0 bytes); download it again")
 
 
 def decode(path: Path, convert: Callable[[ImageFile], Result]) -> Result:

@@ -2,14 +2,14 @@
 
 import posixpath
 from collections.abc import Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from allspark_fast.data.datasets import Entry, SegmentationDataset, read_split, split_line
-from allspark_fast.data.files import map_in_threads, resolve_path
+from allspark_fast.data.datasets import Entry, SegmentationDataset, read_split, resolve_path, split_line
 from allspark_fast.data.images import decode, mean_color
 from allspark_fast.data.info import IGNORE_INDEX
 from allspark_fast.errors import DataError, InputError
@@ -68,7 +68,8 @@ def read_contents(dataset: SegmentationDataset) -> dict[Entry, Contents]:
         return Contents(counts / max(counts.sum(), 1), color)
 
     indices = {entry: index for index, entry in enumerate(dataset.entries) if entry.label is not None}
-    return dict(zip(indices, map_in_threads(read, indices.values()), strict=True))
+    with ThreadPoolExecutor() as pool:
+        return dict(zip(indices, pool.map(read, indices.values()), strict=True))
 
 
 def classes_of(entries: Collection[Entry], contents: Mapping[Entry, Contents]) -> NDArray[Any]:

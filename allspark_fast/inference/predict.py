@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from allspark_fast.config import EvalMode
-from allspark_fast.data.files import is_image, list_files
+from allspark_fast.data.datasets import is_image, list_files
 from allspark_fast.data.images import decode, pages_of, read_image
 from allspark_fast.data.info import DatasetInfo
 from allspark_fast.data.transforms import normalize_image

@@ -501,7 +501,7 @@ CASES = {
         (None, "splits data 9", r"or a count up to (\d)", r"splits data \1"),
         (None, "splits data --folds 1", "--folds needs at least (2), and takes the place of --val", r"--folds \1"),
         (None, "splits data --folds 2 --val 2", "--folds .* takes the place of --val", "splits data --folds 2"),
-        (None, "splits data --overwrite --val 6", "--val 6 leaves no label .*: give less than (6)", "--val 5"),
+        (None, "splits data --overwrite --val 6", "--val 6 leaves no label .*: give less than 6", "--val 5"),
     ],
     "weights": [
         (None, "convert encoder.pth a.safetensors", r"(--model\.weights encoder\.pth)", rf"{NEW} \1"),
