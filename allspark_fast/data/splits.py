@@ -93,23 +93,19 @@ def spread(entries: Sequence[Entry], seed: int, contents: Mapping[Entry, Content
     A random order, which the seed determines, with two changes. A greedy cover of all classes comes first: each time
     the first entry that adds the most classes. Then each place goes to the one of the next 32 that brings the mean of
     the order so far nearest to that of the whole: by the pixel shares of the classes (chi-square distance) and by the
-    mean color, each over its variance.
-
-    Returns:
-        positions in ``entries``.
+    mean color, each over its variance. Returns positions in ``entries``.
     """
     labeled = [position for position, entry in enumerate(entries) if entry.label is not None]
     if not labeled:
         return []
     found = [contents[entries[position]] for position in labeled]
-    holds = np.array([x.classes > 0 for x in found])
+    holds, table = np.array([x.classes > 0 for x in found]), _features(found)
     chosen, rest = list[int](), np.random.default_rng(seed % 2**64).permutation(len(labeled)).tolist()
     missing = holds.any(axis=0)
     while missing.any():
         best = int((holds[rest] & missing).sum(axis=1).argmax())
         missing &= ~holds[rest[best]]
         chosen.append(rest.pop(best))
-    table = _features(found)
     total = table[chosen].sum(axis=0)
     while rest:
         best = int(((total + table[rest[:_POOL]]) ** 2).sum(axis=1).argmin())
@@ -156,15 +152,13 @@ def doubts_about(
     labeled, unlabeled, val = (classes_of(part, contents)[: len(names)] for part in split)
     there, enough = labeled + unlabeled + val > 0, min(_FEW_OF_CLASS, len(split.val))
     absent, rare = ([names[i] for i in np.flatnonzero(there & few).tolist()] for few in (labeled == 0, val < enough))
-    doubts = [f"in no labeled image: {', '.join(absent)}"] if absent else []
-    if 0 < len(split.val) < _FEW_IMAGES and not is_fold:
-        doubts.append(
-            f"{len(split.val)} validation images are too few to tell methods apart (aim at {_FEW_IMAGES}); label more,"
-            " or compare means over --folds 4"
-        )
-    if rare:
-        doubts.append(f"in fewer than {enough} validation images, so their IoU is mostly chance: {', '.join(rare)}")
-    return doubts
+    few = f"{len(split.val)} validation images are too few to tell methods apart (aim at {_FEW_IMAGES});"
+    doubts = {
+        f"in no labeled image: {', '.join(absent)}": absent,
+        f"{few} label more, or compare means over --folds 4": 0 < len(split.val) < _FEW_IMAGES and not is_fold,
+        f"in fewer than {enough} validation images, so their IoU is mostly chance: {', '.join(rare)}": rare,
+    }
+    return [doubt for doubt, holds in doubts.items() if holds]
 
 
 def write_lists(lists: Mapping[Path, Sequence[Entry]], *, overwrite: bool) -> None:

@@ -30,7 +30,7 @@ DATA = Path("data")
 NAMES = ["apple", "pear", "plum"]
 SETTINGS = (
     "folder --data.root data --data.crop 64 --data.workers 0 --eval.workers 0 --model.backbone mit_tiny --eval.times 1 "
-    "--model.weights None --model.embedding-dim 16 --train.batch-size 2 --train.steps 2 --run.device cpu"
+    "--model.weights None --model.embedding-dim 16 --train.batch-size 2 --train.steps 1 --run.device cpu"
 )
 CHECK, SPLITS = f"check {SETTINGS}", "splits data --val 2 --out lists --overwrite"
 TRAIN, NEW = (f"train {SETTINGS} --run.output-dir {folder}" for folder in ("run", "new"))
@@ -315,7 +315,7 @@ COLORS = "Correct 'palette' in meta.json"
 OTHER_CLASSES = r"convert the label, or list the missing classes, or the values of the classes, in meta\.json"
 STAY = r"(\S+): 2 images stay aside for validation; remove the file to split them too"
 LISTS = " ".join(f"--data.{name} splits/{name}.txt" for name in ("labeled", "unlabeled", "val"))
-EPOCHS, OTHER = NEW.replace("--train.steps 2", "--train.epochs 1"), r"--\1 \2 --run.output-dir other"
+EPOCHS, OTHER = NEW.replace("--train.steps 1", "--train.epochs 1"), r"--\1 \2 --run.output-dir other"
 ACCUMULATE, MIXED = f"{NEW} --train.gradient-accumulation-steps 2", f"{NEW} --train.cutmix 0.5"
 TIMM, CHECKPOINTING = f"{NEW} --model.backbone timm/test_efficientnet", "--model.activation-checkpointing True"
 WILD = f"{NEW} --train.lr 100 --train.lr-multi 1000 --train.max-skipped 0 --train.steps 4"
@@ -426,6 +426,8 @@ CASES = {
         (do(lists, lambda x: x.replace("s/", "s/../images/"), name="unlabeled"), CHECK, PLAIN, 0),
         (do(lists, lambda x: f"{x}images/06.png labels/00.png"), CHECK, "in both lists: remove it from one", split),
         (None, SPLITS, "label more, or compare means over (--folds 4)", r"splits data \1"),
+        (None, "splits data --val 2", "(--overwrite) replaces the lists", r"\1"),
+        (None, "splits data --val 2", "(--out) FOLDER writes others", r"\1 other"),
     ],
     "one bad item": [
         (do(os.truncate, "data/images/01.png", 99), CHECK, r"01\.png: cannot be read .* or download it again", redraw),
@@ -555,7 +557,7 @@ CASES = {
         for number, case in enumerate(cases)
     ],
 )
-def test_what_is_wrong_is_said_and_advice_works(before, command, said, then, capsys, caplog):
+def test_it_is_said_or_read_as_meant(before, command, said, then, capsys, caplog):
     def run(line: str) -> tuple[int, re.Match[str] | None]:
         if "timm" in line:
             pytest.importorskip("timm", reason="needs the extra timm")
