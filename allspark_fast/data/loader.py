@@ -32,9 +32,8 @@ _LOOK_UP, _PATIENCE = 5, 600
 def mix_seed(*parts: int) -> int:
     """Mix integers, whose order matters, into one 64-bit seed with the finalizer of SplitMix64.
 
-    Changing this function changes the numbers of every run.
-
-    Source: Steele, Lea and Flood, "Fast Splittable Pseudorandom Number Generators", OOPSLA 2014.
+    The numbers of every run depend on it. Source: Steele, Lea and Flood, "Fast Splittable Pseudorandom Number
+    Generators", OOPSLA 2014.
     """
     state = 0
     for part in parts:
@@ -200,7 +199,6 @@ class SemiLoader(Dataset[Sample]):
 
 
 def _stack(samples: Sequence[Sample]) -> Sample:
-    """Stack all that is there."""
     columns = zip(*samples, strict=True)
     return Sample._make(None if parts[0] is None else default_collate(list(parts)) for parts in columns)
 
@@ -305,10 +303,7 @@ def evaluation_loader(
 ) -> Iterator[EvalSample]:
     """Return whole labeled images in order, one at a time: rank r of w gets the images r, r + w, ..., none repeated.
 
-    Arguments are as for ``normalize_image`` and SemiLoader.
-
-    Raises:
-        DataError: an entry has no label, or there is none at all.
+    Arguments as of ``normalize_image`` and SemiLoader. Raises DataError if there is no entry, or one without a label.
     """
     _require_labels(source.entries)
     indices, read = range(rank, len(source.entries), world_size), partial(_read_whole, source, mean, std)

@@ -114,20 +114,6 @@ def spread(entries: Sequence[Entry], seed: int, contents: Mapping[Entry, Content
     return [labeled[index] for index in chosen]
 
 
-def deal(
-    entries: Sequence[Entry], order: Sequence[int], contents: Mapping[Entry, Contents], count: int
-) -> list[list[int]]:
-    """Deal an order of ``spread`` to folds: each entry to that of the smallest which it makes most like the whole."""
-    table = _features([contents[entries[position]] for position in order])
-    folds, totals = [list[int]() for _ in range(count)], np.zeros((count, table.shape[1]))
-    for position, features in zip(order, table, strict=True):
-        smallest = [i for i, fold in enumerate(folds) if len(fold) == min(map(len, folds))]
-        best = min(smallest, key=lambda i: ((totals[i] + features) ** 2).sum())
-        folds[best].append(position)
-        totals[best] += features
-    return folds
-
-
 def make_split(entries: Sequence[Entry], order: Sequence[int], val: Collection[int], count: int) -> Split:
     """Split a list: the first ``count`` positions of an order (``spread``) that are not in ``val`` are labeled.
 
