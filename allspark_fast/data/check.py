@@ -120,8 +120,11 @@ def _check_images(name: str, read: Mapping[Entry, _Reading], ranges: Mapping[str
         full = 65535 if mode.startswith("I") else 255
         if 4 * high < full:
             levels = f"images of mode {mode} hold {low:g}..{high:g} of 0..{full}, so few gray levels are left"
-            advice = f"--data.range 0 {2 ** int(high).bit_length() - 1} (or percentiles, 1% 99%) scales them"
-            yield _warning(name, f"{levels}: {advice}")
+            advice = f": --data.range 0 {2 ** int(high).bit_length() - 1} (or percentiles, 1% 99%) scales them"
+            yield _warning(name, levels + advice * (high > 0))
+    empty = [x.label for x, reading in read.items() if reading.counts and not any(reading.counts[:IGNORE_INDEX])]
+    if empty and name == "val":
+        yield _warning(name, f"{len(empty)} labels hold ignored pixels only, {empty[0]} first; they score nothing")
 
 
 def _check_palettes(read: Mapping[Entry, _Reading], info: DatasetInfo) -> Iterator[Problem]:
@@ -160,7 +163,7 @@ def _check_lists(lists: Mapping[str, SegmentationDataset], labeled_only: bool) -
     for file, other in _copies(root, val - trained, trained):
         yield _warning(file, f"is in val, and its copy {other} is trained on, {flatters}")
     pairs = {entry for x in lists.values() for entry in x.entries if entry.label is not None}
-    for label, count in Counter(str(entry.label) for entry in pairs).items():
+    for label, count in Counter(_target(root, str(entry.label)) for entry in pairs).items():
         if count > 1:
             yield _warning(label, f"is the label of {count} images; correct the lists")
 

@@ -113,6 +113,10 @@ def find_images(arguments: Iterable[str], *, skip: Path) -> tuple[dict[Path, Pat
             continue
         base, listed = _search(argument)
         files = [file for file in listed if not file.resolve().is_relative_to(predictions)]
+        if any(map(is_image, listed)) and not any(map(is_image, files)):
+            raise FileNotFoundError(
+                f"{argument!r}: all its images lie in {skip}, the place of predictions: give another --out"
+            )
         if not any(map(is_image, files)):
             raise FileNotFoundError(f"{argument!r}: no image, no folder with images, and no pattern that matches any")
         for file in filter(is_image, files):

@@ -34,7 +34,8 @@ SETTINGS = (
 )
 CHECK, SPLITS = f"check {SETTINGS}", "splits data --val 2 --out lists --overwrite"
 TRAIN, NEW = (f"train {SETTINGS} --run.output-dir {folder}" for folder in ("run", "new"))
-PHOTO, LABEL = "predict model.safetensors photo.png", "predict model.safetensors --out out --overwrite data/images"
+PHOTO, PHOTOS = "predict model.safetensors photo.png", "predict model.safetensors data/images"
+LABEL = "predict model.safetensors --out out --overwrite data/images"
 EVALUATE, CONVERT = f"evaluate others.safetensors {SETTINGS}", "convert old.pth a.safetensors"
 COMPARE = f"compare {SETTINGS} --seeds 0 --out runs"
 CHANGED = (
@@ -264,6 +265,11 @@ def add_image(_: object) -> None:
     split()
 
 
+def link_label() -> None:
+    (DATA / "labels/01.png").unlink()
+    (DATA / "labels/01.png").symlink_to("00.png")
+
+
 def tiles(_: object) -> None:
     Image.MAX_IMAGE_PIXELS = None
     each("images", lambda x: x[:19])
@@ -338,6 +344,7 @@ CASES = {
         (do(os.symlink, "gone", "data/labels/site"), CHECK, "left out, 'labels/site' first: a broken link", 0),
         (do(os.symlink, "gone", "data/images/a"), LABEL, "images/a: left out, a broken link", 1),
         ((DATA / "images/Thumbs.db").touch, CHECK, "left out, 'images/Thumbs.db' first: its suffix is", 0),
+        (None, f"{PHOTOS} --out data", "all its images lie in data, .*: give another (--out)", r"\1 other"),
         (do(rename, "IMG_0.JPG", "img_0.png"), SPLITS, PROBABLY, same_name),
         (do(rename, "e\u0301.jpg", "\u00e9.png"), SPLITS, PROBABLY, same_name),
         (do(rename, "0.jpg", "0_mask.png"), SPLITS, PROBABLY, same_name),
@@ -386,6 +393,8 @@ CASES = {
         (labels(lambda x: x.T), CHECK, "its image .* is 50x40 .* the label is 40x50.* be equal", redraw),
         (labels(exif=exif(6)), CHECK, "its EXIF orientation is 6, .*; save it upright", redraw),
         (images(exif=exif(3)), CHECK, "EXIF turns 4 images with labels", 0),
+        (link_label, CHECK, r"labels/00\.png: is the label of 2 images; correct the lists", 0),
+        (labels(lambda x: np.full_like(x, 255)), CHECK, r"val: 2 labels hold ignored pixels only, labels/0", 1),
         (do(lists, lambda _: TWO_IMAGES, name="labeled"), CHECK, "is the label of 2 images; correct the lists", split),
         (labels(lambda x: x + 2), CHECK, rf"holds \[3, 4\], .*; {OTHER_CLASSES}", redraw),
         (labels(lambda x: x + 2), CHECK, OTHER_CLASSES, do(meta, classes=[*NAMES, "date", "fig"])),
@@ -410,6 +419,7 @@ CASES = {
         (images(gray(1 / 9, np.float32), kind="TIFF"), CHECK, r"(--data\.range 1% 99%)", r"\1"),
         (images(gray(1 / 9, np.float32), kind="TIFF"), LABEL, "train with one, such", train_with_range),
         (images(gray(300, np.int32), kind="TIFF"), LABEL, "outside 0..65535, here", 1),
+        (images(gray(0, np.uint16)), CHECK, r"hold 0\.\.0 of 0\.\.65535, so few gray levels are left .*0 errors", 0),
         (images(not_a_number, kind="TIFF"), CHECK, "values that are not finite; replace them", redraw),
         (images(not_a_number, kind="TIFF"), SPLITS, NEXT, 0),
         (images(**SECOND), CHECK, FIRST_PAGE, 0),
