@@ -311,7 +311,7 @@ COLORS = "Correct 'palette' in meta.json"
 OTHER_CLASSES = r"convert the label, or list the missing classes, or the values of the classes, in meta\.json"
 STAY = r"(\S+): 2 images stay aside for validation; remove the file to split them too"
 LISTS = " ".join(f"--data.{name} splits/{name}.txt" for name in ("labeled", "unlabeled", "val"))
-EPOCHS, OTHER = NEW.replace("--train.steps 1", "--train.epochs 1"), r"--\1 \2 --run.output-dir other"
+EPOCHS, OTHER = CHECK.replace("--train.steps 1", "--train.epochs 1"), r"--\1 \2 --run.output-dir other"
 ACCUMULATE, MIXED = f"{NEW} --train.gradient-accumulation-steps 2", f"{NEW} --train.cutmix 0.5"
 TIMM, CHECKPOINTING = f"{NEW} --model.backbone timm/test_efficientnet", "--model.activation-checkpointing True"
 WILD = f"{NEW} --train.lr 100 --train.lr-multi 1000 --train.max-skipped 0 --train.steps 4"
@@ -474,14 +474,14 @@ CASES = {
         (do(move, "images/07.png", "images/-x.png"), SPLITS, "4 labeled, 2 unlabeled", 0),
     ],
     "settings": [
-        (None, f"{NEW} --train.epochs 1", "train.epochs has no effect beside .*: give one of them", EPOCHS),
-        (None, f"{NEW} --run.keep 3", r"use (run\.keep_last)", rf"{NEW} --\1 3"),
-        (None, f"{NEW} --train.lrr 0.1", r"did you mean (train\.lr)\?", rf"{NEW} --\1 0.1"),
+        (None, f"{CHECK} --train.epochs 1", "train.epochs has no effect beside .*: give one of them", EPOCHS),
+        (None, f"{CHECK} --run.keep 3", r"use (run\.keep_last)", rf"{CHECK} --\1 3"),
+        (None, f"{CHECK} --train.lrr 0.1", r"did you mean (train\.lr)\?", rf"{CHECK} --\1 0.1"),
         (None, CHECK.replace("folder", "foldr"), r"did you mean (folder)\?", CHECK),
         (None, CHECK.replace("check", "chek"), r"did you mean (check)\?", CHECK),
-        (None, f"{NEW} --train.conf-thresh 0", r"(train\.conf_thresh) is 0.0, expected more than 0", r"--\1 1"),
-        (None, f"{NEW} --data.augment none", r"(train\.strong) is True, expected (False)", r"--\1 \2"),
-        (None, f"{NEW} --data.range 9 1", "or two +percentiles such as (1% 99%)", r"--data.range \1"),
+        (None, f"{CHECK} --train.conf-thresh 0", r"(train\.conf_thresh) is 0.0, expected more than 0", r"--\1 1"),
+        (None, f"{CHECK} --data.augment none", r"(train\.strong) is True, expected (False)", r"--\1 \2"),
+        (None, f"{CHECK} --data.range 9 1", "or two +percentiles such as (1% 99%)", r"--data.range \1"),
         (do(Path("a.yaml").write_text, "train: 3"), f"{CHECK} --config a.yaml", r"such as `(.*?)` \(", write_yaml),
         (None, f"{NEW} --train.warmup 1", r"set (train\.warmup) to a part of the run, such as (0\.25)", OTHER),
         (None, f"{NEW} --train.pseudo-from 1", r"set (train\.pseudo_from) to .*, such as (0\.25)", OTHER),
