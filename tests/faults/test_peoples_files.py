@@ -260,6 +260,11 @@ def link_label() -> None:
     (DATA / "labels/01.png").symlink_to("00.png")
 
 
+def replace_pipe(found: re.Match[str]) -> None:
+    os.remove(found[1])
+    copy("images/00.png", "images/a.png")
+
+
 def tiles(_: object) -> None:
     Image.MAX_IMAGE_PIXELS = None
     each("images", lambda x: x[:19])
@@ -323,7 +328,7 @@ NO_LISTS = "check pascal --data.root data --data.crop 64 --data.labeled None --d
 CASES = {
     "hangs": [
         (FIFO, SPLITS, "left out, .*: a broken link, or no file", 0),
-        (FIFO, LABEL, r"a\.png: a broken link, a folder or a device, where a file was expected", 1),
+        (FIFO, LABEL, r"(\S+a\.png): a broken link, a folder or a device, .* expected; replace it", replace_pipe),
         (FIFO, f"{LABEL}/a.png", "a folder or a device", 1),
         (None, f"{NEW} --data.workers 1", r"use (--data\.workers 0 --eval\.workers 0)", r"\1"),
         (None, f"{NEW} --eval.workers 1", r"use (--data\.workers 0 --eval\.workers 0)", r"\1"),
@@ -394,6 +399,12 @@ CASES = {
         (do(other_palette, palette=RED), CHECK, "convert this label to RGB, whose", labels(rgb)),
         (do(other_palette, palette=RED), CHECK, "or correct one of the palettes", do(meta, palette=BLUE)),
         (other_palette, CHECK, "one of the two has its classes swapped, draw it again", labels(colored)),
+        (
+            do(other_palette, palette=[[9] * 3, *BLUE[1:]]),
+            CHECK,
+            "6 labels have colors .* lacks.* their numbers count",
+            0,
+        ),
         (do(meta, palette=[[0] * 3, [1] * 3, [255] * 4]), CHECK, r"\[r, g, b\] without alpha", do(meta, palette=BLUE)),
         (do(meta, palette=[0, 0, 0, 255] * 3), CHECK, r"leave out the alpha", do(meta, palette=list(chain(*BLUE)))),
         (do(meta, palette=[0, 0, 0, 255] * 3), CHECK, r"or write \[\[r, g, b\], ...\]", do(meta, palette=BLUE)),

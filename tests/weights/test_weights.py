@@ -110,6 +110,7 @@ def test_imagenet_is_fetched_from_the_hub_unless_its_cache_has_it(
         (cache / "refs/main").write_text("abc")
     else:
         monkeypatch.setattr(hub, "hf_hub_download", lambda *asked: str(path) if asked == (repo, name) else None)
+    load_weights(tiny_segmentor(backbone), path)  # as the message says
     caplog.set_level("INFO")
     load_weights(target, "imagenet")
     assert differences(source.backbone.state_dict(), target.backbone.state_dict()) == []
