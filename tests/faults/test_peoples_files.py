@@ -484,7 +484,7 @@ CASES = {
         (None, f"{CHECK} --run.keep 3", r"use (run\.keep_last)", rf"{CHECK} --\1 3"),
         (None, f"{CHECK} --train.lrr 0.1", r"did you mean (train\.lr)\?", rf"{CHECK} --\1 0.1"),
         (None, CHECK.replace("folder", "foldr"), r"did you mean (folder)\?", CHECK),
-        (None, CHECK.replace("check", "chek"), r"did you mean (check)\?", CHECK),
+        (None, CHECK.replace("check", "heck"), r"did you mean (check)\?", CHECK),
         (None, f"{CHECK} --train.conf-thresh 0", r"(train\.conf_thresh) is 0.0, expected more than 0", r"--\1 1"),
         (None, f"{CHECK} --data.augment none", r"(train\.strong) is True, expected (False)", r"--\1 \2"),
         (None, f"{CHECK} --data.range 9 1", "or two +percentiles such as (1% 99%)", r"--data.range \1"),
