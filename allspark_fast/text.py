@@ -37,10 +37,14 @@ def padded(text: str, width: int) -> str:
 
 
 def columns(text: str) -> int:
-    """Return how many columns of a terminal a line takes: two for each wide sign of East Asia, none for accents."""
+    """Return how many columns of a terminal a line takes: two for each wide sign of East Asia, none for accents.
+
+    Signs that stdout cannot encode are escaped there, and take more.
+    """
+    encoding = sys.stdout.encoding or "utf-8"
     return sum(
         0 if unicodedata.category(x) in ("Mn", "Me", "Cf") else 1 + (unicodedata.east_asian_width(x) in "WF")
-        for x in text
+        for x in text.encode(encoding, "backslashreplace").decode(encoding)
     )
 
 

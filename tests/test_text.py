@@ -42,11 +42,15 @@ def test_names_are_shown_in_one_line(name):
     assert one_line(name) == SHOWN[name]
 
 
-def test_tables_have_a_line_for_each_class(tiny_spec):
+def test_tables_have_a_line_for_each_class(tiny_spec, monkeypatch):
     lines = score_table(ConfusionMatrix(len(SHOWN)).compute(), INFO).splitlines()
     assert len(lines) == len(SHOWN) + 4
     assert {columns(line.removesuffix("  (in no label)")) for line in lines[:-1]} == {60 + 3 * 13}
     assert [line[: len(shown)] for line, shown in zip(lines[1:], SHOWN.values(), strict=False)] == list(SHOWN.values())
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii", errors="backslashreplace"))
+    print(score_table(ConfusionMatrix(len(SHOWN)).compute(), INFO), flush=True)
+    lines = sys.stdout.buffer.getvalue().decode().splitlines()
+    assert len({len(line.removesuffix("  (in no label)")) for line in lines[:-1]}) == 1
     rows = describe_model(tiny_spec.build(), replace(tiny_spec, info=INFO))
     assert len("".join(rows.values()).splitlines()) == 1
 

@@ -4,7 +4,6 @@ import fnmatch
 import glob
 import itertools
 import os
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -15,7 +14,7 @@ import torch
 from PIL import Image
 
 from allspark_fast.config import EvalMode
-from allspark_fast.data.files import is_image, list_files
+from allspark_fast.data.datasets import is_image, list_files
 from allspark_fast.data.images import decode, pages_of, read_image
 from allspark_fast.data.info import DatasetInfo
 from allspark_fast.data.transforms import normalize_image
@@ -112,6 +111,10 @@ def find_images(arguments: Iterable[str], *, skip: Path) -> tuple[dict[Path, Pat
             continue
         base, listed = _search(argument)
         files = [file for file in listed if not file.resolve().is_relative_to(predictions)]
+        if any(map(is_image, listed)) and not any(map(is_image, files)):
+            raise FileNotFoundError(
+                f"{argument!r}: all its images lie in {skip}, the place of predictions: give another --out"
+            )
         if not any(map(is_image, files)):
             raise FileNotFoundError(f"{argument!r}: no image, no folder with images, and no pattern that matches any")
         for file in filter(is_image, files):
@@ -147,14 +150,10 @@ def plan_files(
     """Make the folders for predictions of the images of ``find_images``, and return the files of each image by kind.
 
     These are ``labels/NAME.png``, ``confidence/NAME.png`` if asked for, and ``overlays/NAME.jpg``. Raises InputError if
-    two images would share a file, or a file exists and ``overwrite`` is False.
+    a file exists and ``overwrite`` is False.
     """
     kinds = {"labels": ".png"} | ({"confidence": ".png"} if confidence else {}) | {"overlays": ".jpg"}
     plan = {path: {kind: out / kind / f"{x}{suffix}" for kind, suffix in kinds.items()} for path, x in images.items()}
-    name, count = Counter(images.values()).most_common(1)[0]
-    if count > 1:
-        shared = ", ".join(str(path) for path in images if images[path] == name)
-        raise InputError(f"{shared}: these would share one file {name}.png; predict them into different folders")
     # False for a name that is too long.
     existing = [file for files in plan.values() for file in files.values() if os.path.exists(file)]
     if existing and not overwrite:
@@ -166,10 +165,17 @@ def plan_files(
 
 
 def predict_files(predictor: Predictor, plan: Mapping[Path, Mapping[str, Path]]) -> Iterator[Exception | None]:
-    """Predict what ``plan_files`` planned; yields for each as it is done None, what went wrong, or a UserWarning."""
+    """Predict what ``plan_files`` planned; yields for each as it is done None, what went wrong, or a UserWarning.
+
+    Of images that share a name, such as a.jpg and a.png, the first is labeled.
+    """
+    owners: dict[Path, Path] = {}
     for path, files in plan.items():
         error: Exception | None = None
         try:
+            if (owner := owners.setdefault(files["labels"], path)) is not path:
+                instead = "name it alone, with another --out"
+                raise DataError(f"{path}: its prediction would replace that of {owner}; {instead}")
             pages = decode(path, pages_of)
             image = read_image(path, predictor.spec.range)
             _write(files, image, predictor.predict(image), predictor.spec.info)

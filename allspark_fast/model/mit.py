@@ -156,7 +156,7 @@ def compile_blocks(model: nn.Module, backend: str | Callable[..., Any]) -> None:
     """Compile the Mix Transformer blocks of a model in place, one graph for a stage; InputError if it has none."""
     blocks = [module for module in model.modules() if isinstance(module, Block)]
     if not blocks:
-        raise InputError("only the blocks of mit_* backbones can be compiled, and this model has none: leave it out")
+        raise InputError("only blocks of mit_* can be compiled, this model has none: set train.compile auto or off")
     # The blocks share one function, for which torch keeps at most 8 graphs by default: enough for four stages, with and
     # without stochastic depth, in training and in evaluation, at a few sizes.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
