@@ -34,7 +34,7 @@ class FiniteBatchNorm(nn.BatchNorm2d):
         if world_size() > 1:
             return self._normalize_over_ranks(feature_map)
         # With momentum 1, F.batch_norm writes the statistics of the batch into them.
-        mean, var = (self.weight.new_zeros(self.num_features) for _ in range(2))
+        mean, var = self.weight.new_zeros(2, self.num_features)
         feature_map = F.batch_norm(feature_map, mean, var, self.weight, self.bias, True, 1.0, self.eps)
         return feature_map, mean, var
 

@@ -25,11 +25,15 @@ class HalfWeights:
     def __init__(self, *models: nn.Module) -> None:
         modules = dict.fromkeys(x for model in models for x in model.modules())
         parts = [x for x in modules if isinstance(x, (MixTransformer, AllSpark))]
-        layers = [x for part in parts for x in part.modules()]
-        linears = [x for x in layers if isinstance(x, nn.Linear)]
-        # The operator for depthwise convolutions takes float32 weights, and biases of the others are added in float32.
-        convs = [x for x in layers if isinstance(x, nn.Conv2d) and x.groups == 1]
-        self._places = [(x, name) for x in linears for name, _ in x.named_parameters()] + [(x, "weight") for x in convs]
+        layers = [(x, part) for part in parts for x in part.modules() if isinstance(x, (nn.Linear, nn.Conv2d))]
+        # The operator for depthwise convolutions takes float32 weights, and an encoder adds the biases of the others in
+        # float32. The convolutions of a bottleneck are linear layers.
+        self._places = [
+            (x, name)
+            for x, part in layers
+            for name, _ in x.named_parameters()
+            if isinstance(x, nn.Linear) or isinstance(part, AllSpark) or (x.groups == 1 and name == "weight")
+        ]
         self._weights: list[Tensor] = [layer.get_parameter(name) for layer, name in self._places]
         self._copies: list[Tensor] = [nn.Parameter(x.bfloat16(), requires_grad=x.requires_grad) for x in self._weights]
 

@@ -119,7 +119,7 @@ def _attend(samples: _Samples, eps: float, output: Tensor, statistics: Tensor) -
         BLOCK_L=ROW_COLUMNS, num_warps=WARPS,
     )  # fmt: skip
     variance = squares.mean(-1, keepdim=True) + samples.shift.var(-1, correction=0, keepdim=True)
-    rstd.copy_(torch.rsqrt(variance + eps))
+    torch.rsqrt((variance + eps).expand_as(rstd), out=rstd)
     scale = samples.unit * rstd
     tiles = triton.cdiv(columns, TILE_COLUMNS)
     sums = lse.new_empty((tiles, *lse.shape))
@@ -175,10 +175,10 @@ def _differentiate(
     launch(*entries, None, None, None, **tile)
     grad_sum, total, grad_dot, dot = sums.sum(1)
     # P sums to 1 but for rounding. Over its very sum, rows of dS sum to zero even where one key gets nearly all.
-    delta = grad_sum / total.masked_fill_(total == 0, 1)
-    slope = torch.addcmul(grad_dot, delta, dot, value=-1).mean(-1, keepdim=True) / samples.count[0, 0]
+    delta = grad_sum / total.clamp_(min=torch.finfo(total.dtype).tiny)  # 0 / 0 where all columns are masked
+    slope = torch.addcmul(grad_dot, delta, dot, value=-1).mean(-1, keepdim=True).expand_as(delta) / samples.count[0, 0]
     offset = slope * rstd * (samples.shift - samples.shift.mean(-1, keepdim=True))
-    launch(*entries, delta, slope.expand_as(delta).contiguous(), offset, **tile)
+    launch(*entries, delta, slope, offset, **tile)
     _product(grad_output, probability, grad_value, accumulate=accumulate)
     _product(_pack_rows(samples.query, maps), grad_logits, grad_key, accumulate=accumulate)
     parts, sums = _pieces_product(samples.key, grad_logits), sums[0].sum(0)

@@ -132,7 +132,7 @@ def _depthwise_gelu_backward_kernel(
     tokens, grad, weight, bias, grad_convolved, parts, h, w, C,
     BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Parts (programs of a channel, 10, C) float32 are gradients of the nine weights and of the bias."""
+    """Parts (programs of a channel, 10 · C) float32 are gradients, laid out as weight (C, 3, 3), then bias (C,)."""
     o_image, first, last, o_x, o_c = _tile(h, w, C, BLOCK_Y, BLOCK_X, BLOCK_C)
     image, end = tokens + o_image, tl.minimum(last + 1, h)
     w_above = _load_weights(weight, 0, o_c, C, False)
@@ -161,12 +161,12 @@ def _depthwise_gelu_backward_kernel(
         g_below = _add_products(g_below, b_grad, below)
         above, level, below, b_grad = level, below, following, b_following.to(tl.float32)
     i_yx = (tl.program_id(2).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * tl.cdiv(w, BLOCK_X)
-    p_parts = parts + (i_yx + tl.program_id(0) // tl.cdiv(C, BLOCK_C)) * 10 * C + o_c
+    p_parts = parts + (i_yx + tl.program_id(0) // tl.cdiv(C, BLOCK_C)) * 10 * C
     for i in tl.static_range(3):
-        tl.store(p_parts + i * C, tl.sum(g_above[i], 0), mask=o_c < C)
-        tl.store(p_parts + (3 + i) * C, tl.sum(g_level[i], 0), mask=o_c < C)
-        tl.store(p_parts + (6 + i) * C, tl.sum(g_below[i], 0), mask=o_c < C)
-    tl.store(p_parts + 9 * C, tl.sum(b_sum, 0), mask=o_c < C)
+        tl.store(p_parts + o_c * 9 + i, tl.sum(g_above[i], 0), mask=o_c < C)
+        tl.store(p_parts + o_c * 9 + 3 + i, tl.sum(g_level[i], 0), mask=o_c < C)
+        tl.store(p_parts + o_c * 9 + 6 + i, tl.sum(g_below[i], 0), mask=o_c < C)
+    tl.store(p_parts + 9 * C + o_c, tl.sum(b_sum, 0), mask=o_c < C)
 
 
 def forward(tokens: Tensor, weight: Tensor, bias: Tensor, size: tuple[int, int]) -> Tensor:
@@ -176,19 +176,17 @@ def forward(tokens: Tensor, weight: Tensor, bias: Tensor, size: tuple[int, int])
 
 def backward(
     grad: Tensor, tokens: Tensor, weight: Tensor, bias: Tensor, size: tuple[int, int]
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Compute ``reference.backward`` for float16, bfloat16 and float32, with the weights in any of them."""
     channels = tokens.shape[2]
     grad_convolved = torch.empty(tokens.shape, dtype=tokens.dtype, device=tokens.device)
     grid = _grid(tokens, size)
     blocks = grid[2] * grid[1] * triton.cdiv(size[1], _TILE["BLOCK_X"])
-    parts = torch.empty((blocks, 10, channels), dtype=torch.float32, device=tokens.device)
+    parts = torch.empty((blocks, 10 * channels), dtype=torch.float32, device=tokens.device)
     inputs = [x.contiguous() for x in (tokens, grad, weight, bias)]
     _depthwise_gelu_backward_kernel[grid](*inputs, grad_convolved, parts, *size, channels, **_TILE)
-    sums = parts.sum(0)
-    grad_weight = sums[:-1].mT.contiguous().view(weight.shape).to(weight.dtype)
-    grad_bias = sums[-1].to(bias.dtype, copy=True)
-    return _convolved(grad_convolved, weight.contiguous(), None, size), grad_weight, grad_bias
+    grad_parameters = parts.sum(0).to(torch.promote_types(weight.dtype, bias.dtype))
+    return _convolved(grad_convolved, weight.contiguous(), None, size), grad_parameters
 
 
 def _convolved(tokens: Tensor, weight: Tensor, bias: Tensor | None, size: tuple[int, int]) -> Tensor:

@@ -54,8 +54,8 @@ def _(tokens: Tensor, weight: Tensor, bias: Tensor, size: list[int]) -> Tensor:
 @torch.library.custom_op("allspark_fast::depthwise_gelu_backward", mutates_args=())
 def _depthwise_gelu_backward(
     grad: Tensor, tokens: Tensor, weight: Tensor, bias: Tensor, size: list[int]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of tokens, weight and bias."""
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of tokens, and of weight and bias as one tensor (10 · C,): see ``_backward``."""
     if not tokens.numel():
         return _fake_backward(grad, tokens, weight, bias, size)
     with torch.autocast(tokens.device.type, enabled=False), torch.cuda.device_of(tokens):
@@ -65,8 +65,9 @@ def _depthwise_gelu_backward(
 @_depthwise_gelu_backward.register_fake
 def _fake_backward(
     grad: Tensor, tokens: Tensor, weight: Tensor, bias: Tensor, size: list[int]
-) -> tuple[Tensor, Tensor, Tensor]:
-    return tokens.new_zeros(tokens.shape), weight.new_zeros(weight.shape), bias.new_zeros(bias.shape)
+) -> tuple[Tensor, Tensor]:
+    dtype = torch.promote_types(weight.dtype, bias.dtype)
+    return tokens.new_zeros(tokens.shape), weight.new_zeros(10 * len(bias), dtype=dtype)
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -75,7 +76,11 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> Non
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-    return *_depthwise_gelu_backward(grad, *ctx.saved_tensors, ctx.size), None
+    tokens, weight, bias = ctx.saved_tensors
+    grad_tokens, grad_parameters = _depthwise_gelu_backward(grad, tokens, weight, bias, ctx.size)
+    # Views, which operators must not return: a copy of each would be a launch.
+    grad_weight, grad_bias = grad_parameters.split([weight.numel(), bias.numel()])
+    return grad_tokens, grad_weight.view(weight.shape).to(weight.dtype), grad_bias.to(bias.dtype), None
 
 
 _depthwise_gelu.register_autograd(_backward, setup_context=_save_for_backward)

@@ -15,14 +15,15 @@ def forward(tokens: Tensor, weight: Tensor, bias: Tensor, size: tuple[int, int])
 
 def backward(
     grad: Tensor, tokens: Tensor, weight: Tensor, bias: Tensor, size: tuple[int, int]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of tokens, weight and bias, contiguous, in their dtypes; the convolved map is recomputed."""
+) -> tuple[Tensor, Tensor]:
+    """Return the gradient of tokens, and (10 · C,) those of weight and bias; the convolved map is recomputed."""
     grad_convolved = torch.ops.aten.gelu_backward(_to_map(grad, size), _convolved(tokens, weight, bias, size))
     operands, channels = (grad_convolved, _to_map(tokens, size), weight.to(tokens.dtype)), tokens.shape[2]
     window = [1, 1], [1, 1], [1, 1]  # stride, padding, dilation
     options = [channels], *window, False, [0, 0], channels, [True, True, True]
     grad_map, grad_weight, grad_bias = torch.ops.aten.convolution_backward(*operands, *options)
-    return grad_map.flatten(2).mT.contiguous(), grad_weight.to(weight.dtype).contiguous(), grad_bias.to(bias.dtype)
+    grad_parameters = torch.cat([grad_weight.flatten(), grad_bias])
+    return grad_map.flatten(2).mT.contiguous(), grad_parameters.to(torch.promote_types(weight.dtype, bias.dtype))
 
 
 def _convolved(tokens: Tensor, weight: Tensor, bias: Tensor, size: tuple[int, int]) -> Tensor:

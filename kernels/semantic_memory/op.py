@@ -30,8 +30,8 @@ def channel_semantic_grouping(features: Tensor, class_map: Tensor) -> Tensor:
     with torch.autocast(features.device.type, enabled=False):
         # A channel's norm is left out: its argmax ignores it.
         similarity = normalize(class_map.detach().float(), dim=2) @ features.detach().float()
-        finite = features.isfinite().all(2).all(1) & class_map.isfinite().all(2).all(1)
-        return similarity.argmax(1).masked_fill_(~finite[:, None], -1)
+        # A product with a number that is not finite is not finite either.
+        return similarity.argmax(1).where(similarity.isfinite().flatten(1).all(1, keepdim=True), -1)
 
 
 def semantic_memory_enqueue(queue: Tensor, queue_ptr: Tensor, features: Tensor, channel_class: Tensor) -> None:

@@ -2,9 +2,6 @@
 
 import copy
 import json
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -19,7 +16,7 @@ from bench.harness import FLOP_FORMULAS, Case, cell, conditions, flop_counter, g
 from bench.operators import attention_cases, memory_cases, upsample_cases
 
 
-def test_every_benchmark_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_benchmark_runs(tmp_path, capsys):
     """All of those that need no compiler."""
     file = tmp_path / "out.json"
     main(["all", "--size", "tiny", "--repeats", "2", "--json", str(file)])
@@ -45,7 +42,7 @@ def test_every_benchmark_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]
             assert record["gemm_fraction"] * gemm_rate(torch.float32) == pytest.approx(record["flops_per_s"])
 
 
-def test_the_flops_of_a_variant_are_those_of_the_first() -> None:
+def test_the_flops_of_a_variant_are_those_of_the_first():
     a, b = torch.randn(3, 4, requires_grad=True), torch.randn(4, 5)
     variants = {"product": lambda: a @ b, "by hand": lambda: (a[:, :, None] * b).sum(1)}
     for record in run(Case(op="op", size="size", variants=variants, inputs=(a,)), repeats=1):
@@ -53,7 +50,7 @@ def test_the_flops_of_a_variant_are_those_of_the_first() -> None:
 
 
 @pytest.mark.slow
-def test_a_compiled_step_is_the_same() -> None:
+def test_a_compiled_step_is_the_same():
     """Ours; to trace the naive one takes more than a minute."""
     model, batch = without_dropout(SIZES["tiny"].build_model()), SIZES["tiny"].random_batch()
     eager, compiled = (
@@ -64,7 +61,7 @@ def test_a_compiled_step_is_the_same() -> None:
 
 
 @pytest.mark.parametrize("name", ["naive", "ours"])
-def test_saved_bytes_of_a_step_are_counted_without_running_it(name: str) -> None:
+def test_saved_bytes_of_a_step_are_counted_without_running_it(name):
     size = SIZES["tiny"]
     variant = make_variant(name, size.build_model(), size.random_batch())
     real = saved_bytes(variant.loss, beyond=variant.own)
@@ -73,7 +70,7 @@ def test_saved_bytes_of_a_step_are_counted_without_running_it(name: str) -> None
 
 
 @pytest.mark.parametrize("name", ["channel_attention", "convolution"])
-def test_flops_by_hand(name: str) -> None:
+def test_flops_by_hand(name):
     x, y = torch.randn(2, 1, 9, 4, requires_grad=True), torch.randn(1, 1, 9, 12, requires_grad=True)
     images, weight = torch.randn(2, 8, 5, 7, requires_grad=True), torch.randn(8, 2, 3, 3, requires_grad=True)
     with flop_counter() as counter:
@@ -87,7 +84,7 @@ def test_flops_by_hand(name: str) -> None:
     assert (counts[name], counts[f"{name}_backward"]) == (forward, factor * forward)
 
 
-def test_every_operator_that_multiplies_has_a_formula() -> None:
+def test_every_operator_that_multiplies_has_a_formula():
     operators = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("allspark_fast::")]
     counted = {str(operator).replace(".", "::") for operator in FLOP_FORMULAS}
     other = {name for name in operators if name not in counted}
@@ -103,14 +100,14 @@ def test_every_operator_that_multiplies_has_a_formula() -> None:
         (lambda x, y: x * y.detach() + 0 * y, "gradient 1 of b differs from a"),
     ],
 )
-def test_a_wrong_variant_gets_no_number(wrong: Callable[..., torch.Tensor], message: str) -> None:
+def test_a_wrong_variant_gets_no_number(wrong, message):
     x, y = (torch.randn(3, requires_grad=True) for _ in range(2))
     with pytest.raises(AssertionError, match=message):
         run(Case(op="op", size="size", variants={"a": lambda: x * y, "b": lambda: wrong(x, y)}, inputs=(x, y)))
 
 
-def test_a_wrong_step_gets_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    def biased(*arguments: Any, **options: Any) -> Losses:
+def test_a_wrong_step_gets_no_number(monkeypatch):
+    def biased(*arguments, **options):
         return Losses._make(1.01 * loss for loss in compute_losses(*arguments, **options))
 
     monkeypatch.setattr(bench_train_step, "compute_losses", biased)
@@ -118,8 +115,8 @@ def test_a_wrong_step_gets_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
         list(bench_train_step.measure("tiny", repeats=1))
 
 
-def test_what_a_comparator_raises_is_its_note(capsys: pytest.CaptureFixture[str]) -> None:
-    def refuse() -> torch.Tensor:
+def test_what_a_comparator_raises_is_its_note(capsys):
+    def refuse():
         raise NotImplementedError("head dim 289\nand a trace")
 
     x = torch.randn(3)
@@ -133,13 +130,13 @@ def test_what_a_comparator_raises_is_its_note(capsys: pytest.CaptureFixture[str]
         run(Case(op="op", size="size", variants=variants))
 
 
-def test_saved_bytes_counts_storages_once() -> None:
+def test_saved_bytes_counts_storages_once():
     x = torch.randn(100, requires_grad=True)
     assert saved_bytes(lambda: (x * x) * x.view(10, 10).flatten()) == 800  # x, and its square
 
 
 @pytest.mark.parametrize("cases", [attention_cases, upsample_cases, memory_cases])
-def test_speed(benchmark: Any, cases: Callable[[str], list[Case]]) -> None:
+def test_speed(benchmark, cases):
     """The forward pass of our operator; at Pascal's size with ``--benchmark-enable --benchmark-autosave``."""
     case = cases("tiny" if benchmark.disabled else "pascal")[0]
     ours = next(name for name in ("ours", "triton", "chunked") if name in case.variants)
@@ -147,7 +144,7 @@ def test_speed(benchmark: Any, cases: Callable[[str], list[Case]]) -> None:
 
 
 @pytest.mark.slow
-def test_attention_on_cpu_is_within_its_time_budget() -> None:
+def test_attention_on_cpu_is_within_its_time_budget():
     """At most 1.2 times the naive attention, forward and backward, and a quarter of its peak memory."""
     (case,) = attention_cases("pascal")
     case = case._replace(variants={name: case.variants[name] for name in ("naive", "chunked")})
@@ -158,7 +155,7 @@ def test_attention_on_cpu_is_within_its_time_budget() -> None:
 
 
 @pytest.mark.slow
-def test_the_step_keeps_a_quarter_of_the_bytes() -> None:
+def test_the_step_keeps_a_quarter_of_the_bytes():
     """At most a quarter of what the reference implementation saves for backward, at the size of README's table."""
     saved = {}
     for name in ("naive", "ours"):

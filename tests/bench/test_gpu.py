@@ -4,19 +4,16 @@ import dataclasses
 import functools
 import json
 import re
-from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 import torch
 
 from allspark_fast.kernels.selftest import Result
 from allspark_fast.training.cuda_graph import GraphedSteps
-from allspark_fast.training.step import Losses, TrainState
+from allspark_fast.training.step import Losses
 from bench import gpu
 from bench.__main__ import main
 from bench.bench_train_step import SIZES
-from bench.harness import Record
 
 CASE = "allspark adamw float32"
 # They take a minute here, and tests of their own cover them.
@@ -24,14 +21,14 @@ SLOW = {"parity", "step ours bfloat16 compiled recorded", "step naive bfloat16 c
 SLOW |= {f"lock_step {name}" for name in gpu.LOCK_STEPS if name != CASE}
 
 
-def dry_run(monkeypatch: pytest.MonkeyPatch, file: Path, keep: Callable[[str], bool], *arguments: str) -> list[Record]:
+def dry_run(monkeypatch, file, keep, *arguments):
     parts = [part for part in gpu.parts("tiny") if keep(part[0])]
     monkeypatch.setattr(gpu, "parts", lambda _: parts)
     main(["gpu", "--size", "tiny", "--json", str(file), *arguments])
     return json.loads(file.read_text())
 
 
-def test_a_dry_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_dry_run(monkeypatch, tmp_path, capsys):
     records = dry_run(monkeypatch, tmp_path / "gpu.json", lambda name: name not in SLOW)
     printed = capsys.readouterr().out
     assert not any("failed" in record.get("note", "") for record in records)
@@ -46,34 +43,32 @@ def test_a_dry_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pyte
 
 
 @pytest.mark.slow
-def test_a_whole_dry_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_whole_dry_run(monkeypatch, tmp_path):
     records = dry_run(monkeypatch, tmp_path / "gpu.json", lambda _: True, "--budget", "100000")
     assert sum(record["op"] == "lock_step" for record in records) == len(gpu.LOCK_STEPS)
 
 
-def wrong_rate(state: TrainState) -> None:
+def wrong_rate(state):
     state.config = dataclasses.replace(state.config, lr=1.05 * state.config.lr)
 
 
-def wrong_numbers(_: TrainState) -> None:
+def wrong_numbers(_):
     torch.rand(())
 
 
-def no_skipping(state: TrainState) -> None:
+def no_skipping(state):
     state.skipped.fill_(0)
 
 
 @pytest.mark.parametrize("mutant", [wrong_rate, wrong_numbers, no_skipping])
-def test_wrong_recorded_steps_are_noticed(
-    monkeypatch: pytest.MonkeyPatch, mutant: Callable[[TrainState], None]
-) -> None:
+def test_wrong_recorded_steps_are_noticed(monkeypatch, mutant):
     """Replays take the step after a mutation."""
 
-    def record(state: TrainState, step: Callable[[], Losses], _: object) -> tuple[Losses, Callable[[], object]]:
+    def record(state, step, _):
         losses = Losses(*torch.zeros(3))
         return losses, lambda: [mutant(state), *(x.copy_(y) for x, y in zip(losses, step(), strict=True))]
 
-    def recorded_steps(state: TrainState) -> GraphedSteps:
+    def recorded_steps(state):
         return GraphedSteps(state, record=functools.partial(record, state))
 
     monkeypatch.setattr(gpu, "recorded_steps", recorded_steps)
@@ -84,10 +79,8 @@ def test_wrong_recorded_steps_are_noticed(
         next(found)
 
 
-def test_what_fails_ends_no_other_part(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def broken() -> Iterator[Record]:
+def test_what_fails_ends_no_other_part(monkeypatch, tmp_path, capsys):
+    def broken():
         yield {"op": "a", "size": "", "value": 1}
         raise RuntimeError("out of luck")
 

@@ -8,7 +8,6 @@ from torch.testing import assert_close
 
 from allspark_fast.config import TrainConfig
 from allspark_fast.data.loader import SemiBatch
-from allspark_fast.model import Segmentor
 from allspark_fast.training.step import TrainState, compute_losses, train_step
 from bench.bench_train_step import without_dropout
 from bench.naive import make_naive, naive_losses, naive_train_step
@@ -17,7 +16,7 @@ from tests.helpers.models import tiny_segmentor
 CONFIG = TrainConfig()
 
 
-def model_and_batch(classes: int = 5, crop: tuple[int, int] = (65, 65)) -> tuple[Segmentor, SemiBatch]:
+def model_and_batch(classes=5, crop=(65, 65)):
     """In float64 no rounding can move an argmax, so everything must agree."""
     images = torch.randn(2, 2, 3, *crop, dtype=torch.float64)
     label = torch.randint(classes, (2, *crop)).masked_fill(torch.rand(2, *crop) < 0.1, 255)
@@ -31,7 +30,7 @@ def model_and_batch(classes: int = 5, crop: tuple[int, int] = (65, 65)) -> tuple
     [(5, (65, 65)), (2, (65, 65)), pytest.param(171, (65, 65), marks=pytest.mark.slow), (5, (65, 97))],
     ids=str,
 )
-def test_losses_gradients_and_memory_are_ours(classes: int, crop: tuple[int, int], use_memory: bool) -> None:
+def test_losses_gradients_and_memory_are_ours(classes, crop, use_memory):
     model, batch = model_and_batch(classes, crop)
     naive = make_naive(copy.deepcopy(model))
     ours = compute_losses(model, batch, CONFIG, use_memory=use_memory)
@@ -45,7 +44,7 @@ def test_losses_gradients_and_memory_are_ours(classes: int, crop: tuple[int, int
     assert model.decoder.allspark.attn.queue_ptr.any()
 
 
-def test_steps_are_ours() -> None:
+def test_steps_are_ours():
     model, batch = model_and_batch()
     naive = make_naive(copy.deepcopy(model))
     before = copy.deepcopy(model.state_dict())

@@ -9,7 +9,7 @@ pytest.importorskip("triton")
 from bench.static import describe
 
 
-def test_a_kernel_for_amd() -> None:
+def test_a_kernel_for_amd():
     assembly = "  .vgpr_count: 129\n  .vgpr_spill_count: 3\n  .agpr_count: 0\n"
     kernel = SimpleNamespace(
         name="_merge_kernel",

@@ -5,7 +5,7 @@ are right is shown by the tests of each operator.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -42,19 +42,19 @@ DIFFERENTIABLE = {"query", "key", "value", "logits", "tokens", "weight", "bias"}
 CHANGES = ["shape", "axes", "dtype", "layout", "device", "strides", "strides", "strides", "gradient", "gradient"]
 
 
-def similarity_reached(features: Tensor, class_map: Tensor) -> Tensor:
+def similarity_reached(features, class_map):
     """Cosine similarity of every channel with its class: of classes that are equally similar any is right."""
     channel_class = channel_semantic_grouping(features, class_map)
     similarity = normalize(class_map.double(), dim=2) @ normalize(features.double(), dim=1)
     return similarity.gather(1, channel_class[:, None])
 
 
-def enqueued(**arguments: Tensor) -> tuple[Tensor, Tensor]:
+def enqueued(**arguments):
     semantic_memory_enqueue(**arguments)
     return arguments["queue"], arguments["queue_ptr"]
 
 
-def random(*shape: int) -> Tensor:
+def random(*shape):
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
 
 
@@ -147,7 +147,7 @@ BAD = {
 
 
 @st.composite
-def tensors_like(draw: st.DrawFn, tensor: Tensor) -> Tensor:
+def tensors_like(draw, tensor):
     """Other sides, axes, dtype, strides, layout or device; most draws change one of them."""
     change = draw(st.sampled_from(CHANGES))
     shape = list(tensor.shape)
@@ -166,7 +166,7 @@ def tensors_like(draw: st.DrawFn, tensor: Tensor) -> Tensor:
     return values.clone().requires_grad_(change == "gradient" and values.is_floating_point())
 
 
-def views(x: Tensor) -> list[Tensor]:
+def views(x):
     """The same shape in other strides; expanded ones hold one number many times."""
     if x.ndim == 0:
         return [torch.stack([x, x])[1]]
@@ -176,7 +176,7 @@ def views(x: Tensor) -> list[Tensor]:
 
 
 @st.composite
-def changed(draw: st.DrawFn, arguments: dict[str, Any]) -> dict[str, Any]:
+def changed(draw, arguments):
     """One or two of the arguments replaced."""
     arguments = dict(arguments)
     for name in draw(st.lists(st.sampled_from(sorted(arguments)), min_size=1, max_size=2, unique=True)):
@@ -185,7 +185,7 @@ def changed(draw: st.DrawFn, arguments: dict[str, Any]) -> dict[str, Any]:
     return arguments
 
 
-def plain(value: object, dtype: torch.dtype | None = None) -> object:
+def plain(value, dtype=None):
     """Of tensors, a dense copy without gradients, those of numbers in ``dtype``."""
     if not isinstance(value, Tensor):
         return value
@@ -193,14 +193,14 @@ def plain(value: object, dtype: torch.dtype | None = None) -> object:
     return copy.to(dtype) if copy.is_floating_point() else copy
 
 
-def results(value: Tensor | tuple[Tensor, ...]) -> Iterable[Tensor]:
+def results(value):
     return (value,) if isinstance(value, Tensor) else value
 
 
 @pytest.mark.parametrize("name", OPERATORS)
 @settings(max_examples=100, deadline=None)
 @given(data=st.data())
-def test_any_arguments(name: str, data: st.DataObject) -> None:
+def test_any_arguments(name, data):
     run, arguments = OPERATORS[name]
     arguments = data.draw(changed(arguments))
     copies = {key: plain(value, torch.float64) for key, value in arguments.items()}
@@ -221,17 +221,17 @@ def test_any_arguments(name: str, data: st.DataObject) -> None:
 class RecordedCalls(TorchDispatchMode):
     """Which of our operators are called with which arguments."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.calls: list[tuple[OpOverload, tuple[Any, ...]]] = []
 
-    def __torch_dispatch__(self, func: OpOverload, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == "allspark_fast":
             self.calls.append((func, args))
         return func(*args, **(kwargs or {}))
 
 
-def outputs_and_grads(run: Callable[..., Any], arguments: dict[str, Any]) -> list[Tensor]:
+def outputs_and_grads(run, arguments):
     """Of copies of the arguments, some of which are changed in place."""
     copies = {key: plain(value) for key, value in arguments.items()}
     leaves = [copies[key].requires_grad_() for key in DIFFERENTIABLE & copies.keys()]
@@ -241,7 +241,7 @@ def outputs_and_grads(run: Callable[..., Any], arguments: dict[str, Any]) -> lis
 
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("name", OPERATORS)
-def test_compiles_as_one_graph(name: str, dynamic: bool) -> None:
+def test_compiles_as_one_graph(name, dynamic):
     run, arguments = OPERATORS[name]
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     for actual, expected in zip(*(outputs_and_grads(x, arguments) for x in (compiled, run)), strict=True):
@@ -249,7 +249,7 @@ def test_compiles_as_one_graph(name: str, dynamic: bool) -> None:
 
 
 @pytest.mark.parametrize("name", OPERATORS)
-def test_traces_for_a_gpu_without_one(name: str) -> None:
+def test_traces_for_a_gpu_without_one(name):
     """Nothing waits for the device."""
     run, arguments = OPERATORS[name]
     with FakeTensorMode():
@@ -259,14 +259,14 @@ def test_traces_for_a_gpu_without_one(name: str) -> None:
     assert all(x.is_cuda for x in results(outputs))
 
 
-def empty_on_cuda(x: Tensor) -> Tensor:
+def empty_on_cuda(x):
     return torch.empty(x.shape, dtype=x.dtype, device="cuda")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kernels", ["torch", pytest.param("triton", marks=pytest.mark.slow)], indirect=True)
 @pytest.mark.parametrize("name", [name for name in OPERATORS if name != "channel_semantic_grouping"])
-def test_registration(kernels: str, name: str, dtype: torch.dtype) -> None:
+def test_registration(kernels, name, dtype):
     """What torch checks of operators, with the arguments that they get in forward and in backward."""
     run, arguments = OPERATORS[name]
     arguments = {key: plain(x, dtype) for key, x in arguments.items() if key != "backend"}
@@ -280,7 +280,7 @@ def test_registration(kernels: str, name: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("name", ["channel_attention", "depthwise_gelu", "upsample_cross_entropy"])
-def test_gradcheck(name: str) -> None:
+def test_gradcheck(name):
     run, arguments = OPERATORS[name]
     arguments = {key: plain(x, torch.float64) for key, x in arguments.items()}
     leaves = {key: x.requires_grad_() for key, x in arguments.items() if key in DIFFERENTIABLE}
@@ -291,7 +291,7 @@ def test_gradcheck(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", OPERATORS)
-def test_autocast_changes_nothing(name: str) -> None:
+def test_autocast_changes_nothing(name):
     run, arguments = OPERATORS[name]
     with torch.autocast("cpu", dtype=torch.bfloat16):
         actual = outputs_and_grads(run, arguments)
@@ -299,7 +299,7 @@ def test_autocast_changes_nothing(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", OPERATORS)
-def test_no_host_sync(name: str) -> None:
+def test_no_host_sync(name):
     with forbid_sync():
         outputs_and_grads(*OPERATORS[name])
 
@@ -307,7 +307,7 @@ def test_no_host_sync(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "change", "error", "message"), [(name, *case) for name, cases in BAD.items() for case in cases]
 )
-def test_bad_arguments_are_named(name: str, change: dict[str, Any], error: type[Exception], message: str) -> None:
+def test_bad_arguments_are_named(name, change, error, message):
     run, arguments = OPERATORS[name]
     with pytest.raises(error, match=message):
         run(**{**arguments, **change})

@@ -2,8 +2,6 @@
 
 import weakref
 from collections import defaultdict
-from collections.abc import Iterator
-from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -38,20 +36,20 @@ pytestmark = pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  
 
 
 @pytest.fixture(autouse=True)
-def strict_interpreter() -> Iterator[None]:
+def strict_interpreter():
     with exact_bfloat16(), uninitialized_memory_is_nan():
         yield
 
 
 @pytest.fixture
-def small_workspace(monkeypatch: pytest.MonkeyPatch) -> None:
+def small_workspace(monkeypatch):
     """One sample at a time, products in several pieces, and tiles that small inputs do not fit into."""
     small = {"WORKSPACE_BYTES": 0, "PIECE_COLUMNS": 64, "ROW_COLUMNS": 64, "TILE_COLUMNS": 64}
     for name, value in small.items():
         monkeypatch.setattr(kernel, name, value)
 
 
-def assert_parity(tensors: list[Tensor], **options: object) -> None:
+def assert_parity(tensors, **options):
     assert_equal_to_reference(tensors, TOLERANCE[tensors[0].dtype], backend="triton", seed=SEED, **options)
 
 
@@ -63,13 +61,13 @@ class TestParity:
         [(1, 0.0), (16, 0.0), (25, 0.2), *(pytest.param(*x, marks=pytest.mark.slow) for x in SLOW_TOKENS)],
     )
     @pytest.mark.parametrize("dtype", TOLERANCE)
-    def test_tokens(self, tokens: int, dtype: torch.dtype, dropout_p: float) -> None:
+    def test_tokens(self, tokens, dtype, dropout_p):
         assert_parity(inputs(2, 1, tokens, 17, 57, dtype=dtype), group_mask=GROUP_MASK, dropout_p=dropout_p)
 
     @pytest.mark.usefixtures("small_workspace")
     @pytest.mark.parametrize(("shared", "columns"), [(True, 192), (False, 192), (True, 105)])
     @pytest.mark.parametrize("dtype", DTYPES)
-    def test_several_parts_and_pieces(self, dtype: torch.dtype, shared: bool, columns: int) -> None:
+    def test_several_parts_and_pieces(self, dtype, shared, columns):
         """Columns of an odd number make one piece."""
         tensors = inputs(2, 1, 17, 9, columns, shared=shared, dtype=dtype)
         assert_parity(tensors, group_mask=GROUP_MASK, dropout_p=0.2)
@@ -77,14 +75,14 @@ class TestParity:
     @pytest.mark.slow
     @settings(max_examples=20, deadline=None)
     @given(SHAPES)
-    def test_any_shape(self, shape: dict[str, Any]) -> None:
+    def test_any_shape(self, shape):
         """Gradients of maps of a few numbers are small differences."""
         assert_parity_on_shape(shape, torch.float32, 1e-4, "triton")
 
     @pytest.mark.slow
     @pytest.mark.parametrize("tokens", [676, 1369])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-    def test_full_size(self, tokens: int, dtype: torch.dtype) -> None:
+    def test_full_size(self, tokens, dtype):
         assert_parity(inputs(1, 1, tokens, 192, 3 * 192, dtype=dtype), group_mask=GROUP_MASK, dropout_p=0.1)
 
 
@@ -103,7 +101,7 @@ class TestDropoutMask:
         ("dropout_p", "shared"),
         [(0.1, True), (0.1, False), *(pytest.param(x, True, marks=pytest.mark.slow) for x in (1e-9, 0.999))],
     )
-    def test_mask_is_that_of_the_other_backends(self, dropout_p: float, shared: bool) -> None:
+    def test_mask_is_that_of_the_other_backends(self, dropout_p, shared):
         """With even weights and one-hot values the output is the mask itself, in forward and in backward."""
         columns = 70
         query, key = torch.zeros(2, 2, columns, 5), torch.zeros(1 if shared else 2, 2, columns, columns)
@@ -117,7 +115,7 @@ class TestDropoutMask:
             assert torch.equal(mask, masks[0][0])
             assert torch.allclose(grad, masks[0][1], rtol=1e-4)
 
-    def test_seeds_of_64_bits(self) -> None:
+    def test_seeds_of_64_bits(self):
         query, key, value = (x.detach() for x in inputs(1, 1, 9, 5, 64, dtype=torch.float32))
         for seed in (0, 1, -1, 2**63 - 1, -(2**63), 1 << 32):
             options = {"dropout_p": 0.5, "seed": torch.tensor(seed)}
@@ -129,7 +127,7 @@ class TestMemory:
     """What the kernels need; tests/faults/test_memory_safety.py: what they touch."""
 
     @pytest.mark.parametrize(("batch", "tokens"), [(1, 289), (4, 289), (16, 289), (2, 676), (4, 1369)])
-    def test_workspace_is_bounded(self, batch: int, tokens: int) -> None:
+    def test_workspace_is_bounded(self, batch, tokens):
         """A map of the samples that fit in forward, two in backward, and tensors of the size of the inputs."""
         rows, columns = batch * 1024, 21 * 1024
         one_map = columns * 1024 * 2
@@ -156,31 +154,31 @@ class TestMemory:
 class _LiveBytes(TorchDispatchMode):
     """The bytes that new tensors hold at once, at most."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.now = self.peak = 0
 
-    def __torch_dispatch__(self, func: object, types: object, args: tuple = (), kwargs: dict | None = None) -> object:
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         for x in result if isinstance(result, list | tuple) else [result]:
             if isinstance(x, Tensor) and not func.is_view and not func._schema.is_mutable:
                 self._add(x.untyped_storage())
         return result
 
-    def _add(self, storage: torch.UntypedStorage) -> None:
+    def _add(self, storage):
         size = storage.nbytes()
         self.now += size
         self.peak = max(self.peak, self.now)
         weakref.finalize(storage, self._remove, size)
 
-    def _remove(self, size: int) -> None:
+    def _remove(self, size):
         self.now -= size
 
 
 class TestRegistration:
     """One op for every backend."""
 
-    def test_statistics_are_those_of_chunked(self) -> None:
+    def test_statistics_are_those_of_chunked(self):
         """A backward pass may run where the forward pass did not."""
         tensors = [x.detach() for x in inputs(2, 2, 9, 5, 70, dtype=torch.float32)]
         mask = torch.arange(70) % 3 > 0
@@ -188,7 +186,7 @@ class TestRegistration:
         triton, chunked = (op(*tensors, mask, 1e-5, 0.0, None, backend)[1] for backend in ("triton", "chunked"))
         torch.testing.assert_close(triton, chunked)
 
-    def test_what_cannot_run_is_named(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_what_cannot_run_is_named(self, monkeypatch):
         with pytest.raises(ValueError, match=r"cannot run: there are no kernels for torch\.float64"):
             channel_attention(*inputs(1, 1, 3, 4, 5), backend="triton")
         monkeypatch.setattr("allspark_fast.kernels.triton_support._INTERPRETED", False)

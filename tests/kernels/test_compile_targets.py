@@ -33,7 +33,7 @@ PASSES_ON = {"tt.splat", "tt.broadcast", "tt.expand_dims", "tt.reshape", "arith.
 NO_OFFSETS = {("cross_entropy_backward", "b_behind")}  # twice a place along one axis
 
 
-def narrow_products(ttir: str) -> set[str]:
+def narrow_products(ttir):
     """Variables that are 32-bit products of two numbers which are both known only when the kernel runs.
 
     With one factor of a tile, its size or a place in it, a product stays below 2^31 as long as one axis has fewer than
@@ -42,7 +42,7 @@ def narrow_products(ttir: str) -> set[str]:
     lines = re.findall(rf'{NAME}(?::\d+)? = "?([\w.]+)"?(.*)', ttir)
     defined = {name: (operation, re.findall(NAME, rest)) for name, operation, rest in lines}
 
-    def is_of_tile(name: str) -> bool:
+    def is_of_tile(name):
         operation, operands = defined.get(name, ("argument", []))
         if operation in PASSES_ON:
             return is_of_tile(operands[0])
@@ -66,13 +66,13 @@ def narrow_products(ttir: str) -> set[str]:
         ("%t = tt.splat %c128 : i32 -> tensor<64xi32>\n%b = arith.muli %x, %t : tensor<64xi32>", set()),
     ],
 )
-def test_narrow_products_are_found(ttir: str, expected: set[str]) -> None:
+def test_narrow_products_are_found(ttir, expected):
     assert narrow_products(f"%c128 = arith.constant 128 : i32\n{ttir}") == expected
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", SHARED_KIB)
-def test_training_step_in_bfloat16(target: str) -> None:
+def test_training_step_in_bfloat16(target):
     command, environment = [sys.executable, "-c", SCRIPT, target], {**os.environ, "TRITON_INTERPRET": "0"}
     root = Path(__file__).parents[2]
     result = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)

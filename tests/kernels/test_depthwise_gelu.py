@@ -2,13 +2,11 @@
 
 import functools
 import math
-from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 from torch.nn.functional import conv2d, gelu
 
 from allspark_fast.kernels.depthwise_gelu import depthwise_gelu
@@ -19,21 +17,19 @@ from tests.helpers.kernels import MOSTLY_TORCH, use_kernels
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def example(
-    batch: int = 2, size: tuple[int, int] = (3, 5), channels: int = 4, dtype: torch.dtype = torch.float32
-) -> list[Tensor]:
+def example(batch=2, size=(3, 5), channels=4, dtype=torch.float32):
     """Tokens, weight, bias."""
     shapes = (batch, size[0] * size[1], channels), (channels, 1, 3, 3), (channels,)
     return [torch.randn(shape).to(dtype) for shape in shapes]
 
 
-def plain(tokens: Tensor, weight: Tensor, bias: Tensor, size: tuple[int, int]) -> Tensor:
+def plain(tokens, weight, bias, size):
     """By torch's convolution and GELU of maps."""
     maps = tokens.transpose(1, 2).reshape(len(tokens), -1, *size)
     return gelu(conv2d(maps, weight, bias, padding=1, groups=len(bias))).flatten(2).transpose(1, 2)
 
 
-def assert_right(inputs: list[Tensor], size: tuple[int, int]) -> None:
+def assert_right(inputs, size):
     actual = output_and_grads(functools.partial(depthwise_gelu, size=size), inputs)
     assert [x.dtype for x in actual] == [x.dtype for x in (inputs[0], *inputs)]
     assert all(x.is_contiguous() for x in actual)
@@ -51,7 +47,7 @@ class TestNumbers:
         dtype=st.sampled_from(DTYPES),
         seed=st.integers(0, 2**31),
     )
-    def test_any_size(self, kernels: str, sizes: tuple[Any, ...], dtype: torch.dtype, seed: int) -> None:
+    def test_any_size(self, kernels, sizes, dtype, seed):
         torch.manual_seed(seed)
         with use_kernels(kernels):
             assert_right(example(*sizes, dtype), sizes[1])
@@ -60,24 +56,24 @@ class TestNumbers:
     @pytest.mark.parametrize(
         ("size", "channels"), [((1, 1), 1), ((1, 9), 3), ((17, 1), 3), ((16, 8), 64), ((18, 9), 65)]
     )
-    def test_edges_of_maps_and_tiles(self, kernels: str, size: tuple[int, int], channels: int) -> None:
+    def test_edges_of_maps_and_tiles(self, kernels, size, channels):
         assert_right(example(1, size, channels), size)
 
     @pytest.mark.parametrize(("batch", "channels"), [(0, 4), (2, 0)])
-    def test_empty(self, kernels: str, batch: int, channels: int) -> None:
+    def test_empty(self, kernels, batch, channels):
         inputs = example(batch, channels=channels)
         output, *grads = output_and_grads(functools.partial(depthwise_gelu, size=(3, 5)), inputs)
         assert [x.shape for x in (output, *grads)] == [x.shape for x in (inputs[0], *inputs)]
         assert not any(x.any() for x in grads)
 
     @pytest.mark.parametrize("dtype", DTYPES)
-    def test_weights_of_another_precision(self, kernels: str, dtype: torch.dtype) -> None:
+    def test_weights_of_another_precision(self, kernels, dtype):
         """As under autocast."""
         tokens, weight, bias = example(1, channels=6)
         assert_right([tokens.to(dtype), weight, bias.half()], (3, 5))
         assert_right([tokens, weight.to(dtype), bias.to(dtype)], (3, 5))
 
-    def test_any_strides(self, kernels: str) -> None:
+    def test_any_strides(self, kernels):
         function = functools.partial(depthwise_gelu, size=(3, 5))
         tokens, weight, bias = example()
         expected = output_and_grads(function, [tokens, weight, bias])
@@ -85,7 +81,7 @@ class TestNumbers:
             assert_close(output_and_grads(function, [other, other_weight, strided(bias[None])[1][0]]), expected, 1e-6)
 
     @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-    def test_non_finite_numbers_stay_under_their_window(self, kernels: str, bad: float) -> None:
+    def test_non_finite_numbers_stay_under_their_window(self, kernels, bad):
         inputs = example(1, (5, 6))
         inputs[0][0, 2 * 6 + 1, 3] = bad
         function = functools.partial(depthwise_gelu, size=(5, 6))
@@ -100,7 +96,7 @@ class TestNumbers:
             assert grad.isfinite().tolist() == [True, True, True, False]
 
     @pytest.mark.parametrize("kernels", ["triton"], indirect=True)
-    def test_gelu_of_small_and_large_numbers(self, kernels: str) -> None:
+    def test_gelu_of_small_and_large_numbers(self, kernels):
         """By the center of the window alone; the error of torch's GELU in float32 is 4e-7."""
         weight, bias = torch.zeros(64, 1, 3, 3), torch.zeros(64)
         weight[..., 1, 1] = 1
@@ -117,13 +113,13 @@ class TestNumbers:
         assert far_slope[0, :, 0].tolist() == [0.0, 0.0, 0.0, 0.5, 1.0, 1.0, 1.0]
 
     @pytest.mark.parametrize("kernels", ["triton"], indirect=True)
-    def test_the_interpreter_notices_a_map_of_another_size(self, kernels: str) -> None:
+    def test_the_interpreter_notices_a_map_of_another_size(self, kernels):
         """The fixture checks the bounds of every access: here a map has one row fewer than the kernel is told."""
         from allspark_fast.kernels.depthwise_gelu import kernel  # noqa: PLC0415 needs triton
 
         with pytest.raises(Exception, match=r"KernelMemoryError.*load out of bounds"):
             kernel.forward(*example(1), (4, 5))
 
-    def test_only_the_arguments_are_saved(self) -> None:
+    def test_only_the_arguments_are_saved(self):
         inputs = [x.requires_grad_() for x in example()]
         assert saved_bytes(lambda: depthwise_gelu(*inputs, (3, 5)), beyond=inputs) == 0

@@ -1,11 +1,9 @@
 """The numbers of the reference implementation once more, with the operators' kernels, interpreted."""
 
 from importlib import import_module
-from types import ModuleType
 
 import pytest
 import torch
-from torch import Tensor
 
 from allspark_fast.kernels.channel_attention import op as attention_op
 from allspark_fast.kernels.semantic_memory import op as memory_op
@@ -29,7 +27,7 @@ OPERATORS = {
 }
 
 
-def _case(name: str) -> object:
+def _case(name):
     """Those that take the interpreter more than a few seconds are slow tests."""
     slow = not name.startswith("a_") or "n289" in name or "b1" not in name
     return pytest.param(name, marks=pytest.mark.slow if slow else ())
@@ -37,10 +35,10 @@ def _case(name: str) -> object:
 
 @pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")  # NumPy's of log(0) and 1 / 0
 @pytest.mark.parametrize("name", [_case(name) for name in test_golden.FILES])
-def test_numbers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_numbers(name, monkeypatch):
     operators, ran = OPERATORS[name[:2]], set()
 
-    def implementation(fallback: ModuleType, *tensors: Tensor, **_: str) -> ModuleType:
+    def implementation(fallback, *tensors, **_):
         """The float64 tensors that estimate the noise have no kernels."""
         operator = fallback.__package__.split(".")[-1]
         if operator not in operators or any(x.dtype != torch.float32 for x in tensors):

@@ -6,7 +6,7 @@ interpreter: a check of the tests, not of the kernels (bfloat16 is left out).
 
 import functools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
@@ -34,19 +34,19 @@ class Case(NamedTuple):
     options: dict[str, Any]
 
 
-def attention(tokens: int, channels: int = 64, columns: int = 192, *, batch: int = 2, dropout_p: float = 0.1) -> Case:
+def attention(tokens, channels=64, columns=192, *, batch=2, dropout_p=0.1):
     shapes = [(batch, 1, tokens, channels), (1, 1, tokens, columns), (1, 1, tokens, columns)]
     mask, seed = torch.tensor([True, False, True]), torch.tensor(7)
     return Case(channel_attention, shapes, {"group_mask": mask, "dropout_p": dropout_p, "seed": seed})
 
 
-def loss(classes: int, small: int, large: int) -> Case:
+def loss(classes, small, large):
     target = (torch.arange(2 * large * large) % (classes + 1)).view(2, large, large)
     options = {"target": target, "ignore_index": classes}
     return Case(upsample_cross_entropy, [(2, classes, small, small)], options)
 
 
-def depthwise(size: tuple[int, int], channels: int) -> Case:
+def depthwise(size, channels):
     return Case(depthwise_gelu, [(2, size[0] * size[1], channels), (channels, 1, 3, 3), (channels,)], {"size": size})
 
 
@@ -70,7 +70,7 @@ LARGE = {
 
 
 @pytest.fixture
-def device() -> Iterator[torch.device]:
+def device():
     """The GPU, or the CPU where the kernels are interpreted."""
     if not (WITHOUT_GPU or torch.cuda.is_available()):
         pytest.skip("no CUDA device is available")
@@ -83,7 +83,7 @@ def device() -> Iterator[torch.device]:
 
 
 @pytest.fixture
-def cuda(device: torch.device) -> torch.device:
+def cuda(device):
     """The GPU, for tests of what only CUDA has."""
     if device.type != "cuda":
         pytest.skip("needs CUDA")
@@ -91,13 +91,13 @@ def cuda(device: torch.device) -> torch.device:
 
 
 @pytest.fixture(params=TOLERANCE, ids=lambda x: str(x).removeprefix("torch."))
-def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+def dtype(request):
     if WITHOUT_GPU and request.param == torch.bfloat16:
         pytest.skip("the interpreter truncates to bfloat16")
     return request.param
 
 
-def example(case: Case, device: torch.device, dtype: torch.dtype) -> tuple[Callable[..., list[Tensor]], list[Tensor]]:
+def example(case, device, dtype):
     """Return a function that gives outputs and gradients, and inputs."""
     options = {key: x.to(device) if isinstance(x, Tensor) else x for key, x in case.options.items()}
     inputs = [torch.randn(shape, device=device).to(dtype) for shape in case.shapes]
@@ -105,7 +105,7 @@ def example(case: Case, device: torch.device, dtype: torch.dtype) -> tuple[Calla
 
 
 @pytest.mark.parametrize("name", [*CASES, *LARGE])
-def test_parity_with_float64(device: torch.device, dtype: torch.dtype, name: str) -> None:
+def test_parity_with_float64(device, dtype, name):
     if WITHOUT_GPU and name in LARGE:
         pytest.skip("takes the interpreter too long")
     case = (CASES | LARGE)[name]
@@ -115,7 +115,7 @@ def test_parity_with_float64(device: torch.device, dtype: torch.dtype, name: str
 
 
 @pytest.mark.parametrize("name", LARGE)
-def test_recorded_and_repeated_without_a_host_sync(cuda: torch.device, dtype: torch.dtype, name: str) -> None:
+def test_recorded_and_repeated_without_a_host_sync(cuda, dtype, name):
     """A CUDA graph is replayed on other numbers; launches give the same bits every time."""
     run, inputs = example(LARGE[name], cuda, dtype)
     side = torch.cuda.Stream()
@@ -141,7 +141,7 @@ def test_recorded_and_repeated_without_a_host_sync(cuda: torch.device, dtype: to
 
 
 @pytest.mark.parametrize("slots", [16, 100, 512])
-def test_enqueue_equals_the_loop_every_time(device: torch.device, dtype: torch.dtype, slots: int) -> None:
+def test_enqueue_equals_the_loop_every_time(device, dtype, slots):
     features = torch.randn(2, 289, 512, device=device).to(dtype)
     channel_class = torch.randint(-1, 22, (2, 512), device=device)
     queue, queue_ptr = torch.randn(289, 21, slots).permute(1, 2, 0), torch.randint(slots, (21,))
@@ -153,7 +153,7 @@ def test_enqueue_equals_the_loop_every_time(device: torch.device, dtype: torch.d
         assert all(torch.equal(x.cpu(), y) for x, y in zip(actual, expected, strict=True))
 
 
-def test_pseudo_labels_on_pascal(device: torch.device) -> None:
+def test_pseudo_labels_on_pascal(device):
     small, large = (129, 513) if device.type == "cuda" else (9, 33)
     logits = torch.randn(2, 21, small, small, device=device)
     labels, confidence = upsample_argmax(logits, (large, large))
@@ -162,5 +162,5 @@ def test_pseudo_labels_on_pascal(device: torch.device) -> None:
     assert_close([confidence], [probability])
 
 
-def test_selftest_passes(device: torch.device) -> None:
+def test_selftest_passes(device):
     assert not [result for result in check_kernels(device) if result.failure]

@@ -1,8 +1,5 @@
 """The self-test: all kernels pass here, and what is broken is found."""
 
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 import torch
 
@@ -14,11 +11,11 @@ CPU = torch.device("cpu")
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's of masked lanes
-def test_all_kernels_pass_in_the_interpreter() -> None:
+def test_all_kernels_pass_in_the_interpreter():
     assert not [result for result in check_kernels(CPU) if result.failure]
 
 
-def test_what_is_broken_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_broken_is_found(monkeypatch):
     """By plain torch, as on a CPU without the interpreter."""
     monkeypatch.setattr(selftest, "set_kernels", lambda _: "torch")
     before, ops = torch.get_rng_state(), list(CASES)
@@ -27,10 +24,10 @@ def test_what_is_broken_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [(x.op, x.dtype) for x in results] == [(op, str(x)[6:]) for op in ops for x in selftest.TOLERANCE]
     assert torch.equal(torch.get_rng_state(), before)
 
-    def no_compiler(*_: object, **__: object) -> None:
+    def no_compiler(*_, **__):
         raise OSError("ptxas not found\nand a long trace")
 
-    def broken(op: Callable[..., Any], spoil: Callable[[Any], Any]) -> Callable[..., Any]:
+    def broken(op, spoil):
         """Only in the dtypes that have kernels."""
         return lambda x, *rest, **options: (spoil if x.dtype != torch.float64 else lambda y: y)(op(x, *rest, **options))
 

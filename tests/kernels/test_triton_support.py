@@ -17,18 +17,18 @@ class KernelRanError(Exception):
 
 
 @pytest.fixture(autouse=True)
-def _auto() -> None:
+def _auto():
     yield
     set_kernels("auto")
 
 
 @pytest.mark.parametrize("op", CASES)
-def test_the_process_wide_switch(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_process_wide_switch(op, monkeypatch):
     pytest.importorskip("triton")
     package = "upsample_cross_entropy" if op == "upsample_argmax" else op.removesuffix("_enqueue")
     kernel = import_module(f"allspark_fast.kernels.{package}.kernel")
 
-    def ran(*_: object) -> None:
+    def ran(*_):
         raise KernelRanError
 
     monkeypatch.setattr(kernel, op if hasattr(kernel, op) else "forward", ran)
@@ -52,9 +52,7 @@ def test_the_process_wide_switch(op: str, monkeypatch: pytest.MonkeyPatch) -> No
         ((9, 0), torch.float64, False),
     ],
 )
-def test_triton_is_preferred_from_sm_80(
-    capability: tuple[int, int], dtype: torch.dtype, preferred: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_triton_is_preferred_from_sm_80(capability, dtype, preferred, monkeypatch):
     pytest.importorskip("triton")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     with FakeTensorMode():
@@ -65,6 +63,6 @@ def test_triton_is_preferred_from_sm_80(
     assert implementation(chunked, x) is chunked
 
 
-def test_unknown_kernels_are_refused() -> None:
+def test_unknown_kernels_are_refused():
     with pytest.raises(ValueError, match="kernels must be auto, triton or torch, got 'cuda'"):
         set_kernels("cuda")

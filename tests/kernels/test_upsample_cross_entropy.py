@@ -2,13 +2,11 @@
 
 import functools
 import math
-from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 from torch.nn.functional import interpolate
 
 from allspark_fast.kernels.upsample_argmax import upsample_argmax
@@ -19,24 +17,18 @@ from tests.helpers.compare import TOLERANCE, assert_close, output_and_grads, str
 from tests.helpers.kernels import MOSTLY_TORCH, use_kernels
 
 
-def example(
-    batch: int = 2,
-    classes: int = 5,
-    small: tuple[int, int] = (3, 5),
-    large: tuple[int, int] = (7, 9),
-    dtype: torch.dtype = torch.float32,
-) -> tuple[Tensor, Tensor]:
+def example(batch=2, classes=5, small=(3, 5), large=(7, 9), dtype=torch.float32):
     """Logits, and a target with ignored pixels."""
     target = torch.randint(classes, (batch, *large))
     return torch.randn(batch, classes, *small).to(dtype), target.where(torch.rand(target.shape) > 0.2, 255)
 
 
-def plain_loss(logits: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
+def plain_loss(logits, target, reduction="mean"):
     pixels = reference.forward(logits, target, 255)
     return pixels if reduction == "none" else pixels.sum() / ((target != 255).sum() if reduction == "mean" else 1)
 
 
-def assert_right(logits: Tensor, target: Tensor, reduction: str = "none") -> None:
+def assert_right(logits, target, reduction="none"):
     """Loss and gradient against float64."""
     actual = output_and_grads(functools.partial(upsample_cross_entropy, target=target, reduction=reduction), [logits])
     expected = output_and_grads(functools.partial(plain_loss, target=target, reduction=reduction), [logits.double()])
@@ -62,7 +54,7 @@ class TestLoss:
         reduction=st.sampled_from(["mean", "sum", "none"]),
         seed=st.integers(0, 2**31),
     )
-    def test_any_size(self, kernels: str, sizes: tuple[Any, ...], reduction: str, seed: int) -> None:
+    def test_any_size(self, kernels, sizes, reduction, seed):
         torch.manual_seed(seed)
         logits, target = example(*sizes)
         target[0, 0, 0] = 0
@@ -81,25 +73,25 @@ class TestLoss:
             {"dtype": torch.bfloat16},
         ],
     )
-    def test_edges(self, kernels: str, sizes: dict[str, Any]) -> None:
+    def test_edges(self, kernels, sizes):
         assert_right(*example(**{"batch": 1, **sizes}))
 
-    def test_large_logits_neither_overflow_nor_round(self, kernels: str) -> None:
+    def test_large_logits_neither_overflow_nor_round(self, kernels):
         logits, target = example()
         assert_right(logits * 1e4, target)
 
-    def test_float32_in_several_bands(self) -> None:
+    def test_float32_in_several_bands(self):
         assert_right(*example(classes=19, small=(17, 33), large=(65, 129)))
 
     @pytest.mark.parametrize("options", [{}, {"ohem_threshold": 0.7, "ohem_min_kept": 10}])
-    def test_all_ignored_gives_zero_and_zero_gradients(self, kernels: str, options: dict[str, float]) -> None:
+    def test_all_ignored_gives_zero_and_zero_gradients(self, kernels, options):
         logits, target = example()
         loss, grad = output_and_grads(lambda x: upsample_cross_entropy(x, target.fill_(255), **options), [logits])
         assert loss.item() == 0
         assert not grad.any()
 
     @pytest.mark.parametrize("bad", [math.nan, math.inf])
-    def test_non_finite_logits_show_where_they_are(self, kernels: str, bad: float) -> None:
+    def test_non_finite_logits_show_where_they_are(self, kernels, bad):
         logits, target = example(small=(3, 5), large=(6, 10))
         logits[0, 1, 0, 0] = bad
         target = target.where(target != 255, 0)
@@ -109,7 +101,7 @@ class TestLoss:
 
     @pytest.mark.parametrize("wrong", [-1, 5])
     @pytest.mark.parametrize("kernels", ["triton"], indirect=True)
-    def test_the_kernel_marks_a_target_that_is_no_class(self, kernels: str, wrong: int) -> None:
+    def test_the_kernel_marks_a_target_that_is_no_class(self, kernels, wrong):
         """On a GPU; on the CPU such targets are refused."""
         from allspark_fast.kernels.upsample_cross_entropy import kernel  # noqa: PLC0415 needs triton
 
@@ -119,7 +111,7 @@ class TestLoss:
         assert loss.isnan().nonzero().tolist() == [[1, 4, 6]]
         assert kernel.backward(torch.rand(target.shape), logits, target, lse, 255)[1].isnan().any()
 
-    def test_any_strides(self, kernels: str) -> None:
+    def test_any_strides(self, kernels):
         logits, target = example(1)
         function = functools.partial(upsample_cross_entropy, target=strided(target)[0], reduction="none")
         expected = output_and_grads(function, [logits])
@@ -127,7 +119,7 @@ class TestLoss:
             actual = output_and_grads(function, [other])
             assert all(torch.equal(x, y) for x, y in zip(actual, expected, strict=True))
 
-    def test_memory_is_bounded(self) -> None:
+    def test_memory_is_bounded(self):
         """What is saved, and the peak of a step: per pixel for any number of classes, besides logits and bands."""
         target = torch.randint(40, (2, 257, 257))
         logits = torch.randn(2, 40, 65, 65, requires_grad=True)
@@ -144,7 +136,7 @@ class TestHardExamples:
 
     @pytest.mark.parametrize("min_kept", [1, 30, 300])
     @pytest.mark.parametrize("threshold", [0.0, 0.05, 0.3])
-    def test_kept_pixels(self, threshold: float, min_kept: int) -> None:
+    def test_kept_pixels(self, threshold, min_kept):
         logits, target = example(large=(13, 17))
         pixels = plain_loss(logits, target, "none")
         probability = torch.exp(-pixels).masked_fill(target == 255, 2)
@@ -157,7 +149,7 @@ class TestHardExamples:
             torch.testing.assert_close(actual, expected)
 
     @pytest.mark.parametrize("min_kept", [0, 2 * 13 * 17, 2**40])
-    def test_all_count_if_fewer_are_valid_than_must_be_kept(self, min_kept: int) -> None:
+    def test_all_count_if_fewer_are_valid_than_must_be_kept(self, min_kept):
         logits, target = example(large=(13, 17))
         actual = upsample_cross_entropy(logits, target, ohem_threshold=0.0, ohem_min_kept=min_kept)
         torch.testing.assert_close(actual, plain_loss(logits, target))
@@ -173,7 +165,7 @@ class TestArgmax:
         size=st.tuples(st.integers(1, 13), st.integers(1, 19)),
         seed=st.integers(0, 2**31),
     )
-    def test_any_size(self, kernels: str, sizes: tuple[int, ...], size: tuple[int, int], seed: int) -> None:
+    def test_any_size(self, kernels, sizes, size, seed):
         torch.manual_seed(seed)
         logits = torch.randn(sizes)
         with use_kernels(kernels):
@@ -184,7 +176,7 @@ class TestArgmax:
             assert_close([confidence, probability.gather(1, labels[:, None])[:, 0].float()], 2 * [probability.amax(1)])
 
     @pytest.mark.parametrize("classes", [4, 20, 171])
-    def test_the_first_maximum_wins(self, kernels: str, classes: int) -> None:
+    def test_the_first_maximum_wins(self, kernels, classes):
         logits = torch.zeros(1, classes, 2, 2)
         labels, confidence = upsample_argmax(logits, (3, 3))
         assert (labels == 0).all()
@@ -193,7 +185,7 @@ class TestArgmax:
         assert (upsample_argmax(logits, (3, 3))[0] == 1).all()
 
     @pytest.mark.parametrize("classes", [2, 19, 171])
-    def test_equals_the_reference_in_several_bands(self, classes: int) -> None:
+    def test_equals_the_reference_in_several_bands(self, classes):
         logits = torch.randn(2, classes, 17, 33, dtype=torch.float64)
         expected = reference.upsample_argmax(logits, (65, 129))
         labels, confidence = upsample_argmax(logits.contiguous(memory_format=torch.channels_last), (65, 129))
@@ -201,7 +193,7 @@ class TestArgmax:
         assert_close([confidence], expected[1:])
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-    def test_dtypes_and_strides(self, kernels: str, dtype: torch.dtype) -> None:
+    def test_dtypes_and_strides(self, kernels, dtype):
         """Half precision is computed in float32; rows are longer than a block of pixels."""
         logits = torch.randn(1, 20, 2, 30).to(dtype)
         expected = reference.upsample_argmax(logits.double(), (3, 130))
@@ -213,7 +205,7 @@ class TestArgmax:
 
     @pytest.mark.parametrize("classes", [5, 40])
     @pytest.mark.parametrize("bad", [math.nan, math.inf])
-    def test_non_finite_logits(self, kernels: str, bad: float, classes: int) -> None:
+    def test_non_finite_logits(self, kernels, bad, classes):
         logits = torch.randn(1, classes, 3, 3)
         logits[0, [2, 4], 0, 0] = bad
         labels, confidence = upsample_argmax(logits, (6, 6))
@@ -223,7 +215,7 @@ class TestArgmax:
         assert confidence[0, 0, 0].isnan()
         assert_close([confidence], expected[1:])
 
-    def test_memory_is_bounded(self) -> None:
+    def test_memory_is_bounded(self):
         logits = torch.randn(2, 40, 65, 65)
         results = 2 * 257 * 257 * 12
         peak = peak_bytes(lambda: upsample_argmax(logits, (257, 257)))
