@@ -103,7 +103,7 @@ def check_schedule(config: TrainConfig, schedule: Schedule) -> None:
     for name, (setting, start) in parts.items():
         if start >= schedule.total:
             logger.warning(
-                f"{name} never come into play: they would from step {start} on, but the run ends at {schedule.total}; "
+                f"{name}: never used, since that begins at step {start} and the run ends at {schedule.total}; "
                 f"train longer, or set train.{setting} to a part of the run, such as 0.25"
             )
 

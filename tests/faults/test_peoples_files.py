@@ -491,7 +491,7 @@ CASES = {
         (do(Path("a.yaml").write_text, "train: 3"), f"{CHECK} --config a.yaml", r"such as `(.*?)` \(", write_yaml),
         (None, f"{NEW} --train.warmup 1", r"set (train\.warmup) to a part of the run, such as (0\.25)", OTHER),
         (None, f"{NEW} --train.pseudo-from 1", r"set (train\.pseudo_from) to .*, such as (0\.25)", OTHER),
-        (None, f"{NEW} --train.warmup-epochs 3", "Memory never come into play.*; train longer", "--train.steps 4"),
+        (None, f"{NEW} --train.warmup-epochs 3", "Memory: never used.*; train longer", "--train.steps 4"),
         (None, f"{ACCUMULATE} --train.batch-size 3", "set it to a multiple of (2)", r"--train.batch-size \1"),
         (None, f"{NEW} --train.batch-size 3", r"lower (train\.batch_size)", r"--\1 2"),
         (None, f"{NEW} --train.batch-size 3", "add images", add_image),

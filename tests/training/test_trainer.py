@@ -96,7 +96,7 @@ def test_a_run_that_teaches_only_background_says_so(tmp_path, caplog):
     assert "step 4: " not in caplog.text  # no pseudo label counted
     caplog.clear()
     Trainer(changed(config, train={"pseudo_from": 1.0}), tmp_path / "never")
-    assert "pseudo labels never come into play: they would from step 8 on, but the run ends at 8" in caplog.text
+    assert "pseudo labels: never used, since that begins at step 8 and the run ends at 8" in caplog.text
 
 
 @pytest.mark.slow
