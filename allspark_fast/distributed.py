@@ -1,7 +1,7 @@
 """Several processes: joining them, and the collectives of a run; each does nothing in a single process."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -77,32 +77,18 @@ def rank() -> int:
 
 
 def all_gather_cat(x: Tensor) -> Tensor:
-    """Concatenate a tensor of equal shape (B, ...) on every rank along the batch, in order of ranks."""
-    return start_all_gather_cat(x)()
-
-
-def start_all_gather_cat(x: Tensor) -> Callable[[], Tensor]:
-    """Begin what ``all_gather_cat`` does; calling what this returns waits for it."""
+    """Concatenate a tensor of equal shape (B, ...) on every rank along the batch, in order of ranks; no gradient."""
     if world_size() == 1:
-        return lambda: x
+        return x
     parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(world_size())]
-    work = dist.all_gather(parts, x.contiguous(), async_op=True)
-
-    def finish() -> Tensor:
-        work.wait()
-        return torch.cat(parts)
-
-    return finish
+    dist.all_gather(parts, x.contiguous())
+    return torch.cat(parts)
 
 
-@torch.no_grad()
-def start_broadcast(x: Tensor) -> Callable[[], object]:
-    """Begin to overwrite a contiguous tensor with rank 0's; calling what this returns waits for it."""
-    if world_size() == 1:
-        return lambda: None
-    work = dist.broadcast(x, 0, async_op=True)
-    assert work is not None  # this rank is in the default group
-    return work.wait
+def broadcast(x: Tensor) -> None:
+    """Overwrite a contiguous tensor with rank 0's."""
+    if world_size() > 1:
+        dist.broadcast(x, 0)
 
 
 def all_reduce_mean(x: Tensor) -> Tensor:

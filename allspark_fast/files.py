@@ -33,6 +33,11 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         ) from error
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 as ``write_atomically`` does; half of a surrogate pair is escaped."""
+    write_atomically(path, lambda temporary: temporary.write_bytes(text.encode(errors="backslashreplace")))
+
+
 def remove_unfinished(folder: Path) -> None:
     """Remove what processes that died in ``write_atomically`` left in a folder, which nobody else may write into."""
     for left in folder.glob(".*.tmp*"):

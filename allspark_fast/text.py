@@ -6,7 +6,8 @@ import logging
 import sys
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TextIO, TypeVar
+from types import SimpleNamespace
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
@@ -36,10 +37,14 @@ def padded(text: str, width: int) -> str:
 
 
 def columns(text: str) -> int:
-    """Return how many columns of a terminal a line takes: two for each wide sign of East Asia, none for accents."""
+    """Return how many columns of a terminal a line takes: two for each wide sign of East Asia, none for accents.
+
+    Signs that stdout cannot encode are escaped there, and take more.
+    """
+    encoding = sys.stdout.encoding or "utf-8"
     return sum(
         0 if unicodedata.category(x) in ("Mn", "Me", "Cf") else 1 + (unicodedata.east_asian_width(x) in "WF")
-        for x in text
+        for x in text.encode(encoding, "backslashreplace").decode(encoding)
     )
 
 
@@ -62,18 +67,10 @@ def nearest(name: str, names: Iterable[str]) -> str:
     return f" (did you mean {near[0]}?)" if near else ""
 
 
-class _Lines:
-    """A file in which what redraws a bar becomes a line."""
-
-    def __init__(self, file: TextIO) -> None:
-        self._file = file
-
-    def write(self, text: str) -> None:
-        if line := text.strip():
-            self._file.write(f"{line}\n")
-
-    def flush(self) -> None:
-        self._file.flush()
+def _write_line(text: str) -> None:
+    """Write what redraws a bar as a line."""
+    if line := text.strip():
+        sys.stderr.write(f"{line}\n")
 
 
 def progress(
@@ -84,7 +81,8 @@ def progress(
     options: dict[str, Any] = {"dynamic_ncols": True, "bar_format": "{percentage:3.0f}%|{bar}| " + text}
     if not sys.stderr.isatty():
         seconds = dict.fromkeys(("delay", "mininterval", "maxinterval"), 60)
-        options = {"file": _Lines(sys.stderr), "miniters": 1, "bar_format": text, **seconds}
+        lines = SimpleNamespace(write=_write_line, flush=sys.stderr.flush)
+        options = {"file": lines, "miniters": 1, "bar_format": text, **seconds}
     return tqdm(items, total=total, initial=initial, disable=disable, **options)
 
 

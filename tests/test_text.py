@@ -14,7 +14,7 @@ from allspark_fast.data.info import VOC_PALETTE, DatasetInfo
 from allspark_fast.inference.metrics import ConfusionMatrix, score_table
 from allspark_fast.inference.pictures import draw_panel, label_map
 from allspark_fast.text import columns, drawable, one_line, progress
-from allspark_fast.training.pictures import draw_curves
+from allspark_fast.training.log import draw_curves
 from allspark_fast.weights.spec import describe_model
 
 # What people give, and how it is shown in one line.
@@ -42,11 +42,15 @@ def test_names_are_shown_in_one_line(name):
     assert one_line(name) == SHOWN[name]
 
 
-def test_tables_have_a_line_for_each_class(tiny_spec):
+def test_tables_have_a_line_for_each_class(tiny_spec, monkeypatch):
     lines = score_table(ConfusionMatrix(len(SHOWN)).compute(), INFO).splitlines()
     assert len(lines) == len(SHOWN) + 4
     assert {columns(line.removesuffix("  (in no label)")) for line in lines[:-1]} == {60 + 3 * 13}
     assert [line[: len(shown)] for line, shown in zip(lines[1:], SHOWN.values(), strict=False)] == list(SHOWN.values())
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii", errors="backslashreplace"))
+    print(score_table(ConfusionMatrix(len(SHOWN)).compute(), INFO), flush=True)
+    lines = sys.stdout.buffer.getvalue().decode().splitlines()
+    assert len({len(line.removesuffix("  (in no label)")) for line in lines[:-1]}) == 1
     rows = describe_model(tiny_spec.build(), replace(tiny_spec, info=INFO))
     assert len("".join(rows.values()).splitlines()) == 1
 
@@ -57,7 +61,7 @@ def test_pictures_are_drawn_and_say_once_what_they_cannot_show(names, tmp_path, 
     info = DatasetInfo("any", names, VOC_PALETTE)
     with warnings.catch_warnings(), caplog.at_level(logging.WARNING):
         warnings.filterwarnings("error", "Glyph|constrained_layout")  # of signs that the font lacks, and of no room
-        record = {"step": 1, "iou": [0.5] * len(names), "memory_received": [1] * len(names), "memory_filled": 1}
+        record = {"step": 1, "iou": [0.5] * len(names), "memory_received": [1] * len(names)}
         draw_curves(tmp_path, [record], info)
         draw_panel(tmp_path / "p.png", [("", {"truth": label_map(torch.zeros(40, 50), info)})], info)
     for picture in ("curves.png", "p.png"):

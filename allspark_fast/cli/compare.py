@@ -5,7 +5,7 @@ from pathlib import Path
 
 from allspark_fast.cli import command_parser
 from allspark_fast.cli.recipe import parse_config
-from allspark_fast.files import make_folder, write_atomically
+from allspark_fast.files import make_folder, write_text
 from allspark_fast.recipes import RECIPES
 from allspark_fast.signals import STOPPED
 from allspark_fast.training import compare
@@ -41,14 +41,8 @@ def run(arguments: list[str]) -> int:
     options, settings = PARSER.parse_known_args(arguments)
     recipe, config = parse_config(settings, "compare")
     folder = options.out or Path("runs") / f"compare_{recipe}"
-    groups = compare.plan(
-        config,
-        folder,
-        methods=options.methods,
-        seeds=options.seeds,
-        labels=options.labels,
-        every_label=options.every_label,
-    )
+    chosen = {name: getattr(options, name) for name in ("methods", "seeds", "labels", "every_label")}
+    groups = compare.plan(config, folder, **chosen)
     make_folder(folder)
     records: list[compare.Record] = []
     for record in compare.compare(groups, options.test, equal_time=options.equal_time):
@@ -56,11 +50,6 @@ def run(arguments: list[str]) -> int:
             return STOPPED
         records.append(record)
         print(f"\n{compare.summary(records)}\n", flush=True)
-        _write(folder, records)
+        write_text(folder / "compare.json", json.dumps(records, indent=2))
+        compare.draw(folder / "compare.png", records)
     return 0
-
-
-def _write(folder: Path, records: list[compare.Record]) -> None:
-    text = json.dumps(records, indent=2)
-    write_atomically(folder / "compare.json", lambda temporary: temporary.write_text(text, encoding="utf-8"))
-    compare.draw(folder / "compare.png", records)

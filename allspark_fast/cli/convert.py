@@ -5,13 +5,11 @@ from pathlib import Path
 from allspark_fast.cli import command_parser, require_new
 from allspark_fast.errors import InputError
 from allspark_fast.text import property_table
-from allspark_fast.weights.spec import describe_model, read_model, save_model
+from allspark_fast.weights.spec import describe_model, load_model, save_model
 
 PARSER = command_parser("convert")
 PARSER.add_argument(
-    "source",
-    metavar="SRC",
-    help="checkpoint of the public AllSpark code (.pth), a run folder, or weights of ours",
+    "source", metavar="SRC", help="checkpoint of the public AllSpark code (.pth), a run folder, or weights of ours"
 )
 PARSER.add_argument(
     "target", metavar="DST", type=Path, help=".safetensors, or .pth for the layout of the public AllSpark code"
@@ -29,10 +27,8 @@ def run(arguments: list[str]) -> int:
     """Convert weights."""
     options = PARSER.parse_args(arguments)
     target = options.target
-    if target.suffix not in (".safetensors", ".pth"):
-        PARSER.error(f"DST must be .safetensors or .pth, got {target}")
     require_new(target, overwrite=options.overwrite)
-    model, spec = read_model(options.source, options.classes)
+    model, spec = load_model(options.source, infer=True, classes=options.classes)
     if target.suffix == ".pth" and spec.backbone.startswith("timm/"):
         raise InputError(f"{target}: the public code has MiT encoders only, not {spec.backbone}; use .safetensors")
     save_model(model, spec, target)

@@ -27,15 +27,11 @@ _FIRST = {
 def parse_config(arguments: list[str], command: str, run: Config | None = None) -> tuple[str, Config]:
     """Return the recipe's name, and its settings with those of a file and, above these, of the command line.
 
-    Args:
-        arguments: of the command: ``[RECIPE] [--config FILE] [--print-config] [--group.field value ...]``;
-            ``--help-all`` shows all of them.
-        command: its name, for the help.
-        run: what takes the place of the recipe, if none is named.
+    Arguments are ``[RECIPE] [--config FILE] [--print-config] [--group.field value ...]``. If no recipe is named, the
+    settings of a ``run`` take its place.
 
     Raises:
         InputError: there is no such recipe or setting, the file holds something else, or a length is given twice.
-        OSError: the file cannot be read.
         SystemExit: after help, a wrong value, or printing the settings.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)

@@ -60,10 +60,9 @@ def run(arguments: list[str]) -> int:
         # The end of the order: training gets the rare classes.
         parts = {out: order[total - (0 if options.val is None else splits.parse_amount(options.val, total)) :]}
     else:
-        dealt = splits.deal(entries, order, contents, folds)
-        parts = {out / f"fold{number}": part for number, part in enumerate(dealt, start=1)}
+        parts = {out / f"fold{i + 1}": order[total * i // folds : total * (i + 1) // folds] for i in range(folds)}
     if total in map(len, parts.values()):
-        raise InputError(f"--val {options.val} leaves no label to train on: {total} images have one")
+        raise InputError(f"--val {options.val} leaves no label to train on: give less than {total}, all there are")
     amount = "1/1" if options.amount is None else options.amount
     divided = {
         folder: splits.make_split(entries, order, val, splits.parse_amount(amount, total - len(val)))
@@ -78,7 +77,8 @@ def run(arguments: list[str]) -> int:
     names = [*map(one_line, info.classes)] if info is not None else [f"class {index}" for index in range(255)]
     for folder, x in divided.items():
         print(f"{folder}: {len(x.labeled)} labeled, {len(x.unlabeled)} unlabeled, {len(x.val)} for validation")
-        print(*(f"  {doubt}\n" for doubt in splits.doubts_about(x, contents, names)), sep="", end="")
+        doubts = splits.doubts_about(x, contents, names, is_fold=folds is not None)
+        print(*(f"  {doubt}\n" for doubt in doubts), sep="", end="")
     if options.val is not None:
         _say_of_val(root, val_file, earlier, {x.image for part in divided[out][:2] for x in part})
     return 0

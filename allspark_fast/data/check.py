@@ -1,12 +1,14 @@
 """Check a dataset before training: files, sizes, label values, and how the lists fit together."""
 
 import hashlib
+import itertools
 import os
 import posixpath
 import re
 import unicodedata
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -15,7 +17,7 @@ from typing import Any
 import numpy as np
 from PIL.ImageFile import ImageFile
 
-from allspark_fast.data import datasets, files, images
+from allspark_fast.data import datasets, images
 from allspark_fast.data.datasets import Entry, SegmentationDataset, Sources
 from allspark_fast.data.info import IGNORE_INDEX, VOC_PALETTE, Color, DatasetInfo
 from allspark_fast.errors import DataError
@@ -64,8 +66,8 @@ def _read(dataset: SegmentationDataset, needs_labels: bool, chosen: Set[int], in
     root, entry, reading = dataset.root, dataset.entries[index], _Reading()
 
     def read_image(image: ImageFile) -> None:
-        reading.mode = _mode(image)
-        reading.pages, reading.turned = images.pages_of(image), images.orientation_of(image) != 1
+        reading.mode, reading.pages = _mode(image), images.pages_of(image)
+        reading.turned = images.orientation_of(image) != 1
         reading.size = images.to_rgb(image, dataset.pixel_range).size
         if image.mode.startswith("I;"):  # for which Pillow has no getextrema if they are big-endian
             reading.values = [float(np.asarray(image).min()), float(np.asarray(image).max())]
@@ -80,15 +82,11 @@ def _read(dataset: SegmentationDataset, needs_labels: bool, chosen: Set[int], in
 
     if needs_labels and entry.label is None:
         reading.problems.append(Problem(entry.image, "has no label, but its list needs labels"))
-    for file, note in ((entry.image, read_image), (entry.label if needs_labels else None, read_label)):
-        if file is None:
-            continue
+    labels = [(entry.label, read_label)] if needs_labels and entry.label is not None else []
+    for file, note in [(entry.image, read_image), *labels]:
         try:
-            path = files.resolve_path(root, file)
-            if index in chosen:
-                images.decode(path, note)
-            else:
-                files.require_bytes(path)
+            path = datasets.resolve_path(root, file)
+            images.decode(path, note) if index in chosen else images.require_bytes(path)
         except DataError as error:
             message = str(error).removeprefix(f"{root / file}: ").removeprefix(f"{file}: ")
             reading.problems.append(Problem(file, message))
@@ -110,9 +108,7 @@ def _summary(readings: Collection[_Reading], classes: Sequence[str]) -> Summary:
     }
 
 
-def _check_images(
-    name: str, read: Mapping[Entry, _Reading], ranges: Mapping[str, Sequence[float]]
-) -> Iterator[Problem]:
+def _check_images(name: str, read: Mapping[Entry, _Reading], ranges: Mapping[str, Any]) -> Iterator[Problem]:
     """Name images of a list of which something is read otherwise than it may be meant."""
     # A label drawn on the pixels as stored has the size of the turned image for half of the orientations.
     if turned := [x.image for x, reading in read.items() if reading.turned and reading.counts and not reading.problems]:
@@ -124,8 +120,11 @@ def _check_images(
         full = 65535 if mode.startswith("I") else 255
         if 4 * high < full:
             levels = f"images of mode {mode} hold {low:g}..{high:g} of 0..{full}, so few gray levels are left"
-            advice = f"--data.range 0 {2 ** int(high).bit_length() - 1} (or percentiles, 1% 99%) scales them"
-            yield _warning(name, f"{levels}: {advice}")
+            advice = f": --data.range 0 {2 ** int(high).bit_length() - 1} (or percentiles, 1% 99%) scales them"
+            yield _warning(name, levels + advice * (high > 0))
+    empty = [x.label for x, reading in read.items() if reading.counts and not any(reading.counts[:IGNORE_INDEX])]
+    if empty and name == "val":
+        yield _warning(name, f"{len(empty)} labels hold ignored pixels only, {empty[0]} first; they score nothing")
 
 
 def _check_palettes(read: Mapping[Entry, _Reading], info: DatasetInfo) -> Iterator[Problem]:
@@ -142,8 +141,7 @@ def _check_palettes(read: Mapping[Entry, _Reading], info: DatasetInfo) -> Iterat
             message = f"its palette gives the color {list(color)} to {index}, that of {labels[usual][0]} to {usual}"
             swapped |= dict.fromkeys(labels[index], f"{message}: one of the two has its classes swapped, draw it again")
     yield from map(Problem, swapped, swapped.values())
-    known = info.label_colors().keys()
-    unknown = [entry.label for entry, reading in read.items() if not reading.colors.keys() <= known]
+    unknown = [x.label for x, reading in read.items() if not reading.colors.keys() <= info.label_colors().keys()]
     if unknown and info.palette != VOC_PALETTE:
         message = f"palettes of {len(unknown)} labels have colors that 'palette' in meta.json lacks, {unknown[0]} first"
         yield _warning("meta.json", f"{message}; their numbers count")
@@ -159,13 +157,13 @@ def _check_lists(lists: Mapping[str, SegmentationDataset], labeled_only: bool) -
     labeled, unlabeled, val = map(set, listed.values())
     for file in sorted(labeled & unlabeled if not labeled_only else ()):
         yield Problem(file, "is in both lists: remove it from one of them")
-    trained = labeled | unlabeled
+    trained, flatters = labeled | unlabeled, "which makes the score too good"
     for file in sorted(val & trained):
-        yield _warning(file, "is trained on and also in val, which makes the score too good")
+        yield _warning(file, f"is trained on and also in val, {flatters}")
     for file, other in _copies(root, val - trained, trained):
-        yield _warning(file, f"is in val, and its copy {other} is trained on, which makes the score too good")
+        yield _warning(file, f"is in val, and its copy {other} is trained on, {flatters}")
     pairs = {entry for x in lists.values() for entry in x.entries if entry.label is not None}
-    for label, count in Counter(str(entry.label) for entry in pairs).items():
+    for label, count in Counter(_target(root, str(entry.label)) for entry in pairs).items():
         if count > 1:
             yield _warning(label, f"is the label of {count} images; correct the lists")
 
@@ -192,56 +190,54 @@ def check_unused(root: Path, entries: Iterable[Entry]) -> tuple[list[Problem], l
     Returns:
         problems with the probable reason, and the images that could be used.
     """
-    there = {name: files.list_files(root / name) for name in ("images", "labels")}
-    paths = {file: file.relative_to(root).as_posix() for found in there.values() for file in found}
-    used = {posixpath.normpath(file) for entry in entries for file in (entry.image, entry.label) if file is not None}
-    usable: dict[str, list[Path]] = {name: [] for name in there}
-    left_out: dict[tuple[str, str], list[Path]] = {}
+    there = {name: datasets.list_files(root / name) for name in ("images", "labels")}
+    used = {root / posixpath.normpath(file) for entry in entries for file in (entry.image, entry.label) if file}
+    stems = {datasets.stem_of(x, root / "images") for x in there["images"] if datasets.is_image(x) and x.is_file()}
+    usable, left_out = list[str](), dict[tuple[str, str], list[Path]]()
     for name, file in ((name, file) for name, found in there.items() for file in found):
         if not file.is_file():
-            left_out.setdefault((name, "a broken link, or no file"), []).append(file)
-        elif files.is_image(file):
-            usable[name].append(file)
+            why = "a broken link, or no file"
+        elif not datasets.is_image(file):
+            why = f"its suffix is none of {', '.join(datasets.IMAGE_SUFFIXES)}; convert images"
+        elif name == "labels" and stems and file not in used and datasets.stem_of(file, root / name) not in stems:
+            why = "give image and label the same name before the suffix"
         else:
-            why = f"its suffix is none of {', '.join(files.IMAGE_SUFFIXES)}; convert images"
-            left_out.setdefault((name, why), []).append(file)
-    stems = {datasets.stem_of(file, root / "images") for file in usable["images"]}
-    unmatched = [x for x in usable["labels"] if datasets.stem_of(x, root / "labels") not in stems]
-    if stems and (unmatched := [x for x in unmatched if paths[x] not in used]):
-        likely = _likely_image(unmatched[0], there["images"])
-        why = "no image has that name" if likely is None else f"{paths[likely]} is probably its image"
-        left_out["labels", f"{why}; give image and label the same name before the suffix"] = unmatched
+            usable += [file.relative_to(root).as_posix()] * (name == "images" and file not in used)
+            continue
+        left_out.setdefault((name, why), []).append(file)
     problems = []
     for (name, why), part in left_out.items():
         count = f"{len(part)} {'file is' if len(part) == 1 else 'files are'} left out"
-        problems.append(_warning(name, f"{count}, {paths[part[0]]!r} first: {why}"))
-    return problems, [paths[file] for file in usable["images"] if paths[file] not in used]
+        likely = f"{_likely_image(part[0], root, there['images'])}; " if why.startswith("give") else ""
+        problems.append(_warning(name, f"{count}, {part[0].relative_to(root).as_posix()!r} first: {likely}{why}"))
+    return problems, usable
 
 
-def _likely_image(label: Path, images: Sequence[Path]) -> Path | None:
-    """Find the image whose name differs in case or accents alone, or is a part of the label's: a of a_mask, a.jpg."""
+def _likely_image(label: Path, root: Path, images: Sequence[Path]) -> str:
+    """Name the image whose name differs in case or accents alone, or is a part of the label's: a of a_mask, a.jpg."""
 
     def folded(path: Path) -> str:
         return unicodedata.normalize("NFC", path.stem).casefold()
 
     likely = [x for x in images if re.search(rf"(?<![^\W_]){re.escape(folded(x))}(?![^\W_])", folded(label))]
-    return max(likely, key=lambda x: len(x.stem), default=None)
+    if not likely:
+        return "no image has that name"
+    return f"{max(likely, key=lambda x: len(x.stem)).relative_to(root).as_posix()} is probably its image"
 
 
 def _check_classes(read: Mapping[Entry, _Reading], info: DatasetInfo, *, all_read: bool) -> Iterator[Problem]:
     """Compare the classes with those in the labels of the labeled list that were read."""
     held = {x.label: {value for value, count in enumerate(found.counts) if count} for x, found in read.items()}
-    values = set().union(*held.values())
+    values, ignored = set().union(*held.values()), "hold only 0 and 255, which is ignored"
     masks = [label for label, found in held.items() if IGNORE_INDEX in found and found <= {0, IGNORE_INDEX}]
-    masks = masks if info.values is None and len(info.classes) > 1 else []
-    if masks and values <= {0, IGNORE_INDEX}:
-        message = f"all labels read hold only 0 and 255, which is ignored, so no class but {info.classes[0]} would be"
-        add = 'for black-and-white masks add "values": [0, 255] to meta.json, or "values": [0, 1, ...] if 255 is meant'
-        yield Problem("labeled", f"{message} learned; {add} to be ignored")
-        return
-    if masks:
-        message = f"{len(masks)} labels hold only 0 and 255, which is ignored, {masks[0]} first; if they are"
-        yield _warning("labeled", f"{message} black-and-white masks, save them with the numbers of the others")
+    if masks and info.values is None and len(info.classes) > 1:
+        if values <= {0, IGNORE_INDEX}:
+            message = f"all labels read {ignored}, so no class but {info.classes[0]} would be learned; for"
+            add = 'black-and-white masks add "values": [0, 255] to meta.json, or "values": [0, 1, ...] if 255 is meant'
+            yield Problem("labeled", f"{message} {add} to be ignored")
+            return
+        advice = "if they are black-and-white masks, save them with the numbers of the others"
+        yield _warning("labeled", f"{len(masks)} labels {ignored}, {masks[0]} first; {advice}")
     absent = [one_line(name) for index, name in enumerate(info.classes) if index not in values]
     if absent and values and all_read:
         yield _warning("labeled", f"no label holds {', '.join(absent)}, which cannot be learned")
@@ -267,28 +263,28 @@ def check_sources(
     if not lists:
         return [], {}
     problems = [Problem(name, "holds no image; check its split file") for name, x in lists.items() if not x.entries]
-    problems.extend(_check_lists(lists, labeled_only))
+    problems += _check_lists(lists, labeled_only)
     summary, masks, sizes = Summary(), dict[Entry, _Reading](), list[tuple[int, int]]()
     for name, dataset in lists.items():
         distinct = list({entry: index for index, entry in enumerate(dataset.entries)}.values())
         chosen = set(np.random.default_rng(0).permutation(distinct)[:sample].tolist())
-        readings = files.map_in_threads(partial(_read, dataset, name != "unlabeled", chosen), distinct)
-        problems.extend(problem for reading in readings for problem in reading.problems)
+        with ThreadPoolExecutor() as pool:
+            readings = list(pool.map(partial(_read, dataset, name != "unlabeled", chosen), distinct))
+        problems += itertools.chain(*(reading.problems for reading in readings))
         read = {dataset.entries[i]: x for i, x in zip(distinct, readings, strict=True) if i in chosen}
         summary[name] = _summary(read.values(), sources.info.classes)
-        problems.extend(_check_images(name, read, summary[name]["values"] if dataset.pixel_range is None else {}))
+        problems += _check_images(name, read, summary[name]["values"] if dataset.pixel_range is None else {})
         masks |= read
         if name == "labeled":
-            problems.extend(_check_classes(read, sources.info, all_read=len(chosen) == len(distinct)))
+            problems += _check_classes(read, sources.info, all_read=len(chosen) == len(distinct))
         if name != "val":
-            sizes.extend(reading.size for reading in readings if reading.size is not None)
-    problems.extend(_check_palettes(masks, sources.info))
+            sizes += [reading.size for reading in readings if reading.size is not None]
+    problems += _check_palettes(masks, sources.info)
     # The random resize usually goes up to twice the size.
     if sizes and all(2 * min(size) < crop for size in sizes):
         width, height = max(sizes)
         message = f"every crop holds padding, the largest image is {height}x{width}; a smaller crop wastes less"
         problems.append(_warning(f"crop {crop}x{crop}", message))
-    unused, summary["in no list"] = check_unused(
-        dataset.root, [x for dataset in lists.values() for x in dataset.entries]
-    )
+    entries = itertools.chain(*(x.entries for x in lists.values()))
+    unused, summary["in no list"] = check_unused(dataset.root, entries)
     return problems + unused, summary

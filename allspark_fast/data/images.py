@@ -1,20 +1,22 @@
 """Images and labels on disk, in whatever mode they were saved."""
 
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 from PIL import ExifTags, Image, UnidentifiedImageError
 from PIL.ImageFile import ImageFile
 
-from allspark_fast.data.files import Result, require_bytes
 from allspark_fast.data.info import IGNORE_INDEX, VOC_PALETTE, Color, DatasetInfo
 from allspark_fast.errors import DataError
 from allspark_fast.text import first_of
 
+Result = TypeVar("Result")
 # Pillow identifies files by content, not by suffix, and for some formats (EPS) it starts other programs.
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 
@@ -31,6 +33,17 @@ _TRANSPOSITIONS = {
 _LOSSY = ("jpeg", "tiff_jpeg", "webp", "tiff_sgilog", "tiff_sgilog24")
 # Stored values that become 0 and 255: numbers, or percentiles such as "1%".
 PixelRange = tuple[str, str]
+
+
+def require_bytes(path: Path) -> None:
+    """Raise DataError unless a file exists and is not empty, without reading it."""
+    if not path.is_file():
+        if os.path.lexists(path):
+            raise DataError(f"{path}: a broken link, a folder or a device, where a file was expected; replace it")
+        hint = ", in which folders are separated by /" if "\\" in path.name else ""
+        raise DataError(f"{path}: no such file; check the data root and the split file that lists it{hint}")
+    if path.stat().st_size == 0:
+        raise DataError(f"{path}: the file is empty (0 bytes); download it again")
 
 
 def decode(path: Path, convert: Callable[[ImageFile], Result]) -> Result:
@@ -85,9 +98,7 @@ def read_image(path: str | Path, pixel_range: PixelRange | None = None) -> Image
 
 
 def to_rgb(image: Image.Image, pixel_range: PixelRange | None) -> Image.Image:
-    """Convert an opened image to 8-bit RGB, upright; of several pages the first.
-
-    Applies the EXIF orientation, converts gray, palette and CMYK images, drops alpha, and scales values to 0..255.
+    """Convert an opened image, of several pages the first, to 8-bit RGB, upright and without alpha.
 
     Values of ``pixel_range`` become 0 and 255, for files of all kinds: ``("0", "4095")``, or percentiles of each image,
     ``("1%", "99%")``. None scales gray of 16 bits from 0..65535, and refuses what has no fixed range.
@@ -146,22 +157,15 @@ def colors_of(image: Image.Image, values: npt.NDArray[np.integer]) -> dict[Color
 
 
 def to_classes(image: ImageFile, info: DatasetInfo | None) -> Image.Image:
-    """Convert an opened label to class indices.
+    """Convert an opened label to class indices, a PIL image of mode L, 255 ignored.
 
     Palette images give their indices; gray images of any depth the numbers in the file; RGB images, and RGBA images
-    without regard to alpha, the values that the palette of ``info`` assigns to their colors.
-
-    A label whose own EXIF orientation is not 1 is refused: whether its pixels match the image as stored or upright
-    cannot be known, and half of the orientations do not change the size.
-
-    Values and colors without a meaning in ``info`` are refused. Without it values are as stored, and colors refused.
-
-    Returns:
-        PIL image of mode L, 255 ignored.
+    without regard to alpha, the values that the palette of ``info`` assigns to their colors. Without ``info`` values
+    are as stored, and colors refused.
 
     Raises:
-        DataError: it is compressed with loss, of several pages, turned by EXIF, has a palette that contradicts
-            ``info``, or a value or color that stands for no class.
+        DataError: it is compressed with loss, of several pages, turned by EXIF (whether it matches the image as stored
+            or upright cannot be known), has a palette that contradicts ``info``, or a value or color without meaning.
     """
     raw, greatest = stored_form(image)  # before the EXIF block of a PNG, which lies behind its pixels
     _refuse_what_changes_numbers(image, raw)

@@ -60,7 +60,7 @@ class DatasetInfo:
 
 
 def _voc_color(index: int) -> Color:
-    """Return a color of the VOC color map: the bits of the index, dealt to R, G, B from the most significant down."""
+    # The bits of the index, dealt to R, G, B from the most significant down.
     red, green, blue = (sum((index >> (3 * bit + part) & 1) << (7 - bit) for bit in range(8)) for part in range(3))
     return red, green, blue
 
@@ -128,22 +128,18 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def read_info(root: str | Path) -> DatasetInfo:
-    """Read ``meta.json`` of a folder with images/ and labels/.
+    """Read ``meta.json`` of a folder with images/ and labels/; raises DataError if it is missing or not valid.
 
     It is an object with the keys "classes": [name, ...] and, optionally, "ignore_index": 255, "palette": [[r, g, b],
     ...] and "values": [0, 1, ...], the value of each class in label files, if that is not its index: [0, 255] for
     black-and-white masks, or "nonzero" for masks that number their objects.
-
-    Raises:
-        DataError: there is no ``meta.json``, it is not valid, or it names one class only.
     """
     root = Path(root).resolve()
     file = root / "meta.json"
     example = '{"classes": ["background", "object"], "values": [0, 255]} for black-and-white masks'
     if not file.is_file():
         raise DataError(f"{root}: no meta.json; write {file}, such as {example}")
-    try:
-        # Of UTF-8 or 16, with or without mark.
+    try:  # UTF-8 or 16, with or without mark
         info = parse_meta(json.loads(file.read_bytes(), object_pairs_hook=_without_repeats), root.name)
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
         raise DataError(f"{file}: {error}") from error

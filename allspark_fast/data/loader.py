@@ -5,6 +5,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -31,9 +32,8 @@ _LOOK_UP, _PATIENCE = 5, 600
 def mix_seed(*parts: int) -> int:
     """Mix integers, whose order matters, into one 64-bit seed with the finalizer of SplitMix64.
 
-    Changing this function changes the numbers of every run.
-
-    Source: Steele, Lea and Flood, "Fast Splittable Pseudorandom Number Generators", OOPSLA 2014.
+    The numbers of every run depend on it. Source: Steele, Lea and Flood, "Fast Splittable Pseudorandom Number
+    Generators", OOPSLA 2014.
     """
     state = 0
     for part in parts:
@@ -83,12 +83,8 @@ class SemiBatch(NamedTuple):
         return map(SemiBatch._make, zip(*parts, strict=True))
 
 
-class _Key(NamedTuple):
-    """One crop of a whole run: ``place`` is a position in the list that an epoch shuffles."""
-
-    stream: int
-    epoch: int
-    place: int
+# One crop of a whole run: stream, epoch, and the place in the list that the epoch shuffles.
+_Key = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
@@ -99,9 +95,8 @@ class SemiLoader(Dataset[Sample]):
     cut to the number of unlabeled ones, as in the reference implementation; where there are more labeled than unlabeled
     images, every epoch uses another part. Both lists are shuffled anew for every epoch.
 
-    The position is the number of the step, counted over epochs: batches are the same bit for bit wherever one starts,
-    and for any number of workers. The ranks of a step share its global batch, which is the same set of crops for any
-    ``world_size``. The global random state is never touched.
+    Batches are the same bit for bit at whatever step one starts, and for any number of workers. The ranks of a step
+    share its batch, the same crops for any ``world_size``. The global random state is never touched.
 
     Attributes:
         batch_size: number of labeled, and of unlabeled, images per step over all ranks, which share it equally.
@@ -164,32 +159,32 @@ class SemiLoader(Dataset[Sample]):
 
     def _steps(self, start_step: int, stop_step: int) -> Iterator[list[_Key]]:
         """Yield the keys of this rank's part of every step: labeled ones, then unlabeled ones unless labeled_only."""
+        length, share = len(self.unlabeled.entries), self.batch_size // self.world_size
+        # Of the labeled list an epoch uses as many positions as there are unlabeled images.
+        places = {_LABELED: max(length, len(self.labeled.entries)), _UNLABELED: length}
         streams = (_LABELED,) if self.labeled_only else (_LABELED, _UNLABELED)
-        share = self.batch_size // self.world_size
         shuffled_epoch = -1
         for step in range(start_step, stop_step):
             epoch, position = divmod(step, self.steps_per_epoch)
             if epoch != shuffled_epoch:
-                length, shuffled_epoch = len(self.unlabeled.entries), epoch
-                # Of the labeled list an epoch uses as many positions as there are unlabeled images.
-                places = {_LABELED: max(length, len(self.labeled.entries)), _UNLABELED: length}
                 generators = {x: make_generator(self.seed, _ORDER, x, epoch) for x in streams}
                 orders = {x: torch.randperm(places[x], generator=generators[x]).tolist() for x in streams}
+                shuffled_epoch = epoch
             first = position * self.batch_size + self.rank * share
-            yield [_Key(stream, epoch, place) for stream in streams for place in orders[stream][first : first + share]]
+            yield [(stream, epoch, place) for stream in streams for place in orders[stream][first : first + share]]
 
     def __getitem__(self, key: _Key) -> Sample:
         """Read and transform a crop; workers do."""
-        generator = make_generator(self.seed, _AUGMENT, key.stream, key.epoch, key.place)
-        if key.stream == _LABELED:
+        generator, (stream, _, place) = make_generator(self.seed, _AUGMENT, *key), key
+        if stream == _LABELED:
             # Labeled images are repeated within an epoch, so places may exceed their number.
-            return self.labeled_transform(*self.labeled[key.place % len(self.labeled.entries)], generator)
+            return self.labeled_transform(*self.labeled[place % len(self.labeled.entries)], generator)
         if self.hidden_labels:  # training does not need these files
             try:
-                return self.unlabeled_transform(*self.unlabeled[key.place], generator)
+                return self.unlabeled_transform(*self.unlabeled[place], generator)
             except DataError as error:
                 logger.warning("a hidden label is left out of the measurement: %s", error)
-        return self.unlabeled_transform(self.unlabeled.image(key.place), None, generator)
+        return self.unlabeled_transform(self.unlabeled.image(place), None, generator)
 
     def _collate(self, samples: list[Sample]) -> SemiBatch:
         """Stack the labeled crops (all, or the first half) and the unlabeled ones (the second half)."""
@@ -204,7 +199,6 @@ class SemiLoader(Dataset[Sample]):
 
 
 def _stack(samples: Sequence[Sample]) -> Sample:
-    """Stack all that is there."""
     columns = zip(*samples, strict=True)
     return Sample._make(None if parts[0] is None else default_collate(list(parts)) for parts in columns)
 
@@ -228,7 +222,7 @@ def require_shared_memory(needed: int) -> None:
 
 
 def _deliver(
-    dataset: Dataset[Any], num_workers: int, pin_memory: bool, asked: Callable[[], bool], **order: Any
+    dataset: Any, num_workers: int, pin_memory: bool, asked: Callable[[], bool], **order: Any
 ) -> Iterator[Any]:
     """Yield what a DataLoader reads in an order; the death of a worker raises RunError, however it shows."""
     loader: DataLoader[Any] = DataLoader(
@@ -287,19 +281,13 @@ class EvalSample(NamedTuple):
     label: Tensor
 
 
-@dataclass(frozen=True)
-class _WholeImages(Dataset[EvalSample]):
-    source: ImageSource
-    mean: Sequence[float]
-    std: Sequence[float]
-
-    def __getitem__(self, index: int) -> EvalSample:
-        image, label = self.source[index]
-        assert label is not None
-        sample = EvalSample(normalize_image(image, self.mean, self.std)[None], tvf.pil_to_tensor(label))
-        if get_worker_info() is not None:
-            require_shared_memory(_bytes_of([sample]))
-        return sample
+def _read_whole(source: ImageSource, mean: Sequence[float], std: Sequence[float], index: int) -> EvalSample:
+    image, label = source[index]
+    assert label is not None
+    sample = EvalSample(normalize_image(image, mean, std)[None], tvf.pil_to_tensor(label))
+    if get_worker_info() is not None:
+        require_shared_memory(_bytes_of([sample]))
+    return sample
 
 
 def evaluation_loader(
@@ -315,11 +303,8 @@ def evaluation_loader(
 ) -> Iterator[EvalSample]:
     """Return whole labeled images in order, one at a time: rank r of w gets the images r, r + w, ..., none repeated.
 
-    Arguments are as for ``normalize_image`` and SemiLoader.
-
-    Raises:
-        DataError: an entry has no label, or there is none at all.
+    Arguments as of ``normalize_image`` and SemiLoader. Raises DataError if there is no entry, or one without a label.
     """
     _require_labels(source.entries)
-    images, order = _WholeImages(source, mean, std), range(rank, len(source.entries), world_size)
-    return _deliver(images, num_workers, pin_memory, asked, batch_size=None, sampler=order)
+    indices, read = range(rank, len(source.entries), world_size), partial(_read_whole, source, mean, std)
+    return _deliver(indices, num_workers, pin_memory, asked, batch_size=None, collate_fn=read)

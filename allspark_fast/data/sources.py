@@ -80,9 +80,8 @@ def _open(config: DataConfig, *names: str) -> tuple[DatasetInfo, list[ImageSourc
         return SCENES, [ScenesDataset(scenes[name], round(_SCENE_SCALE * config.crop), _SCENE_SEED) for name in names]
     root = data_root(config)
     info = DATASETS[config.dataset] if config.dataset in DATASETS else read_info(root)
-    files = {name: getattr(config, name) for name in names}
-    lists = {name: find_split(root, file) for name, file in files.items() if file is not None}
-    if config.dataset == "folder" and len(lists) < len(files):
+    lists = {name: find_split(root, file) for name in names if (file := getattr(config, name)) is not None}
+    if config.dataset == "folder" and len(lists) < len(names):
         # The images of the folder that no list holds: those with a label are labeled, others unlabeled.
         taken = {entry.image for entries in lists.values() for entry in entries}
         rest = [entry for entry in scan_folder(root) if entry.image not in taken]
@@ -144,11 +143,11 @@ def find_data(config: DataConfig, folder: Path) -> DataConfig:
     if config.dataset == "scenes" or (record := read_record(folder)) is None:
         return config
     found, start = {}, record["start"]
-    if config.root is not None and not config.root.is_dir():
+    if config.root is not None and not config.root.is_dir() and (start / config.root).is_dir():
         found["root"] = start / config.root
-        if not found["root"].is_dir():
-            before = f", nor {found['root']}, from where the run started" if found["root"] != config.root else ""
-            raise DataError(f"data.root: there is no folder {config.root.absolute()}{before}: give another --data.root")
+    elif config.root is not None and not config.root.is_dir():
+        before = "" if config.root.is_absolute() else f", nor {start / config.root}, from where the run started"
+        raise DataError(f"data.root: there is no folder {config.root.absolute()}{before}: give another --data.root")
     root = data_root(replace(config, **found))
     for name in LISTS:
         file = getattr(config, name)
@@ -161,10 +160,8 @@ def find_data(config: DataConfig, folder: Path) -> DataConfig:
 
 def differences(old: Record, new: Record) -> Iterator[str]:
     """Name the classes and lists that differ between two records."""
-    for name, now in new.items():
-        before = old.get(name)
-        if name == "start" or before == now:
-            continue
+    for name in [name for name, now in new.items() if name != "start" and now != old.get(name)]:
+        before, now = old.get(name), new[name]
         if name in LISTS:
             counts: list[Counter[str]] = [Counter(before), Counter(now)]
             removed, added = counts[0] - counts[1], counts[1] - counts[0]
@@ -191,13 +188,13 @@ class TrainingData:
     """
 
     def __init__(self, config: Config, device: torch.device) -> None:
-        self._config, self._device = config, device
-        self.sources = open_sources(config.data)
+        self._config, self._device, self.sources = config, device, open_sources(config.data)
         self.info = self.sources.info
         data, train = config.data, config.train
         crop = functools.partial(
             CropTransform, data.crop, augment=data.augment, mean=data.mean, std=data.std, scale_range=data.scale
         )
+        self._placed: dict[str, Any] = {"pin_memory": device.type == "cuda", "rank": rank(), "world_size": world_size()}
         self._loader = SemiLoader(
             self.sources.labeled,
             self.sources.unlabeled,
@@ -206,10 +203,8 @@ class TrainingData:
             batch_size=train.batch_size,
             seed=train.seed,
             num_workers=data.workers,
-            pin_memory=device.type == "cuda",
             labeled_only=train.method == "supervised",
-            rank=rank(),
-            world_size=world_size(),
+            **self._placed,
         )
         self.steps_per_epoch = self._loader.steps_per_epoch
 
@@ -246,14 +241,6 @@ class TrainingData:
 
     def validation(self, asked: Callable[[], bool] = lambda: False) -> Iterator[EvalSample]:
         """Yield the validation images, see evaluation_loader."""
-        data = self._config.data
-        return evaluation_loader(
-            self.sources.val,
-            mean=data.mean,
-            std=data.std,
-            num_workers=self._config.eval.workers,
-            pin_memory=self._device.type == "cuda",
-            asked=asked,
-            rank=rank(),
-            world_size=world_size(),
-        )
+        data, workers = self._config.data, self._config.eval.workers
+        options = {"mean": data.mean, "std": data.std, "num_workers": workers, "asked": asked, **self._placed}
+        return evaluation_loader(self.sources.val, **options)

@@ -2,14 +2,14 @@
 
 import posixpath
 from collections.abc import Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from allspark_fast.data.datasets import Entry, SegmentationDataset, read_split, split_line
-from allspark_fast.data.files import map_in_threads, resolve_path
+from allspark_fast.data.datasets import Entry, SegmentationDataset, read_split, resolve_path, split_line
 from allspark_fast.data.images import decode, mean_color
 from allspark_fast.data.info import IGNORE_INDEX
 from allspark_fast.errors import DataError, InputError
@@ -68,7 +68,8 @@ def read_contents(dataset: SegmentationDataset) -> dict[Entry, Contents]:
         return Contents(counts / max(counts.sum(), 1), color)
 
     indices = {entry: index for index, entry in enumerate(dataset.entries) if entry.label is not None}
-    return dict(zip(indices, map_in_threads(read, indices.values()), strict=True))
+    with ThreadPoolExecutor() as pool:
+        return dict(zip(indices, pool.map(read, indices.values()), strict=True))
 
 
 def classes_of(entries: Collection[Entry], contents: Mapping[Entry, Contents]) -> NDArray[Any]:
@@ -92,43 +93,25 @@ def spread(entries: Sequence[Entry], seed: int, contents: Mapping[Entry, Content
     A random order, which the seed determines, with two changes. A greedy cover of all classes comes first: each time
     the first entry that adds the most classes. Then each place goes to the one of the next 32 that brings the mean of
     the order so far nearest to that of the whole: by the pixel shares of the classes (chi-square distance) and by the
-    mean color, each over its variance.
-
-    Returns:
-        positions in ``entries``.
+    mean color, each over its variance. Returns positions in ``entries``.
     """
     labeled = [position for position, entry in enumerate(entries) if entry.label is not None]
     if not labeled:
         return []
     found = [contents[entries[position]] for position in labeled]
-    holds = np.array([x.classes > 0 for x in found])
+    holds, table = np.array([x.classes > 0 for x in found]), _features(found)
     chosen, rest = list[int](), np.random.default_rng(seed % 2**64).permutation(len(labeled)).tolist()
     missing = holds.any(axis=0)
     while missing.any():
         best = int((holds[rest] & missing).sum(axis=1).argmax())
         missing &= ~holds[rest[best]]
         chosen.append(rest.pop(best))
-    table = _features(found)
     total = table[chosen].sum(axis=0)
     while rest:
         best = int(((total + table[rest[:_POOL]]) ** 2).sum(axis=1).argmin())
         total += table[rest[best]]
         chosen.append(rest.pop(best))
     return [labeled[index] for index in chosen]
-
-
-def deal(
-    entries: Sequence[Entry], order: Sequence[int], contents: Mapping[Entry, Contents], count: int
-) -> list[list[int]]:
-    """Deal an order of ``spread`` to folds: each entry to that of the smallest which it makes most like the whole."""
-    table = _features([contents[entries[position]] for position in order])
-    folds, totals = [list[int]() for _ in range(count)], np.zeros((count, table.shape[1]))
-    for position, features in zip(order, table, strict=True):
-        smallest = [i for i, fold in enumerate(folds) if len(fold) == min(map(len, folds))]
-        best = min(smallest, key=lambda i: ((totals[i] + features) ** 2).sum())
-        folds[best].append(position)
-        totals[best] += features
-    return folds
 
 
 def make_split(entries: Sequence[Entry], order: Sequence[int], val: Collection[int], count: int) -> Split:
@@ -148,20 +131,20 @@ def make_split(entries: Sequence[Entry], order: Sequence[int], val: Collection[i
     return Split._make([entries[i] for i in sorted(part)] for part in (labeled, unlabeled, aside))
 
 
-def doubts_about(split: Split, contents: Mapping[Entry, Contents], names: Sequence[str]) -> list[str]:
-    """Say what a split cannot teach or tell; ``names`` are those of the classes."""
+def doubts_about(
+    split: Split, contents: Mapping[Entry, Contents], names: Sequence[str], *, is_fold: bool = False
+) -> list[str]:
+    """Say what a split cannot teach or tell; ``names`` are those of the classes. Means over folds tell more."""
     labeled, unlabeled, val = (classes_of(part, contents)[: len(names)] for part in split)
     there, enough = labeled + unlabeled + val > 0, min(_FEW_OF_CLASS, len(split.val))
     absent, rare = ([names[i] for i in np.flatnonzero(there & few).tolist()] for few in (labeled == 0, val < enough))
-    doubts = [f"in no labeled image: {', '.join(absent)}"] if absent else []
-    if 0 < len(split.val) < _FEW_IMAGES:
-        doubts.append(
-            f"{len(split.val)} validation images are too few to tell methods apart (aim at {_FEW_IMAGES}); label more,"
-            " or compare means over --folds 4"
-        )
-    if rare:
-        doubts.append(f"in fewer than {enough} validation images, so their IoU is mostly chance: {', '.join(rare)}")
-    return doubts
+    few = f"{len(split.val)} validation images are too few to tell methods apart (aim at {_FEW_IMAGES});"
+    doubts = {
+        f"in no labeled image: {', '.join(absent)}": absent,
+        f"{few} label more, or compare means over --folds 4": 0 < len(split.val) < _FEW_IMAGES and not is_fold,
+        f"in fewer than {enough} validation images, so their IoU is mostly chance: {', '.join(rare)}": rare,
+    }
+    return [doubt for doubt, holds in doubts.items() if holds]
 
 
 def write_lists(lists: Mapping[Path, Sequence[Entry]], *, overwrite: bool) -> None:

@@ -50,15 +50,14 @@ PRESETS: dict[Augment, Preset] = {
 
 
 class Sample(NamedTuple):
-    """One transformed crop.
+    """One transformed crop: images (3, H, W) float32, normalized, the label (H, W) uint8, masks (H, W) bool.
 
     Attributes:
-        image: (3, H, W) float32, normalized.
-        label: (H, W) uint8, 255 ignored; all 255 where there is no label.
-        valid: (H, W) bool, False where the crop added padding.
-        strong: (3, H, W) float32, the same crop after photometric changes; None unless requested.
-        mixed: (H, W) bool, pixels that CutMix takes from another crop, or, of a labeled crop, those that are pasted
-            into an unlabeled one; None unless requested.
+        label: 255 ignored; all 255 where there is no label.
+        valid: False where the crop added padding.
+        strong: the same crop after photometric changes; None unless requested.
+        mixed: pixels that CutMix takes from another crop, or, of a labeled crop, those that are pasted into an
+            unlabeled one; None unless requested.
     """
 
     image: Tensor
@@ -119,8 +118,7 @@ def apply_geometry(
 ) -> Image.Image:
     """Resize, crop, pad with ``fill``, flip and turn an image or label at once: only what the crop keeps is resized.
 
-    The result agrees with that of resizing the whole image first up to rounding (two gray levels; for labels, the
-    choice between two equally near pixels).
+    Resizing the whole image first gives the same up to rounding: two gray levels, or one of two equally near labels.
     """
     (scaled_width, scaled_height), (x, y), flip, turns = geometry
     width, height = min(crop_size, scaled_width), min(crop_size, scaled_height)

@@ -52,10 +52,8 @@ class ConfusionMatrix:
         """Count the pixels of integer classes in [0, K), of any one shape; a target of 255 is ignored.
 
         Raises:
-            TypeError: one of them is floating point.
-            ValueError: the shapes differ.
-            RuntimeError: a class that counts is outside [0, K). On a GPU this is a device assertion, which ends the
-                process: checking on the host would synchronize.
+            TypeError, ValueError: one of them is floating point, or the shapes differ.
+            RuntimeError: a class that counts is outside [0, K); on a GPU a device assertion, which ends the process.
         """
         if prediction.is_floating_point() or target.is_floating_point():
             raise TypeError(f"expected integer classes, got {prediction.dtype} and {target.dtype}")
@@ -80,9 +78,10 @@ class ConfusionMatrix:
         parts = {"iou": (hits, true + predicted - hits), "dice": (2 * hits, true + predicted), "accuracy": (hits, true)}
         by_class = {name: part / whole.clamp(min=1).double() for name, (part, whole) in parts.items()}
         iou, present = by_class["iou"], true > 0
-        mean_present = iou[present].mean().item() if present.any() else 0.0
-        right = (hits.sum() / true.sum().clamp(min=1)).item()
-        return Scores(by_class, present, iou.mean().item(), mean_present, right, matrix)
+        pixels, classes = (x.sum().clamp(min=1) for x in (true, present))
+        means = (iou.mean(), iou[present].sum() / classes, hits.sum() / pixels)
+        mean, mean_present, right = (x.item() for x in means)
+        return Scores(by_class, present, mean, mean_present, right, matrix)
 
 
 def score_image(prediction: Tensor, target: Tensor, num_classes: int) -> Scores:
@@ -130,14 +129,11 @@ def find_borders(labels: Tensor) -> Tensor:
 def dilate(mask: Tensor, radius: int) -> Tensor:
     """Mark what is at most so many rows and columns away from what is marked (H, W)."""
     for _ in range(2):
-        reach = 0
-        while reach < radius:
-            step = min(2 * reach + 1, radius - reach)
-            grown = mask.clone()
+        grown = mask.clone()
+        for step in range(1, radius + 1):
             grown[step:] |= mask[:-step]
             grown[:-step] |= mask[step:]
-            mask, reach = grown, reach + step
-        mask = mask.T
+        mask = grown.T
     return mask
 
 
@@ -158,15 +154,7 @@ def score_table(scores: Scores, info: DatasetInfo) -> str:
 
 def score_record(scores: Scores, info: DatasetInfo) -> dict[str, Any]:
     """Return all scores as plain values, for JSON; lists are in the order of the classes, None for NaN."""
-    by_class = {
-        name: [None if math.isnan(x) else x for x in values.tolist()] for name, values in scores.by_class.items()
-    }
-    return {
-        "miou": scores.mean_iou,
-        "miou_present": scores.mean_iou_present,
-        "pixel_accuracy": scores.pixel_accuracy,
-        "classes": list(info.classes),
-        **by_class,
-        "present": scores.present.tolist(),
-        "confusion": scores.confusion.tolist(),
-    }
+    means = {"miou": scores.mean_iou, "miou_present": scores.mean_iou_present, "pixel_accuracy": scores.pixel_accuracy}
+    by_class = {name: [None if math.isnan(x) else x for x in each.tolist()] for name, each in scores.by_class.items()}
+    counts = {"present": scores.present.tolist(), "confusion": scores.confusion.tolist()}
+    return {**means, "classes": list(info.classes), **by_class, **counts}

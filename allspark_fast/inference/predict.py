@@ -4,7 +4,6 @@ import fnmatch
 import glob
 import itertools
 import os
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -15,7 +14,7 @@ import torch
 from PIL import Image
 
 from allspark_fast.config import EvalMode
-from allspark_fast.data.files import is_image, list_files
+from allspark_fast.data.datasets import is_image, list_files
 from allspark_fast.data.images import decode, pages_of, read_image
 from allspark_fast.data.info import DatasetInfo
 from allspark_fast.data.transforms import normalize_image
@@ -94,9 +93,7 @@ class Predictor:
 def find_images(arguments: Iterable[str], *, skip: Path) -> tuple[dict[Path, Path], list[Path]]:
     """Find the images that files, folders (searched recursively) and patterns (``**`` for any folders) name.
 
-    Args:
-        arguments: of the command line.
-        skip: folder whose images do not count, that of earlier predictions, unless they are named one by one.
+    Images in the folder ``skip``, that of earlier predictions, do not count unless they are named one by one.
 
     Returns:
         names of predictions by paths of images: where an image lies below its folder, or below what stands before the
@@ -104,7 +101,7 @@ def find_images(arguments: Iterable[str], *, skip: Path) -> tuple[dict[Path, Pat
         folders count in neither, and linked folders once.
 
     Raises:
-        FileNotFoundError: one of them names no image.
+        FileNotFoundError: one of the arguments names no image.
     """
     found, others, predictions = dict[Path, Path](), set[Path](), skip.resolve()
     for argument in arguments:
@@ -114,6 +111,10 @@ def find_images(arguments: Iterable[str], *, skip: Path) -> tuple[dict[Path, Pat
             continue
         base, listed = _search(argument)
         files = [file for file in listed if not file.resolve().is_relative_to(predictions)]
+        if any(map(is_image, listed)) and not any(map(is_image, files)):
+            raise FileNotFoundError(
+                f"{argument!r}: all its images lie in {skip}, the place of predictions: give another --out"
+            )
         if not any(map(is_image, files)):
             raise FileNotFoundError(f"{argument!r}: no image, no folder with images, and no pattern that matches any")
         for file in filter(is_image, files):
@@ -146,21 +147,13 @@ def _matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:
 def plan_files(
     images: Mapping[Path, Path], out: Path, *, confidence: bool = False, overwrite: bool = False
 ) -> dict[Path, dict[str, Path]]:
-    """Make the folders for predictions of the images of ``find_images``, and check that their files may be written.
+    """Make the folders for predictions of the images of ``find_images``, and return the files of each image by kind.
 
-    Returns:
-        files of each image by kind: ``labels/NAME.png``, ``confidence/NAME.png`` if asked for, ``overlays/NAME.jpg``.
-
-    Raises:
-        InputError: two images would share a file, or a file exists and ``overwrite`` is False.
-        NotADirectoryError: one of the folders is a file.
+    These are ``labels/NAME.png``, ``confidence/NAME.png`` if asked for, and ``overlays/NAME.jpg``. Raises InputError if
+    a file exists and ``overwrite`` is False.
     """
     kinds = {"labels": ".png"} | ({"confidence": ".png"} if confidence else {}) | {"overlays": ".jpg"}
     plan = {path: {kind: out / kind / f"{x}{suffix}" for kind, suffix in kinds.items()} for path, x in images.items()}
-    name, count = Counter(images.values()).most_common(1)[0]
-    if count > 1:
-        shared = ", ".join(str(path) for path in images if images[path] == name)
-        raise InputError(f"{shared}: these would share one file {name}.png; predict them into different folders")
     # False for a name that is too long.
     existing = [file for files in plan.values() for file in files.values() if os.path.exists(file)]
     if existing and not overwrite:
@@ -172,10 +165,17 @@ def plan_files(
 
 
 def predict_files(predictor: Predictor, plan: Mapping[Path, Mapping[str, Path]]) -> Iterator[Exception | None]:
-    """Predict what ``plan_files`` planned; yields for each as it is done None, what went wrong, or a UserWarning."""
+    """Predict what ``plan_files`` planned; yields for each as it is done None, what went wrong, or a UserWarning.
+
+    Of images that share a name, such as a.jpg and a.png, the first is labeled.
+    """
+    owners: dict[Path, Path] = {}
     for path, files in plan.items():
         error: Exception | None = None
         try:
+            if (owner := owners.setdefault(files["labels"], path)) is not path:
+                instead = "name it alone, with another --out"
+                raise DataError(f"{path}: its prediction would replace that of {owner}; {instead}")
             pages = decode(path, pages_of)
             image = read_image(path, predictor.spec.range)
             _write(files, image, predictor.predict(image), predictor.spec.info)

@@ -37,9 +37,8 @@ class CrossAttention(SemanticMemory):
         self, labeled: Tensor, unlabeled: Tensor, class_map: Tensor, *, use_memory: bool = False
     ) -> tuple[Tensor, Tensor]:
         """Enqueue unlabeled channels by class map (B, K, N); return rebuilt labeled and refined unlabeled (B, N, C)."""
-        finish_enqueue = self.start_enqueue(unlabeled, class_map)
-        refined = self._self_attention(unlabeled)  # overlaps with the communication between ranks
-        finish_enqueue()
+        self.enqueue(unlabeled, class_map)
+        refined = self._self_attention(unlabeled)
         if use_memory:
             memory = self.stored_channels()[None].to(unlabeled.dtype)
             rebuilt = self._cross_attention(labeled, memory, self.queue_filled)

@@ -85,8 +85,6 @@ class MixTransformer(Backbone):
         height, width = map_size(images)
         if min(height, width) < self.min_size:
             raise ValueError(f"images are {height} x {width} pixels, expected at least {self.min_size} a side")
-        if images.shape[1] != 3:
-            raise ValueError(f"images have {images.shape[1]} channels, expected 3")
         features, feature_map = [], images
         scales = iter(self.draw_scales(images))
         for stage in range(1, 5):
@@ -155,14 +153,10 @@ class _ScaledAdd(torch.autograd.Function):
 
 
 def compile_blocks(model: nn.Module, backend: str | Callable[..., Any]) -> None:
-    """Compile the Mix Transformer blocks of a model in place, with one graph for all blocks of a stage.
-
-    Raises:
-        InputError: the model has no such blocks.
-    """
+    """Compile the Mix Transformer blocks of a model in place, one graph for a stage; InputError if it has none."""
     blocks = [module for module in model.modules() if isinstance(module, Block)]
     if not blocks:
-        raise InputError("only the blocks of mit_* backbones can be compiled, and this model has none: leave it out")
+        raise InputError("only blocks of mit_* can be compiled, this model has none: set train.compile auto or off")
     # The blocks share one function, for which torch keeps at most 8 graphs by default: enough for four stages, with and
     # without stochastic depth, in training and in evaluation, at a few sizes.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)

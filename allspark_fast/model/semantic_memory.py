@@ -1,11 +1,9 @@
 """The Semantic Memory: class-wise ring buffers of unlabeled channels, and the class map that assigns channels."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
-from allspark_fast.distributed import start_all_gather_cat, start_broadcast
+from allspark_fast.distributed import all_gather_cat, broadcast
 from allspark_fast.kernels.bilinear import resize_matrices
 from allspark_fast.kernels.semantic_memory import channel_semantic_grouping, semantic_memory_enqueue
 from allspark_fast.model.options import AllSparkOptions, ClassMap
@@ -35,10 +33,10 @@ class SemanticMemory(nn.Module):
         self.register_load_state_dict_pre_hook(_assume_filled)
 
     @torch.no_grad()
-    def start_enqueue(self, features: Tensor, class_map: Tensor) -> Callable[[], None]:
-        """Assign channels of features (B, N, C) to classes by a map (B, K, N), and start the exchange between ranks.
+    def enqueue(self, features: Tensor, class_map: Tensor) -> None:
+        """Write the channels of features (B, N, C) to the classes that a map (B, K, N) assigns them to, and count them.
 
-        The function returned waits for the other ranks and writes the channels: call it before the memory is used.
+        Those of all ranks, or into rank 0's memory, as ``memory_sync`` says.
         """
         classes, _, tokens = self.kv_queue.shape
         if features.shape[1] != tokens:
@@ -50,30 +48,20 @@ class SemanticMemory(nn.Module):
             raise ValueError(f"class_map has {class_map.shape[1]} classes, the Semantic Memory {classes}")
         channel_class = channel_semantic_grouping(features, class_map)
         if self.memory_sync == "all":
-            gathered = [start_all_gather_cat(features.detach()), start_all_gather_cat(channel_class)]
-            return lambda: self._store(*(wait() for wait in gathered))
-        state = (self.stored_channels(), self.queue_ptr, self.queue_filled)
-        broadcasts = [start_broadcast(x) for x in state if x is not None]
-
-        def finish() -> None:
-            for wait in broadcasts:
-                wait()
-            self._store(features, channel_class)
-
-        return finish
-
-    def stored_channels(self) -> Tensor:
-        """Return the memory as a contiguous view (N, K, S), which a linear layer maps to keys without a copy."""
-        return self.kv_queue.permute(2, 0, 1)
-
-    @torch.no_grad()
-    def _store(self, features: Tensor, channel_class: Tensor) -> None:
-        """Write channels (B, N, C) of known classes (B, C), and count them."""
+            features, channel_class = all_gather_cat(features), all_gather_cat(channel_class)
+        else:
+            for x in (self.stored_channels(), self.queue_ptr, self.queue_filled):
+                if x is not None:
+                    broadcast(x)
         semantic_memory_enqueue(self.kv_queue, self.queue_ptr, features, channel_class)
         of_class = channel_class.flatten()[:, None] == torch.arange(len(self.queue_ptr), device=channel_class.device)
         self.received.add_(of_class.sum(0))
         if self.queue_filled is not None:
             self.queue_filled.logical_or_(of_class.any(0))
+
+    def stored_channels(self) -> Tensor:
+        """Return the memory as a contiguous view (N, K, S), which a linear layer maps to keys without a copy."""
+        return self.kv_queue.permute(2, 0, 1)
 
 
 def _assume_filled(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: object) -> None:

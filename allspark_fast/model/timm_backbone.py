@@ -1,6 +1,5 @@
 """Encoders of timm, by name."""
 
-import difflib
 import importlib
 import inspect
 from types import MethodType, ModuleType
@@ -14,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from allspark_fast.errors import InputError, MissingPackageError
 from allspark_fast.model.batch_norm import FiniteBatchNorm
 from allspark_fast.model.common import Backbone, map_size
+from allspark_fast.text import nearest
 
 
 class TimmBackbone(Backbone):
@@ -80,9 +80,7 @@ def _replace_layers(features: nn.Module, layers: ModuleType) -> None:
         elif type(module) is layers.BatchNormAct2d:
             replacement = _FiniteBatchNormAct(module)
         elif isinstance(module, _BatchNorm):
-            raise InputError(
-                f"{name} is a {type(module).__name__}, which cannot be synchronized: take another backbone"
-            )
+            raise InputError(f"{name}, a {type(module).__name__}, cannot be synchronized: take another backbone")
         else:
             continue
         replacement.load_state_dict(module.state_dict(keep_vars=True), assign=True)
@@ -92,9 +90,7 @@ def _replace_layers(features: nn.Module, layers: ModuleType) -> None:
 def _options(timm: ModuleType, name: str) -> dict[str, Any]:
     """Return arguments of ``timm.create_model`` for four maps of images of any size, tried on the meta device."""
     if not timm.is_model(name):
-        similar = difflib.get_close_matches(name, timm.list_models(), n=5, cutoff=0.5)
-        hint = f"did you mean {', '.join(similar)}?" if similar else "timm.list_models() lists all"
-        raise InputError(f"timm has no model {name!r}: {hint}")
+        raise InputError(f"timm has no model {name!r}{nearest(name, timm.list_models())}; timm.list_models() lists all")
     with torch.device("meta"):
         model = timm.create_model(name)
         strides = [feature["reduction"] for feature in getattr(model, "feature_info", [])]

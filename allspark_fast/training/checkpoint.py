@@ -27,8 +27,7 @@ _RANDOM = ("rng", "cuda_rng")
 def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any], *, keep_last: int) -> Path:
     """Write ``step_<step>.pt``, then remove all but the ``keep_last`` newest and what a crash left half written.
 
-    Raises:
-        OSError: it cannot be written; the checkpoints that were there stay.
+    Raises OSError if it cannot be written; the checkpoints that were there stay.
     """
     path = folder / f"step_{step:08d}.pt"
     write_atomically(path, lambda temporary: torch.save({"format": _FORMAT, **state}, temporary))
@@ -39,15 +38,11 @@ def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any], *, keep_l
 
 
 def load_latest_checkpoint(folder: Path, expected: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
-    """Read the newest checkpoint that is whole, the same one on all ranks, without running code from it.
+    """Read the newest checkpoint that is whole onto the CPU, the same one on all ranks, without running code from it.
 
-    Unless it is None, names and shapes of tensors must be those of ``expected``.
-
-    Returns:
-        the state on the CPU, or None without a checkpoint; those that cannot be read are passed over with a warning.
-
-    Raises:
-        InputError: there are checkpoints, but none can be read, or ranks find different ones.
+    Names and shapes of tensors must be those of ``expected``, if given. Checkpoints that cannot be read are passed over
+    with a warning. Returns None without a checkpoint; raises InputError if there are some, but none can be read, or if
+    ranks find different ones.
     """
     paths = list_checkpoints(folder)
     names = ", ".join(path.name for path in paths)
@@ -99,11 +94,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def require_space(folder: Path, state: Mapping[str, Any], *, keep_last: int) -> None:
-    """Make the folder of checkpoints, and check that there is room for those of ``save_checkpoint``.
-
-    Raises:
-        OSError: it cannot be made, or has less space than the missing checkpoints need, one more than are kept.
-    """
+    """Make the folder of checkpoints; raises OSError if it lacks room for those that are kept, and one more."""
     make_folder(folder)
     size = sum(x.numel() * x.itemsize for x in pytree.tree_leaves(state) if isinstance(x, Tensor))
     missing = max(keep_last + 1 - len(list_checkpoints(folder)), 1)

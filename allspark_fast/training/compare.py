@@ -1,5 +1,6 @@
 """Methods against each other: each trained over the same seeds and numbers of labels, and scored on held-out images."""
 
+import itertools
 import json
 import statistics
 from collections.abc import Iterator, Sequence
@@ -9,13 +10,11 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from allspark_fast.config import Config, DataConfig, Method
 from allspark_fast.data.datasets import SegmentationDataset
-from allspark_fast.data.loader import evaluation_loader
 from allspark_fast.data.sources import open_sources, open_val
 from allspark_fast.data.splits import make_split, read_contents, spread, write_lists
-from allspark_fast.device import choose_device
 from allspark_fast.errors import InputError
-from allspark_fast.files import write_atomically
-from allspark_fast.inference.evaluate import evaluate
+from allspark_fast.files import write_atomically, write_text
+from allspark_fast.inference.evaluate import evaluate_images
 from allspark_fast.training.log import read_metrics
 from allspark_fast.training.trainer import train
 from allspark_fast.weights.spec import load_model
@@ -48,9 +47,9 @@ def plan(
 
     Args:
         config: of all runs, whose method and seed are replaced.
-        folder: of their folders.
+        folder: where the folders of the runs lie.
         methods: some of ``METHODS``.
-        seeds: of the runs, and of which images are labeled: ``seed0`` in the paths of split files becomes ``seed1``.
+        seeds: of the runs; ``seed0`` in the paths of split files becomes ``seed1``.
         labels: numbers of images with labels, drawn by the seed from the labeled list; empty for all of it.
         every_label: split file of all training images with labels, for ``full``, and to draw from; not for scenes.
 
@@ -60,28 +59,19 @@ def plan(
     """
     groups = []
     counts: Sequence[int | None] = labels or [None]
-    for count in counts:
-        for seed in seeds:
-            few = _choose_labels(_with_seed(config.data, seed), folder, count, seed, every_label)
-            group = []
-            for method in methods:
-                # It is the same for all numbers of labels.
-                if method == "full" and count != counts[0]:
-                    continue
-                data = _with_every_label(few, every_label) if method == "full" else few
-                open_sources(data)
-                own: Method = "supervised" if method == "full" else method
-                settings = replace(config, data=data, train=replace(config.train, seed=seed, method=own))
-                group.append(Run(method, settings, folder / f"{method}_{count or 'all'}_labels_seed{seed}"))
-            groups.append(group)
+    for count, seed in itertools.product(counts, seeds):
+        few, group = _choose_labels(config.data, folder, count, seed, every_label), []
+        for method in methods:
+            # It is the same for all numbers of labels.
+            if method == "full" and count != counts[0]:
+                continue
+            data = _with_every_label(few, every_label) if method == "full" else few
+            open_sources(data)
+            own: Method = "supervised" if method == "full" else method
+            settings = replace(config, data=data, train=replace(config.train, seed=seed, method=own))
+            group.append(Run(method, settings, folder / f"{method}_{count or 'all'}_labels_seed{seed}"))
+        groups.append(group)
     return groups
-
-
-def _with_seed(data: DataConfig, seed: int) -> DataConfig:
-    labeled, unlabeled = (
-        path and Path(str(path).replace("seed0", f"seed{seed}")) for path in (data.labeled, data.unlabeled)
-    )
-    return replace(data, labeled=labeled, unlabeled=unlabeled)
 
 
 def _with_every_label(data: DataConfig, every_label: Path | None) -> DataConfig:
@@ -96,11 +86,13 @@ def _with_every_label(data: DataConfig, every_label: Path | None) -> DataConfig:
 def _choose_labels(
     data: DataConfig, folder: Path, count: int | None, seed: int, every_label: Path | None
 ) -> DataConfig:
-    """Keep so many labels; the other images of the list become unlabeled."""
+    """Take the lists of a seed and keep so many labels; the other images of the list become unlabeled."""
+    if data.dataset == "scenes":
+        return data if count is None else replace(data, scenes=(count, *data.scenes[1:]))
+    labeled, unlabeled = (x and Path(str(x).replace("seed0", f"seed{seed}")) for x in (data.labeled, data.unlabeled))
+    data = replace(data, labeled=labeled, unlabeled=unlabeled)
     if count is None:
         return data
-    if data.dataset == "scenes":
-        return replace(data, scenes=(count, *data.scenes[1:]))
     sources = open_sources(data if every_label is None else replace(data, labeled=every_label))
     assert isinstance(sources.labeled, SegmentationDataset)
     entries = sources.labeled.entries
@@ -145,8 +137,9 @@ def _record(run: Run, test: Path | None) -> Record:
     rates = [line["images_per_s"] / (streams * config.train.batch_size) for line in lines if "images_per_s" in line]
     scores = run.folder / "test.json"
     if not scores.is_file():
-        tested = _test(config, run.folder / "last.safetensors", test)
-        write_atomically(scores, lambda temporary: temporary.write_text(json.dumps(tested), encoding="utf-8"))
+        images = open_val(config.data if test is None else replace(config.data, val=test), held_out=True)
+        tested = evaluate_images(*load_model(run.folder / "last.safetensors"), *images, config)
+        write_text(scores, json.dumps(tested.mean_iou))
     return {
         "method": run.method,
         "labels": len(open_sources(config.data).labeled.entries),
@@ -158,33 +151,16 @@ def _record(run: Run, test: Path | None) -> Record:
     }
 
 
-def _test(config: Config, weights: Path, test: Path | None) -> float:
-    info, images = open_val(config.data if test is None else replace(config.data, val=test), held_out=True)
-    model, spec = load_model(weights)
-    device = choose_device(config.run.device)
-    scores = evaluate(
-        model.to(device),
-        evaluation_loader(images, mean=spec.mean, std=spec.std, num_workers=config.eval.workers),
-        len(info.classes),
-        mode=config.eval.mode,
-        crop=spec.crop,
-        device=device,
-        batch_size=config.eval.batch_size,
-        amp=config.train.amp,
-    )
-    return scores.mean_iou
-
-
 def summary(records: Sequence[Record]) -> str:
     """Return a Markdown table: mean ± sample standard deviation over seeds, and the test score of every seed."""
     header = ["method", "labels", "steps", *_MEANS.values(), "each seed"]
-    lines = [" | ".join(header), " | ".join("---" for _ in header)]
+    rows = [header, ["---"] * len(header)]
     for (method, labels), part in _groups(records).items():
         means = [_mean([record[name] for record in part]) for name in _MEANS]
         seeds = ", ".join(f"{record['test']:.1f}" for record in part)
         steps = "/".join(str(steps) for steps in dict.fromkeys(record["steps"] for record in part))
-        lines.append(" | ".join([method, str(labels), steps, *means, seeds]))
-    return "\n".join(f"| {line} |" for line in lines)
+        rows.append([method, str(labels), steps, *means, seeds])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def _groups(records: Sequence[Record]) -> dict[tuple[str, int], list[Record]]:

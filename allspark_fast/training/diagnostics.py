@@ -34,7 +34,7 @@ def measure(state: TrainState, model: Segmentor, batch: SemiBatch) -> tuple[dict
 
     Returns:
         labels (B, H, W) of the crops by their title: truth where there is some, pseudo label, prediction of the model;
-        and the figures of ``pseudo_label_record``, ``class_record`` and ``memory_record``.
+        and the figures of ``pseudo_label_record`` and ``class_record``.
     """
     alignment = state.classes.alignment(state.config.dist_align)
     _, pseudo_label, confidence = pseudo_pass(state.teacher, batch, state.config, alignment=alignment)
@@ -43,7 +43,7 @@ def measure(state: TrainState, model: Segmentor, batch: SemiBatch) -> tuple[dict
     truth = batch.unlabeled_label
     labels = {} if truth is None or (truth == IGNORE_INDEX).all() else {"truth": truth}
     record = pseudo_label_record(pseudo_label, confidence, logits.shape[1], batch)
-    record |= class_record(state.classes.pixels) | memory_record(state.received)
+    record |= class_record(state.classes.pixels, state.received)
     return labels | {"pseudo label": pseudo_label, "prediction": prediction}, record
 
 
@@ -81,18 +81,20 @@ def _ratios(parts: Sequence[float], wholes: Sequence[float]) -> list[float | Non
     return [part / whole if whole else None for part, whole in zip(parts, wholes, strict=True)]
 
 
-def class_record(pixels: Tensor) -> Record:
+def class_record(pixels: Tensor, received: Tensor) -> Record:
     """Return shares of each class since the last call, and set the counts (3, K) of ClassStatistics to zero.
 
     Returns:
-        ``label_share`` and ``pseudo_label_share``, of all pixels with a label or a pseudo label; ``pseudo_label_kept``,
-        the share of the pseudo labels of a class that counted, None without any. Empty where there are none at all.
+        ``label_share`` and ``pseudo_label_share``, of all pixels with a label or a pseudo label, and
+        ``pseudo_label_kept``, the share of the pseudo labels of a class that counted, None without any, if there are
+        pseudo labels; ``memory_received``, the channels in this run (K,), unless ``received`` is (0,).
     """
     labels, pseudo_labels, kept = pixels.tolist()
     pixels.zero_()
+    record: Record = {"memory_received": received.tolist()} if len(received) else {}
     if not sum(pseudo_labels):
-        return {}
-    return {
+        return record
+    return record | {
         "label_share": [x / max(sum(labels), 1) for x in labels],
         "pseudo_label_share": [x / sum(pseudo_labels) for x in pseudo_labels],
         "pseudo_label_kept": _ratios(kept, pseudo_labels),
@@ -105,9 +107,7 @@ def find_problems(
     """Say what looks wrong at an evaluation of a run whose pseudo labels count, or at its end.
 
     It looks at what ``measure`` recorded, the scores, the best mean IoU before, and the last loss on pseudo labels.
-
-    Returns:
-        messages, each under a key that stays the same as long as the problem does.
+    Each message has a key that stays the same as long as the problem does.
     """
     problems = {}
     shares = zip(classes, record.get("label_share", ()), record.get("pseudo_label_share", ()), strict=False)
@@ -135,9 +135,3 @@ def find_problems(
     if scores.mean_iou < _FAR_BELOW * best:
         problems["below"] = f"mIoU fell to {100 * scores.mean_iou:.1f}, the best was {100 * best:.1f}"
     return problems
-
-
-def memory_record(received: Tensor) -> Record:
-    """Say how many channels each class received in this run (K,), and how many classes any; (0,) without a memory."""
-    counts = received.tolist()
-    return {"memory_filled": sum(count > 0 for count in counts), "memory_received": counts} if counts else {}

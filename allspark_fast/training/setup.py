@@ -1,7 +1,6 @@
 """What is settled before a run takes its first step: its folder, its batch, its model and state."""
 
 import copy
-import functools
 import json
 import logging
 import os
@@ -17,13 +16,14 @@ from allspark_fast.data.info import DatasetInfo
 from allspark_fast.data.sources import RECORD_FILE, differences, read_record, record_data
 from allspark_fast.distributed import world_size
 from allspark_fast.errors import InputError
-from allspark_fast.files import make_folder, remove_unfinished, write_atomically
-from allspark_fast.model import AllSparkOptions, Segmentor, build_segmentor, compile_blocks
+from allspark_fast.files import make_folder, remove_unfinished, write_text
+from allspark_fast.model import Segmentor, compile_blocks
 from allspark_fast.model.mit import MixTransformer
 from allspark_fast.training.checkpoint import list_checkpoints
 from allspark_fast.training.sharding import shard
 from allspark_fast.training.step import TrainState
 from allspark_fast.weights.files import load_weights
+from allspark_fast.weights.spec import ModelSpec
 
 try:
     import fcntl
@@ -48,11 +48,8 @@ def claim_folder(folder: Path, config: Config, sources: Sources) -> IO[str] | No
     """Lock a run folder, made if need be, and write its settings and data, which must be those of a run that is there.
 
     What does not decide the numbers may change, and a run may be given more epochs or steps. The lock is held for as
-    long as the returned file is open, at most until the process ends. Windows has none.
-
-    Raises:
-        NotADirectoryError: it is a file.
-        InputError: another process trains there, or the folder holds a run with other settings or data; they are named.
+    long as the returned file is open, at most until the process ends. Windows has none. Raises InputError if another
+    process trains there, or the folder holds a run with other settings or data, which are named.
     """
     make_folder(folder)
     lock = _lock(folder)
@@ -73,8 +70,8 @@ def claim_folder(folder: Path, config: Config, sources: Sources) -> IO[str] | No
             )
         if allowed:
             logger.info("changed since the last start of this run: %s", "; ".join(allowed))
-    for file, text in ((path, config.to_json()), (folder / RECORD_FILE, json.dumps(record))):
-        write_atomically(file, functools.partial(Path.write_text, data=text, encoding="utf-8"))
+    write_text(path, config.to_json())
+    write_text(folder / RECORD_FILE, json.dumps(record))
     return lock
 
 
@@ -106,17 +103,13 @@ def check_schedule(config: TrainConfig, schedule: Schedule) -> None:
     for name, (setting, start) in parts.items():
         if start >= schedule.total:
             logger.warning(
-                f"{name} never come into play: they would from step {start} on, but the run ends at {schedule.total}; "
+                f"{name}: never used, since that begins at step {start} and the run ends at {schedule.total}; "
                 f"train longer, or set train.{setting} to a part of the run, such as 0.25"
             )
 
 
 def check_batch(config: TrainConfig) -> None:
-    """Check that the processes can share the batch of a step equally, and log how if there are several parts.
-
-    Raises:
-        InputError: they cannot.
-    """
+    """Log how the processes share the batch of a step, if they have to; InputError if they cannot do so equally."""
     ranks, micro_batches = world_size(), config.gradient_accumulation_steps
     parts = ranks * micro_batches
     share, rest = divmod(config.batch_size, parts)
@@ -140,21 +133,12 @@ def check_batch(config: TrainConfig) -> None:
 def build_model(config: Config, info: DatasetInfo, *, repays: bool = False, resumed: bool = False) -> Segmentor:
     """Build the model of a configuration; without starting weights if a checkpoint overwrites them (``resumed``).
 
-    Blocks are compiled if that is asked for, or pays in a run of this length (``repays``).
-
-    Raises:
-        InputError: the weights do not fit, or the model is to be compiled, and its encoder has no blocks.
+    Blocks are compiled if that is asked for, or pays in a run of this length (``repays``). Raises InputError if weights
+    do not fit, or blocks are to be compiled, and the encoder has none.
     """
-    model, names = config.model, ("num_heads", "memory_init", "memory_sync", "class_map")
-    options = AllSparkOptions(**{name: getattr(model, name) for name in names})
-    segmentor = build_segmentor(
-        model.backbone,
-        len(info.classes),
-        (config.data.crop, config.data.crop),
-        allspark=options if config.train.method == "allspark" else None,
-        embedding_dim=model.embedding_dim,
-        activation_checkpointing=model.activation_checkpointing,
-    )
+    model = config.model
+    switches = {name: getattr(model, name) for name in ("memory_sync", "class_map", "activation_checkpointing")}
+    segmentor = ModelSpec.of_run(config, info).build(**switches)
     if model.weights is not None and not resumed:
         report = load_weights(segmentor, model.weights, reset=model.reset, info=info)
         unused, fresh = len(report.dropped), len(report.fresh)

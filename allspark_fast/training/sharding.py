@@ -17,10 +17,7 @@ from allspark_fast.model.mit import Block
 
 
 def shard(model: Segmentor) -> None:
-    """Shard the parameters of a model in place over all ranks: each block of a MiT on its own, then the rest together.
-
-    Buffers stay whole, and the names of its state_dict stay.
-    """
+    """Shard a model's parameters in place over all ranks: each block of a MiT on its own, then the rest together."""
     # Nothing writes into the logits.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     mesh = init_device_mesh(next(model.parameters()).device.type, (world_size(),))

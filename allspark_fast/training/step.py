@@ -233,9 +233,12 @@ def compute_losses(
         update_shares(classes, batch, class_logits)
     counts = confident(pseudo_label, confidence, classes, config)
     update_statistics(classes, batch.label, pseudo_label, counts, confidence)
-    unlabeled = batch.unlabeled_image if batch.unlabeled_strong is None else batch.unlabeled_strong
-    valid, target = pseudo_label != IGNORE_INDEX, pseudo_label.where(counts, IGNORE_INDEX)
-    unlabeled, class_logits, target, valid = mix(batch, unlabeled, class_logits, target, valid)
+    unlabeled, valid = batch.unlabeled_image, pseudo_label != IGNORE_INDEX
+    target = pseudo_label.where(counts, IGNORE_INDEX)
+    # Before pseudo labels count, changed crops would only spoil the statistics of BatchNorm and the memory.
+    if use_pseudo:
+        unlabeled = unlabeled if batch.unlabeled_strong is None else batch.unlabeled_strong
+        unlabeled, class_logits, target, valid = mix(batch, unlabeled, class_logits, target, valid)
     model.train()
     images = torch.cat([batch.image, unlabeled])
     memory = {"class_logits": class_logits, "use_memory": use_memory} if config.method == "allspark" else {}

@@ -30,8 +30,7 @@ from allspark_fast.text import one_line, progress
 from allspark_fast.training import checkpoint, setup
 from allspark_fast.training.cuda_graph import GraphedSteps
 from allspark_fast.training.diagnostics import find_problems, measure
-from allspark_fast.training.log import MetricsLog, Record, end_summary, start_summary
-from allspark_fast.training.pictures import draw_pictures
+from allspark_fast.training.log import MetricsLog, Record, draw_pictures, end_summary, start_summary
 from allspark_fast.training.sharding import gather_state
 from allspark_fast.training.step import train_step
 from allspark_fast.weights.spec import ModelSpec, save_model

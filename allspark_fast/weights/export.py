@@ -49,14 +49,8 @@ def export_model(model: Segmentor, spec: ModelSpec, path: Path) -> float:
     Its input ``images`` is (B, 3, H, W) float32, RGB in 0..1, not normalized; its output ``logits`` (B, K, H, W), of
     which the argmax over K is the label. What ``ModelSpec.to_json`` says travels with it: as the extra file
     ``model.json`` in ``.pt2``, as the metadata ``allspark_fast`` in ``.onnx``.
-
-    Args:
-        model: in eval mode on the CPU.
-        spec: what ``load_model`` returned with it.
-        path: ``.pt2`` or ``.onnx``.
-
-    Returns:
-        the largest difference to the model, relative to its largest logit, at some batches and sizes.
+    ``model`` and ``spec`` are those of ``load_model``. Returns the largest error of the logits, relative to
+    the largest logit, at some batches and sizes.
 
     Raises:
         InputError: the suffix is another, or the encoder is a Swin.

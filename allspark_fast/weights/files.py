@@ -34,9 +34,9 @@ _RESETTABLE = (_CLASSIFIER, "decoder.allspark.")
 # The public code stores its best mIoU as a numpy scalar, which weights_only refuses unless told that it is harmless.
 _NUMPY_SCALAR: list[Any] = [np.float64(0).__reduce__()[0], np.dtype, np.dtypes.Float64DType]
 _TIMM = "backbone.features.model."
-# Of a SegFormer's encoder at Hugging Face: layer, stage, the rest of the name; and what differs, by their names.
-_HF_ENCODER = re.compile(r"(?:.*\.)?encoder\.(patch_embeddings|block|layer_norm)\.(\d)\.(.*)")
-_HF_LAYERS = {
+# Of encoders of Hugging Face: a stage, which counts from 0; then what differs in names, one after the other.
+_HF_STAGE = re.compile(r"(?:.*\.)?encoder\.(patch_embeddings|block|layer_norm)\.(\d)")
+_HF_NAMES = {
     "patch_embeddings": "patch_embed",
     "attention.self.query": "attn.q",
     "attention.self": "attn",
@@ -88,7 +88,7 @@ def load_weights(
 def _match_classes(
     state: dict[str, Tensor], description: str | None, info: DatasetInfo, path: str | Path, *, reset: bool
 ) -> dict[str, Tensor]:
-    """Bring classifier and memory into the order of other classes, or leave them out, and say so."""
+    """Bring classifier and memory into the order of the classes of ``info``, or leave them out, and say so."""
     try:
         names = json.loads(description or "{}").get("classes")
     except (ValueError, AttributeError) as error:
@@ -251,13 +251,11 @@ def _to_our_names(state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
 
 def _our_name(name: str) -> str:
     name = name.removeprefix("module.")  # of DistributedDataParallel
-    if (match := _HF_ENCODER.fullmatch(name)) is None:
-        return name
-    layer, stage, rest = match.groups()
-    for theirs, ours in _HF_LAYERS.items():
-        rest = rest.replace(theirs, ours)
-    # Hugging Face counts stages from 0, we from 1 as the public code does.
-    return f"backbone.{_HF_LAYERS.get(layer, layer)}{int(stage) + 1}.{rest}"
+    if _HF_STAGE.match(name):
+        name = _HF_STAGE.sub(lambda match: f"backbone.{match[1]}{int(match[2]) + 1}", name)
+        for theirs, ours in _HF_NAMES.items():
+            name = name.replace(theirs, ours)
+    return name
 
 
 def _read_imagenet(model: Segmentor) -> tuple[dict[str, Tensor], Path]:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -90,36 +91,21 @@ class ModelSpec:
                 f"{path}: damaged description of the model, or of another version of allspark-fast ({detail})"
             ) from error
 
-    def build(self) -> Segmentor:
-        """Build the model, with random weights."""
+    def build(self, *, activation_checkpointing: bool = False, **switches: Any) -> Segmentor:
+        """Build the model, with random weights; for training, with other fields of AllSparkOptions."""
+        options = AllSparkOptions(num_heads=self.num_heads, memory_init=self.memory_init, **switches)
         return build_segmentor(
             self.backbone,
             len(self.info.classes),
             (self.crop, self.crop),
-            allspark=AllSparkOptions(num_heads=self.num_heads, memory_init=self.memory_init) if self.allspark else None,
+            allspark=options if self.allspark else None,
             embedding_dim=self.embedding_dim,
+            activation_checkpointing=activation_checkpointing,
         )
-
-    def restore(self, state: Mapping[str, Tensor], path: Path) -> Segmentor:
-        """Return the model, in eval mode, with what ``read_weights`` read from ``path``.
-
-        Raises:
-            InputError: there is no such model, or the weights are those of another, or of a part of it.
-        """
-        try:
-            model = self.build()
-        except ValueError as error:
-            raise InputError(f"{path}: no such model: {error}") from error
-        if fresh := load_state_dict(model, state, path).fresh:
-            raise InputError(f"{path} lacks weights of its model: {', '.join(fresh[:3])}")
-        return model.eval()
 
 
 def find_weights(path: str | Path) -> Path:
-    """Return a file of weights itself, or that of a folder: a run, or a model of the Hugging Face Hub.
-
-    Raises FileNotFoundError if there is none in the folder.
-    """
+    """Return a file of weights itself, or that of a run folder or a folder of the Hugging Face Hub, if it has one."""
     path = Path(path)
     found = [path] if not path.is_dir() else [path / name for name in _FILES if (path / name).is_file()]
     if not found:
@@ -130,42 +116,29 @@ def find_weights(path: str | Path) -> Path:
     return found[0]
 
 
-def load_model(path: str | Path) -> tuple[Segmentor, ModelSpec]:
+def load_model(path: str | Path, *, infer: bool = False, classes: str | None = None) -> tuple[Segmentor, ModelSpec]:
     """Load a trained model in eval mode on the CPU, and what must be known to use it.
 
     Args:
         path: ``.safetensors`` of ``save_model``, a checkpoint of a run, or a folder that ``find_weights`` takes.
+        infer: take weights without a description too, those of the public code: see ``infer_spec``.
+        classes: a data set of DATASETS, or a ``meta.json``, that names the classes otherwise.
 
     Raises:
         FileNotFoundError: there is no such file.
-        InputError: the file is damaged, or does not say what its model is.
+        InputError: the file is damaged, does not say what its model is, or holds another model, or a part of it.
     """
     path = find_weights(path)
     state, description = read_weights(path)
-    if description is None:
+    if description is not None:
+        spec = ModelSpec.from_json(description, path)
+    elif infer:
+        spec = infer_spec(state, path)
+    else:
         raise InputError(
             f"{path} does not say what its model is (classes, colors, sizes): if it holds weights, "
             f"`python -m allspark_fast convert {path} model.safetensors` finds that out and writes it down"
         )
-    spec = ModelSpec.from_json(description, path)
-    return spec.restore(state, path), spec
-
-
-def read_model(path: str | Path, classes: str | None = None) -> tuple[Segmentor, ModelSpec]:
-    """Load weights of any origin, with or without a description, as ``load_model`` does.
-
-    Args:
-        path: a checkpoint of the public code too.
-        classes: a data set of DATASETS, or a ``meta.json``, that names them. None takes what the file says, or else,
-            for ``.pth``, the data set of the public code with so many classes, or else "class 0" and so on.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        InputError: the file is damaged, holds an encoder only, another architecture, or other classes.
-    """
-    path = find_weights(path)
-    state, description = read_weights(path)
-    spec = infer_spec(state, path) if description is None else ModelSpec.from_json(description, path)
     if classes is not None:
         is_known, count = classes in DATASETS, len(spec.info.classes)
         if not (is_known or (Path(classes).name == "meta.json" and Path(classes).is_file())):
@@ -174,14 +147,20 @@ def read_model(path: str | Path, classes: str | None = None) -> tuple[Segmentor,
         if len(info.classes) != count:
             raise InputError(f"{path}: has {count} classes, but {info.name} names {len(info.classes)}")
         spec = dataclasses.replace(spec, info=info)
-    return spec.restore(state, path), spec
+    try:
+        model = spec.build()
+    except ValueError as error:
+        raise InputError(f"{path}: no such model: {error}") from error
+    if fresh := load_state_dict(model, state, path).fresh:
+        raise InputError(f"{path} lacks weights of its model: {', '.join(fresh[:3])}")
+    return model.eval(), spec
 
 
 def infer_spec(state: Mapping[str, Tensor], path: Path) -> ModelSpec:
-    """Infer what a model of these weights from ``path`` must be, under this project's names.
+    """Infer what a model of these weights from ``path`` must be; InputError if it is none that we have.
 
-    The crop is the smallest with as many tokens as the memory has, which is that of the public code (513, 801). Raises
-    InputError if this is no model that we have.
+    The crop is the smallest with as many tokens as the memory has: that of the public code (513, 801). Classes of a
+    ``.pth`` are those of the data set of the public code with as many, or else "class 0" and so on.
     """
     if "decoder.decoder.linear_pred.weight" not in state:
         raise InputError(
@@ -216,7 +195,7 @@ def infer_spec(state: Mapping[str, Tensor], path: Path) -> ModelSpec:
 
 
 def _infer_backbone(state: Mapping[str, Tensor], path: Path) -> str:
-    """Return the Mix Transformer of these widths and depths; loading compares all other shapes."""
+    # Loading compares all other shapes.
     widths = tuple(len(state.get(f"backbone.patch_embed{stage}.proj.bias", ())) for stage in range(1, 5))
     blocks = {match[0] for name in state if (match := re.match(r"backbone\.block(\d)\.\d+\.", name))}
     depths = tuple(sum(name.startswith(f"backbone.block{stage}.") for name in blocks) for stage in range(1, 5))
@@ -233,18 +212,10 @@ def save_model(model: Segmentor, spec: ModelSpec, path: str | Path) -> None:
 
 def describe_model(model: Segmentor, spec: ModelSpec) -> dict[str, str]:
     """Return what a model is, as text by property."""
-    bottleneck = "none, plain SegFormer"
-    if model.decoder.allspark is not None:
-        memory = model.decoder.allspark.attn
-        classes, slots, tokens = memory.kv_queue.shape
-        filled = classes if memory.queue_filled is None else int(memory.queue_filled.sum())
-        bottleneck = (
-            f"AllSpark, {spec.num_heads} heads; memory of {slots} channels of {tokens} tokens a class, initialized "
-            f"{spec.memory_init}, {filled} of {classes} classes filled"
-        )
+    bottleneck = f"AllSpark, {spec.num_heads} heads, memory initialized {spec.memory_init}"
     return {
         "encoder": spec.backbone,
-        "bottleneck": bottleneck,
+        "bottleneck": bottleneck if spec.allspark else "none, plain SegFormer",
         "head": f"{spec.embedding_dim} channels",
         "parameters": f"{sum(x.numel() for x in model.parameters()) / 1e6:.1f} M",
         "crop": f"{spec.crop} pixels, validated on {'whole images' if spec.mode == 'whole' else 'sliding windows'}",

@@ -1,16 +1,14 @@
 import json
 import re
 import shutil
-from dataclasses import replace
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from allspark_fast.config import DataConfig
 from allspark_fast.data.check import check_sources
 from allspark_fast.data.datasets import Entry, SegmentationDataset, Sources
-from allspark_fast.data.info import VOC_PALETTE, DatasetInfo, hex_palette
+from allspark_fast.data.info import VOC_PALETTE, DatasetInfo
 from allspark_fast.data.sources import open_sources
 from tests.helpers.images import write_folder, write_image
 
@@ -88,27 +86,6 @@ def test_samples_are_bounded_and_the_same_again_and_hide_no_absent_file(tmp_path
     assert len(problems) == 3 + 5
     assert problems == check(tmp_path, lists, sample=5)
     assert len(check(tmp_path, lists, sample=50)) == len(check(tmp_path, lists)) == 3 + 18
-
-
-RED, GREEN, BLUE, GRAY = (255, 0, 0), (0, 255, 0), (0, 0, 255), (9, 9, 9)
-
-
-def test_palettes_that_contradict_each_other_or_the_description(tmp_path, lists):
-    """In 06, gray stands for two numbers, so for none."""
-    right, wrong, twice, gray = (RED, GREEN, BLUE), (GREEN, RED, BLUE), (RED, GRAY, GRAY), (GRAY, GREEN, BLUE)
-    for name, colors in {"00": right, "02": wrong, "06": twice, "07": gray}.items():
-        image = Image.open(tmp_path / f"labels/{name}.png").copy()
-        image.putpalette(sum(colors, ()))
-        image.save(tmp_path / f"labels/{name}.png")
-    assert_starts(
-        check(tmp_path, lists),
-        "error: labels/02.png: its palette gives the color [0, 255, 0] to 0, that of labels/00.png to 1: one of the",
-    )
-    assert_starts(
-        check(tmp_path, lists, replace(INFO, palette=hex_palette("ff0000 00ff00 0000ff"))),
-        "error: labels/02.png: its own palette gives the color [0, 255, 0] to 0, but 'palette' in meta.json",
-        "warning: meta.json: palettes of 1 labels have colors that 'palette' in meta.json lacks, labels/07.png first",
-    )
 
 
 def test_what_the_command_prints(tmp_path, lists, command):

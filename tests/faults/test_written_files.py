@@ -54,10 +54,10 @@ def assert_read_or_named(read: Callable[[], Result], named: str) -> Result | Non
 def test_any_split_file(marked, parts):
     with tempfile.NamedTemporaryFile() as file:
         Path(file.name).write_bytes(marked * codecs.BOM_UTF8 + b"".join(parts))
-        entries = assert_read_or_named(lambda: read_split(file.name), file.name)
+        entries = assert_read_or_named(lambda: read_split(Path(file.name)), file.name)
         if entries is not None:
             Path(file.name).write_text("\n".join(map(split_line, entries)), encoding="utf-8")
-            assert read_split(file.name) == entries
+            assert read_split(Path(file.name)) == entries
 
 
 @settings(max_examples=100, deadline=None)

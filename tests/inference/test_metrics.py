@@ -64,9 +64,9 @@ class TestBoundaryF1:
         target[60:, 60:] = 255
         assert score_image(predicted, target, 2).by_class["boundary_f1"].tolist() == [1, 1]
 
-    @pytest.mark.parametrize("radius", [0, 1, 2, 5, 17])
+    @pytest.mark.parametrize("radius", [0, 1, 4, 17])
     def test_dilation_reaches_as_far_as_max_pooling(self, radius):
         for shape in ((30, 50), (1, 7)):
-            mask = torch.rand(shape) > 0.99
+            mask = torch.rand(shape) > 0.97
             expected = F.max_pool2d(mask[None].float(), 2 * radius + 1, 1, radius)[0] > 0
             assert torch.equal(dilate(mask, radius), expected)

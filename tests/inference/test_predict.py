@@ -144,17 +144,6 @@ def test_files_that_cannot_be_read_or_written_are_named_and_the_rest_done(
     assert long_name in names_in(out / "overlays")
 
 
-def test_nothing_is_overwritten_unless_asked_for(weights, photos, tmp_path, command):
-    words = ["predict", weights, photos / "a.png", "--out", tmp_path / "out"]
-    command(*words)
-    label = tmp_path / "out" / "labels" / "a.png"
-    label.write_bytes(b"mine")
-    assert "a.png exists" in command(*words, status=1)
-    assert label.read_bytes() == b"mine"
-    command(*words, "--overwrite")
-    assert Image.open(label).size == (90, 70)
-
-
 def test_images_that_are_left_out_are_named(weights, photos, tmp_path, command):
     options = ["--overwrite", "--out", tmp_path / "out"]
     # notes.txt

@@ -29,7 +29,7 @@ class TestMemory:
         for cls in (2, 0):
             class_map = torch.full((1, K, SIDE**2), -1.0)
             class_map[:, cls] = 1
-            memory.start_enqueue(features, class_map)()
+            memory.enqueue(features, class_map)
         assert memory.queue_filled.tolist() == [True, False, True, False]
 
     @pytest.mark.parametrize("use_memory", [False, True])

@@ -50,7 +50,8 @@ def test_a_comparison_goes_on_and_reports_each_method(
     arguments += ["--seeds", "1", "--every-label", "train.txt", "--test", "test.txt"]
     assert main(["compare", *arguments, "--methods", "full"]) == 0
     scored = []
-    monkeypatch.setattr(compare, "evaluate", lambda *x, run=compare.evaluate, **y: scored.append(x) or run(*x, **y))
+    score = compare.evaluate_images
+    monkeypatch.setattr(compare, "evaluate_images", lambda *arguments: scored.append(arguments) or score(*arguments))
     assert main(["compare", *arguments, "--methods", "full", "supervised", "semi", "--equal-time"]) == 0
     assert len(scored) == 3
     printed = capsys.readouterr().out

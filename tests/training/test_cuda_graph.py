@@ -12,7 +12,6 @@ import torch
 
 from allspark_fast.errors import RunError
 from allspark_fast.training import cuda_graph, step
-from allspark_fast.training.cuda_graph import GraphedSteps
 from allspark_fast.training.half_weights import HalfWeights
 from allspark_fast.training.log import Record, read_metrics
 from allspark_fast.training.step import Losses, TrainState, train_step
@@ -133,20 +132,6 @@ def test_a_failed_recording_of_a_sharded_model_ends_the_run(monkeypatch):
     steps(random_batch(), use_memory=True)
     with pytest.raises(RunError, match=r"recorded \(CUDA out of memory\.\): go on with --train.cuda_graph off"):
         steps(random_batch(), use_memory=True)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("options", CASES, ids=str)
-def test_replays_on_a_gpu_differ_by_its_noise(options):
-    with torch.device("cuda"):
-        state = build_state(**options)
-        batches = [random_batch(mixing=state.config.cutmix > 0) for _ in PHASES]
-    found: list[Record] = []
-    steps = GraphedSteps(state, found.append)
-    for batch, phase in zip(batches, PHASES, strict=True):
-        steps(batch, **phase)
-    assert steps.recording, found
-    assert (len(found), state.step, state.skipped) == (2, len(PHASES), 0)
 
 
 @pytest.mark.usefixtures("no_pictures")

@@ -3,7 +3,7 @@ import torch
 
 from allspark_fast.data.loader import SemiBatch
 from allspark_fast.inference.metrics import ConfusionMatrix
-from allspark_fast.training.diagnostics import class_record, find_problems, memory_record, pseudo_label_record
+from allspark_fast.training.diagnostics import class_record, find_problems, pseudo_label_record
 
 
 @pytest.mark.parametrize("hidden", [True, False])
@@ -26,14 +26,14 @@ def test_accuracy_and_coverage_of_pseudo_labels(hidden):
         assert pseudo_label_record(pseudo_label, confidence, 3, batch) == expected
 
 
-def test_shares_of_classes_since_they_were_last_read():
+def test_shares_of_classes_since_they_were_last_read_and_use_of_the_memory():
     pixels = torch.tensor([[30.0, 10.0, 0.0], [75.0, 5.0, 0.0], [75.0, 1.0, 0.0]])
-    assert class_record(pixels) == {
+    assert class_record(pixels, torch.zeros(0)) == {  # no bottleneck
         "label_share": [0.75, 0.25, 0],
         "pseudo_label_share": [0.9375, 0.0625, 0],
         "pseudo_label_kept": [1, 0.2, None],
     }
-    assert class_record(pixels) == {}
+    assert class_record(pixels, torch.tensor([3, 0, 4])) == {"memory_received": [3, 0, 4]}
 
 
 def problems(*pixels: tuple[int, int, int], best: float = 0.0, loss: float = 1.0, **record: object) -> dict[str, str]:
@@ -58,8 +58,3 @@ def test_a_collapse_to_one_class():
     assert "object is almost never predicted" in found["predictions object"]
     assert "vanishes (0.0010)" in found["certain"]
     assert found["below"].endswith("the best was 80.0")
-
-
-def test_memory_fill_and_use():
-    assert memory_record(torch.tensor([3, 0, 4])) == {"memory_filled": 2, "memory_received": [3, 0, 4]}
-    assert memory_record(torch.zeros(0, dtype=torch.int64)) == {}  # no bottleneck

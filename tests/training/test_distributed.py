@@ -3,13 +3,11 @@
 import copy
 import functools
 from collections.abc import Callable
-from datetime import timedelta
 from typing import Any
 from unittest.mock import patch
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from allspark_fast.config import TrainConfig
@@ -18,7 +16,6 @@ from allspark_fast.distributed import failing_together, process_group, rank, wor
 from allspark_fast.errors import InputError, RunError
 from allspark_fast.kernels.upsample_cross_entropy import upsample_cross_entropy
 from allspark_fast.model import build_segmentor
-from allspark_fast.model.cross_attention import CrossAttention
 from allspark_fast.model.mit import compile_blocks
 from allspark_fast.model.options import AllSparkOptions
 from allspark_fast.training import cuda_graph
@@ -104,7 +101,6 @@ def on_two_ranks() -> dict[str, Any]:
     results["compiled"] = train_steps(2, make_state(sharding="fsdp", compile="on"))
     results["beyond"] = train_steps(4, make_state(sharding="fsdp", **BEYOND))
     results["mean per rank"] = train_steps(2, make_state(loss_mean="rank"))["losses"]
-    results["overlapped"] = [attend_before_rank_0_arrives(memory_sync) for memory_sync in ("all", "rank0")]
     results[TIMM] = train_steps(2, make_state(backbone=TIMM))
     results["skipped"] = skip_a_step()
     results["saved"] = save_before_and_after_an_evaluation()
@@ -131,18 +127,6 @@ def save_before_and_after_an_evaluation() -> list[dict[str, Any]]:
     before = gathered(state)
     pseudo_pass(state.model, batch, state.config)
     return [before, gathered(state)]
-
-
-def attend_before_rank_0_arrives(memory_sync: str) -> float:
-    """Rank 1 refines its unlabeled features before rank 0, which waits for that, has begun the same forward pass."""
-    attention = CrossAttention(8, 3, 4, AllSparkOptions(num_heads=1, memory_sync=memory_sync))
-    done = torch.zeros(1)
-    if rank() == 0:
-        dist.irecv(done, 1).wait(timedelta(seconds=60))
-    else:
-        attention.out_u.register_forward_hook(lambda *_: dist.send(done + 1, 0))
-    attention(*torch.randn(2, 1, 4, 8), torch.randn(1, 3, 4), use_memory=True)
-    return done.item()
 
 
 def fail_on_rank0() -> str:
@@ -204,9 +188,6 @@ class TestTwoRanks:
 
     def test_batch_norm_of_an_encoder_is_synchronized(self, results):
         assert_close(results[0][TIMM], train_steps(2, make_state(backbone=TIMM)))
-
-    def test_channels_travel_during_the_self_attention(self, results):
-        assert results[0]["overlapped"] == [1.0, 1.0]
 
     def test_an_evaluation_changes_nothing_that_is_saved(self, results):
         assert differences(*results[0]["saved"]) == []

@@ -130,6 +130,17 @@ class TestBeyondThePaper:
         assert torch.equal(norm.running_mean, before.decoder.decoder.linear_fuse.bn.running_mean)
         assert not any(module.training for module in state.ema.modules())
 
+    def test_before_pseudo_labels_count_the_student_sees_unlabeled_crops_unchanged(self):
+        model, mixed = without_dropout(build_state(method="semi").model), random_batch(mixing=True)
+        plain = mixed._replace(unlabeled_strong=None, mixed=None, pasted=None)
+        config = TrainConfig(method="semi")
+        for use_pseudo in (False, True):
+            losses = [
+                compute_losses(copy.deepcopy(model), x, config, use_memory=False, use_pseudo=use_pseudo)
+                for x in (plain, mixed)
+            ]
+            assert (losses[0] == losses[1]) is not use_pseudo
+
     def test_thresholds(self):
         label = torch.tensor([[[0, 0, 1], [1, 2, 255]]])
         confidence = torch.tensor([[[0.99, 0.9, 0.7], [0.5, 0.4, 1.0]]])

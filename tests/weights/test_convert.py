@@ -9,7 +9,7 @@ from allspark_fast.errors import InputError
 from allspark_fast.model import build_segmentor
 from allspark_fast.model.mit import MIT_CONFIGS
 from allspark_fast.weights.files import load_weights, save_weights
-from allspark_fast.weights.spec import infer_spec, load_model, read_model, save_model
+from allspark_fast.weights.spec import infer_spec, load_model, save_model
 from tests.helpers.public_code import public_checkpoint
 from tests.helpers.runs import differences
 
@@ -29,14 +29,14 @@ def test_there_and_back_is_bit_equal(tmp_path, command):
     [(21, 65, 2, "whole", "pascal"), (19, 97, 1, "sliding", "cityscapes"), (5, 65, 4, "whole", "a")],
 )
 def test_everything_is_read_off_the_shapes(tmp_path, classes, crop, num_heads, mode, dataset):
-    model, spec = read_model(public_checkpoint(tmp_path / "a.pth", classes, crop, num_heads=num_heads))
+    model, spec = load_model(public_checkpoint(tmp_path / "a.pth", classes, crop, num_heads=num_heads), infer=True)
     assert (spec.backbone, spec.embedding_dim, spec.num_heads, spec.crop) == ("mit_tiny", 16, num_heads, crop)
     assert (spec.mode, spec.info.name, len(spec.info.classes)) == (mode, dataset, classes)
     assert model.decoder.allspark.attn.kv_queue.shape == (classes, 128, (crop // 32 + 1) ** 2)
     assert not model.training
     plain = build_segmentor("mit_tiny", classes, (crop, crop), allspark=None, embedding_dim=16).eval()
     save_weights(plain, tmp_path / "plain.safetensors")
-    again, spec = read_model(tmp_path / "plain.safetensors")
+    again, spec = load_model(tmp_path / "plain.safetensors", infer=True)
     assert not spec.allspark
     assert torch.equal(plain(images := torch.randn(1, 3, 70, 90)), again(images))
 
@@ -56,7 +56,7 @@ def test_classes_of_ones_own(tmp_path, command):
     _, spec = load_model(ours)
     assert spec.info.classes == ("x", "y", "z")
     assert spec.info.palette[:3] == ((1, 2, 3), (4, 5, 6), (7, 8, 9))
-    _, renamed = read_model(ours, str(meta))
+    _, renamed = load_model(ours, classes=str(meta))
     assert renamed == spec
     for classes, message in (("pascal", "has 3 classes, but pascal names 21"), ("nowhere", "nowhere: no meta.json")):
         assert message in command("convert", source, tmp_path / "b.safetensors", "--classes", classes, status=1)
@@ -78,7 +78,7 @@ def test_what_is_no_model_of_ours_is_refused(tmp_path):
     ):
         torch.save(state, path)
         with pytest.raises(InputError, match=rf"a\.pth: {message}"):
-            read_model(path)
+            load_model(path, infer=True)
 
 
 def test_the_encoder_of_a_hugging_face_segformer(tmp_path):

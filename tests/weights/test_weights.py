@@ -84,16 +84,14 @@ def test_what_does_not_fit_is_named_and_reset_on_request(tmp_path, source, part,
 
 
 @pytest.mark.parametrize(
-    ("backbone", "repo", "name", "in_cache"),
+    ("backbone", "repo", "name"),
     [
-        ("mit_b0", "nvidia/mit-b0", "pytorch_model.bin", False),
-        ("timm/test_vit", "timm/test_vit.r160_in1k", "model.safetensors", True),
+        ("mit_b0", "nvidia/mit-b0", "pytorch_model.bin"),
+        ("timm/test_vit", "timm/test_vit.r160_in1k", "model.safetensors"),
     ],
 )
-def test_imagenet_is_fetched_from_the_hub_unless_its_cache_has_it(
-    backbone, repo, name, in_cache, tmp_path, monkeypatch, caplog
-):
-    hub = pytest.importorskip("huggingface_hub", reason="needs the extra timm")
+def test_imagenet_comes_from_the_hub_or_its_cache(backbone, repo, name, tmp_path, monkeypatch, caplog):
+    pytest.importorskip("huggingface_hub", reason="needs the extra timm")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     source, target = tiny_segmentor(backbone), tiny_segmentor(backbone)
@@ -101,15 +99,13 @@ def test_imagenet_is_fetched_from_the_hub_unless_its_cache_has_it(
     with pytest.raises(InputError, match=rf"cannot be fetched .*: get {name} from {url}, .* --model.weights {name}"):
         load_weights(target, "imagenet")
     cache = tmp_path / f"models--{repo.replace('/', '--')}"
-    path = cache / "snapshots/abc" / name if in_cache else tmp_path / name
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = cache / "snapshots/abc" / name
+    for folder in (path.parent, cache / "refs"):
+        folder.mkdir(parents=True)
+    (cache / "refs/main").write_text("abc")
     state = {re.sub(r"features\.model\.", "", name): x for name, x in source.backbone.state_dict().items()}
-    (save_file if in_cache else torch.save)(state, path)
-    if in_cache:
-        (cache / "refs").mkdir()
-        (cache / "refs/main").write_text("abc")
-    else:
-        monkeypatch.setattr(hub, "hf_hub_download", lambda *asked: str(path) if asked == (repo, name) else None)
+    (save_file if path.suffix == ".safetensors" else torch.save)(state, path)
+    load_weights(tiny_segmentor(backbone), path)  # as the message says
     caplog.set_level("INFO")
     load_weights(target, "imagenet")
     assert differences(source.backbone.state_dict(), target.backbone.state_dict()) == []
