@@ -9,7 +9,6 @@ from typing import get_args, get_origin, get_type_hints
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from allspark_fast.config import Config
 from allspark_fast.errors import InputError
@@ -22,12 +21,12 @@ from tests.helpers.models import tiny_segmentor
 from tests.helpers.runs import changed, tiny_config
 
 
-def bottleneck(**change: object) -> Tensor:
+def bottleneck(**change):
     right = {"feature_map": torch.ones(2, 4, 2, 2), "class_logits": torch.ones(1, 3, 4, 4)}
     return AllSpark(4, 3, 4)(**{**right, **change})
 
 
-def updated(prediction: Tensor, target: Tensor) -> None:
+def updated(prediction, target):
     ConfusionMatrix(2).update(prediction, target)
 
 
@@ -48,15 +47,10 @@ LABELS = torch.zeros(4, 4, dtype=torch.int64)
         (lambda: bottleneck(class_logits=torch.ones(0, 3, 4, 4)), "class_logits has B = 0"),
         (lambda: bottleneck(class_logits=torch.ones(1, 3, 0, 4)), "class_logits has h' = 0"),
         (lambda: AllSpark(0, 3, 4), "channels must be"),
-        (lambda: AllSpark(4, 3, -1), "tokens must be"),
         (lambda: AllSparkOptions(num_heads=0), "num_heads must be at least 1"),
         (lambda: AllSparkOptions(dropout=1.0), r"dropout must be in \[0, 1\), got 1.0"),
         (lambda: AllSparkOptions(memory_init="zeros"), "memory_init must be one of randn, empty, got 'zeros'"),
-        (lambda: AllSparkOptions(memory_sync="mean"), "memory_sync must be one of rank0, all, got 'mean'"),
-        (lambda: AllSparkOptions(class_map="argmax"), "class_map must be one of logits, softmax, got 'argmax'"),
-        (lambda: build_segmentor("mit_b9", 3, (64, 64)), "backbone must be one of mit_tiny"),
         (lambda: tiny_segmentor()(torch.ones(1, 4, 64, 64)), "images"),
-        (lambda: tiny_segmentor()(torch.ones(1, 1, 3, 64, 64)), "images"),
         (lambda: predict_labels(tiny_segmentor().eval(), torch.ones(1, 3, 64, 64), mode="slide"), "mode"),
         (lambda: predict_labels(tiny_segmentor().eval(), torch.ones(1, 3, 64, 64), mode="sliding", crop=1), "crop"),
         (lambda: ConfusionMatrix(0), "num_classes must be at least 1"),
@@ -78,7 +72,6 @@ def test_wrong_values_are_named(call, message):
         (lambda: build_segmentor("mit_tiny", 3, (64, 64), allspark=False), "allspark must be AllSparkOptions or None"),
         (lambda: build_segmentor("mit_tiny", 3, ("64", 64)), "H of crop_size must be an integer, got '64'"),
         (lambda: tiny_segmentor()(torch.ones(1, 3, 64, 64, dtype=torch.uint8)), "images"),
-        (lambda: ConfusionMatrix(3.5), "num_classes must be an integer, got 3.5"),
         (lambda: updated(LABELS.float(), LABELS), "expected integer classes"),
     ],
 )

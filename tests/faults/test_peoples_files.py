@@ -5,12 +5,13 @@ import os
 import re
 import shutil
 import signal
-from collections.abc import Callable, Sequence
+import subprocess
 from dataclasses import replace
 from functools import partial
-from itertools import chain
+from itertools import chain, repeat
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import DEFAULT, Mock
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from allspark_fast.__main__ import main
 from allspark_fast.cli import COMMANDS
 from allspark_fast.data import loader
 from allspark_fast.data.datasets import SegmentationDataset
-from allspark_fast.inference.predict import Predictor
+from allspark_fast.inference import predict
 from allspark_fast.training import trainer
 from allspark_fast.weights.files import save_weights
 from allspark_fast.weights.spec import load_model, save_model
@@ -39,7 +40,7 @@ PHOTO, PHOTOS = "predict model.safetensors photo.png", "predict model.safetensor
 LABEL = "predict model.safetensors --out out --overwrite data/images"
 EVALUATE, CONVERT = f"evaluate others.safetensors {SETTINGS}", "convert old.pth a.safetensors"
 COMPARE = f"compare {SETTINGS} --seeds 0 --out runs"
-CHANGED = {Image: "MAX_IMAGE_PIXELS", shutil: "disk_usage", trainer: "train_step", Predictor: "predict"}
+CHANGED = {shutil: "disk_usage", trainer: "train_step", predict: "predict_labels"}
 PLAIN = "0 errors, 0 warnings"
 
 
@@ -72,24 +73,27 @@ def place(made, tmp_path, no_pictures, monkeypatch):
     monkeypatch.setenv("ALLSPARK_DATA_DIR", "")
     monkeypatch.delenv("ALLSPARK_DATA_DIR")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 3000)
     nothing_free = SimpleNamespace(f_bavail=0, f_frsize=1)
     monkeypatch.setattr(loader, "os", SimpleNamespace(environ=os.environ, statvfs=lambda _: nothing_free))
     for owner, name in {**CHANGED, SegmentationDataset: "image"}.items():
         monkeypatch.setattr(owner, name, getattr(owner, name))
 
 
-def do(function: Callable[..., object], *arguments: object, **options: object) -> Callable[..., object]:
+def do(function, *arguments, **options):
     return lambda *_: function(*arguments, **options)
 
 
-def each(
-    folder: str,
-    convert: Callable[[np.ndarray], object] = np.asarray,
-    *,
-    kind: str = "PNG",
-    some: slice = slice(None),
-    **options: object,
-) -> None:
+def enter(line):
+    """Run words of bash, and commands of ours, joined by &&."""
+    for part in line.split(" && "):
+        if part.split()[0] in COMMANDS:
+            assert main(part.split()) == 0
+        else:
+            subprocess.run(["bash", "-c", part], check=True)
+
+
+def each(folder, convert=np.asarray, *, kind="PNG", some=slice(None), **options):
     """Save images or labels anew: other pixels, another format."""
     for path in sorted((DATA / folder).iterdir())[some]:
         changed = convert(np.asarray(Image.open(path)))
@@ -100,62 +104,26 @@ def each(
 labels, images = (partial(do, each, folder) for folder in ("labels", "images"))
 
 
-def move(source: str, target: str) -> None:
-    (DATA / target).parent.mkdir(parents=True, exist_ok=True)
-    (DATA / source).rename(DATA / target)
-
-
-def rename(image: str, label: str) -> None:
-    """Give the first image and its label other names."""
-    move("images/00.png", f"images/{image}")
-    move("labels/00.png", f"labels/{label}")
-
-
-def copy(source: str, target: str) -> None:
-    shutil.copy(DATA / source, DATA / target)
-
-
-def to_png(name: str) -> None:
-    """Save an image as PNG in place of what it was."""
-    Image.open(DATA / name).save((DATA / name).with_suffix(".png"))
-    os.remove(DATA / name)
-
-
-def lists(change: Callable[[str], str], encoding: str = "utf-8", name: str = "*") -> None:
-    for path in (DATA / "splits").glob(f"{name}.txt"):
-        path.write_bytes(change(path.read_text()).encode(encoding))
-
-
-def split(*_: object) -> None:
-    """Write the lists anew."""
-    main(["splits", "data", "--val", "2", "--overwrite"])
-
-
-def split_elsewhere() -> None:
-    shutil.rmtree("data/splits")
-    main(SPLITS.split())
-
-
-def redraw(*_: object) -> None:
+def redraw(*_):
     """Save all images and labels as they were."""
     write_folder(DATA, 8, labeled=6)
 
 
-def meta(*_: object, **changes: object) -> None:
+def meta(*_, **changes):
     (DATA / "meta.json").write_text(json.dumps({"classes": NAMES, **changes}))
 
 
-def no_meta() -> None:
+def no_meta():
     black_and_white()
     (DATA / "meta.json").unlink()
 
 
-def add_to_meta(found: re.Match[str] | Sequence[str]) -> None:
+def add_to_meta(found):
     file = DATA / "meta.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | json.loads(f"{{{found[1]}}}")))
 
 
-def black_and_white(more: str = '"classes": ["ground", "cell"]', white: int = 255) -> None:
+def black_and_white(more='"classes": ["ground", "cell"]', white=255):
     each("labels", lambda x: (x > 0) * np.uint16(white))
     add_to_meta(("", more))
 
@@ -163,154 +131,68 @@ def black_and_white(more: str = '"classes": ["ground", "cell"]', white: int = 25
 RED, BLUE = [[255, 0, 0], [0, 0, 0], [0, 255, 0]], [[0, 0, 0], [255, 0, 0], [0, 255, 0]]
 
 
-def colored(gray: np.ndarray, palette: list[list[int]] = BLUE) -> Image.Image:
+def colored(gray, palette=BLUE):
     image = Image.fromarray(gray)
     image.putpalette(list(chain(*palette)))
     return image
 
 
-def rgb(gray: np.ndarray) -> Image.Image:
+def rgb(gray):
     return colored(gray if gray.ndim == 2 else gray[..., 0].copy()).convert("RGB")
 
 
-def rgb_with_palette(*_: object) -> None:
+def rgb_with_palette(*_):
     each("labels", rgb)
     meta(palette=BLUE)
 
 
-def other_palette(**changes: object) -> None:
+def other_palette(**changes):
     """Of the first label, or of meta.json if there is one."""
     each("labels", colored)
     each("labels", lambda x: colored(x, RED), some=slice(0 if changes else 1))
     meta(**changes)
 
 
-def gray(factor: float, kind: type) -> Callable[[np.ndarray], np.ndarray]:
+def gray(factor, kind):
     return lambda pixels: (pixels[..., 0] * float(factor)).astype(kind)
 
 
-def not_a_number(pixels: np.ndarray) -> np.ndarray:
+def not_a_number(pixels):
     return np.where(pixels[..., 0] > 200, np.nan, pixels[..., 0] / 255).astype(np.float32)
 
 
-def damage(pattern: str) -> None:
-    for path in Path().glob(pattern):
-        shutil.move(path, "kept")
-        path.write_text("{")
-
-
-def put_back(found: re.Match[str]) -> None:
-    shutil.move("kept", found[1])
-
-
-def remove(found: re.Match[str]) -> None:
-    shutil.rmtree(found[1]) if os.path.isdir(found[1]) else os.remove(found[1])
-
-
-def once_without_memory(work: Callable[..., object]) -> Callable[..., object]:
-    errors = iter([MemoryError])
-
-    def call(*arguments: object, **options: object) -> object:
-        for error in errors:
-            raise error
-        return work(*arguments, **options)
-
-    return call
-
-
-def lack_memory_once() -> None:
+def lack_memory_once():
     """The first step, and the first image, find none."""
-    trainer.train_step = once_without_memory(trainer.train_step)
-    Predictor.predict = once_without_memory(Predictor.predict)
+    for owner, name in ((trainer, "train_step"), (predict, "predict_labels")):
+        first_fails = chain([MemoryError], repeat(DEFAULT))
+        setattr(owner, name, Mock(wraps=getattr(owner, name), side_effect=first_fails))
 
 
-def kill_workers() -> None:
+def kill_workers():
     """As the kernel ends one that reads an image when memory is short."""
     read, here = SegmentationDataset.image, os.getpid()
     SegmentationDataset.image = lambda *x: read(*x) if os.getpid() == here else os.kill(os.getpid(), signal.SIGKILL)
     loader.os = os
 
 
-def fill_disk(folder: str) -> None:
+def fill_disk(folder):
     usage = shutil.disk_usage
     shutil.disk_usage = lambda path: SimpleNamespace(free=0) if folder in str(path) else usage(path)
 
 
-def save_timm() -> None:
+def save_timm():
     spec = replace(load_model("model.safetensors")[1], backbone="timm/test_efficientnet")
     save_model(spec.build(), spec, "timm.safetensors")
 
 
-def rename_all(old: str, new: str) -> None:
-    for path in (DATA / "labels").iterdir():
-        path.rename(path.with_name(path.name.replace(old, new)))
-
-
-def same_name(found: re.Match[str]) -> None:
-    move(found[1], f"labels/{found[2]}.png")
-
-
-def add_image(_: object) -> None:
-    copy("images/07.png", "images/08.png")
-    split()
-
-
-def link_label() -> None:
-    (DATA / "labels/01.png").unlink()
-    (DATA / "labels/01.png").symlink_to("00.png")
-
-
-def replace_pipe(found: re.Match[str]) -> None:
-    os.remove(found[1])
-    copy("images/00.png", "images/a.png")
-
-
-def tiles(_: object) -> None:
-    Image.MAX_IMAGE_PIXELS = None
-    each("images", lambda x: x[:19])
-    Image.MAX_IMAGE_PIXELS = 999
-
-
-def elsewhere() -> None:
-    Path("pics").mkdir()
-    shutil.copy("photo.png", "pics/x.png")
-    lists(lambda x: f"{x}../pics/x.png\n", name="unlabeled")
-
-
-def link_to_it(_: object) -> None:
-    os.symlink("../pics", "data/pics")
-    lists(lambda x: x.replace("../pics", "pics"))
-
-
-def train_with_range(_: object) -> str:
-    main(f"{NEW} --data.range 1% 99%".split())
-    return "predict new --out out data/images"
-
-
-def name_classes(_: object) -> str:
-    main(["convert", "others.safetensors", "named.safetensors", "--classes", "data/meta.json"])
-    return f"evaluate named.safetensors {SETTINGS}"
-
-
-def write_yaml(found: re.Match[str]) -> None:
-    Path("a.yaml").write_text(found[1])
-
-
-def a_step(_: object) -> str:
-    return f"predict {next(Path('run/checkpoints').glob('step_*.pt'))} photo.png"
-
-
-def png(name: str, content: bytes) -> Callable[..., object]:
-    return do((DATA / name).write_bytes, content)
-
-
-TWO_IMAGES = "images/00.png labels/00.png\nimages/01.png labels/00.png\n"
 SECOND = {"save_all": True, "append_images": [Image.new("RGB", (50, 40))]}
 SECOND_MASK = {"save_all": True, "append_images": [Image.new("L", (50, 40))]}
 FIRST_PAGE = "images have several pages, .*; only the first page is read"
 PROBABLY = r"'(labels/[^']+)' first: images/(.+)\.\w+ is probably its image; give image and label the same name"
 NEXT = "4 labeled, 2 unlabeled, 2 for validation"
-FIFO, JFIF = do(os.mkfifo, "data/images/a.png"), do(move, "images/07.png", "images/07.jfif")
+FIFO, JFIF, TO_PNG = "mkfifo data/images/a.png", "mv data/images/07.{png,jfif}", "$ mv data/images/07.{jfif,png}"
+SAME_NAME = r"$ mv 'data/\1' data/labels/\2.png"
+ANEW, REMOVE = "$ splits data --val 2 --overwrite", r"$ rm -r \1"
 ALONE = r"error: (\S+): its prediction would replace that of .*; name it alone, with another (--out)"
 COLORS = "Correct 'palette' in meta.json"
 OTHER_CLASSES = r"convert the label, or list the missing classes, or the values of the classes, in meta\.json"
@@ -321,76 +203,79 @@ ACCUMULATE, MIXED = f"{NEW} --train.gradient-accumulation-steps 2", f"{NEW} --tr
 TIMM, CHECKPOINTING = f"{NEW} --model.backbone timm/test_efficientnet", "--model.activation-checkpointing True"
 WILD = f"{NEW} --train.lr 100 --train.lr-multi 1000 --train.max-skipped 0 --train.steps 4"
 SMALLER = r"\1 32 \2 1 \3 --run.output-dir other"
+ELSEWHERE = "rm -r data/splits && splits data --val 2 --out lists"
+OUTSIDE = "mkdir pics; cp photo.png pics/x.png; echo ../pics/x.png >> data/splits/unlabeled.txt"
+LINK = "$ ln -s ../pics data/pics; sed -i s,../pics,pics, data/splits/unlabeled.txt"
+RENAMED = "$ convert others.safetensors others.safetensors --classes data/meta.json --overwrite"
+MASKS = "for x in data/labels/*; do mv $x ${x%.png}_m.png; done"
+NO_MASKS = "$ for x in data/labels/*; do mv $x ${x%_m.png}.png; done"
+PBM = "(echo P4 50 40; head -c 280 /dev/zero) > data/labels/00.png"
+RANGED = f"$ {NEW} --data.range 1% 99% && cp new/best.safetensors model.safetensors"
+A_STEP = "predict run/checkpoints/step_00000001.pt photo.png"
 SCENES = f"train {SETTINGS} --data.scenes 2 2 1 --run.output-dir toy".replace("folder --data.root data", "scenes")
 NO_LISTS = "check pascal --data.root data --data.crop 64 --data.labeled None --data.unlabeled None --data.val None"
 # By kind: what is done before; a command; what it says; and its exit status or, where it says what to do, how that is
-# done: by more words, by another command, or by a function, which may return either.
+# done: by more words, by another command, or, before the same command, by lines after "$ " or a function.
 CASES = {
     "hangs": [
         (FIFO, SPLITS, "left out, .*: a broken link, or no file", 0),
-        (FIFO, LABEL, r"(\S+a\.png): a broken link, a folder or a device, .* expected; replace it", replace_pipe),
-        (FIFO, f"{LABEL}/a.png", "a folder or a device", 1),
+        (FIFO, LABEL, r"(\S+a\.png): a broken link, .* expected; replace it", r"$ rm \1; cp photo.png \1"),
         (None, f"{NEW} --data.workers 1", r"use (--data\.workers 0 --eval\.workers 0)", r"\1"),
         (None, f"{NEW} --eval.workers 1", r"use (--data\.workers 0 --eval\.workers 0)", r"\1"),
         (kill_workers, f"{NEW} --data.workers 1", "a DataLoader worker died .*: use fewer workers", "--data.workers 0"),
     ],
     "files left out": [
-        (do(os.symlink, "gone", "data/images/a.png"), SPLITS, "left out, 'images/a.png' first: a broken link", 0),
-        (do(os.symlink, "gone", "data/labels/site"), CHECK, "left out, 'labels/site' first: a broken link", 0),
-        (do(os.symlink, "gone", "data/images/a"), LABEL, "images/a: left out, a broken link", 1),
-        ((DATA / "images/Thumbs.db").touch, CHECK, "left out, 'images/Thumbs.db' first: its suffix is", 0),
+        ("ln -s gone data/images/a.png", SPLITS, "left out, 'images/a.png' first: a broken link", 0),
+        ("ln -s gone data/labels/site", CHECK, "left out, 'labels/site' first: a broken link", 0),
+        ("ln -s gone data/images/a", LABEL, "images/a: left out, a broken link", 1),
+        ("touch data/images/Thumbs.db", CHECK, "left out, 'images/Thumbs.db' first: its suffix is", 0),
         (None, f"{PHOTOS} --out data", "all its images lie in data, .*: give another (--out)", r"\1 other"),
-        (do(rename, "IMG_0.JPG", "img_0.png"), SPLITS, PROBABLY, same_name),
-        (do(rename, "e\u0301.jpg", "\u00e9.png"), SPLITS, PROBABLY, same_name),
-        (do(rename, "0.jpg", "0_mask.png"), SPLITS, PROBABLY, same_name),
-        (do(rename, "0.jpg", "0.jpg.png"), SPLITS, PROBABLY, same_name),
-        (do(rename, "0.jpg", "seg-0.png"), SPLITS, PROBABLY, same_name),
-        (do(move, "labels/00.png", "labels/00 .png"), SPLITS, PROBABLY, same_name),
-        (do(move, "labels/00.png", "labels/sub/00.png"), SPLITS, PROBABLY, same_name),
-        (do(rename, "0.jpg", "10.png"), SPLITS, r"'labels/10\.png' first: no image has that name", 0),
-        (do(rename, "0.HEIC", "0.png"), SPLITS, r"0\.HEIC' first: its suffix.* images/0\.HEIC is", 0),
-        (JFIF, SPLITS, r"07\.jfif' first: its suffix is none .*; convert images", do(to_png, "images/07.jfif")),
-        (JFIF, LABEL, r"07\.jfif: left out, because of its suffix; convert it", do(to_png, "images/07.jfif")),
+        ("mv data/images/{00.png,IMG_0.JPG}; mv data/labels/{00.png,img_0.png}", SPLITS, PROBABLY, SAME_NAME),
+        ("mv data/images/{00.png,e\u0301.jpg}; mv data/labels/{00.png,\u00e9.png}", SPLITS, PROBABLY, SAME_NAME),
+        ("mv data/images/{00.png,0.jpg}; mv data/labels/{00.png,0_mask.png}", SPLITS, PROBABLY, SAME_NAME),
+        ("mv data/images/{00.png,0.jpg}; mv data/labels/{00.png,0.jpg.png}", SPLITS, PROBABLY, SAME_NAME),
+        ("mv data/images/{00.png,0.jpg}; mv data/labels/{00.png,seg-0.png}", SPLITS, PROBABLY, SAME_NAME),
+        ("mv data/labels/00.png 'data/labels/00 .png'", SPLITS, PROBABLY, SAME_NAME),
+        ("mkdir data/labels/sub; mv data/labels/{,sub/}00.png", SPLITS, PROBABLY, SAME_NAME),
+        ("cd data; mv images/{00.png,0.jpg}; mv labels/{00,10}.png", SPLITS, r"10\.png' first: no image has that", 0),
+        ("mv data/images/00.{png,HEIC}", SPLITS, r"00\.HEIC' first: its suffix.* images/00\.HEIC is", 0),
+        (JFIF, SPLITS, r"07\.jfif' first: its suffix is none .*; convert images", TO_PNG),
+        (JFIF, LABEL, r"07\.jfif: left out, because of its suffix; convert it", TO_PNG),
         (JFIF, LABEL, r"error: (\S+): left out, .* or name it alone", r"predict model.safetensors \1"),
-        (do(move, "images/07.png", "images/07.PNG"), SPLITS, NEXT, 0),
-        (do(rename_all, ".", "_m."), SPLITS, "give each label the name of its image", do(rename_all, "_m", "")),
-        (do(shutil.rmtree, "data/labels"), SPLITS, r"labels/a\.png belongs to images/a\.jpg", redraw),
-        (do(move, "images", "Images"), SPLITS, "expected a folder with images/", do(move, "Images", "images")),
+        (MASKS, SPLITS, "give each label the name of its image", NO_MASKS),
+        ("rm -r data/labels", SPLITS, r"labels/a\.png belongs to images/a\.jpg", redraw),
+        ("mv data/images data/Images", SPLITS, "expected a folder with images/", "$ mv data/Images data/images"),
+        ("touch data/images/notes.txt", LABEL, "1 files that are no images were left out", 0),
     ],
     "files taken in": [
-        (do(copy, "images/00.png", "images/._07.png"), SPLITS, NEXT, 0),
-        (do(move, "images/07.png", "images/.@__thumb/07.png"), SPLITS, "4 labeled, 1 unlabeled, 2 for", 0),
-        (do(copy, "images/00.png", "images/00.bmp"), SPLITS, r"(\S+): has the same stem as 00\.bmp; keep one", remove),
-        (do(copy, "images/00.png", "images/00.jpg"), LABEL, "8 images labeled, 1 failed", 1),
-        (do(copy, "images/00.png", "images/00.jpg"), LABEL, ALONE, r"predict model.safetensors \1 \2 other"),
+        ("cp data/images/{00,._07}.png", SPLITS, NEXT, 0),
+        ("mkdir data/images/.@__thumb; mv data/images/{,.@__thumb/}07.png", SPLITS, "4 labeled, 1 unlabeled, 2 for", 0),
+        ("cp data/images/00.{png,bmp}", SPLITS, r"(\S+): has the same stem as 00\.bmp; keep one", REMOVE),
+        ("cp data/images/00.{png,jpg}", LABEL, "8 images labeled, 1 failed", 1),
+        ("cp data/images/00.{png,jpg}", LABEL, ALONE, r"predict model.safetensors \1 \2 other"),
     ],
     "what a mask means": [
         (labels(lambda x: np.stack([x, x], -1)), SPLITS, "mode LA; convert it to class indices", redraw),
         (labels(lambda x: np.stack([x, x], -1)), SPLITS, "to RGB with 'palette' in meta", rgb_with_palette),
-        (labels(lambda x: x.astype(np.uint16)), CHECK, PLAIN, 0),
         (do(black_and_white, white=300), CHECK, r'write ("values": "nonzero") into', add_to_meta),
         (labels(colored, transparency=0), CHECK, PLAIN, 0),
         (labels(kind="TIFF", compression="tiff_lzw"), CHECK, PLAIN, 0),
         (labels(kind="TIFF", compression="jpeg"), CHECK, "jpeg compression .*; save labels as PNG", redraw),
         (labels(rgb, kind="WEBP"), SPLITS, "WEBP compression .*; save labels as PNG", redraw),
         (labels(kind="TIFF", **SECOND_MASK), CHECK, "holds 2 pages, .* save the one that counts", redraw),
-        (png("labels/00.png", b"P4 50 40\n" + bytes(280)), CHECK, "stores white as 0 .* save it as PNG", redraw),
+        (PBM, CHECK, "stores white as 0 .* save it as PNG", redraw),
         (black_and_white, CHECK, r'add ("values": \[0, 255\]) to', add_to_meta),
-        (
-            black_and_white,
-            CHECK,
-            r'or ("values": \[0, 1), ...\] if 255 is meant',
-            do(add_to_meta, ("", '"values": [0, 1]')),
-        ),
+        (black_and_white, CHECK, r'or ("values": \[0, 1), ...\]', do(add_to_meta, ("", '"values": [0, 1]'))),
         (do(black_and_white, '"classes": ["a"]'), CHECK, r"such as {(.*?)}", add_to_meta),
-        (no_meta, CHECK, r"no meta\.json; write (\S+), such as (\{.*?\})", lambda x: Path(x[1]).write_text(x[2])),
+        (no_meta, CHECK, r"no meta\.json; write (\S+), such as (\{.*?\})", r"$ echo '\2' > \1"),
         (labels(lambda x: (x > 0) * np.uint8(255), some=slice(2)), CHECK, "save them with the n", redraw),
         (labels(lambda x: x.T), CHECK, "its image .* is 50x40 .* the label is 40x50.* be equal", redraw),
         (labels(exif=exif(6)), CHECK, "its EXIF orientation is 6, .*; save it upright", redraw),
         (images(exif=exif(3)), CHECK, "EXIF turns 4 images with labels", 0),
-        (link_label, CHECK, r"labels/00\.png: is the label of 2 images; correct the lists", 0),
+        ("ln -sf 00.png data/labels/01.png", CHECK, r"labels/00\.png: is the label of 2 images; correct the lists", 0),
         (labels(lambda x: np.full_like(x, 255)), CHECK, r"val: 2 labels hold ignored pixels only, labels/0", 1),
-        (do(lists, lambda _: TWO_IMAGES, name="labeled"), CHECK, "is the label of 2 images; correct the lists", split),
+        ("sed -i s,labels.*,labels/00.png, data/splits/labeled.txt", CHECK, "of 4 images; correct the lists", ANEW),
+        (labels(lambda x: x * 0), CHECK, "warning: labeled: no label holds pear, plum", 0),
         (labels(lambda x: x + 2), CHECK, rf"holds \[3, 4\], .*; {OTHER_CLASSES}", redraw),
         (labels(lambda x: x + 2), CHECK, OTHER_CLASSES, do(meta, classes=[*NAMES, "date", "fig"])),
         (labels(lambda x: x + 2), CHECK, OTHER_CLASSES, do(meta, values=[2, 3, 4])),
@@ -413,55 +298,46 @@ CASES = {
         (images(gray(1, ">u2"), kind="TIFF"), CHECK, "I;16B, 16.* (--.* 0 255) ", r"\1"),
         (images(lambda x: x // 8 + 9), CHECK, r"hold 9\.\.40 .* (--data\.range 0 63) ", r"\1"),
         (images(gray(1 / 9, np.float32), kind="TIFF"), CHECK, r"(--data\.range 1% 99%)", r"\1"),
-        (images(gray(1 / 9, np.float32), kind="TIFF"), LABEL, "train with one, such", train_with_range),
+        (images(gray(1 / 9, np.float32), kind="TIFF"), LABEL, "train with one, such", RANGED),
         (images(gray(300, np.int32), kind="TIFF"), LABEL, "outside 0..65535, here", 1),
         (images(gray(0, np.uint16)), CHECK, r"hold 0\.\.0 of 0\.\.65535, so few gray levels are left .*0 errors", 0),
         (images(not_a_number, kind="TIFF"), CHECK, "values that are not finite; replace them", redraw),
         (images(not_a_number, kind="TIFF"), SPLITS, NEXT, 0),
         (images(**SECOND), CHECK, FIRST_PAGE, 0),
-        (images(kind="GIF", **SECOND), CHECK, FIRST_PAGE, 0),
         (images(kind="MPO", **SECOND), LABEL, r"00\.png: has 2 pages, of which only the first", 0),
         (images(lambda x: Image.fromarray(x).convert("CMYK"), kind="JPEG"), CHECK, PLAIN, 0),
         (images(lambda x: Image.fromarray(x).convert("LA")), CHECK, PLAIN, 0),
         (None, f"{CHECK} --data.crop 256", "every crop holds padding, .*; a smaller crop", "--data.crop 64"),
     ],
     "validation leaks": [
-        (split_elsewhere, "splits data 6 --out others", STAY, remove),
-        (split_elsewhere, "splits data --val 1", r"also in val|validate with (\S+) only", rf"{CHECK} --data.val \1"),
-        (do(lists, lambda x: x * 2), CHECK, "val: 2 lines repeat an image", 0),
-        (do(lists, lambda x: x.replace("s/", "s/../images/"), name="unlabeled"), CHECK, PLAIN, 0),
-        (do(lists, lambda x: f"{x}images/06.png labels/00.png"), CHECK, "in both lists: remove it from one", split),
+        (ELSEWHERE, "splits data 6 --out others", STAY, REMOVE),
+        (ELSEWHERE, "splits data --val 1", r"also in val|validate with (\S+) only", rf"{CHECK} --data.val \1"),
+        ("sed -i s,s/,s/../images/, data/splits/unlabeled.txt", CHECK, PLAIN, 0),
+        ("sed -i '$a images/06.png labels/00.png' data/splits/*.txt", CHECK, "in both lists: remove it from one", ANEW),
         (None, SPLITS, "label more, or compare means over (--folds 4)", r"splits data \1"),
         (None, "splits data --val 2", "(--overwrite) replaces the lists", r"\1"),
         (None, "splits data --val 2", "(--out) FOLDER writes others", r"\1 other"),
     ],
     "one bad item": [
-        (do(os.truncate, "data/images/01.png", 99), CHECK, r"01\.png: cannot be read .* or download it again", redraw),
-        ((DATA / "images/01.png").unlink, CHECK, r"images/01\.png: no such file; .* 1 errors, 0 warnings", 1),
-        ((DATA / "images/01.png").unlink, CHECK, "no such file; check .* the split file that lists it", split),
-        ((DATA / "labels/02.png").unlink, CHECK, r"labels/02\.png: no such file", 1),
-        (png("labels/02.png", b"text"), CHECK, r"02\.png: not an image .*; convert it or download it again", redraw),
-        (png("images/00.png", b""), LABEL, r"1 failed.*the file is empty \(0 bytes\); download it again", redraw),
-        (png("labels/00.png", b""), CHECK, r"labels/00\.png: the file is empty .*; download it again", redraw),
-        (do(setattr, Image, "MAX_IMAGE_PIXELS", 999), LABEL, "cut it into tiles of at most 999 pixels", tiles),
+        ("truncate -s 99 data/images/01.png", CHECK, r"01\.png: cannot be read .* or download it again", redraw),
+        ("rm data/images/01.png", CHECK, "no such file; check .* the split file that lists it", ANEW),
+        ("echo text > data/labels/02.png", CHECK, r"02\.png: not an image .*; convert it or download it again", redraw),
+        ("truncate -s 0 data/images/00.png", LABEL, r"1 failed.*is empty \(0 bytes\); download it again", redraw),
+        ("truncate -s 0 data/labels/00.png", CHECK, r"labels/00\.png: the file is empty .*; download it again", redraw),
+        (images(lambda x: np.tile(x, (2, 2, 1))), LABEL, "cut it into tiles of at most 3000 pixels", redraw),
     ],
     "where it runs": [
-        (do(lists, lambda x: f"{x}../x.png\n", name="unlabeled"), CHECK, "this path leaves the data root", 1),
-        (do(lists, lambda x: x.replace("im", f"{Path.cwd()}/data/im")), CHECK, "is absolute; make it relative", split),
-        (elsewhere, CHECK, "or create a symbolic link to the folder inside the root", link_to_it),
-        (do(lists, str, "utf-16"), CHECK, PLAIN, 0),
-        (do(lists, lambda x: x.replace("\n", " \t\r\n"), "utf-8-sig"), CHECK, PLAIN, 0),
-        (do(lists, lambda x: x.replace("/", "\\")), CHECK, "; .*in which folders are separated by /", split),
-        (
-            do(lists, lambda x: x.replace(" ", ",")),
-            CHECK,
-            r"line 1: expected `image_path label_path` .*, found 'images/\S+,labels",
-            1,
-        ),
-        (do(lists, lambda x: f"# mine\n{x}"), CHECK, r"labeled\.txt, line 1: expected `image_path label_path`", 1),
-        (do(lists, lambda x: x.replace("\n", " a.png\n")), CHECK, "line 1: more than two image paths", 1),
-        (do(lists, lambda _: "", name="val"), CHECK, "val: holds no image; check its split file", split),
-        (do(shutil.rmtree, "data/splits"), CHECK, r"not found below .*`python -m allspark_fast splits`", split),
+        ("echo ../x.png >> data/splits/unlabeled.txt", CHECK, "this path leaves the data root", 1),
+        ("sed -i s,im,$PWD/data/im, data/splits/*.txt", CHECK, "is absolute; make it relative", ANEW),
+        (OUTSIDE, CHECK, "or create a symbolic link to the folder inside the root", LINK),
+        ("for x in data/splits/*.txt; do iconv -t utf-16 -o u $x; mv u $x; done", CHECK, PLAIN, 0),
+        (r"sed -i '1s/^/\xef\xbb\xbf/; s/$/ \t\r/' data/splits/*.txt", CHECK, PLAIN, 0),
+        (r"sed -i 's,/,\\,g' data/splits/*.txt", CHECK, "; .*in which folders are separated by /", ANEW),
+        ("sed -i 's/ /,/' data/splits/*.txt", CHECK, r"line 1: expected `image_path .*, found 'images/\S+,labels", 1),
+        ("sed -i '1i # mine' data/splits/*.txt", CHECK, r"labeled\.txt, line 1: expected `image_path label_path`", 1),
+        ("sed -i 's/$/ a.png/' data/splits/*.txt", CHECK, "line 1: more than two image paths", 1),
+        ("truncate -s 0 data/splits/val.txt", CHECK, "val: holds no image; check its split file", ANEW),
+        ("rm -r data/splits", CHECK, r"not found below .*`python -m allspark_fast splits`", ANEW),
         (None, f"{CHECK} --data.val val.txt", "not found below .*; check both paths", "--data.val splits/val.txt"),
         (None, NO_LISTS, r"splits` writes labeled\.txt and unlabeled\.txt", LISTS),
         (None, "check folder --data.crop 64", r"pass (--data\.root) with the folder", r"\1 data"),
@@ -471,15 +347,13 @@ CASES = {
     "text from people": [
         (do(meta, classes=["a", "b", "a "]), SPLITS, "'classes' holds equal names: a; give each class a name of", meta),
         (do(meta, classes=["$x_1$", '"b", \\frac{', "道\n路"]), CHECK, r'\$x_1\$ .*"b", \\frac\{ .*道\\n路 ', 0),
-        (
-            do(move, "images/07.png", "images/a\n.png"),
-            SPLITS,
-            "cannot hold such a name, rename the file",
-            do(move, "images/a\n.png", "images/07.png"),
-        ),
-        (do(move, "images/07.png", "images/-x.png"), SPLITS, "4 labeled, 2 unlabeled", 0),
+        ("mv data/images/{07.png,$'a\n.png'}", SPLITS, "such a name, rename the file", "$ mv data/images/{a*,07.png}"),
+        ("mv data/images/{07,-x}.png", SPLITS, "4 labeled, 2 unlabeled", 0),
     ],
     "settings": [
+        (None, "train imagenet", "no recipe 'imagenet'; recipes are scenes, camvid, folder, pascal", 1),
+        (None, "train --train.method fixmatch", "supervised", 2),
+        (None, f"{NEW} --data.scale 2 0.5", r"data\.scale is", 2),
         (None, f"{CHECK} --train.epochs 1", "train.epochs has no effect beside .*: give one of them", EPOCHS),
         (None, f"{CHECK} --run.keep 3", r"use (run\.keep_last)", rf"{CHECK} --\1 3"),
         (None, f"{CHECK} --train.lrr 0.1", r"did you mean (train\.lr)\?", rf"{CHECK} --\1 0.1"),
@@ -488,13 +362,13 @@ CASES = {
         (None, f"{CHECK} --train.conf-thresh 0", r"(train\.conf_thresh) is 0.0, expected more than 0", r"--\1 1"),
         (None, f"{CHECK} --data.augment none", r"(train\.strong) is True, expected (False)", r"--\1 \2"),
         (None, f"{CHECK} --data.range 9 1", "or two +percentiles such as (1% 99%)", r"--data.range \1"),
-        (do(Path("a.yaml").write_text, "train: 3"), f"{CHECK} --config a.yaml", r"such as `(.*?)` \(", write_yaml),
+        ("echo train: 3 > a.yaml", f"{CHECK} --config a.yaml", r"such as `(.*?)` \(", r"$ echo '\1' > a.yaml"),
         (None, f"{NEW} --train.warmup 1", r"set (train\.warmup) to a part of the run, such as (0\.25)", OTHER),
         (None, f"{NEW} --train.pseudo-from 1", r"set (train\.pseudo_from) to .*, such as (0\.25)", OTHER),
         (None, f"{NEW} --train.warmup-epochs 3", "Memory: never used.*; train longer", "--train.steps 4"),
         (None, f"{ACCUMULATE} --train.batch-size 3", "set it to a multiple of (2)", r"--train.batch-size \1"),
         (None, f"{NEW} --train.batch-size 3", r"lower (train\.batch_size)", r"--\1 2"),
-        (None, f"{NEW} --train.batch-size 3", "add images", add_image),
+        (None, f"{NEW} --train.batch-size 3", "add images", f"$ cp data/images/{{07,08}}.png && {ANEW[2:]}"),
         (None, f"{MIXED} --train.batch-size 1", r"a (train\.batch_size) that is a multiple of (2)", OTHER),
         (None, f"{NEW} --model.backbone mit_b9", "backbone must be one of (mit_tiny)", r"--model.backbone \1"),
         (None, f"{NEW} --model.backbone timm/test_efficientne", r"did you mean (\w+)", r"--model.backbone timm/\1"),
@@ -512,38 +386,46 @@ CASES = {
         (None, "splits data --overwrite --val 6", "--val 6 leaves no label .*: give less than 6", "--val 5"),
     ],
     "weights": [
+        ("touch a.pt2", "export model.safetensors a.pt2", "pass --overwrite", 1),
+        (None, f"{NEW} --model.weights nowhere.pth", r"nowhere\.pth: no such file", 1),
+        (None, "evaluate model.safetensors --data.root data", "for other weights name a RECIPE", 1),
+        (None, "evaluate run --split nowhere/a", "split file nowhere/a: not found", 1),
+        (None, "evaluate run --json nowhere/a", "there is no folder nowhere", 1),
+        (do(meta, classes=NAMES[:2]), EVALUATE, r"are kiwi, fig, date, but .* are apple, pear: correct meta\.json", 1),
         (None, "convert encoder.pth a.safetensors", r"(--model\.weights encoder\.pth)", rf"{NEW} \1"),
         (None, "predict old.pth photo.png", r"allspark_fast (convert old\.pth model\.safetensors)", r"\1 --overwrite"),
         (None, f"{CONVERT} --classes nowhere", r"nowhere: no meta\.json, and no data set", "--classes data/meta.json"),
         (None, f"{CONVERT} --classes pascal", "has 3 classes, but pascal names 21", "--classes data/meta.json"),
-        (None, "convert old.pth a.bin", r"DST must be (\.safetensors) or \.pth", r"convert old.pth a\1"),
-        (None, "convert old.pth new/a.pth", "there is no folder new, make it first", do(os.mkdir, "new")),
+        (None, "convert old.pth a.bin", r"weights are saved as (\.safetensors) or \.pth", r"convert old.pth a\1"),
+        (None, "convert old.pth new/a.pth", "there is no folder new, make it first", "$ mkdir new"),
         (save_timm, "convert timm.safetensors a.pth", r"use (\.safetensors)", r"convert timm.safetensors a\1"),
         (None, "export model.safetensors a.pth", "`(convert)` writes weights", r"\1 model.safetensors a.pth"),
-        (do(main, CONVERT.split()), CONVERT, "pass (--overwrite)", r"\1"),
+        (CONVERT, CONVERT, "pass (--overwrite)", r"\1"),
         (None, f"{NEW} --model.weights imagenet", "no imagenet for mit_tiny: .* or (None)", r"--model.weights \1"),
         (None, f"{NEW} --model.weights imagenet", "no imagenet for .*: give a file", "--model.weights encoder.pth"),
         (None, f"{NEW} --model.weights others.safetensors", r"(--model\.reset True) starts classifier", r"\1"),
         (None, f"{NEW} --data.crop 96 --model.weights old.pth", r"Pass (--model\.reset True)", r"\1"),
         (None, EVALUATE, r"correct meta\.json", do(meta, classes=["kiwi", "fig", "date"])),
-        (None, EVALUATE, "or name the classes of the weights by `convert --classes`", name_classes),
+        (None, EVALUATE, "or name the classes of the weights by `convert --classes`", RENAMED),
         (None, "evaluate model.safetensors", "for other weights name a RECIPE", SETTINGS),
-        (do(main, SCENES.split()), "evaluate toy --split a.txt", "have no split files; leave it out", "evaluate toy"),
-        (do(main, PHOTO.split()), PHOTO, "pass (--overwrite)", r"\1"),
-        (do(main, PHOTO.split()), PHOTO, r"write to another folder \((--out)\)", r"\1 other"),
+        (SCENES, "evaluate toy --split a.txt", "have no split files; leave it out", "evaluate toy"),
+        (PHOTO, PHOTO, "pass (--overwrite)", r"\1"),
+        (PHOTO, PHOTO, r"write to another folder \((--out)\)", r"\1 other"),
         (None, f"{PHOTO} --out photo.png", "it or a parent is a file: give another name", "--out other"),
         (lack_memory_once, PHOTO, "out of memory: pass (--window)", r"\1"),
     ],
     "runs": [
+        (None, f"{NEW} --run.output-dir photo.png/run", "photo.png/run: expected a folder", 1),
+        ("mkdir empty; touch empty/config.json", "evaluate empty", r"config\.json holds no settings of a run", 1),
         (None, f"{TRAIN} --train.lr 0.5", r"give another (--run\.output-dir)", r"\1 other"),
         (None, f"{TRAIN} --train.lr 0.5", "or what was there before", TRAIN),
-        (do(damage, "run/config.json"), TRAIN, r"(\S+) holds no .* or remove it", remove),
-        (do(damage, "run/config.json"), TRAIN, r"(\S+) holds no .* put it back", put_back),
-        (do(damage, "run/data.json"), TRAIN, r"(\S+) is no record .* or remove it", remove),
-        (do(damage, "run/data.json"), TRAIN, r"(\S+) is no record .* put it back", put_back),
-        (do(damage, "run/checkpoints/*"), TRAIN, r"(\S+): none of .* remove the folder", remove),
-        (do(damage, "run/checkpoints/*"), TRAIN, r"or give another (--run\.output-dir)", r"\1 other"),
-        (do(os.remove, "run/best.safetensors"), "predict run photo.png", r"until then .* checkpoints/step_", a_step),
+        ("cp run/config.json kept; echo { > run/config.json", TRAIN, r"(\S+) holds no .* or remove it", REMOVE),
+        ("cp run/config.json kept; echo { > run/config.json", TRAIN, r"(\S+) holds no .* put it back", r"$ mv kept \1"),
+        ("cp run/data.json kept; echo { > run/data.json", TRAIN, r"(\S+) is no record .* or remove it", REMOVE),
+        ("cp run/data.json kept; echo { > run/data.json", TRAIN, r"(\S+) is no record .* put it back", r"$ mv kept \1"),
+        ("truncate -s 9 run/checkpoints/*", TRAIN, r"(\S+): none of .* remove the folder", REMOVE),
+        ("truncate -s 9 run/checkpoints/*", TRAIN, r"or give another (--run\.output-dir)", r"\1 other"),
+        ("rm run/best.safetensors", "predict run photo.png", "until then .* checkpoints/step_", A_STEP),
         (do(fill_disk, "new"), NEW, r"are free, but .* or give a (--run\.output-dir) elsewhere", r"\1 other"),
         (lack_memory_once, NEW, r"the same run goes on with (--model\.activation-checkpointing True)", r"\1"),
         (lack_memory_once, NEW, r"a new one \((--run\S+)\) with (--train\S+ 2)", r"\1 other \2"),
@@ -564,7 +446,7 @@ CASES = {
     ],
 )
 def test_it_is_said_or_read_as_meant(before, command, said, then, capsys, caplog):
-    def run(line: str) -> tuple[int, re.Match[str] | None]:
+    def run(line):
         caplog.clear()
         try:
             status = main(line.split())
@@ -576,7 +458,9 @@ def test_it_is_said_or_read_as_meant(before, command, said, then, capsys, caplog
 
     if re.search("timm|imagenet", command):
         pytest.importorskip("timm", reason="needs the extra timm")
-    if before is not None:
+    if isinstance(before, str):
+        enter(before)
+    elif before is not None:
         before()
     capsys.readouterr()
     status, found = run(command)
@@ -584,8 +468,12 @@ def test_it_is_said_or_read_as_meant(before, command, said, then, capsys, caplog
     if isinstance(then, int):
         assert status == then
         return
-    words = then(found) if callable(then) else found.expand(then)
-    if isinstance(words, str):
+    if callable(then):
+        then(found)
+    elif then.startswith("$ "):
+        enter(found.expand(then.removeprefix("$ ")))
+    else:
+        words = found.expand(then)
         command = words if words.split()[0] in COMMANDS else f"{command} {words}"
     capsys.readouterr()
     assert run(command) == (0, None)

@@ -3,9 +3,7 @@
 import codecs
 import json
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -15,7 +13,6 @@ from allspark_fast.data.datasets import read_split, split_line
 from allspark_fast.data.info import read_info
 from allspark_fast.weights.spec import ModelSpec
 
-Result = TypeVar("Result")
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
@@ -37,7 +34,7 @@ def with_one_change(draw: st.DrawFn, right: dict) -> object:
     return changed
 
 
-def assert_read_or_named(read: Callable[[], Result], named: str) -> Result | None:
+def assert_read_or_named(read, named):
     """Return what a file holds, or None if an error names it."""
     try:
         return read()

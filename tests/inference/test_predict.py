@@ -144,20 +144,6 @@ def test_files_that_cannot_be_read_or_written_are_named_and_the_rest_done(
     assert long_name in names_in(out / "overlays")
 
 
-def test_images_that_are_left_out_are_named(weights, photos, tmp_path, command):
-    options = ["--overwrite", "--out", tmp_path / "out"]
-    # notes.txt
-    assert "1 files that are no images were left out" in command("predict", weights, photos, *options)
-    others = ["phone.HEIC", "raw.NEF", "site/scan.jfif", "without_suffix"]
-    (photos / "site").mkdir()
-    for name in others:
-        picture(64, 64).save(photos / name, "JPEG")
-    printed = command("predict", weights, photos, *options, status=1)
-    assert "8 images labeled\n" in printed
-    assert all(f"{photos / name}: left out" in printed for name in others)
-    command("predict", weights, photos / "site/scan.jfif", *options)
-
-
 def test_files_folders_and_patterns(photos, tmp_path):
     def find(*arguments: Path) -> list[str]:
         return [path.name for path in find_images(map(str, arguments), skip=tmp_path / "predictions")[0]]

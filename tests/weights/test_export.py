@@ -1,5 +1,4 @@
 import copy
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,14 +29,14 @@ def assert_close(logits: torch.Tensor, expected: torch.Tensor) -> None:
     assert (logits - expected).abs().max() <= 1e-4 * expected.abs().max()
 
 
-def load_pt2(path: Path) -> tuple[Callable[[torch.Tensor], torch.Tensor], str]:
+def load_pt2(path):
     extra = {"model.json": ""}
     program = torch.export.load(path, extra_files=extra)
     assert not [node for node in program.graph.nodes if "allspark_fast" in str(node.target)]
     return program.module(), extra["model.json"]
 
 
-def load_onnx(path: Path) -> tuple[Callable[[torch.Tensor], torch.Tensor], str]:
+def load_onnx(path):
     onnxruntime = pytest.importorskip("onnxruntime", reason="needs the extra export")
     session = onnxruntime.InferenceSession(path)
     assert [(x.name, x.shape) for x in session.get_inputs()] == [("images", ["batch", 3, "height", "width"])]
