@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import platform
+import re
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -97,18 +98,17 @@ def run(case: Case, repeats: int = 7) -> list[Record]:
     Returns one record for each variant; those that cannot run come last, with a note why and no figures. Raises an
     AssertionError if a result is off by more than 1e-4, in half precision 3e-2, of its largest entry.
     """
-    parity, notes = case.parity or case.variants, {}
-    baseline, *others = parity
-    results = {baseline: outputs_and_grads(parity[baseline], case.inputs)}
-    for name in others:
+    baseline, notes, expected = next(iter(case.variants)), {}, list[Tensor]()
+    for name, computation in (case.parity or case.variants).items():
         try:
-            results[name] = outputs_and_grads(parity[name], case.inputs)
+            results = outputs_and_grads(computation, case.inputs)
         except Exception as error:  # each has exceptions of its own
             if name not in case.comparators:
                 raise
             notes[name] = error_line(error)
             continue
-        for i, (x, y) in enumerate(zip(results[name], results[baseline], strict=True)):
+        expected = expected or results
+        for i, (x, y) in enumerate(zip(results, expected, strict=True)):
             off, part = relative_error(x, y), f"gradient {i - 1}" if i else "output"
             message = f"{case.op}, {case.size}: {part} of {name} differs from {baseline} by {off:.1e}"
             assert off <= (3e-2 if x.dtype.itemsize < 4 else 1e-4), message
@@ -235,8 +235,7 @@ def conditions() -> str:
         device = torch.cuda.get_device_name()
     else:
         info = Path("/proc/cpuinfo")
-        lines = info.read_text().splitlines() if info.exists() else []
-        names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+        names = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
         device = f"CPU {[*names, platform.machine()][0]}, threads: {torch.get_num_threads()}"
     versions = [f"torch {torch.__version__}"]
     for name in ("triton", "xformers"):

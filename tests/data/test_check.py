@@ -37,12 +37,6 @@ def test_sound_data_has_no_problems(tmp_path, lists):
     assert check_sources(open_sources(DataConfig(scenes=(1, 1, 1))), 513) == ([], {})
 
 
-def test_classes_without_labels(tmp_path, lists):
-    for entry in lists["labeled"]:
-        write_image(tmp_path / entry.label, np.zeros((40, 50), np.uint8))
-    assert_starts(check(tmp_path, lists), "warning: labeled: no label holds b, c,")
-
-
 def test_how_lists_fit_together(tmp_path, lists):
     lists["labeled"][0] = Entry("images/00.png", None)
     (tmp_path / "images/link.png").symlink_to(tmp_path / "images/02.png")

@@ -37,14 +37,12 @@ def test_meta_file(tmp_path, palette, encoding):
         ('{"classes": ["a"], "palete": []}', "unknown keys \\['palete'\\]"),
         ('{"classes": ["a"], "ignore_index": 256}', "integer in 0..255, found 256"),
         ('{"classes": ["a"], "palette": [[1, 2, 300]]}', "three integers"),
-        ('{"classes": ["a", "b"], "values": [7, 7]}', "list of 2 different integers in 0..255"),
         ('{"classes": ["a", "b"], "palette": [[1, 2, 3]]}', "each of 2 classes, found 1"),
         ('{"classes": ["a", "b"], "palette": {"a": [0, 0, 0]}}', "list of colors"),
         ('{"classes": ["caf\u00e9", "cafe\u0301"]}', "equal names: caf\u00e9"),
         ('{"classes": ["a", "b"], "classes": ["c", "d"]}', "a key is there more than once: \\['classes', 'classes'\\]"),
         ('{"classes": ["a", "b"], "values": [false, true]}', "list of 2 different integers"),
         ('{"classes": ["a", "b", "c"], "values": "nonzero"}', "needs two classes"),
-        ('{"classes": ["a", "b"], "values": [0, 255], "ignore_index": 255}', "'ignore_index' 255 is also the value"),
     ],
 )
 def test_faulty_meta_file_is_named(tmp_path, text, message):

@@ -1,12 +1,16 @@
 import itertools
+import os
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from allspark_fast.data.datasets import Entry, SegmentationDataset, read_split
-from allspark_fast.data.info import VOC_PALETTE, DatasetInfo
+from allspark_fast.config import DataConfig
+from allspark_fast.data.check import check_sources
+from allspark_fast.data.datasets import Entry, SegmentationDataset, read_split, scan_folder
+from allspark_fast.data.info import DATASETS, VOC_PALETTE, DatasetInfo, read_info
+from allspark_fast.data.sources import open_sources
 from allspark_fast.data.splits import (
     Contents,
     Split,
@@ -124,16 +128,12 @@ def test_validation_is_set_aside_and_training_keeps_rare_classes(tmp_path, comma
         assert not aside & {entry.image.removeprefix("./") for part in later.values() for entry in part}
 
 
-def test_lists_are_replaced_only_on_request(tmp_path, command):
+def test_a_folder_has_one_list_of_validation_images(tmp_path, command):
     write_folder(tmp_path, 8)
     command("splits", tmp_path, "--val", 3)
     before = read_lists(tmp_path / "splits")
-    assert "labeled.txt exists: --overwrite replaces" in command("splits", tmp_path, "--val", 2, "--seed", 1, status=1)
-    # One set of validation images a folder.
     assert "splits/val.txt exists" in command("splits", tmp_path, "1/2", "--val", 2, status=1)
     assert read_lists(tmp_path / "splits") == before
-    command("splits", tmp_path, "--val", 2, "--overwrite")
-    assert len(read_lists(tmp_path / "splits")["val"]) == 2
 
 
 def test_later_splits_know_of_validation_images_elsewhere(tmp_path, command):
@@ -175,3 +175,20 @@ def test_contents_are_read_from_images_and_labels(tmp_path):
         shares, color = read_contents(SegmentationDataset(tmp_path, [entry], info=described))[entry]
         assert color.tolist() == [2000] * 3
         assert {int(i): shares[i] for i in np.flatnonzero(shares)} == expected
+
+
+def test_camvid():
+    root = Path(os.environ.get("ALLSPARK_DATA_DIR", "nowhere"), "camvid")
+    if not root.is_dir():
+        pytest.skip("needs camvid/ in $ALLSPARK_DATA_DIR")
+    assert read_info(root) == DATASETS["camvid"]
+    splits = {name: read_split(root / f"splits/{name}.txt") for name in ("train", "val", "test")}
+    assert {name: len(entries) for name, entries in splits.items()} == {"train": 367, "val": 101, "test": 233}
+    assert {entry for entries in splits.values() for entry in entries} == set(scan_folder(root))
+    lists = {name: f"splits/1_8/seed0/{name}.txt" for name in ("labeled", "unlabeled")}
+    sources = open_sources(DataConfig(dataset="camvid", root=root, **lists, val="splits/val.txt"))
+    assert check_sources(sources, 320, sample=25)[0] == []
+    train = splits["train"][::4]
+    contents = read_contents(SegmentationDataset(root, train))
+    split = make_split(train, spread(train, 0, contents), (), 11)
+    assert (classes_of(split.labeled, contents)[:11] > 0).all()
