@@ -5,15 +5,14 @@ import math
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from allspark_fast.errors import InputError
 from allspark_fast.model import AllSpark, AllSparkOptions
 from allspark_fast.model.mit import MIT_CONFIGS, Block, MixFFN, MixTransformer
-from allspark_fast.model.segformer_head import SegFormerHead, add_by_products
-from bench.bench_train_step import without_dropout
+from allspark_fast.model.segformer_head import SegFormerHead
 from bench.harness import saved_bytes
 from tests.helpers.models import tiny_segmentor, training_logits
 
@@ -51,13 +50,6 @@ class TestHead:
         torch.testing.assert_close(*(torch.autograd.grad(x.square().sum(), leaves) for x in (actual, expected)))
         if not norm.training:
             torch.testing.assert_close(head.state_dict(), before, rtol=0, atol=0)
-
-    def test_resizing_by_products_is_that_of_interpolate(self):
-        maps = [x[:, :4].double().contiguous(memory_format=torch.channels_last) for x in random_maps()]
-        expected = sum(F.interpolate(x, (12, 18), mode="bilinear", align_corners=False) for x in maps)
-        results = add_by_products(maps[0], maps[1:]), expected
-        torch.testing.assert_close(*results)
-        torch.testing.assert_close(*(torch.autograd.grad(x.square().sum(), maps) for x in results))
 
     def test_dropout_drops_whole_channels_of_each_sample(self):
         head = SegFormerHead(CHANNELS, 5, 16, dropout=0.5)
@@ -117,17 +109,12 @@ class TestEncoder:
             encoder = MixTransformer(MIT_CONFIGS[name])
         assert sum(p.numel() for p in encoder.parameters()) / 1e6 == pytest.approx(millions, abs=0.06)
 
-    @pytest.mark.parametrize("size", [(65, 65), (64, 96), (33, 130), (29, 257)])
+    @pytest.mark.parametrize("size", [(65, 65), (29, 257)])
     def test_sizes(self, size):
-        encoder = MixTransformer(MIT_CONFIGS["mit_tiny"]).eval()
-        with torch.no_grad():
-            maps = encoder(torch.randn(1, 3, *size))
+        encoder = MixTransformer(MIT_CONFIGS["mit_tiny"])
         expected = [tuple(math.ceil(side / stride) for side in size) for stride in (4, 8, 16, 32)]
-        assert [tuple(x.shape[2:]) for x in maps] == expected
+        assert [tuple(x.shape[2:]) for x in encoder(torch.randn(1, 3, *size))] == expected
         assert encoder.deepest_size(size) == expected[-1]
-
-    def test_smallest_size(self):
-        encoder = MixTransformer(MIT_CONFIGS["mit_b0"])
         assert encoder.min_size == 29
         with pytest.raises(ValueError, match="images are 28 x 64 pixels, expected at least 29"):
             encoder(torch.randn(1, 3, 28, 64))
@@ -165,41 +152,27 @@ class TestEncoder:
         assert kept[1] < kept[0] / 2
 
 
-def assert_compiles_as_one_graph(module: nn.Module, inputs: Tensor | list[Tensor], backend: str) -> None:
-    """Compare outputs, gradients and state; without dropout, whose draws compilation reorders."""
+@pytest.mark.parametrize("use_memory", [False, True])
+def test_a_training_step_on_a_rectangular_crop_reaches_every_parameter(use_memory):
+    model = tiny_segmentor(crop=(64, 97))
+    logits = training_logits(model, (64, 97), use_memory=use_memory)
+    assert logits.shape == (4, 3, 16, 25)
+    logits.square().mean().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+
+
+@pytest.mark.slow
+def test_the_bottleneck_compiles_with_inductor():
+    """The operators keep the strides that they promise: generated code relies on them."""
     torch._dynamo.reset()
+    module = AllSpark(8, 3, 9, AllSparkOptions(dropout=0.0, memory_init="empty"))
     compiled = copy.deepcopy(module)
-    compiled.compile(fullgraph=True, backend=backend)
-    class_logits = torch.randn(2, 3, 16, 16)
-    outputs = [x(inputs, class_logits, use_memory=True) for x in (compiled, module)]
+    compiled.compile(fullgraph=True, backend="inductor")
+    inputs = torch.randn(4, 8, 3, 3), torch.randn(2, 3, 16, 16)
+    outputs = [x(*inputs, use_memory=True) for x in (compiled, module)]
     torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5)
-    for output in outputs:
-        output.square().mean().backward()
-    for name, x in module.named_parameters():
-        torch.testing.assert_close(compiled.get_parameter(name).grad, x.grad, rtol=1e-3, atol=1e-6, msg=name)
+    grads = [
+        torch.autograd.grad(y.square().mean(), x.parameters()) for x, y in zip((compiled, module), outputs, strict=True)
+    ]
+    torch.testing.assert_close(*grads, rtol=1e-3, atol=1e-6)
     torch.testing.assert_close(compiled.state_dict(), module.state_dict())
-
-
-class TestSegmentor:
-    @pytest.mark.parametrize("use_memory", [False, True])
-    def test_a_training_step_on_a_rectangular_crop_reaches_every_parameter(self, use_memory):
-        model = tiny_segmentor(crop=(64, 97))
-        logits = training_logits(model, (64, 97), use_memory=use_memory)
-        assert logits.shape == (4, 3, 16, 25)
-        logits.square().mean().backward()
-        assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
-
-    @pytest.mark.slow
-    def test_the_bottleneck_compiles_with_inductor(self):
-        """The operators keep the strides that they promise: generated code relies on them."""
-        bottleneck = AllSpark(8, 3, 9, AllSparkOptions(dropout=0.0, memory_init="empty"))
-        assert_compiles_as_one_graph(bottleneck, torch.randn(4, 8, 3, 3), "inductor")
-
-    @pytest.mark.slow
-    def test_training_with_activation_checkpointing_compiles_as_one_graph(self):
-        model = tiny_segmentor(allspark=AllSparkOptions(dropout=0.0), activation_checkpointing=True)
-        assert_compiles_as_one_graph(without_dropout(model), torch.randn(4, 3, 64, 64), "aot_eager")
-
-    def test_activation_checkpointing_is_for_mix_transformers(self):
-        with pytest.raises(InputError, match="activation_checkpointing is for mit_"):
-            tiny_segmentor("timm/resnet18", activation_checkpointing=True)

@@ -18,7 +18,7 @@ from tests.helpers.runs import tiny_arguments
 
 
 @pytest.fixture
-def folder_data(tmp_path: Path) -> Path:
+def folder_data(tmp_path):
     """Eight images: for seed 0 the first one is labeled, for seed 1 the second; the last two are val and test."""
     root = tmp_path / "data"
     root.mkdir()
@@ -40,9 +40,7 @@ def settings(root: Path) -> DataConfig:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("no_pictures")
-def test_a_comparison_goes_on_and_reports_each_method(
-    folder_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_comparison_goes_on_and_reports_each_method(folder_data, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     options = {"data.dataset": "folder", "data.root": folder_data, "data.val": "val.txt", "train.steps": 4}
     options |= {f"data.{name}": f"seed0/{name}.txt" for name in ("labeled", "unlabeled")}
@@ -70,7 +68,7 @@ def test_a_comparison_goes_on_and_reports_each_method(
     assert config["data"]["labeled"] == "seed1/labeled.txt"
 
 
-def test_the_plan_holds_every_method_of_a_seed_before_the_next(tmp_path: Path) -> None:
+def test_the_plan_holds_every_method_of_a_seed_before_the_next(tmp_path):
     groups = compare.plan(Config(), tmp_path, methods=compare.METHODS, seeds=(3, 4))
     assert [[(run.config.train.seed, run.method, run.config.train.method) for run in group] for group in groups] == [
         [(seed, "full", "supervised"), *((seed, name, name) for name in compare.METHODS[1:])] for seed in (3, 4)
@@ -80,7 +78,7 @@ def test_the_plan_holds_every_method_of_a_seed_before_the_next(tmp_path: Path) -
     assert {group[0].config.data.scenes[0] for group in groups} == {504}
 
 
-def test_numbers_of_labels(folder_data: Path, tmp_path: Path) -> None:
+def test_numbers_of_labels(folder_data, tmp_path):
     config = Config(data=settings(folder_data))
     methods, every_label = ("full", "semi"), Path("train.txt")
     groups = compare.plan(config, tmp_path, methods=methods, seeds=(0, 1), labels=(2, 4), every_label=every_label)
@@ -96,7 +94,7 @@ def test_numbers_of_labels(folder_data: Path, tmp_path: Path) -> None:
     assert [group[0].config.data.scenes[0] for group in scenes] == [2, 4]
 
 
-def test_what_is_missing_is_found_before_any_run(folder_data: Path, tmp_path: Path) -> None:
+def test_what_is_missing_is_found_before_any_run(folder_data, tmp_path):
     config = Config(data=settings(folder_data))
     with pytest.raises(DataError, match=r"seed2/labeled\.txt"):
         compare.plan(config, tmp_path, methods=["semi"], seeds=(0, 2))
@@ -104,7 +102,7 @@ def test_what_is_missing_is_found_before_any_run(folder_data: Path, tmp_path: Pa
         compare.plan(config, tmp_path, methods=["full"], seeds=(0,))
 
 
-def test_mean_and_deviation_by_hand() -> None:
+def test_mean_and_deviation_by_hand():
     common = {"labels": 46, "steps": 9, "val": 1.0}
     records = [
         {**common, "method": method, "test": test, "minutes": minutes}
@@ -116,7 +114,7 @@ def test_mean_and_deviation_by_hand() -> None:
     ]
 
 
-def test_a_comparison_stops_with_the_run_that_a_signal_stopped(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_comparison_stops_with_the_run_that_a_signal_stopped(monkeypatch, tmp_path):
     monkeypatch.setattr(compare, "train", lambda *_: False)
     assert main(["compare", "--out", str(tmp_path)]) == STOPPED
     assert compare.train is not train

@@ -3,9 +3,6 @@
 import copy
 import functools
 import random
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -13,8 +10,8 @@ import torch
 from allspark_fast.errors import RunError
 from allspark_fast.training import cuda_graph, step
 from allspark_fast.training.half_weights import HalfWeights
-from allspark_fast.training.log import Record, read_metrics
-from allspark_fast.training.step import Losses, TrainState, train_step
+from allspark_fast.training.log import read_metrics
+from allspark_fast.training.step import Losses, train_step
 from allspark_fast.training.trainer import Trainer
 from tests.helpers.runs import assert_same_run, differences, run_and_die, tiny_config
 from tests.helpers.steplog import StepLog, logged_steps
@@ -37,13 +34,7 @@ def _record_early(monkeypatch):
     monkeypatch.setattr(cuda_graph, "WARMUP_STEPS", 1)
 
 
-def differences_of_replays(
-    report: Callable[[Record], object] | None = None,
-    *,
-    amp: bool = False,
-    sizes: tuple[int, ...] = (2,) * len(PHASES),
-    **options: Any,
-) -> list[str]:
+def differences_of_replays(report=None, *, amp=False, sizes=(2,) * 8, **options):
     """Names of all that differs between runs of ordinary and of recorded steps; a replay and an ordinary one skip."""
     plain, recorded = build_state(**options), build_state(**options)
     recorded.load_state_dict(copy.deepcopy(plain.state_dict()))
@@ -67,15 +58,15 @@ def test_replays_equal_ordinary_steps(options):
     assert differences_of_replays(**options) == []
 
 
-def test_a_batch_of_another_size_is_a_phase_of_its_own() -> None:
+def test_a_batch_of_another_size_is_a_phase_of_its_own():
     assert differences_of_replays(sizes=(2, 2, 2, 1, 1, 2, 2, 2)) == []
 
 
-def branch_on_data(state: TrainState, losses: torch.Tensor, update: Any = step._update) -> Losses:
+def branch_on_data(state, losses, update=step._update):
     return update(state, losses) if losses.isfinite().all() else Losses(*losses)
 
 
-def seed_from_python(high: int, size: tuple[int, ...], draw: Any = torch.randint, **options: Any) -> torch.Tensor:
+def seed_from_python(high, size, draw=torch.randint, **options):
     return draw(high, size, **options) if size else torch.tensor(random.getrandbits(60))
 
 
@@ -93,18 +84,16 @@ def test_what_a_recording_would_bake_is_noticed(mutant, monkeypatch):
         assert differences_of_replays() == []
 
 
-def forget_the_update(log: StepLog, replay: Callable[[StepLog], None] = StepLog.replay) -> None:
+def forget_the_update(log, replay=StepLog.replay):
     log.calls = [call for call in log.calls if "_fused" not in str(call[0])]
     replay(log)
 
 
-def run_out_of_memory(_: StepLog) -> None:
+def run_out_of_memory(_):
     raise torch.OutOfMemoryError("CUDA out of memory.")
 
 
-def run_out_of_memory_in_backward(
-    log: StepLog, func: Any, *arguments: Any, call: Any = StepLog.__torch_dispatch__
-) -> Any:
+def run_out_of_memory_in_backward(log, func, *arguments, call=StepLog.__torch_dispatch__):
     if "convolution_backward" in str(func):
         run_out_of_memory(log)
     return call(log, func, *arguments)
@@ -138,7 +127,7 @@ def test_a_failed_recording_of_a_sharded_model_ends_the_run(monkeypatch):
 def test_a_run_of_recorded_steps_resumes(tmp_path, monkeypatch):
     """Three phases, one of them twice, an evaluation between two steps, a death, and figures in the log."""
 
-    def recorded(folder: Path) -> Trainer:
+    def recorded(folder):
         trainer = Trainer(config, folder)
         trainer.train_step = logged_steps(trainer.state, report=trainer.findings.update)
         return trainer

@@ -46,16 +46,11 @@ def run(tmp_path, monkeypatch, no_pictures):
     ("change", "message"),
     [
         (meta(classes=["apple", "plum", "pear"], values=[0, 2, 1]), r"classes\[1\]: pear -> plum"),
-        (meta(classes=[*META["classes"], "fig"], values=[0, 1, 2, 3]), r"classes\[3\]: None -> fig"),
         (meta(values=[0, 2, 1]), r"values\[1\]: 1 -> 2"),
         (meta(ignore_index=7), "ignore_index: 255 -> 7"),
         (meta(palette=[[9, 9, 9], [0, 0, 1], [0, 0, 2]]), r"palette\[0\]: \[0, 0, 0\] -> \[9, 9, 9\]"),
-        (
-            lines("labeled", "0", "1", "8"),
-            r"list data\.labeled has other entries: 1 added, 0 removed, first images/08\.png",
-        ),
+        (lines("labeled", "0", "1", "8"), r"list data\.labeled has .*: 1 added, 0 removed, first images/08\.png"),
         (lines("labeled", "0", "images/01.png labels/00.png"), "data.labeled .*: 1 added, 1 removed"),
-        (lines("unlabeled", "2", "3"), r"data\.unlabeled .*: 0 added, 2 removed, first images/04\.png"),
         (lines("val", "7", "6"), "data.val .*: 0 added, 0 removed, first none: their order differs"),
     ],
 )
