@@ -5,6 +5,7 @@ from pathlib import Path
 from allspark_fast.cli import command_parser, require_new
 from allspark_fast.errors import InputError
 from allspark_fast.text import property_table
+from allspark_fast.weights.files import require_weights_suffix
 from allspark_fast.weights.spec import describe_model, load_model, save_model
 
 PARSER = command_parser("convert")
@@ -27,6 +28,7 @@ def run(arguments: list[str]) -> int:
     """Convert weights."""
     options = PARSER.parse_args(arguments)
     target = options.target
+    require_weights_suffix(target)
     require_new(target, overwrite=options.overwrite)
     model, spec = load_model(options.source, infer=True, classes=options.classes)
     if target.suffix == ".pth" and spec.backbone.startswith("timm/"):

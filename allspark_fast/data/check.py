@@ -141,7 +141,8 @@ def _check_palettes(read: Mapping[Entry, _Reading], info: DatasetInfo) -> Iterat
             message = f"its palette gives the color {list(color)} to {index}, that of {labels[usual][0]} to {usual}"
             swapped |= dict.fromkeys(labels[index], f"{message}: one of the two has its classes swapped, draw it again")
     yield from map(Problem, swapped, swapped.values())
-    unknown = [x.label for x, reading in read.items() if not reading.colors.keys() <= info.label_colors().keys()]
+    known = info.label_colors().keys()
+    unknown = [entry.label for entry, reading in read.items() if not reading.colors.keys() <= known]
     if unknown and info.palette != VOC_PALETTE:
         message = f"palettes of {len(unknown)} labels have colors that 'palette' in meta.json lacks, {unknown[0]} first"
         yield _warning("meta.json", f"{message}; their numbers count")

@@ -139,6 +139,12 @@ def load_state_dict(
     return LoadReport(dropped, fresh)
 
 
+def require_weights_suffix(path: Path) -> None:
+    """Raise InputError unless ``save_weights`` knows the suffix of a path."""
+    if path.suffix not in (".safetensors", ".pth"):
+        raise InputError(f"{path}: weights are saved as .safetensors or .pth, got {path.suffix or 'no suffix'}")
+
+
 def save_weights(model: Segmentor, path: str | Path, description: str | None = None) -> None:
     """Write a model's weights and buffers, whole or not at all.
 
@@ -153,17 +159,16 @@ def save_weights(model: Segmentor, path: str | Path, description: str | None = N
         OSError: the file cannot be written.
     """
     path = Path(path)
+    require_weights_suffix(path)
     state = {name: x.detach().cpu().contiguous() for name, x in model.state_dict().items()}
     if path.suffix == ".safetensors":
         described = {} if description is None else {_DESCRIPTION: description}
         content = save(state, metadata={**described, "sha256": _digest(state)})
         # save_file would make a file that nobody but its owner may read.
         write_atomically(path, lambda temporary: temporary.write_bytes(content))
-    elif path.suffix == ".pth":
+    else:
         renamed = {f"module.{name}": x for name, x in state.items() if not name.endswith(".queue_filled")}
         write_atomically(path, lambda temporary: torch.save({"model": renamed}, temporary))
-    else:
-        raise InputError(f"{path}: weights are saved as .safetensors or .pth, got {path.suffix or 'no suffix'}")
 
 
 def read_weights(path: str | Path) -> tuple[dict[str, Tensor], str | None]:
