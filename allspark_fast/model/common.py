@@ -64,6 +64,12 @@ def map_size(feature_map: Tensor) -> tuple[int, int]:
     return feature_map.shape[2], feature_map.shape[3]
 
 
+def to_autocast(x: Tensor) -> Tensor:
+    """Cast to the dtype of autocast if that is on: once, where each layer that reads ``x`` would cast it."""
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+
+
 def checkpointed(function: Callable[..., Any], *arguments: object) -> Any:
     """Return ``function(*arguments)``, computed again in backward; it must draw no random numbers."""
     if not torch.is_grad_enabled():  # checkpoint has a cost even without gradients

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from allspark_fast.kernels.channel_attention import Backend, channel_attention
+from allspark_fast.model.common import to_autocast
 from allspark_fast.model.options import AllSparkOptions
 from allspark_fast.model.semantic_memory import SemanticMemory
 
@@ -40,7 +41,7 @@ class CrossAttention(SemanticMemory):
         self.enqueue(unlabeled, class_map)
         refined = self._self_attention(unlabeled)
         if use_memory:
-            memory = self.stored_channels()[None].to(unlabeled.dtype)
+            memory = to_autocast(self.stored_channels()[None].to(unlabeled.dtype))
             rebuilt = self._cross_attention(labeled, memory, self.queue_filled)
         else:
             rebuilt = self._cross_attention(labeled, unlabeled.transpose(0, 1)[None], None)
@@ -48,6 +49,7 @@ class CrossAttention(SemanticMemory):
 
     def infer(self, features: Tensor, *, kv_source: KVSource) -> Tensor:
         """Rebuild features (B, N, C), any N, from their own channels, as the labeled branch does at test time."""
+        features = to_autocast(features)
         source = features.transpose(0, 1)[None] if kv_source == "batch" else features[:, :, None]
         return self._cross_attention(features, source, None)
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from allspark_fast.errors import InputError
 from allspark_fast.kernels.arguments import FLOATING, check_tensor
 from allspark_fast.kernels.depthwise_gelu import depthwise_gelu
-from allspark_fast.model.common import Backbone, Named, checkpointed, map_size, to_map, to_tokens
+from allspark_fast.model.common import Backbone, Named, checkpointed, map_size, to_autocast, to_map, to_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,8 +181,7 @@ class EfficientSelfAttention(nn.Module):
 
     def forward(self, tokens: Tensor, size: tuple[int, int]) -> Tensor:
         """Attend among tokens (B, h·w, C) of a map (h, w); returns the same shape."""
-        if torch.is_autocast_enabled(tokens.device.type):  # or each of the two readers would cast
-            tokens = tokens.to(torch.get_autocast_dtype(tokens.device.type))
+        tokens = to_autocast(tokens)
         query = self.q(tokens).unflatten(2, (self.num_heads, -1))
         reduced = self.norm(_convolve(self.sr, to_map(tokens, size))[0]) if self.sr_ratio > 1 else tokens
         key, value = self.kv(reduced).unflatten(2, (2, self.num_heads, -1)).unbind(2)
