@@ -34,12 +34,12 @@ def scenes() -> Config:
 
     ``python train.py``
 
-    The encoder starts from scratch, so pseudo labels count in the second half of the run only.
+    The encoder starts from scratch, so pseudo labels count after a quarter of the run only.
     """
     return Config(
         data=DataConfig(dataset="scenes", crop=96, scale=(0.75, 1.5), scenes=(12, 504, 100), workers=1),
         model=ModelConfig(backbone="mit_tiny", embedding_dim=64, memory_init="empty"),
-        train=replace(_UNLABELED, steps=1000, lr=4e-3, lr_multi=1.0, warmup=0.25, pseudo_from=0.5, amp=False),
+        train=replace(_UNLABELED, steps=1000, lr=4e-3, lr_multi=1.0, warmup=0.25, pseudo_from=0.25, amp=False),
         eval=EvalConfig(times=4),
     )
 
