@@ -16,10 +16,14 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def example(batch=2, classes=3, slots=8, tokens=5, channels=9):
-    """A queue in the memory's own strides, pointers anywhere, features, and channels of all, no and unknown classes."""
+    """A queue in the memory's own strides, pointers anywhere, features, and channels of all, no and unknown classes.
+
+    Some features are infinite: the enqueue stores what it gets.
+    """
     queue = torch.randn(tokens, classes, slots).permute(1, 2, 0)
     channel_class = torch.randint(-2, classes + 2, (batch, channels))
-    return queue, torch.randint(slots, (classes,)), torch.randn(batch, tokens, channels), channel_class
+    features = torch.randn(batch, tokens, channels)
+    return queue, torch.randint(slots, (classes,)), features.masked_fill(features > 1, math.inf), channel_class
 
 
 def assert_equals_the_loop(queue, queue_ptr, *rest, enqueue=semantic_memory_enqueue):
@@ -32,8 +36,6 @@ def assert_equals_the_loop(queue, queue_ptr, *rest, enqueue=semantic_memory_enqu
 
 
 class TestEnqueue:
-    """Ring buffers."""
-
     @settings(max_examples=150, deadline=None)
     @given(
         kernels=MOSTLY_TORCH,
@@ -45,14 +47,9 @@ class TestEnqueue:
         with use_kernels(kernels):
             assert_equals_the_loop(*example(*sizes))
 
-    @pytest.mark.parametrize("slots", [3, 64, 100])
-    def test_one_class_gets_everything_over_several_steps(self, kernels, slots):
-        queue, queue_ptr, features, channel_class = example(2, 3, slots, 5, 50)
-        for cls in (1, 1, 2):
-            assert_equals_the_loop(queue, queue_ptr, features, torch.full_like(channel_class, cls))
-
-    def test_more_channels_than_one_block(self, kernels):
-        assert_equals_the_loop(*example(3, 2, 700, 2, 700))
+    @pytest.mark.parametrize("slots", [3, 100, 700])
+    def test_more_channels_than_a_block_and_most_memories_hold(self, kernels, slots):
+        assert_equals_the_loop(*example(3, 2, slots, 2, 700))
 
     @pytest.mark.parametrize("queue_dtype", DTYPES)
     @pytest.mark.parametrize("dtype", DTYPES)
@@ -76,33 +73,20 @@ class TestEnqueue:
         queue_ptr[1] = wrong
         assert_equals_the_loop(queue, queue_ptr, features, channel_class, enqueue=kernel.semantic_memory_enqueue)
 
-    def test_a_valid_class_stores_the_channel_unchanged(self, kernels):
-        queue, pointer = torch.zeros(1, 2, 2), torch.zeros(1, dtype=torch.int64)
-        semantic_memory_enqueue(queue, pointer, torch.tensor([[[1.0], [math.inf]]]), torch.zeros(1, 1).long())
-        assert queue[0].tolist() == [[1.0, math.inf], [0.0, 0.0]]
-
 
 class TestGrouping:
-    """Classes of channels."""
-
     @settings(max_examples=60, deadline=None)
-    @given(st.integers(0, 3), st.tuples(*3 * [st.integers(1, 70)]), st.integers(0, 2**31))
-    def test_any_shape(self, batch, sizes, seed):
+    @given(st.integers(0, 3), st.tuples(*3 * [st.integers(1, 70)]), st.sampled_from(DTYPES), st.integers(0, 2**31))
+    def test_any_shape(self, batch, sizes, dtype, seed):
         torch.manual_seed(seed)
         classes, tokens, channels = sizes
-        features, class_map = torch.randn(batch, tokens, channels), torch.randn(batch, classes, tokens)
+        features, class_map = torch.randn(batch, tokens, channels).to(dtype), torch.randn(batch, classes, tokens)
         actual = channel_semantic_grouping(features, class_map)
         assert actual.shape == (batch, channels)
         # A tie to rounding may go either way: compare the similarity reached.
         similarity = normalize(class_map.double(), dim=2) @ features.double()
         reached = similarity.gather(1, actual[:, None])[:, 0]
         assert (reached >= similarity.amax(1) - 1e-5 * similarity.abs().amax(1)).all()
-
-    @pytest.mark.parametrize("dtype", DTYPES)
-    def test_equals_the_reference(self, dtype):
-        features, class_map = torch.randn(2, 289, 40).to(dtype), torch.randn(2, 21, 289) * torch.arange(1, 22)[:, None]
-        expected = reference.channel_semantic_grouping(features, class_map)
-        assert torch.equal(channel_semantic_grouping(features, class_map), expected)
 
     @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
     @pytest.mark.parametrize("where", ["features", "class_map"])
