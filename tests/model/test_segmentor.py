@@ -35,10 +35,10 @@ def fuse(head: SegFormerHead, maps: list[Tensor]) -> Tensor:
 
 
 class TestHead:
-    @pytest.mark.parametrize("mode", ["train", "eval", "frozen statistics"])
-    def test_equals_the_reference_implementation(self, mode):
-        head = SegFormerHead(CHANNELS, 5, 16, dropout=0.0).double().train(mode != "eval")
-        norm = head.linear_fuse.bn.train(mode == "train")
+    def test_frozen_statistics(self):
+        """Training and eval mode: tests/test_golden.py."""
+        head = SegFormerHead(CHANNELS, 5, 16, dropout=0.0).double()
+        norm = head.linear_fuse.bn.eval()
         for statistic in (norm.weight.data, norm.bias.data, norm.running_mean, norm.running_var):
             statistic.uniform_(0.5, 1.5)
         before = copy.deepcopy(head.state_dict())
@@ -48,8 +48,7 @@ class TestHead:
         actual = head(maps)
         torch.testing.assert_close(actual, expected)
         torch.testing.assert_close(*(torch.autograd.grad(x.square().sum(), leaves) for x in (actual, expected)))
-        if not norm.training:
-            torch.testing.assert_close(head.state_dict(), before, rtol=0, atol=0)
+        torch.testing.assert_close(head.state_dict(), before, rtol=0, atol=0)
 
     def test_dropout_drops_whole_channels_of_each_sample(self):
         head = SegFormerHead(CHANNELS, 5, 16, dropout=0.5)
@@ -65,18 +64,11 @@ class TestHead:
         grads = [torch.autograd.grad(x.square().sum(), head.parameters()) for x in (actual, expected)]
         torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-4)
 
-    def test_keeps_one_map_and_updates_statistics_once(self):
-        head = SegFormerHead(CHANNELS, 5, 512)
-        maps = random_maps()
-        fused = fuse(head, maps)
+    def test_keeps_one_map(self):
+        head, maps = SegFormerHead(CHANNELS, 5, 512), random_maps()
         # Beyond it weights of each sample, and the products of weights.
         own = [*head.parameters(), *head.buffers(), *maps]
-        assert saved_bytes(lambda: head(maps), beyond=own) < 1.3 * 4 * fused.numel()
-        head.linear_fuse.bn.reset_running_stats()
-        head(maps).sum().backward()
-        assert head.linear_fuse.bn.num_batches_tracked == 1
-        torch.testing.assert_close(head.linear_fuse.bn.running_mean, 0.1 * fused.mean((0, 2, 3)))
-        torch.testing.assert_close(head.linear_fuse.bn.running_var, 0.9 + 0.1 * fused.var((0, 2, 3)))
+        assert saved_bytes(lambda: head(maps), beyond=own) < 1.3 * 4 * fuse(head, maps).numel()
 
     def test_autocast_stays_close_to_float32(self):
         head = SegFormerHead(CHANNELS, 5, 64).eval()
