@@ -112,13 +112,9 @@ BAD = {
         ({"backend": "flash"}, ValueError, "backend must be one of auto, .*got 'flash'"),
     ],
     "depthwise_gelu": [
-        ({"tokens": [1.0]}, TypeError, r"tokens must be a tensor of shape \(B, h·w, C\), got list"),
         ({"size": (3, 4)}, ValueError, r"tokens must have shape \(B, h·w, C\) = \(2, 12, 3\), got \(2, 20"),
-        ({"weight": torch.zeros(3, 1, 3, 3, device="meta")}, ValueError, "weight is on meta"),
-        ({"bias": torch.zeros(5)}, ValueError, r"bias must have shape \(C,\) = \(3,\), got \(5,\)"),
     ],
     "upsample_argmax": [
-        ({"logits": torch.zeros(2, 3, 4, 5).int()}, TypeError, "logits must have dtype"),
         ({"logits": torch.zeros(3, 4, 5)}, ValueError, r"logits must have shape \(B, K, h, w\)"),
         ({"logits": torch.zeros(2, 0, 4, 5)}, ValueError, "logits has K = 0"),
         ({"size": (7, 9, 1)}, ValueError, r"size must be a pair \(H, W\)"),
@@ -252,15 +248,11 @@ def test_compiles_as_one_graph(name, dynamic):
 def test_traces_for_a_gpu_without_one(name):
     """Nothing waits for the device."""
     run, arguments = OPERATORS[name]
-    with FakeTensorMode():
-        fakes = {key: empty_on_cuda(x) if isinstance(x, Tensor) else x for key, x in arguments.items()}
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        fakes = pytree.tree_map_only(Tensor, lambda x: torch.empty_like(x, device="cuda"), arguments)
         with forbid_sync():
             outputs = run(**fakes)
     assert all(x.is_cuda for x in results(outputs))
-
-
-def empty_on_cuda(x):
-    return torch.empty(x.shape, dtype=x.dtype, device="cuda")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
