@@ -128,16 +128,15 @@ class TestLoss:
         assert peak <= target.numel() * 24 + 3 * logits.nbytes + 5 * BAND_BYTES
         assert peak < target.numel() * 40 * 4 / 2  # half of the logits at full resolution
 
-
-class TestHardExamples:
-    @pytest.mark.parametrize("min_kept", [1, 30, 300])
+    @pytest.mark.parametrize("min_kept", [1, 30, 300, 440])
     @pytest.mark.parametrize("threshold", [0.0, 0.05, 0.3])
-    def test_kept_pixels(self, threshold, min_kept):
+    def test_hard_examples(self, threshold, min_kept):
+        """All valid pixels count if they are fewer than must be kept."""
         logits, target = example(large=(13, 17))
         pixels = plain_loss(logits, target, "none")
         probability = torch.exp(-pixels).masked_fill(target == 255, 2)
         kth = probability.flatten().sort().values[min_kept - 1]
-        kept = probability <= max(threshold, kth.item())
+        kept = (probability <= max(threshold, kth.item())) & (target != 255)
         for reduction, expected in (("mean", pixels[kept].mean()), ("none", pixels * kept)):
             actual = upsample_cross_entropy(
                 logits, target, reduction=reduction, ohem_threshold=threshold, ohem_min_kept=min_kept
