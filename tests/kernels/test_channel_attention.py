@@ -38,6 +38,7 @@ def assert_equal_to_reference(tensors, tolerance, **options):
 
 
 DEGENERATE: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], object]] = {
+    "none": lambda *_: None,
     "zero query": lambda query, *_: query.zero_(),
     "zero row": lambda query, *_: query[..., 3].zero_(),
     "constant key": lambda _, key, *__: key.copy_(key[..., :1].clone()),
@@ -111,7 +112,7 @@ class BackendTests:
         ("kind", "dtype"),
         [
             *((kind, torch.bfloat16) for kind in DEGENERATE),
-            *((kind, torch.float16) for kind in ("small value", "large gradient", "no gradient")),
+            *((kind, torch.float16) for kind in ("none", "small value", "large gradient", "no gradient")),
             *(pytest.param(kind, torch.float32, marks=pytest.mark.slow) for kind in DEGENERATE),
         ],
     )
@@ -138,11 +139,6 @@ class BackendTests:
         tensors = inputs(2, 1, 25, 17, 57, dtype=torch.float32, mean=mean)
         assert_equal_to_reference(tensors, 1e-5 * mean, backend=self.backend)
 
-    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-    @pytest.mark.parametrize("mean", [0.0, 1.0])
-    def test_half_precision(self, dtype, mean):
-        assert_equal_to_reference(inputs(2, 1, 25, 16, 64, dtype=dtype, mean=mean), 1e-2, backend=self.backend)
-
     @pytest.mark.parametrize("bad", [math.inf, math.nan])
     @pytest.mark.parametrize("which", [0, 1, 2])
     def test_non_finite_inputs_show(self, which, bad):
@@ -168,21 +164,14 @@ class TestAgainstTheDefinition:
 
     @pytest.mark.parametrize(("scale", "eps"), [(1, 1e-5), (1e-2, 1e-3)])
     def test_published_formula(self, scale, eps):
-        """With an eps that counts for small inputs."""
-        query, key, value = (x.detach() * scale for x in inputs(2, 3, 7, 5, 11, shared=False))
-        expected = (F.instance_norm(query.mT @ key, eps=eps).softmax(-1) @ value.mT).mT
-        for backend in ("reference", "chunked"):
-            actual = channel_attention(query, key, value, eps=eps, backend=backend)
-            torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
-
-    def test_masked_groups_are_as_if_absent(self):
-        query, key, value = inputs(2, 1, 7, 5, 12)
+        """With masked groups, which are as if absent, and an eps that counts for small inputs."""
+        query, key, value = (x.detach() * scale for x in inputs(2, 3, 7, 5, 12, shared=False))
         mask = torch.tensor([True, False, True, False])
         kept = mask.repeat_interleave(3)
-        expected = channel_attention(query, key[..., kept], value[..., kept], backend="reference")
+        expected = (F.instance_norm(query.mT @ key[..., kept], eps=eps).softmax(-1) @ value[..., kept].mT).mT
         for backend in ("reference", "chunked"):
-            actual = channel_attention(query, key, value, group_mask=mask, backend=backend)
-            torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
+            actual = channel_attention(query, key, value, group_mask=mask, eps=eps, backend=backend)
+            torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
 
     def test_dropout_keeps_the_mean(self):
         query, key, _ = inputs(1, 1, 5, 64, 512)
@@ -193,8 +182,6 @@ class TestAgainstTheDefinition:
 
 
 class TestBackends:
-    """Every other backend against the reference."""
-
     @settings(max_examples=40, deadline=None)
     @given(SHAPES)
     def test_chunked_on_any_shape(self, shape):
@@ -223,14 +210,10 @@ class TestBackends:
 
 
 class TestChunked(BackendTests):
-    """Of plain torch."""
-
     backend = "chunked"
 
 
 class TestDropoutMask:
-    """The hash mask."""
-
     def test_pinned_bits(self):
         """The mask is a public contract: kernels, other versions and resumed runs must see the same."""
         keep = keep_mask(*hash_keys(SEED, 2, 1, 3, 8), 0.5)
@@ -258,8 +241,6 @@ class TestDropoutMask:
 
 
 class TestMemory:
-    """What is kept for backward."""
-
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_kept_at_pascal_size(self, dtype):
         """The inputs, and two numbers a row: B=2, N=289, C=512, H=2, K=21."""
