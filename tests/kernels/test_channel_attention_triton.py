@@ -29,7 +29,7 @@ from allspark_fast.kernels.channel_attention.inputs import Inputs
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 GROUP_MASK = torch.tensor([True, False, True])
 DTYPES = [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)]
-SLOW_TOKENS = [(9, 0.0), (81, 0.0), (289, 0.0), (289, 0.2), (325, 0.1)]
+SLOW_TOKENS = [(9, 0.0), (81, 0.0), (289, 0.0), (289, 0.2), (325, 0.1), (676, 0.1), (1369, 0.1)]
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # how numpy announces a NaN
@@ -54,8 +54,6 @@ def assert_parity(tensors, **options):
 
 
 class TestParity:
-    """Output and gradients against the materialised reference in float64."""
-
     @pytest.mark.parametrize(
         ("tokens", "dropout_p"),
         [(1, 0.0), (16, 0.0), (25, 0.2), *(pytest.param(*x, marks=pytest.mark.slow) for x in SLOW_TOKENS)],
@@ -78,12 +76,6 @@ class TestParity:
     def test_any_shape(self, shape):
         """Gradients of maps of a few numbers are small differences."""
         assert_parity_on_shape(shape, torch.float32, 1e-4, "triton")
-
-    @pytest.mark.slow
-    @pytest.mark.parametrize("tokens", [676, 1369])
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-    def test_full_size(self, tokens, dtype):
-        assert_parity(inputs(1, 1, tokens, 192, 3 * 192, dtype=dtype), group_mask=GROUP_MASK, dropout_p=0.1)
 
 
 @pytest.mark.usefixtures("small_workspace")
@@ -157,23 +149,12 @@ class _LiveBytes(TorchDispatchMode):
         self.now -= size
 
 
-class TestRegistration:
-    """One op for every backend."""
-
-    def test_statistics_are_those_of_chunked(self):
-        """A backward pass may run where the forward pass did not."""
-        tensors = [x.detach() for x in inputs(2, 2, 9, 5, 70, dtype=torch.float32)]
-        mask = torch.arange(70) % 3 > 0
-        op = torch.ops.allspark_fast.channel_attention
-        triton, chunked = (op(*tensors, mask, 1e-5, 0.0, None, backend)[1] for backend in ("triton", "chunked"))
-        torch.testing.assert_close(triton, chunked)
-
-    def test_what_cannot_run_is_named(self, monkeypatch):
-        with pytest.raises(ValueError, match=r"cannot run: there are no kernels for torch\.float64"):
-            channel_attention(*inputs(1, 1, 3, 4, 5), backend="triton")
-        monkeypatch.setattr("allspark_fast.kernels.triton_support._INTERPRETED", False)
-        with pytest.raises(ValueError, match="cannot run: the device is cpu"):
-            channel_attention(*inputs(1, 1, 3, 4, 5, dtype=torch.float32), backend="triton")
-        monkeypatch.setattr("allspark_fast.kernels.triton_support._INSTALLED", False)
-        with pytest.raises(ValueError, match="cannot run: the package triton is not installed"):
-            channel_attention(*inputs(1, 1, 3, 4, 5, dtype=torch.float32), backend="triton")
+def test_what_cannot_run_is_named(monkeypatch):
+    with pytest.raises(ValueError, match=r"cannot run: there are no kernels for torch\.float64"):
+        channel_attention(*inputs(1, 1, 3, 4, 5), backend="triton")
+    monkeypatch.setattr("allspark_fast.kernels.triton_support._INTERPRETED", False)
+    with pytest.raises(ValueError, match="cannot run: the device is cpu"):
+        channel_attention(*inputs(1, 1, 3, 4, 5, dtype=torch.float32), backend="triton")
+    monkeypatch.setattr("allspark_fast.kernels.triton_support._INSTALLED", False)
+    with pytest.raises(ValueError, match="cannot run: the package triton is not installed"):
+        channel_attention(*inputs(1, 1, 3, 4, 5, dtype=torch.float32), backend="triton")
