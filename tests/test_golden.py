@@ -215,11 +215,7 @@ RESULTS = {
 }
 
 
-def golden_files(*, trajectories: bool) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("name", [name for name in FILES if name.startswith("d_") == trajectories])
-
-
-@golden_files(trajectories=False)
+@pytest.mark.parametrize("name", [name for name in FILES if not name.startswith("d_")])
 def test_parity(name):
     """``RESULTS`` tells which tensors must be computed, beside all of a mode."""
     compute, pattern = next(x for prefix, x in RESULTS.items() if name.startswith(prefix))
@@ -236,7 +232,7 @@ def test_parity(name):
         assert error <= max(1e-5, 10 * noise, 10 * golden.noise(key)), f"{key}: {error:.1e}, noise {noise:.1e}"
 
 
-@golden_files(trajectories=True)
+@pytest.mark.parametrize("name", [name for name in FILES if name.startswith("d_")])
 def test_trajectory(name):
     golden = Golden(name)
     meta = golden.meta
