@@ -85,44 +85,37 @@ class TestTriton(BackendTests):
     backend = "triton"
 
 
-class TestDropoutMask:
-    """The hash in registers against the one in torch."""
-
-    @pytest.mark.parametrize("seed", [0, 1, -1, 2**63 - 1, -(2**63), 1 << 32])
-    def test_seeds_of_64_bits(self, seed):
-        assert_parity(inputs(1, 1, 9, 5, 64, dtype=torch.float32), dropout_p=0.5, seed=torch.tensor(seed))
-
-    @pytest.mark.parametrize("dropout_p", [1e-9, 0.999])
-    def test_extreme_rates(self, dropout_p):
-        assert_parity(inputs(2, 1, 9, 5, 64, dtype=torch.float32), dropout_p=dropout_p)
+@pytest.mark.parametrize(
+    ("dropout_p", "seed"),
+    [(0.5, 0), (0.5, 1), (0.5, -1), (0.5, 2**63 - 1), (0.5, -(2**63)), (0.5, 1 << 32), (1e-9, 0), (0.999, 0)],
+)
+def test_the_hash_in_registers_is_that_of_torch(dropout_p, seed):
+    assert_parity(inputs(2, 1, 9, 5, 64, dtype=torch.float32), dropout_p=dropout_p, seed=torch.tensor(seed))
 
 
-class TestMemory:
-    """What the kernels need; tests/faults/test_memory_safety.py: what they touch."""
-
-    @pytest.mark.parametrize(("batch", "tokens"), [(1, 289), (4, 289), (16, 289), (2, 676), (4, 1369)])
-    def test_workspace_is_bounded(self, batch, tokens):
-        """A map of the samples that fit in forward, two in backward, and tensors of the size of the inputs."""
-        rows, columns = batch * 1024, 21 * 1024
-        one_map = columns * 1024 * 2
-        keys, query = columns * tokens * 2, rows * tokens * 2
-        forward_live, backward_live = _LiveBytes(), _LiveBytes()
-        # Unlike mocks they do not keep their arguments.
-        launcher = defaultdict(lambda: lambda *_, **__: None)
-        launchers = {name: launcher for name in dir(row_kernels) if name.endswith("_kernel")}
-        product = patch.object(kernel, "_product", lambda _a, _b, out, **_: out)
-        with FakeTensorMode(), patch.multiple(row_kernels, **launchers), product:
-            tensors = torch.empty(batch, 1, tokens, 1024).bfloat16(), *torch.empty(2, 1, 1, tokens, columns).bfloat16()
-            inputs = Inputs(*tensors, None, 0.0, None)
-            with forward_live:
-                output, statistics = kernel.forward(inputs, 1e-5)
-            with backward_live:
-                kernel.backward(output, statistics, inputs)
-        # Pieces of float32 are twice a query each; sums are a number for each row and tile.
-        small = (3 + 2 * 8) * query + 4 * rows * (4 * 42 + 16)
-        assert forward_live.peak <= max(kernel.WORKSPACE_BYTES, one_map) + keys + small
-        # The last: one copy of the keys, and gradients of keys and values that may be float32.
-        assert backward_live.peak <= max(kernel.WORKSPACE_BYTES, 2 * one_map) + keys + 6 * keys + small
+@pytest.mark.parametrize(("batch", "tokens"), [(1, 289), (4, 289), (16, 289), (2, 676), (4, 1369)])
+def test_workspace_is_bounded(batch, tokens):
+    """A map of the samples that fit in forward, two in backward, and tensors of the size of the inputs."""
+    rows, columns = batch * 1024, 21 * 1024
+    one_map = columns * 1024 * 2
+    keys, query = columns * tokens * 2, rows * tokens * 2
+    forward_live, backward_live = _LiveBytes(), _LiveBytes()
+    # Unlike mocks they do not keep their arguments.
+    launcher = defaultdict(lambda: lambda *_, **__: None)
+    launchers = {name: launcher for name in dir(row_kernels) if name.endswith("_kernel")}
+    product = patch.object(kernel, "_product", lambda _a, _b, out, **_: out)
+    with FakeTensorMode(), patch.multiple(row_kernels, **launchers), product:
+        tensors = torch.empty(batch, 1, tokens, 1024).bfloat16(), *torch.empty(2, 1, 1, tokens, columns).bfloat16()
+        inputs = Inputs(*tensors, None, 0.0, None)
+        with forward_live:
+            output, statistics = kernel.forward(inputs, 1e-5)
+        with backward_live:
+            kernel.backward(output, statistics, inputs)
+    # Pieces of float32 are twice a query each; sums are a number for each row and tile.
+    small = (3 + 2 * 8) * query + 4 * rows * (4 * 42 + 16)
+    assert forward_live.peak <= max(kernel.WORKSPACE_BYTES, one_map) + keys + small
+    # The last: one copy of the keys, and gradients of keys and values that may be float32.
+    assert backward_live.peak <= max(kernel.WORKSPACE_BYTES, 2 * one_map) + keys + 6 * keys + small
 
 
 class _LiveBytes(TorchDispatchMode):
