@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch.nn.functional import conv2d, gelu
 
 from allspark_fast.kernels.depthwise_gelu import depthwise_gelu
+from bench.harness import saved_bytes
 from tests.helpers.compare import TOLERANCE, assert_close, output_and_grads, strided
 from tests.helpers.kernels import MOSTLY_TORCH, use_kernels
 
@@ -116,3 +117,7 @@ class TestNumbers:
 
         with pytest.raises(Exception, match=r"KernelMemoryError.*load out of bounds"):
             kernel.forward(*example(1), (4, 5))
+
+    def test_only_the_arguments_are_saved(self):
+        inputs = [x.requires_grad_() for x in example()]
+        assert saved_bytes(lambda: depthwise_gelu(*inputs, (3, 5)), beyond=inputs) == 0
