@@ -246,7 +246,7 @@ def test_compiles_as_one_graph(name, dynamic):
 
 @pytest.mark.parametrize("name", OPERATORS)
 def test_traces_for_a_gpu_without_one(name):
-    """Nothing waits for the device; in backward and inside the operators: tests/training/test_cuda_graph.py."""
+    """Nothing waits for the device."""
     run, arguments = OPERATORS[name]
     with FakeTensorMode(allow_non_fake_inputs=True):
         fakes = pytree.tree_map_only(Tensor, lambda x: torch.empty_like(x, device="cuda"), arguments)
@@ -259,10 +259,10 @@ def test_traces_for_a_gpu_without_one(name):
 @pytest.mark.parametrize("kernels", ["torch", pytest.param("triton", marks=pytest.mark.slow)], indirect=True)
 @pytest.mark.parametrize("name", [name for name in OPERATORS if name != "channel_semantic_grouping"])
 def test_registration(kernels, name, dtype):
-    """What torch checks of operators, with the arguments that they get in forward and in backward."""
+    """What torch checks of operators, with the arguments of forward and backward, neither of which reads a number."""
     run, arguments = OPERATORS[name]
     arguments = {key: plain(x, dtype) for key, x in arguments.items() if key != "backend"}
-    with RecordedCalls() as recorded:
+    with forbid_sync(), RecordedCalls() as recorded:
         outputs_and_grads(run, arguments)
     assert recorded.calls
     for operator, args in recorded.calls:
