@@ -37,6 +37,7 @@ def test_lengths_in_epochs_steps_and_parts_of_the_run(train, evaluation, expecte
     [
         ("train.lrr", "there is no setting train.lrr (did you mean train.lr?)"),
         ("run.folder", "run.folder was renamed: use run.output_dir"),
+        ("train.attend", "train.attend was renamed: use train.kv_source"),
     ],
 )
 def test_settings_that_do_not_exist_are_refused_with_the_right_name(name, message, tmp_path):

@@ -77,7 +77,7 @@ def test_unexpected_errors_keep_their_traceback(error, options, monkeypatch):
 def test_info_of_weights(weights, tiny_spec, command):
     bottleneck = "AllSpark, 2 heads, memory initialized empty"
     parameters = f"{sum(x.numel() for x in tiny_spec.build().parameters()) / 1e6:.1f} M"
-    printed = command("info", weights)
+    printed = command("info", weights.parent)
     assert all(x in printed for x in ("mit_tiny", bottleneck, "apple, pear, plum", "64 pixels", parameters))
 
 

@@ -36,6 +36,7 @@ def test_meta_file(tmp_path, palette, encoding):
         ("{}", "'classes' must be a list of names"),
         ('{"classes": ["a"], "palete": []}', "unknown keys \\['palete'\\]"),
         ('{"classes": ["a"], "ignore_index": 256}', "integer in 0..255, found 256"),
+        ('{"classes": ["a"], "palette": [[1, 2, 300]]}', "three integers"),
         ('{"classes": ["a", "b"], "palette": [[1, 2, 3]]}', "each of 2 classes, found 1"),
         ('{"classes": ["a", "b"], "palette": {"a": [0, 0, 0]}}', "list of colors"),
         ('{"classes": ["caf\u00e9", "cafe\u0301"]}', "equal names: caf\u00e9"),
@@ -45,6 +46,8 @@ def test_meta_file(tmp_path, palette, encoding):
     ],
 )
 def test_faulty_meta_file_is_named(tmp_path, text, message):
+    with pytest.raises(DataError, match=r'no meta\.json; write .*"classes".*"values": \[0, 255\]'):
+        read_info(tmp_path)
     (tmp_path / "meta.json").write_text(text)
     with pytest.raises(DataError, match=rf"meta\.json: .*{message}"):
         read_info(tmp_path)

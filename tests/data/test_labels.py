@@ -87,10 +87,12 @@ def test_lossless_webp_is_read(tmp_path):
         np.testing.assert_array_equal(np.asarray(read_label(tmp_path / "a.webp", ABC)), MASK)
 
 
-def test_colors_of_16_bits_are_refused(tmp_path):
+def test_labels_that_are_refused(tmp_path):
+    write_image(tmp_path / "a.tiff", MASK.astype(np.float32))
     (tmp_path / "a.png").write_bytes(png([bytes(96)] * 16, 16, color=2))
-    with pytest.raises(DataError, match=r"a\.png: has 16 bits per channel"):
-        read_label(tmp_path / "a.png", ABC)
+    for name, message in (("a.tiff", "mode F; convert it to class indices"), ("a.png", "16 bits per channel")):
+        with pytest.raises(DataError, match=rf"{name}: .*{message}"):
+            read_label(tmp_path / name, ABC)
 
 
 def test_a_palette_that_contradicts_the_description_is_refused(tmp_path):
