@@ -36,7 +36,6 @@ def test_lengths_in_epochs_steps_and_parts_of_the_run(train, evaluation, expecte
     ("name", "message"),
     [
         ("train.lrr", "there is no setting train.lrr (did you mean train.lr?)"),
-        ("data.crops", "there is no setting data.crops (did you mean data.crop?)"),
         ("run.folder", "run.folder was renamed: use run.output_dir"),
         ("train.attend", "train.attend was renamed: use train.kv_source"),
     ],
@@ -71,9 +70,11 @@ def test_every_recipe_survives_json_and_tells_its_command(name):
         ("data.crop", 31), ("data.workers", -1), ("data.scale", (2, 0.5)), ("data.scenes", (3, 8, 0)),
         ("data.std", (0, 1, 1)), ("model.num_heads", 0), ("model.embedding_dim", 0), ("train.batch_size", 0),
         ("train.ema", 1.0), ("train.ohem_threshold", 2), ("train.gradient_accumulation_steps", 0),
+        ("data.range", ("4095", "0")), ("data.range", ("1", "99%")), ("data.range", ("-1%", "99%")),
+        ("data.range", ("a", "b")), ("data.range", ("0", "inf")), ("data.range", ("0", "nan")),
     ],
 )  # fmt: skip
-def test_numbers_that_are_just_out_of_range_are_refused(name, value):
+def test_values_that_are_just_out_of_range_are_refused(name, value):
     """Other numbers: tests/faults/test_bad_input.py."""
     group, field = name.split(".")
     with pytest.raises(InputError, match=rf"^{name} is {re.escape(str(value))}, expected "):

@@ -14,7 +14,6 @@ from allspark_fast.config import Config
 from allspark_fast.errors import InputError
 from allspark_fast.kernels.selftest import Result
 from allspark_fast.recipes import RECIPES
-from allspark_fast.weights.spec import save_model
 
 SETTINGS = [(group, setting) for group in dataclasses.fields(Config) for setting in dataclasses.fields(group.type)]
 
@@ -75,11 +74,10 @@ def test_unexpected_errors_keep_their_traceback(error, options, monkeypatch):
         main(["train", *options])
 
 
-def test_info_of_weights(tmp_path, tiny_spec, command):
-    model, bottleneck = tiny_spec.build(), "AllSpark, 2 heads, memory initialized empty"
-    save_model(model, tiny_spec, tmp_path / "model.safetensors")
-    parameters = f"{sum(x.numel() for x in model.parameters()) / 1e6:.1f} M"
-    printed = command("info", tmp_path)
+def test_info_of_weights(weights, tiny_spec, command):
+    bottleneck = "AllSpark, 2 heads, memory initialized empty"
+    parameters = f"{sum(x.numel() for x in tiny_spec.build().parameters()) / 1e6:.1f} M"
+    printed = command("info", weights.parent)
     assert all(x in printed for x in ("mit_tiny", bottleneck, "apple, pear, plum", "64 pixels", parameters))
 
 

@@ -46,30 +46,24 @@ def evaluate(weights, data, command):
     return lambda *options: command("evaluate", weights, *options, *recipe)
 
 
-def expected_confusion(weights: Path, data: Path, names: list[str]) -> np.ndarray:
+def expected_confusion(weights: Path, data: Path, name: str) -> np.ndarray:
     model, spec = load_model(weights)
+    image, label = (np.asarray(Image.open(data / folder / f"{name}.png")) for folder in ("images", "labels"))
+    pixels = torch.from_numpy((image / 255 - spec.mean) / spec.std).permute(2, 0, 1)[None].float()
+    predicted, _ = predict_labels(model, pixels)
     confusion = np.zeros((3, 3), int)
-    for name in names:
-        image, label = (np.asarray(Image.open(data / folder / f"{name}.png")) for folder in ("images", "labels"))
-        pixels = torch.from_numpy((image / 255 - spec.mean) / spec.std).permute(2, 0, 1)[None].float()
-        predicted, _ = predict_labels(model, pixels)
-        np.add.at(confusion, (label, predicted[0].numpy()), 1)
+    np.add.at(confusion, (label, predicted[0].numpy()), 1)
     return confusion
 
 
-@pytest.mark.parametrize(("split", "names"), [([], ["00", "01"]), (["--split", "test.txt"], ["02"])])
-def test_the_images_of_a_recipe(weights, data, evaluate, split, names):
-    evaluate(*split, "--json", data / "scores.json")
-    scores = json.loads((data / "scores.json").read_text())
-    assert scores["confusion"] == expected_confusion(weights, data, names).tolist()
-
-
-def test_the_images_of_a_run(weights, data, evaluate, command):
+def test_the_images_of_a_recipe_and_of_a_run(weights, data, evaluate, command):
     config = Config(data=DataConfig(dataset="folder", root=data, val=Path("val.txt")), eval=EvalConfig(workers=1))
     (weights.parent / "config.json").write_text(config.to_json())
     assert command("evaluate", weights.parent).startswith(evaluate())
     folder = weights.parent / "evaluation"
-    command("evaluate", weights.parent, "--split", "test.txt")
+    command("evaluate", weights.parent, "--split", "test.txt", "--json", data / "scores.json")
+    scores = json.loads((data / "scores.json").read_text())
+    assert scores["confusion"] == expected_confusion(weights, data, "02").tolist()
     assert {path.name for path in weights.parent.glob("evaluation*")} == {"evaluation", "evaluation_test"}
     assert Image.open(folder / "worst.png").height > 2 * 200
     classes, images = (list(csv.DictReader((folder / name).open())) for name in ("classes.csv", "images.csv"))
@@ -79,7 +73,7 @@ def test_the_images_of_a_run(weights, data, evaluate, command):
     ]
     assert [row["image"] for row in images] == ["images/00.png", "images/01.png"]
     for row in images:
-        confusion = expected_confusion(weights, data, [Path(row["image"]).stem])
+        confusion = expected_confusion(weights, data, Path(row["image"]).stem)
         ious = confusion.diagonal() / (confusion.sum(0) + confusion.sum(1) - confusion.diagonal())
         assert [float(row[f"iou {name}"]) for name in CLASSES] == pytest.approx(ious, abs=1e-4)
         assert float(row["iou"]) == pytest.approx(ious.mean(), abs=1e-4)

@@ -5,11 +5,9 @@ import shutil
 import numpy as np
 import pytest
 
-from allspark_fast.config import DataConfig
 from allspark_fast.data.check import check_sources
 from allspark_fast.data.datasets import Entry, SegmentationDataset, Sources
 from allspark_fast.data.info import VOC_PALETTE, DatasetInfo
-from allspark_fast.data.sources import open_sources
 from tests.helpers.images import write_folder, write_image
 
 INFO = DatasetInfo("toy", ("a", "b", "c"), VOC_PALETTE)
@@ -25,16 +23,6 @@ def lists(tmp_path):
 def check(root, lists, info=INFO, crop=32, **options):
     opened = {name: SegmentationDataset(root, entries, info=info) for name, entries in lists.items()}
     return list(map(str, check_sources(Sources(info, **opened), crop, **options)[0]))
-
-
-def assert_starts(problems, *starts):
-    assert [problem[: len(start)] for problem, start in zip(problems, starts, strict=True)] == list(starts)
-
-
-def test_sound_data_has_no_problems(tmp_path, lists):
-    (tmp_path / "labels/04.png").unlink()  # of an unlabeled image
-    assert check(tmp_path, lists) == []
-    assert check_sources(open_sources(DataConfig(scenes=(1, 1, 1))), 513) == ([], {})
 
 
 def test_how_lists_fit_together(tmp_path, lists):
@@ -54,16 +42,13 @@ def test_how_lists_fit_together(tmp_path, lists):
     for sample in (None, 1):
         assert check(tmp_path, lists, sample=sample) == expected
     assert check(tmp_path, lists, labeled_only=True) == [expected[0], *expected[2:]]
-    assert_starts(
-        check(tmp_path, {"labeled": [], "unlabeled": lists["unlabeled"][:2], "val": []}),
-        "error: labeled: holds no image; check its split file",
-        "error: val: holds no image",
-    )
 
 
-def test_crops_larger_than_any_resized_image(tmp_path, lists):
+def test_sound_data_has_no_problem_but_for_crops_larger_than_any_resized_image(tmp_path, lists):
+    (tmp_path / "labels/04.png").unlink()  # of an unlabeled image
     assert check(tmp_path, lists, crop=80) == []
-    assert_starts(check(tmp_path, lists, crop=81), "warning: crop 81x81: every crop holds padding")
+    [problem] = check(tmp_path, lists, crop=81)
+    assert problem.startswith("warning: crop 81x81: every crop holds padding")
 
 
 def test_samples_are_bounded_and_the_same_again_and_hide_no_absent_file(tmp_path):
@@ -74,9 +59,8 @@ def test_samples_are_bounded_and_the_same_again_and_hide_no_absent_file(tmp_path
     (tmp_path / entries[0].label).write_bytes(b"")
     (tmp_path / entries[1].image).unlink()
     problems = check(tmp_path, lists, sample=5)
-    assert_starts(
-        problems[:3], "error: val: ", "error: labels/00.png: the file is empty", "error: images/01.png: no such"
-    )
+    starts = ("error: val: ", "error: labels/00.png: the file is empty", "error: images/01.png: no such")
+    assert all(map(str.startswith, problems, starts))
     assert len(problems) == 3 + 5
     assert problems == check(tmp_path, lists, sample=5)
     assert len(check(tmp_path, lists, sample=50)) == len(check(tmp_path, lists)) == 3 + 18
@@ -102,8 +86,6 @@ def test_what_the_command_prints(tmp_path, lists, command):
         "class     labeled pixels         masks       val pixels         masks",
         "ignored           33.33%     1 of    3            0.00%     0 of    3",
         "in no list: 1 images, images/more.png first",
-        "warning: labeled: 1 labels hold only 0 and 255, which is ignored, labels/00.png first; if they are "
-        "black-and-white masks, save them with the numbers of the others",
         "0 errors, 1 warnings",
     ):
         assert f"{line}\n" in printed

@@ -13,8 +13,6 @@ from tests.helpers.images import exif, write_folder, write_image
 @pytest.mark.parametrize(
     ("text", "entries"),
     [
-        ("a/1.jpg b/1.png", [("a/1.jpg", "b/1.png")]),
-        ("a/1.jpg", [("a/1.jpg", None)]),
         ("  a/1.JPG\t b/1.PNG  ", [("a/1.JPG", "b/1.PNG")]),
         ("my images/1 a.jpg my labels/1 a.png", [("my images/1 a.jpg", "my labels/1 a.png")]),
         ("my images/1 a.jpg", [("my images/1 a.jpg", None)]),

@@ -33,9 +33,8 @@ def updated(prediction, target):
 LABELS = torch.zeros(4, 4, dtype=torch.int64)
 
 
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
+WRONG = {
+    ValueError: [
         (lambda: bottleneck(feature_map=torch.ones(4, 2, 2)), r"feature_map must have shape \(B, C, h, w\)"),
         (lambda: bottleneck(class_logits=torch.ones(1, 3, 4)), "class_logits must have shape"),
         (lambda: bottleneck(class_logits=torch.ones(1, 3, 4, 4, device="meta")), "is on meta, expected cpu"),
@@ -56,15 +55,7 @@ LABELS = torch.zeros(4, 4, dtype=torch.int64)
         (lambda: ConfusionMatrix(0), "num_classes must be at least 1"),
         (lambda: updated(LABELS, LABELS[None]), "expected one shape"),
     ],
-)
-def test_wrong_values_are_named(call, message):
-    with pytest.raises(ValueError, match=message):
-        call()
-
-
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
+    TypeError: [
         (lambda: AllSpark(4, 3, 4.0), "tokens must be an integer, got 4.0"),
         (lambda: AllSparkOptions(dropout="0"), "dropout must be a number, got '0'"),
         (lambda: build_segmentor("mit_tiny", 3.0, (64, 64)), "num_classes must be an integer, got 3.0"),
@@ -74,9 +65,14 @@ def test_wrong_values_are_named(call, message):
         (lambda: tiny_segmentor()(torch.ones(1, 3, 64, 64, dtype=torch.uint8)), "images"),
         (lambda: updated(LABELS.float(), LABELS), "expected integer classes"),
     ],
+}
+
+
+@pytest.mark.parametrize(
+    ("error", "call", "message"), [(error, *case) for error, cases in WRONG.items() for case in cases]
 )
-def test_wrong_types_are_named(call, message):
-    with pytest.raises(TypeError, match=message):
+def test_wrong_arguments_are_named(error, call, message):
+    with pytest.raises(error, match=message):
         call()
 
 

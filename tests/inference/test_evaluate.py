@@ -35,8 +35,7 @@ def test_batches_score_as_single_images_do(mode, dtype):
 
 def test_batches_hold_every_item_once_and_few_items_wait():
     items = [(size, i) for i, size in enumerate([*"abcdefghabcdefgh", *"aaaaab"])]
-    taken: list[tuple[str, int]] = []
-    seen: list[tuple[str, int]] = []
+    taken, seen = [], []
     for batch in batches_of_equal_size((seen.append(x) or x for x in items), 2, lambda item: item[0]):
         assert len(batch) <= 2
         assert len({size for size, _ in batch}) == 1
