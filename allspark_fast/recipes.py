@@ -30,7 +30,7 @@ _UNLABELED = TrainConfig(
 
 
 def scenes() -> Config:
-    """Procedural scenes, rendered as they are needed: a whole run in about five minutes on two CPU cores.
+    """Procedural scenes, rendered as they are needed: a whole run in about four minutes on two CPU cores.
 
     ``python train.py``
 
