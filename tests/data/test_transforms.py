@@ -202,4 +202,5 @@ def test_the_other_view_is_the_same_crop():
     crop = apply_geometry(image, draw_geometry(image.size, 32, (0.5, 2.0), source), 32, BILINEAR, 0)
     expected = tvf.to_dtype(tvf.pil_to_tensor(change_colors(crop, PRESETS["photo"], source)), torch.float32, scale=True)
     assert torch.equal(both.strong, expected)
+    assert torch.equal(both.image, tvf.to_dtype(tvf.pil_to_tensor(crop), torch.float32, scale=True))
     assert both.mixed is None
