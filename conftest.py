@@ -8,7 +8,7 @@ with one thread each they do not wait for each other's.
 import os
 from importlib.metadata import PackageNotFoundError, version
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # counts only before torch is imported
+os.environ["OMP_NUM_THREADS"] = "1"  # counts only before torch is imported
 
 import numpy as np
 import torch

@@ -1,5 +1,3 @@
-import os
-
 import pytest
 import torch
 from hypothesis import settings
@@ -13,8 +11,6 @@ from allspark_fast.weights.spec import ModelSpec, save_model
 # The same examples in every run: what fails can be repeated.
 settings.register_profile("alike", derandomize=True)
 settings.load_profile("alike")
-# Of the processes that tests start too: several tests share the cores, and threads would wait for each other.
-os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,6 @@ from allspark_fast.data.datasets import read_split
 from allspark_fast.errors import DataError, InputError
 from allspark_fast.signals import STOPPED
 from allspark_fast.training import compare
-from allspark_fast.training.trainer import train
 from tests.helpers.images import write_folder
 from tests.helpers.runs import tiny_arguments
 
@@ -117,4 +116,3 @@ def test_mean_and_deviation_by_hand():
 def test_a_comparison_stops_with_the_run_that_a_signal_stopped(monkeypatch, tmp_path):
     monkeypatch.setattr(compare, "train", lambda *_: False)
     assert main(["compare", "--out", str(tmp_path)]) == STOPPED
-    assert compare.train is not train

@@ -196,28 +196,23 @@ class TestResume:
         with pytest.raises(InputError, match=f"train.{name}: {2 * length} -> {length}"):
             Trainer(tiny_config(**short), tmp_path)
 
-    def test_starting_weights_may_be_gone(self, tmp_path):
-        """From a run that was begun; otherwise nothing is written before that is known."""
+    def test_starting_weights_may_be_gone_and_statistics_of_an_earlier_version_missing(self, tmp_path):
+        """From a run that was begun; otherwise nothing is written before it is known that weights are gone."""
         config, weights = tiny_config(epochs=1), tmp_path / "start.safetensors"
         save_weights(build_model(config, SCENES), weights)
         config = changed(config, model={"weights": weights})
         train(config, tmp_path / "run")
         weights.unlink()
-        assert Trainer(config, tmp_path / "run").finished
-        with pytest.raises(FileNotFoundError, match=r"start\.safetensors"):
-            Trainer(config, tmp_path / "another")
-        assert not (tmp_path / "another").exists()
-
-    def test_statistics_of_classes_that_an_earlier_version_did_not_keep(self, tmp_path):
-        config = tiny_config(epochs=1)
-        train(config, tmp_path)
-        path = list_checkpoints(tmp_path / "checkpoints")[0]
+        path = list_checkpoints(tmp_path / "run/checkpoints")[0]
         state = torch.load(path)
         shares = state["classes"].pop("shares")
         torch.save(state, path)
-        resumed = Trainer(config, tmp_path)
+        resumed = Trainer(config, tmp_path / "run")
         assert resumed.finished
         assert torch.equal(resumed.state.classes.shares, torch.zeros_like(shares))
+        with pytest.raises(FileNotFoundError, match=r"start\.safetensors"):
+            Trainer(config, tmp_path / "another")
+        assert not (tmp_path / "another").exists()
 
     def test_settings_that_led_to_no_checkpoint_may_be_mended(self, tmp_path, monkeypatch):
         config = tiny_config()
