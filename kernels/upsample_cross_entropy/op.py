@@ -80,7 +80,8 @@ def _hard_examples(loss: Tensor, valid: Tensor, threshold: float, min_kept: int)
     probability = torch.exp(-loss).masked_fill(~valid, 1)
     # Not kthvalue, whose index makes torch.use_deterministic_algorithms refuse it on a GPU.
     kth_smallest = probability.flatten().sort().values[min(min_kept, probability.numel()) - 1]
-    mined = valid & (probability <= kth_smallest.clamp(min=threshold))
+    # Not <=: a probability that is NaN counts, so that the loss is.
+    mined = valid & ~(probability > kth_smallest.clamp(min=threshold))
     return mined | (valid & (valid.sum() < min_kept))
 
 

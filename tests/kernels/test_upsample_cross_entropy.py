@@ -96,6 +96,7 @@ class TestLoss:
         loss = upsample_cross_entropy(logits, target, reduction="none")
         assert torch.equal(loss.isfinite(), plain_loss(logits, target, "none").isfinite())
         assert not upsample_cross_entropy(logits, target).isfinite()
+        assert not upsample_cross_entropy(logits, target, ohem_threshold=0.7, ohem_min_kept=10).isfinite()
 
     @pytest.mark.parametrize("wrong", [-1, 5])
     @pytest.mark.parametrize("kernels", ["triton"], indirect=True)
