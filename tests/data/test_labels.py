@@ -87,6 +87,15 @@ def test_lossless_webp_is_read(tmp_path):
         np.testing.assert_array_equal(np.asarray(read_label(tmp_path / "a.webp", ABC)), MASK)
 
 
+@pytest.mark.parametrize("kind", ["TIFF", "GIF", "PNG", "WEBP"])
+def test_several_pages_are_refused(tmp_path, kind):
+    pages = [Image.fromarray(MASK), Image.fromarray(3 - MASK)]
+    options = {"lossless": True} if kind == "WEBP" else {}
+    pages[0].save(tmp_path / "a.png", kind, save_all=True, append_images=pages[1:], **options)
+    with pytest.raises(DataError, match=r"a\.png: holds 2 pages, but a label is one"):
+        read_label(tmp_path / "a.png", ABC)
+
+
 def test_labels_that_are_refused(tmp_path):
     write_image(tmp_path / "a.tiff", MASK.astype(np.float32))
     (tmp_path / "a.png").write_bytes(png([bytes(96)] * 16, 16, color=2))
