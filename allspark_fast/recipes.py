@@ -48,8 +48,6 @@ def camvid() -> Config:
     """CamVid, 46 of 367 images labeled (1/8), EfficientNet-lite0 with ImageNet weights; six minutes of CPU time.
 
     ``pip install -e '.[timm]' && ALLSPARK_DATA_DIR=/path/to/folder/of/camvid python train.py camvid``
-
-    The head starts from scratch, so pseudo labels count from the third epoch on.
     """
     return Config(
         data=DataConfig(
@@ -57,7 +55,7 @@ def camvid() -> Config:
             labeled=Path("splits/1_8/seed0/labeled.txt"),
             unlabeled=Path("splits/1_8/seed0/unlabeled.txt"),
             val=Path("splits/val.txt"),
-            crop=160,
+            crop=128,
             scale=(0.5, 1.5),
             mean=(0.5, 0.5, 0.5),
             std=(0.5, 0.5, 0.5),
@@ -66,18 +64,8 @@ def camvid() -> Config:
         model=ModelConfig(
             backbone="timm/tf_efficientnet_lite0", embedding_dim=128, memory_init="empty", weights=Path("imagenet")
         ),
-        train=TrainConfig(
-            epochs=4,
-            batch_size=8,
-            optimizer="adamw",
-            lr=1e-3,
-            lr_multi=4.0,
-            weight_decay=0.01,
-            warmup_epochs=1,
-            pseudo_from_epoch=2,
-            ema=0.98,
-        ),
-        eval=EvalConfig(every=2),
+        train=replace(_UNLABELED, batch_size=4, steps=600, lr=1e-3, lr_multi=4.0, warmup=0.1, pseudo_from=0.33),
+        eval=EvalConfig(times=2),
     )
 
 
@@ -86,8 +74,7 @@ def folder() -> Config:
 
     ``pip install -e '.[timm]' && python train.py folder --data.root my_data``
 
-    Encoder and learning rates are those of ``camvid``, what it does with unlabeled images is that of ``scenes``; its
-    length is a guess, not tuned on any folder.
+    The settings of ``camvid`` for more pixels, images and steps; its length is a guess, not tuned on any folder.
     """
     recipe = camvid()
     return replace(
@@ -102,7 +89,7 @@ def folder() -> Config:
             scale=(0.5, 2.0),
             workers=2,
         ),
-        train=replace(_UNLABELED, steps=2000, lr=1e-3, lr_multi=4.0, warmup=0.1, pseudo_from=0.33),
+        train=replace(recipe.train, batch_size=8, steps=2000),
         eval=EvalConfig(times=10),
     )
 
