@@ -25,6 +25,7 @@ from allspark_fast.data.loader import EvalSample
 from allspark_fast.inference.evaluate import evaluate
 from allspark_fast.kernels.channel_attention import channel_attention
 from allspark_fast.kernels.selftest import TOLERANCE, check_kernels
+from allspark_fast.training import side_stream
 from allspark_fast.training.cuda_graph import WARMUP_STEPS, largest_difference
 from allspark_fast.training.step import Losses, TrainState, train_step
 from bench import harness, operators
@@ -101,6 +102,7 @@ def parts(size: str) -> list[Part]:
         step(25, "naive bfloat16"),
         ("validation", 15, partial(throughput, size, "validation, ours bfloat16", 32, partial(_validation, size))),
         ("step_kernels", 15, partial(kernels, "step_kernels", size, partial(_step, size, "ours bfloat16 recorded"))),
+        ("step one stream", 20, partial(one_stream, step(20, "ours bfloat16 recorded")[2])),
         step(100, "ours bfloat16 compiled recorded"),
         step(100, "naive bfloat16 compiled"),
         *attention[:2],
@@ -172,6 +174,12 @@ def lock_step(size: StepSize, name: str) -> Iterator[Record]:
     yield {"op": "lock_step", "size": str(size), "variant": name, **worst, "note": note}
     assert recorded.recording, "the step could not be recorded"
     assert worst["error"] <= worst["allowed"], f"{worst['tensor']} differs in a recorded step"
+
+
+def one_stream(part: Callable[[], Iterator[Record]]) -> Iterator[Record]:
+    """Run a part whose recorded steps have no branches, which have to be worth their memory."""
+    with patch.object(side_stream, "may_be_beside", lambda _: False):
+        yield from ({**record, "variant": f"{record['variant']}, one stream"} for record in part())
 
 
 def throughput(size: str, variant: str, images: int, make: Callable[[], Callable[[], object]]) -> Iterator[Record]:

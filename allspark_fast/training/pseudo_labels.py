@@ -124,37 +124,49 @@ def update_statistics(
 
 
 @torch.no_grad()
-def mix(batch: SemiBatch, unlabeled: Tensor, class_logits: Tensor, target: Tensor, valid: Tensor) -> list[Tensor]:
-    """Mix unlabeled crops and all that belongs to them, as the loader drew it.
+def mix_images(batch: SemiBatch) -> Tensor:
+    """Return the unlabeled crops (B, 3, H, W) as the student sees them: strong views, mixed as the loader drew it.
+
+    One of two crops gives the other its pixels in ``mixed``; of an odd number the last has no partner. Then come the
+    labeled ``pasted``.
+    """
+    images = batch.unlabeled_image if batch.unlabeled_strong is None else batch.unlabeled_strong
+    images = _mix_pairs(batch, images)
+    return images if batch.pasted is None else batch.image.where(batch.pasted[:, None], images)
+
+
+@torch.no_grad()
+def mix_labels(batch: SemiBatch, class_logits: Tensor, target: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mix what belongs to the crops as these are.
 
     Args:
-        batch: pairs of crops, of which one gives the other its pixels in ``mixed``; of an odd number the last has no
-            partner. Then come the labeled ``pasted``.
-        unlabeled: (B, 3, H, W) images.
+        batch: the crops, and what is mixed.
         class_logits: (B, K, h, w); those of a pasted pixel are certain of its label.
         target: (B, H, W) int64 pseudo labels, 255 ignored.
         valid: (B, H, W) bool, pixels that the loss is divided by.
 
     Returns:
-        all four, mixed.
+        all three, mixed.
     """
-    mixed = [unlabeled, class_logits, target, valid]
-    if batch.mixed is not None:
-        order = torch.arange(len(unlabeled), device=unlabeled.device)
-        partner = (order ^ 1).clamp(max=len(order) - 1)  # of an odd number the last one is its own
-        mixed = [x[partner].where(_like(batch.mixed, x), x) for x in mixed]
-    if batch.pasted is not None:
-        unlabeled, class_logits, target, valid = mixed
-        label = _like(batch.label.where(batch.pasted, IGNORE_INDEX), class_logits)
-        is_label = label == torch.arange(class_logits.shape[1], device=label.device)[:, None, None]
-        most, least = (bound((1, 2, 3), keepdim=True) for bound in (class_logits.amax, class_logits.amin))
-        mixed = [
-            batch.image.where(batch.pasted[:, None], unlabeled),
-            class_logits.where(label == IGNORE_INDEX, most.where(is_label, least)),
-            batch.label.where(batch.pasted, target),
-            valid | batch.pasted,
-        ]
-    return mixed
+    class_logits, target, valid = (_mix_pairs(batch, x) for x in (class_logits, target, valid))
+    if batch.pasted is None:
+        return class_logits, target, valid
+    label = _like(batch.label.where(batch.pasted, IGNORE_INDEX), class_logits)
+    is_label = label == torch.arange(class_logits.shape[1], device=label.device)[:, None, None]
+    most, least = (bound((1, 2, 3), keepdim=True) for bound in (class_logits.amax, class_logits.amin))
+    return (
+        class_logits.where(label == IGNORE_INDEX, most.where(is_label, least)),
+        batch.label.where(batch.pasted, target),
+        valid | batch.pasted,
+    )
+
+
+def _mix_pairs(batch: SemiBatch, x: Tensor) -> Tensor:
+    if batch.mixed is None:
+        return x
+    order = torch.arange(len(x), device=x.device)
+    partner = (order ^ 1).clamp(max=len(order) - 1)  # of an odd number the last one is its own
+    return x[partner].where(_like(batch.mixed, x), x)
 
 
 def _like(mask: Tensor, x: Tensor) -> Tensor:

@@ -20,12 +20,14 @@ from allspark_fast.training.half_weights import HalfWeights
 from allspark_fast.training.pseudo_labels import (
     ClassStatistics,
     confident,
-    mix,
+    mix_images,
+    mix_labels,
     pseudo_pass,
     update_shares,
     update_statistics,
 )
 from allspark_fast.training.sharding import average_gradients, shard_like, to_local
+from allspark_fast.training.side_stream import beside_encoder
 
 
 class Losses(NamedTuple):
@@ -225,22 +227,11 @@ def compute_losses(
         (loss,) = _weigh_ranks([loss], [batch.label != IGNORE_INDEX], config)
         return Losses(loss, loss, torch.zeros_like(loss))
     classes = classes or ClassStatistics.start(model.decoder.decoder.linear_pred.out_channels, batch.image.device)
-    alignment, adapt = classes.alignment(config.dist_align), config.teacher == "ema" and config.ema > 0
-    class_logits, pseudo_label, confidence = pseudo_pass(
-        teacher or model, batch, config, alignment=alignment, adapt=adapt
-    )
-    if config.dist_align > 0:
-        update_shares(classes, batch, class_logits)
-    counts = confident(pseudo_label, confidence, classes, config)
-    update_statistics(classes, batch.label, pseudo_label, counts, confidence)
-    unlabeled, valid = batch.unlabeled_image, pseudo_label != IGNORE_INDEX
-    target = pseudo_label.where(counts, IGNORE_INDEX)
-    # Before pseudo labels count, changed crops would only spoil the statistics of BatchNorm and the memory.
-    if use_pseudo:
-        unlabeled = unlabeled if batch.unlabeled_strong is None else batch.unlabeled_strong
-        unlabeled, class_logits, target, valid = mix(batch, unlabeled, class_logits, target, valid)
+    with beside_encoder(model):
+        class_logits, target, valid = _label_crops(teacher or model, batch, config, classes, mixed=use_pseudo)
     model.train()
-    images = torch.cat([batch.image, unlabeled])
+    # Before pseudo labels count, changed crops would only spoil the statistics of BatchNorm and the memory.
+    images = torch.cat([batch.image, mix_images(batch) if use_pseudo else batch.unlabeled_image])
     memory = {"class_logits": class_logits, "use_memory": use_memory} if config.method == "allspark" else {}
     labeled, unlabeled = model(images, **memory).chunk(2)
     labeled_loss = _labeled_loss(labeled, batch.label, config)
@@ -251,6 +242,20 @@ def compute_losses(
     labeled_loss, unlabeled_loss = _weigh_ranks(losses, [batch.label != IGNORE_INDEX, valid], config)
     total = (labeled_loss + config.unlabeled_weight * unlabeled_loss) / 2 if use_pseudo else labeled_loss
     return Losses(total, labeled_loss, unlabeled_loss)
+
+
+def _label_crops(
+    teacher: Segmentor, batch: SemiBatch, config: TrainConfig, classes: ClassStatistics, *, mixed: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return logits of the unlabeled crops, labels that count, and the mask of pixels that the loss is divided by."""
+    alignment, adapt = classes.alignment(config.dist_align), config.teacher == "ema" and config.ema > 0
+    class_logits, pseudo_label, confidence = pseudo_pass(teacher, batch, config, alignment=alignment, adapt=adapt)
+    if config.dist_align > 0:
+        update_shares(classes, batch, class_logits)
+    counts = confident(pseudo_label, confidence, classes, config)
+    update_statistics(classes, batch.label, pseudo_label, counts, confidence)
+    target, valid = pseudo_label.where(counts, IGNORE_INDEX), pseudo_label != IGNORE_INDEX
+    return mix_labels(batch, class_logits, target, valid) if mixed else (class_logits, target, valid)
 
 
 def _labeled_loss(logits: Tensor, label: Tensor, config: TrainConfig) -> Tensor:

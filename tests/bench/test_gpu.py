@@ -37,7 +37,8 @@ def test_a_dry_run(monkeypatch, tmp_path, capsys):
     assert (lock_step["error"], lock_step["noise"]) == (0, 0)
     assert "ordinary steps in place of recorded ones" in printed
     steps = [record["variant"] for record in records if record["op"] == "step"]
-    assert steps == ["ours bfloat16 recorded", "ours bfloat16", "naive bfloat16", "validation, ours bfloat16"]
+    variants = ["ours bfloat16 recorded", "ours bfloat16", "naive bfloat16", "validation, ours bfloat16"]
+    assert steps == [*variants, "ours bfloat16 recorded, one stream"]
     kernels = [record for record in records if record["op"] == "step_kernels"]
     assert sum(record["seconds"] for record in kernels[1:]) <= kernels[0]["seconds"]
 

@@ -74,6 +74,13 @@ MUTANTS = {
 }
 
 
+def test_what_two_branches_share_is_noticed(monkeypatch):
+    """Casts of the weights, which autocast keeps, if they are not cast beforehand."""
+    monkeypatch.setattr(HalfWeights, "__init__", lambda *_: vars(_[0]).update(_places=[], _weights=[], _copies=[]))
+    with pytest.raises(AssertionError, match="in one branch of a graph is used in the other"):
+        differences_of_replays(amp=True)
+
+
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_what_a_recording_would_bake_is_noticed(mutant, monkeypatch):
     monkeypatch.setattr(*MUTANTS[mutant])

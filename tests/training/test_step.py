@@ -7,7 +7,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from allspark_fast.config import TrainConfig
 from allspark_fast.kernels.upsample_cross_entropy import upsample_cross_entropy
-from allspark_fast.training.pseudo_labels import ClassStatistics, confident, mix, pseudo_pass
+from allspark_fast.training.pseudo_labels import ClassStatistics, confident, mix_images, mix_labels, pseudo_pass
 from allspark_fast.training.step import compute_losses, poly_lr, train_step
 from bench.bench_train_step import without_dropout
 from tests.helpers.forbid_sync import forbid_sync
@@ -194,8 +194,8 @@ class TestBeyondThePaper:
     def test_pairs_of_crops_are_mixed(self, size, order):
         data = random_batch(size)._replace(mixed=torch.ones(size, 64, 64, dtype=torch.bool))
         logits, label, valid = torch.randn(size, 3, 16, 16), torch.randint(3, (size, 64, 64)), data.unlabeled_valid
-        given = [data.unlabeled_image, logits, label, valid]
-        assert all(torch.equal(x, y[order]) for x, y in zip(mix(data, *given), given, strict=True))
+        given, mixed = (logits, label, valid), [mix_images(data), *mix_labels(data, logits, label, valid)]
+        assert all(torch.equal(x, y[order]) for x, y in zip(mixed, (data.unlabeled_image, *given), strict=True))
 
     def test_a_mixed_batch_by_hand(self):
         """Two crops of 4 x 4: a box of the other one, then a pasted corner; the logits have half the resolution."""
@@ -204,9 +204,12 @@ class TestBeyondThePaper:
         mixed[0, :2, :2], pasted[1, 2:, 2:] = True, True
         valid = torch.ones(2, 4, 4, dtype=torch.bool)
         valid[1] = False
-        data = random_batch()._replace(image=images + 7, label=labels, mixed=mixed, pasted=pasted)
+        data = random_batch()._replace(
+            image=images + 7, label=labels, unlabeled_strong=images, mixed=mixed, pasted=pasted
+        )
         logits = torch.tensor([3.0, 0.0, -1.0]).view(1, 3, 1, 1) + images[:, :, :2, :2] * torch.tensor([[[-4.0]]])
-        image, logits, target, valid = mix(data, images, logits, images[:, 0].long(), valid)
+        image = mix_images(data)
+        logits, target, valid = mix_labels(data, logits, images[:, 0].long(), valid)
         first, second = torch.zeros(4, 4), torch.ones(4, 4)
         first[:2, :2], second[2:, 2:] = 1, 8
         assert image[:, 0].tolist() == [first.tolist(), second.tolist()]
