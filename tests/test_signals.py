@@ -22,7 +22,15 @@ from allspark_fast.training.step import TrainState, train_step
 from allspark_fast.training.trainer import Trainer, train
 from tests.helpers.runs import assert_same_run, changed, tiny_arguments, tiny_config
 
-pytestmark = pytest.mark.usefixtures("no_pictures")
+pytestmark = pytest.mark.usefixtures("no_pictures", "ctrl_c")
+
+
+@pytest.fixture
+def ctrl_c():
+    """It is not ignored, as in the jobs that a shell starts in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def test_after_signals_that_ask_to_stop(tmp_path, monkeypatch):
