@@ -46,7 +46,8 @@ def run(arguments: list[str]) -> int:
     if options.list is None:
         print(*(f"{problem}\n" for problem in check_unused(root, entries)[0]), sep="", end="")
     out = options.out or root / "splits" / (options.amount or "").replace("/", "_")
-    earlier = splits.read_val_lists(root, out)
+    val_file = (options.out or root / "splits") / "val.txt"
+    earlier = splits.read_val_lists(root, out, replaced=None if options.val is None else val_file)
     if options.val is None:
         entries = _without_val(entries, earlier)
     total = sum(entry.label is not None for entry in entries)
@@ -69,7 +70,6 @@ def run(arguments: list[str]) -> int:
         for folder, val in parts.items()
     }
     lists = {folder / f"{name}.txt": part for folder, x in divided.items() for name, part in x._asdict().items()}
-    val_file = (options.out or root / "splits") / "val.txt"
     if folds is None:
         val = lists.pop(out / "val.txt")
         lists |= {val_file: val} if val else {}
@@ -95,7 +95,7 @@ def _without_val(entries: list[Entry], earlier: Mapping[Path, set[str]]) -> list
 
 def _say_of_val(root: Path, file: Path, earlier: Mapping[Path, set[str]], trained: set[str]) -> None:
     for other, aside in earlier.items():
-        if other != file and (count := len(aside & {*map(posixpath.normpath, trained)})):
+        if count := len(aside & {*map(posixpath.normpath, trained)}):
             print(f"  {count} images of {other} are trained on in these lists: validate with {file} only")
     try:
         splits.note_val_list(root, file)

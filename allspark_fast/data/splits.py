@@ -172,10 +172,12 @@ def note_val_list(root: Path, file: Path) -> None:
         (root / "splits" / _NOTED).write_text(text, encoding="utf-8")
 
 
-def read_val_lists(root: Path, out: Path) -> dict[Path, set[str]]:
-    """Return the images, by file, of all lists of validation images in a folder, noted for it, or in ``out``."""
+def read_val_lists(root: Path, out: Path, *, replaced: Path | None = None) -> dict[Path, set[str]]:
+    """Return the images, by file, of all other lists of validation images in a folder, noted for it, or in ``out``."""
     places = [root / "splits" / "val.txt", out / "val.txt", *(root / line for line in _noted(root))]
     files = {file.resolve(): file for file in places if file.is_file()}
+    if replaced is not None:
+        files.pop(replaced.resolve(), None)
     return {file: {posixpath.normpath(entry.image) for entry in read_split(file)} for file in files.values()}
 
 
